@@ -1,0 +1,20 @@
+"""Vectors → graph: bags, their files, and the graph over their tiles."""
+
+from dasmil.bags.bag import Bag, BagHeader, ExtractorCard, describe_difference
+from dasmil.bags.graph import UNKNOWN, BagGraph, bag_graph, join_graphs
+from dasmil.bags.store import bag_path, read_bag, read_header, write_bag
+
+__all__ = [
+    "UNKNOWN",
+    "Bag",
+    "BagGraph",
+    "BagHeader",
+    "ExtractorCard",
+    "bag_graph",
+    "bag_path",
+    "describe_difference",
+    "join_graphs",
+    "read_bag",
+    "read_header",
+    "write_bag",
+]

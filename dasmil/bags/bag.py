@@ -1,0 +1,203 @@
+"""A slide as the model sees it: per scale the features, the integer grid and the parents."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dasmil.errors import InputError
+from dasmil.units import Mpp, PyramidGrid, Scale, TilePx, parse_scales
+
+
+@dataclass(frozen=True)
+class ExtractorCard:
+    """What must be known about a frozen extractor to make, or to refuse, features for a model.
+
+    Parameters
+    ----------
+    name: timm name of the network.
+    fingerprint: hash over its weights and all that is done to a tile before and after them.
+    mean, std: the normalisation of RGB in 0..1.
+    image_size: side in pixels to which a tile is resampled before it enters the network.
+    feature_dim: width of the features.
+    """
+
+    name: str
+    fingerprint: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    feature_dim: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ExtractorCard":
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+@dataclass(frozen=True)
+class BagHeader:
+    """All that a bag file says beside its tensors; scales run from coarse to fine."""
+
+    slide_id: str
+    scales: tuple[Scale, ...]
+    tile_px: TilePx
+    slide_mpp: Mpp
+    size_px0: tuple[int, int]
+    tiling: str  # tissue and tiling parameters, JSON
+    extractors: Mapping[str, ExtractorCard]
+    num_tiles: int  # of the finest scale
+
+    @property
+    def geometry(self) -> PyramidGrid:
+        return PyramidGrid(self.scales, self.tile_px, self.slide_mpp)
+
+    def bag_format(self) -> dict[str, Any]:
+        """What all bags of one model share, as plain values; a checkpoint holds it."""
+        return {
+            "tile_px": int(self.tile_px),
+            "scales": {
+                s.name: {"mpp": float(s.mpp), "extractor": _plain(self.extractors[s.name])}
+                for s in self.scales
+            },
+        }
+
+
+def _plain(card: ExtractorCard) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(card).items()}
+
+
+def describe_difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """The first way in which two bag formats differ, in words; None when they are the same."""
+    if wanted["tile_px"] != found["tile_px"]:
+        return f"tiles of {found['tile_px']} px instead of {wanted['tile_px']}"
+    if list(wanted["scales"]) != list(found["scales"]):
+        return f"scales {', '.join(found['scales'])} instead of {', '.join(wanted['scales'])}"
+    for name, scale in wanted["scales"].items():
+        other = found["scales"][name]
+        if scale["mpp"] != other["mpp"]:
+            return f"{name} at {other['mpp']:g} µm/px instead of {scale['mpp']:g}"
+        ours, theirs = scale["extractor"], other["extractor"]
+        if ours["fingerprint"] != theirs["fingerprint"]:
+            return (
+                f"{name} features of the extractor {theirs['name']} ({theirs['fingerprint'][:12]}) "
+                f"instead of {ours['name']} ({ours['fingerprint'][:12]})"
+            )
+    return None
+
+
+@dataclass(frozen=True)
+class Bag:
+    """The tiles of one slide; a bag without tiles is legal.
+
+    Parameters
+    ----------
+    features: per scale (N_s, D_s).
+    grid: per scale (N_s, 2) int32 row, col; in the order of the parents.
+    parent: per scale but the coarsest (N_s,) int32, row in the next coarser scale.
+    """
+
+    header: BagHeader
+    features: Mapping[str, Tensor]
+    grid: Mapping[str, Tensor]
+    parent: Mapping[str, Tensor]
+
+    @property
+    def slide_id(self) -> str:
+        return self.header.slide_id
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """Names, coarse to fine."""
+        return tuple(scale.name for scale in self.header.scales)
+
+    def num_tiles(self) -> dict[str, int]:
+        return {name: len(self.grid[name]) for name in self.scales}
+
+    def boxes_px0(self, scale: str) -> Tensor:
+        """(N_s, 4) left, top, right, bottom in level-0 pixels."""
+        number = self.scales.index(scale)
+        return torch.from_numpy(self.header.geometry.boxes_px0(number, self.grid[scale].numpy()))
+
+    def validate(self) -> None:
+        """Check every promise of the format.
+
+        Raises
+        ------
+        InputError
+            naming the slide, the scale and the promise that does not hold.
+        """
+        names = self.scales
+        if set(self.features) != set(names) or set(self.grid) != set(names):
+            self._refuse(f"features or grid of the scales {', '.join(names)} are missing")
+        if set(self.parent) != set(names[1:]):
+            self._refuse("every scale but the coarsest needs parents")
+        if len(self.grid[names[-1]]) != self.header.num_tiles:
+            self._refuse("the number of tiles is not the header's")
+        for number, name in enumerate(names):
+            features, grid = self.features[name], self.grid[name]
+            if features.ndim != 2 or grid.shape != (len(features), 2):
+                self._refuse(
+                    f"{name}: features {tuple(features.shape)} for grid {tuple(grid.shape)}"
+                )
+            if features.shape[1] != self.header.extractors[name].feature_dim:
+                self._refuse(f"{name}: features are not as wide as their extractor's")
+            if grid.dtype != torch.int32 or bool((grid < 0).any()):
+                self._refuse(f"{name}: the grid must be non-negative int32")
+            if number > 0:
+                self._validate_parents(number)
+        for name in names:
+            if not bool(torch.isfinite(self.features[name]).all()):
+                self._refuse(f"{name}: some features are not finite")
+
+    def _validate_parents(self, number: int) -> None:
+        name, coarser = self.scales[number], self.scales[number - 1]
+        parent, grid = self.parent[name], self.grid[name]
+        if parent.shape != (len(grid),) or parent.dtype != torch.int32:
+            self._refuse(f"{name}: parents must be (N,) int32")
+        if len(parent) == 0:
+            return
+        if parent.min() < 0 or parent.max() >= len(self.grid[coarser]):
+            self._refuse(
+                f"{name}: a parent is not among the {len(self.grid[coarser])} of {coarser}"
+            )
+        if bool((parent[1:] < parent[:-1]).any()):
+            self._refuse(f"{name}: tiles do not lie in the order of their parents")
+        ratio = self.header.geometry.ratio(number - 1, number)
+        if not torch.equal(self.grid[coarser][parent.long()], grid // ratio):
+            self._refuse(f"{name}: a tile does not lie inside its parent")
+
+    def _refuse(self, reason: str) -> None:
+        raise InputError(f"bag {self.slide_id}: {reason}; embed the slide again")
+
+
+def header_to_metadata(header: BagHeader) -> dict[str, str]:
+    """The header as safetensors wants it: strings."""
+    return {
+        "slide_id": header.slide_id,
+        "slide_mpp": repr(float(header.slide_mpp)),
+        "size_px0": json.dumps(list(header.size_px0)),
+        "tile_px": str(header.tile_px),
+        "scales": json.dumps({scale.name: float(scale.mpp) for scale in header.scales}),
+        "tiling": header.tiling,
+        "num_tiles": str(header.num_tiles),
+        "extractors": json.dumps({name: _plain(c) for name, c in header.extractors.items()}),
+    }
+
+
+def header_from_metadata(metadata: Mapping[str, str]) -> BagHeader:
+    """The inverse of :func:`header_to_metadata`."""
+    width_px0, height_px0 = json.loads(metadata["size_px0"])
+    extractors = json.loads(metadata["extractors"])
+    return BagHeader(
+        slide_id=metadata["slide_id"],
+        scales=parse_scales(json.loads(metadata["scales"])),
+        tile_px=TilePx(int(metadata["tile_px"])),
+        slide_mpp=Mpp(float(metadata["slide_mpp"])),
+        size_px0=(width_px0, height_px0),
+        tiling=metadata["tiling"],
+        num_tiles=int(metadata["num_tiles"]),
+        extractors={name: ExtractorCard.from_dict(card) for name, card in extractors.items()},
+    )

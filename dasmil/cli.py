@@ -1,0 +1,82 @@
+"""The command line: LightningCLI's verbs and the pipeline's verbs, nothing else."""
+
+import inspect
+import sys
+from collections.abc import Sequence
+
+from dasmil.errors import InputError
+
+USAGE = """\
+usage: python -m dasmil VERB [--config FILE] [options]
+
+slides → predictions
+  tile      find tissue and lay an aligned tile pyramid over every slide
+  embed     tiles → bag files, with one frozen extractor per scale
+  fit       train: an extractor (configs/dino.yaml) or DAS-MIL (configs/dasmil.yaml)
+  validate  the validation figures of a checkpoint
+  test      the test figures of a checkpoint
+  predict   scores, instance tables and overlays for a folder of bags
+
+  demo      the whole road on a small synthetic cohort, no download
+
+`python -m dasmil VERB --help` shows the options of a verb, --print_config a complete YAML.
+"""
+
+LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code (0 well, 1 a slide failed, 2 bad input)."""
+    args = list(sys.argv[1:] if args is None else args)
+    verb, rest = (args[0], args[1:]) if args else ("", [])
+    try:
+        if verb in LIGHTNING_VERBS:
+            from dasmil.lightning_cli import run
+
+            return run(verb, rest)
+        if verb == "embed":
+            return _embed(rest)
+        if verb == "tile":
+            from jsonargparse import auto_cli
+
+            from dasmil.slides.tile import tile
+
+            return int(auto_cli(tile, as_positional=False, args=rest))
+        if verb == "demo":
+            from jsonargparse import auto_cli
+
+            from dasmil.demo.run import demo
+
+            return int(auto_cli(demo, as_positional=False, args=rest))
+    except InputError as error:
+        # a reading process wraps the sentence in its traceback
+        sentence = str(error).rsplit("InputError: ", 1)[-1].strip()
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
+    if verb in ("", "-h", "--help"):
+        print(USAGE)
+        return 0
+    if verb == "--version":
+        from dasmil import __version__
+
+        print(__version__)
+        return 0
+    print(f"error: no verb {verb!r}\n\n{USAGE}", file=sys.stderr)
+    return 2
+
+
+def _embed(args: Sequence[str]) -> int:
+    from jsonargparse import ActionConfigFile, ArgumentParser
+    from lightning.pytorch import Trainer
+
+    from dasmil.embedding.embed import embed
+
+    parser = ArgumentParser(prog="dasmil embed", description=inspect.getdoc(embed))
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_function_arguments(embed, skip={"trainer"}, as_positional=False)
+    parser.add_class_arguments(Trainer, "trainer")
+    parser.set_defaults({"trainer.logger": False, "trainer.enable_checkpointing": False})
+    parser.set_defaults({"trainer.enable_model_summary": False})
+    values = parser.instantiate(parser.parse_args(list(args)))
+    values.pop("config", None)
+    return embed(**values.as_dict())

@@ -1,0 +1,221 @@
+"""Cached bags as graphs, in parts: what DAS-MIL is trained and tested on."""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from dasmil.bags import (
+    UNKNOWN,
+    BagGraph,
+    bag_graph,
+    bag_path,
+    describe_difference,
+    join_graphs,
+    read_bag,
+    read_header,
+)
+from dasmil.errors import InputError
+from dasmil.slides.cohort import SlideRow, read_cohort, split_cohort
+
+
+class BagDataset(Dataset[BagGraph]):
+    """One graph a slide, made from its bag file when it is asked for."""
+
+    def __init__(self, folder: Path, rows: Sequence[SlideRow], classes: Sequence[str]):
+        self.folder = folder
+        self.rows = rows
+        self.labels = [UNKNOWN if r.label is None else list(classes).index(r.label) for r in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> BagGraph:
+        bag = read_bag(bag_path(self.folder, self.rows[index].slide_id))
+        return bag_graph(bag, self.labels[index])
+
+
+class BagDataModule(LightningDataModule):
+    """Bags of a cohort, divided into train, val and test.
+
+    The parts are the cohort table's ``split`` column; what it leaves open is drawn by patient and
+    stratified by label (:func:`dasmil.slides.cohort.split_cohort`).
+
+    Parameters
+    ----------
+    bags: folder of bag files with its ``cohort.csv``.
+    classes: the labels in their order; for two classes the second is the positive one.
+    batch_size: slides a step; evaluation gives the same result at any size.
+    num_workers: reading processes of each device.
+    val_fraction, test_fraction, split_seed: how parts are drawn where the table gives none.
+    split: part of each slide as a checkpoint remembers it; used where the table gives none, and
+        then a slide it does not know is a test slide.
+    allow_seen_slides: accept validation and test slides whose pixels an extractor was trained on.
+    """
+
+    def __init__(
+        self,
+        bags: Path,
+        classes: list[str],
+        batch_size: int = 1,
+        num_workers: int = 2,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        split: dict[str, str] | None = None,
+        allow_seen_slides: bool = False,
+    ):
+        super().__init__()
+        if len(classes) < 2 or len(set(classes)) != len(classes):
+            raise InputError(f"data.classes: {classes} must name at least two different labels")
+        self.folder = Path(bags)
+        self.classes = list(classes)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.split_seed = split_seed
+        self.given_split = split
+        self.allow_seen_slides = allow_seen_slides
+        self.rows: list[SlideRow] = []
+        self.split: dict[str, str] = {}
+        self.bag_format: dict[str, Any] = {}
+        self.empty: set[str] = set()
+
+    def setup(self, stage: str) -> None:
+        cohort = self._read_cohort()
+        self.rows = [r for r in cohort if bag_path(self.folder, r.slide_id).exists()]
+        _say_missing(self.folder, [r.slide_id for r in cohort if r not in self.rows])
+        if not self.rows:
+            raise InputError(f"{self.folder}: no bag file for any slide of its cohort.csv")
+        self._read_headers()
+        self.split = self._parts(cohort)
+        if stage == "fit":
+            self._refuse_missing_classes("train", "val")
+        if stage != "predict" and not self.allow_seen_slides:
+            self._refuse_seen_slides()
+
+    def part(self, name: str) -> list[SlideRow]:
+        """The slides of a part that have a bag; training leaves bags without tiles out."""
+        rows = [row for row in self.rows if self.split.get(row.slide_id) == name]
+        if name == "train":
+            return [row for row in rows if row.slide_id not in self.empty]
+        return rows
+
+    def train_dataloader(self) -> DataLoader[BagGraph]:
+        return self._loader(self.part("train"), shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[BagGraph]:
+        return self._loader(self._evaluated("val"))
+
+    def test_dataloader(self) -> DataLoader[BagGraph]:
+        return self._loader(self._evaluated("test"))
+
+    def predict_dataloader(self) -> DataLoader[BagGraph]:
+        return self._loader(self.rows)
+
+    def _evaluated(self, name: str) -> list[SlideRow]:
+        rows = self.part(name)
+        if not rows:
+            raise InputError(f"{self.folder}: no labelled slide is in the part {name!r}")
+        return rows
+
+    def _loader(self, rows: Sequence[SlideRow], shuffle: bool = False) -> DataLoader[BagGraph]:
+        """Every process gets the same number of batches.
+
+        In evaluation some slides may so come twice; the module counts each slide once.
+        """
+        world, rank = 1, 0
+        if self.trainer is not None:
+            world, rank = self.trainer.world_size, self.trainer.global_rank
+        dataset = BagDataset(self.folder, rows, self.classes)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=DistributedSampler(dataset, world, rank, shuffle=shuffle, seed=self.split_seed),
+            collate_fn=join_graphs,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _read_cohort(self) -> list[SlideRow]:
+        cohort = read_cohort(self.folder / "cohort.csv")
+        for row in cohort:
+            if row.label is not None and row.label not in self.classes:
+                raise InputError(
+                    f"{self.folder / 'cohort.csv'}: slide {row.slide_id} has the label "
+                    f"{row.label!r}, data.classes are {', '.join(self.classes)}"
+                )
+        return cohort
+
+    def _read_headers(self) -> None:
+        """All bags must share one format; remember it, and which bags hold no tile."""
+        headers = {
+            row.slide_id: read_header(bag_path(self.folder, row.slide_id)) for row in self.rows
+        }
+        first_id, first = next(iter(headers.items()))
+        self.bag_format = first.bag_format()
+        for slide_id, header in headers.items():
+            difference = describe_difference(self.bag_format, header.bag_format())
+            if difference:
+                raise InputError(
+                    f"{self.folder}: the bag {slide_id} holds {difference} (as in {first_id}); "
+                    "embed all slides in the same way"
+                )
+            if header.num_tiles == 0:
+                self.empty.add(slide_id)
+
+    def _parts(self, cohort: Sequence[SlideRow]) -> dict[str, str]:
+        if self.given_split is not None and not any(row.split for row in cohort):
+            labelled = [row.slide_id for row in cohort if row.label is not None]
+            return {slide_id: self.given_split.get(slide_id, "test") for slide_id in labelled}
+        return split_cohort(
+            cohort,
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            seed=self.split_seed,
+        )
+
+    def _refuse_missing_classes(self, *parts: str) -> None:
+        for part in parts:
+            present = {row.label for row in self.part(part)}
+            missing = [name for name in self.classes if name not in present]
+            if missing:
+                raise InputError(
+                    f"{self.folder}: the part {part!r} has no slide of class {', '.join(missing)}; "
+                    "fill the split column of cohort.csv, or change the fractions or data.split_seed"
+                )
+
+    def _refuse_seen_slides(self) -> None:
+        """A slide that an extractor has seen in its own training is no fair test of the whole."""
+        path = self.folder / "extractors.json"
+        if not path.exists():
+            return
+        held_out = {s for s, part in self.split.items() if part in ("val", "test")}
+        for scale, record in json.loads(path.read_text()).items():
+            seen = sorted(held_out & set(record["trained_on"]))
+            if seen:
+                raise InputError(
+                    f"{path}: the {scale} extractor was trained on {len(seen)} slide(s) that are "
+                    f"held out here ({', '.join(seen[:3])}); use the same split for both, or set "
+                    "data.allow_seen_slides if that is meant"
+                )
+
+
+def _say_missing(folder: Path, slide_ids: Sequence[str]) -> None:
+    if slide_ids:
+        warnings.warn(
+            f"{folder}: {len(slide_ids)} slide(s) of cohort.csv have no bag file and are left out: "
+            f"{', '.join(slide_ids[:10])}; see status.csv there",
+            stacklevel=2,
+        )
+
+
+def data_defaults(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of :class:`BagDataModule` that a DAS-MIL checkpoint knows."""
+    hparams = checkpoint["hyper_parameters"]
+    return {"classes": hparams["classes"], "split": hparams["split"]}

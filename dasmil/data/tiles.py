@@ -1,0 +1,207 @@
+"""Pixels for self-supervision: augmented crops of tiles, read straight from the slides."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightly.transforms.dino_transform import DINOTransform
+from lightning.pytorch import LightningDataModule
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from dasmil.errors import InputError
+from dasmil.slides.cohort import SlideRow, read_cohort, split_cohort
+from dasmil.slides.reader import Slide
+from dasmil.slides.tile import tiles_path
+from dasmil.slides.tiling import read_tiles
+
+MAX_OPEN_SLIDES = 32  # of each reading process
+
+
+class TileDataset(Dataset[list[Tensor]]):
+    """Views of single tiles; an item is named by (number of the slide, row of the tile).
+
+    Parameters
+    ----------
+    rows: the slides.
+    boxes_px0: per slide (N, 4) level-0 boxes of its tiles.
+    tile_px: side to which a tile is resampled.
+    transform: PIL image → list of views.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[SlideRow],
+        boxes_px0: Sequence[np.ndarray],
+        tile_px: int,
+        transform: DINOTransform,
+    ):
+        self.rows = rows
+        self.boxes_px0 = boxes_px0
+        self.tile_px = tile_px
+        self.transform = transform
+        self._open: dict[int, Slide] = {}
+
+    def __getitem__(self, index: tuple[int, int]) -> list[Tensor]:
+        number, row = index
+        pixels = self._slide(number).read(self.boxes_px0[number][row], (self.tile_px,) * 2)
+        return self.transform(Image.fromarray(pixels))
+
+    def __len__(self) -> int:
+        return sum(len(boxes) for boxes in self.boxes_px0)
+
+    def _slide(self, number: int) -> Slide:
+        """Slides stay open in the process that reads them, the oldest giving way to the newest."""
+        if number not in self._open:
+            if len(self._open) == MAX_OPEN_SLIDES:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[number] = Slide(self.rows[number])
+        return self._open[number]
+
+
+class EvenSlideSampler(DistributedSampler[list[Tensor]]):
+    """The same number of tiles from every slide, however many it has, in random order.
+
+    A slide's tiles come without repetition until it has no more. The epoch number decides the draw,
+    so every process draws the same and takes its own share.
+
+    Parameters
+    ----------
+    sizes: tiles of each slide.
+    num_samples: tiles an epoch, over all processes.
+    """
+
+    def __init__(self, sizes: Sequence[int], num_samples: int, world: int, rank: int, seed: int):
+        self.sizes = sizes
+        self.draws = num_samples
+        super().__init__(range(num_samples), world, rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        generator = np.random.default_rng((self.seed, self.epoch))
+        rounds = -(-self.draws // len(self.sizes))
+        slides = np.concatenate([generator.permutation(len(self.sizes)) for _ in range(rounds)])
+        orders = [
+            np.concatenate([generator.permutation(size) for _ in range(-(-rounds // size))])
+            for size in self.sizes
+        ]
+        rows = np.empty_like(slides)
+        for number, order in enumerate(orders):
+            rows[slides == number] = order[:rounds]
+        mine = slice(self.rank, self.total_size, self.num_replicas)
+        return iter(list(zip(slides[mine].tolist(), rows[mine].tolist(), strict=True)))
+
+
+class TileDataModule(LightningDataModule):
+    """DINO's crops of one scale's tiles, from the training slides only.
+
+    Parameters
+    ----------
+    tiles: folder that ``tile`` wrote.
+    scale: which of its scales.
+    batch_size: tiles a step of each device.
+    tiles_per_epoch: tiles an epoch over all devices; all tiles of the training slides by default.
+    num_workers: reading processes of each device.
+    global_crop_px, global_crop_scale: side of the two large crops; share of the tile they cover.
+    local_crop_px, local_crop_scale, num_local_crops: the same of the small crops, and how many.
+    vertical_flip: probability; tissue has no upside.
+    augmentation: further arguments of lightly's ``DINOTransform``.
+    val_fraction, test_fraction, split_seed: as in :class:`BagDataModule`, so that both see the same
+        training slides where the cohort table gives no split.
+    """
+
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+
+    def __init__(
+        self,
+        tiles: Path,
+        scale: str,
+        batch_size: int = 64,
+        tiles_per_epoch: int | None = None,
+        num_workers: int = 2,
+        global_crop_px: int = 224,
+        global_crop_scale: tuple[float, float] = (0.4, 1.0),
+        local_crop_px: int = 96,
+        local_crop_scale: tuple[float, float] = (0.05, 0.4),
+        num_local_crops: int = 6,
+        vertical_flip: float = 0.5,
+        augmentation: dict[str, Any] | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+    ):
+        super().__init__()
+        self.folder = Path(tiles)
+        self.scale = scale
+        self.batch_size = batch_size
+        self.tiles_per_epoch = tiles_per_epoch
+        self.num_workers = num_workers
+        self.split_arguments = {
+            "val_fraction": val_fraction,
+            "test_fraction": test_fraction,
+            "seed": split_seed,
+        }
+        self.transform = DINOTransform(
+            global_crop_size=global_crop_px,
+            global_crop_scale=global_crop_scale,
+            local_crop_size=local_crop_px,
+            local_crop_scale=local_crop_scale,
+            n_local_views=num_local_crops,
+            vf_prob=vertical_flip,
+            normalize={"mean": list(self.mean), "std": list(self.std)},
+            **(augmentation or {}),
+        )
+        self.rows: list[SlideRow] = []
+        self.boxes_px0: list[np.ndarray] = []
+        self.tile_px = 0
+        self.mpp = 0.0
+
+    def setup(self, stage: str) -> None:
+        cohort = read_cohort(self.folder / "cohort.csv")
+        split = split_cohort(cohort, **self.split_arguments)
+        self.rows, self.boxes_px0 = [], []
+        for row in cohort:
+            path = tiles_path(self.folder, row.slide_id)
+            if split.get(row.slide_id, row.split or "train") != "train" or not path.exists():
+                continue
+            pyramid = read_tiles(path)
+            mpps = {scale.name: scale.mpp for scale in pyramid.scales}
+            if self.scale not in mpps:
+                raise InputError(
+                    f"data.scale {self.scale!r}: {self.folder} holds {', '.join(mpps)}; "
+                    "choose one of these, or tile again with it"
+                )
+            self.tile_px, self.mpp = pyramid.tile_px, mpps[self.scale]
+            if len(pyramid.grid[self.scale]):
+                self.rows.append(row)
+                self.boxes_px0.append(pyramid.boxes_px0(self.scale))
+        if not self.rows:
+            raise InputError(f"{self.folder}: no training slide has tiles; see its status.csv")
+
+    def train_dataloader(self) -> DataLoader[list[Tensor]]:
+        dataset = TileDataset(self.rows, self.boxes_px0, self.tile_px, self.transform)
+        sampler = EvenSlideSampler(
+            [len(boxes) for boxes in self.boxes_px0],
+            self.tiles_per_epoch or len(dataset),
+            self.trainer.world_size if self.trainer else 1,
+            self.trainer.global_rank if self.trainer else 0,
+            self.split_arguments["seed"],
+        )
+        if len(sampler) < self.batch_size:
+            raise InputError(
+                f"{self.folder}: {len(sampler)} tiles an epoch and process do not fill one batch of "
+                f"{self.batch_size}; lower data.batch_size"
+            )
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            drop_last=True,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )

@@ -1,0 +1,97 @@
+"""The prediction callback that puts a slide's features together and writes its bag file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from dasmil.bags import Bag, BagHeader, ExtractorCard, bag_path, write_bag
+from dasmil.embedding.dataset import TileChunk
+from dasmil.files import write_text
+from dasmil.slides.tiling import TilePyramid, read_tiles
+
+
+def bag_header(tiles: TilePyramid, cards: Mapping[str, ExtractorCard]) -> BagHeader:
+    """The header of the bag that these extractors make of these tiles."""
+    return BagHeader(
+        slide_id=tiles.slide_id,
+        scales=tiles.scales,
+        tile_px=tiles.tile_px,
+        slide_mpp=tiles.slide_mpp,
+        size_px0=tiles.size_px0,
+        tiling=tiles.tiling,
+        extractors=dict(cards),
+        num_tiles=tiles.num_tiles()[tiles.scales[-1].name],
+    )
+
+
+class BagWriter(BasePredictionWriter):
+    """Collects the chunks of each slide and writes its bag when the last one is there.
+
+    Parameters
+    ----------
+    tile_files: tile table of each slide, by number.
+    output: folder of bag files.
+    cards: extractor per scale.
+    """
+
+    def __init__(
+        self, tile_files: Sequence[Path], output: Path, cards: Mapping[str, ExtractorCard]
+    ):
+        super().__init__("batch")
+        self.tile_files = tile_files
+        self.output = output
+        self.cards = cards
+        self._features: dict[int, dict[str, Tensor]] = {}
+        self._waiting: dict[int, int] = {}
+        self._failed: set[int] = set()
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Tensor,
+        batch_indices: Sequence[int] | None,
+        batch: TileChunk,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        number = batch.slide
+        if number in self._failed:
+            return
+        if batch.error is not None:
+            self._failed.add(number)
+            self._features.pop(number, None)
+            slide_id = self.tile_files[number].stem
+            write_text(failure_path(self.output, slide_id), batch.error)
+            return
+        tiles = read_tiles(self.tile_files[number])
+        if number not in self._features:
+            self._features[number] = {
+                name: torch.empty(count, self.cards[name].feature_dim, dtype=torch.float16)
+                for name, count in tiles.num_tiles().items()
+            }
+            self._waiting[number] = sum(tiles.num_tiles().values())
+        stop = batch.start + len(prediction)
+        self._features[number][batch.scale][batch.start : stop] = prediction.half().cpu()
+        self._waiting[number] -= len(prediction)
+        if self._waiting[number] == 0:
+            self._write(tiles, self._features.pop(number))
+
+    def _write(self, tiles: TilePyramid, features: dict[str, Tensor]) -> None:
+        bag = Bag(
+            header=bag_header(tiles, self.cards),
+            features=features,
+            grid={name: torch.from_numpy(grid) for name, grid in tiles.grid.items()},
+            parent={name: torch.from_numpy(parent) for name, parent in tiles.parent.items()},
+        )
+        write_bag(bag_path(self.output, tiles.slide_id), bag)
+        failure_path(self.output, tiles.slide_id).unlink(missing_ok=True)
+
+
+def failure_path(output: Path, slide_id: str) -> Path:
+    """Where the reason is kept for a slide that could not be embedded."""
+    return output / "failed" / f"{slide_id}.txt"

@@ -1,0 +1,8 @@
+"""The one exception that means "your input is wrong", as opposed to "our code is wrong"."""
+
+
+class InputError(ValueError):
+    """Bad input, said in one sentence: which file, what is wrong, what to do.
+
+    The command line prints the sentence without a traceback and exits with code 2.
+    """

@@ -1,0 +1,128 @@
+"""LightningCLI as dasmil uses it: ``fit`` from YAML, evaluation from a checkpoint alone."""
+
+import argparse
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from dasmil.checkpoint import load_checkpoint
+from dasmil.data.bags import data_defaults
+from dasmil.errors import InputError
+from dasmil.files import write_text
+from dasmil.modules.mil import DASMILModule
+from dasmil.reports.predictions import PredictionWriter
+
+
+def run(verb: str, args: Sequence[str]) -> int:
+    """One of LightningCLI's verbs; returns the exit code."""
+    _keep_whole_numbers()
+    DasmilCLI(verb, list(args))
+    return 0
+
+
+def _keep_whole_numbers() -> None:
+    """``limit_train_batches: 1`` means one batch; as annotated it would be read as 1.0, all data."""
+    annotations = inspect.unwrap(Trainer.__init__).__annotations__
+    for part in ("train", "val", "test", "predict"):
+        annotations[f"limit_{part}_batches"] = int | float | None
+
+
+class DasmilCLI(LightningCLI):
+    """LightningCLI with ``--bags`` and ``--output`` for evaluation, where ``--ckpt_path`` suffices.
+
+    The checkpoint says which model it is and what its classes and split are; what stands in a
+    config file or on the command line comes on top.
+    """
+
+    def __init__(self, verb: str, args: list[str]):
+        self.verb = verb
+        self.defaults = {} if verb == "fit" else _evaluation_defaults(verb, args)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=SaveConfigCallback if verb == "fit" else None,
+            save_config_kwargs={"overwrite": True},
+            args=[verb, *args],
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the verb that is run: building the others' parsers takes seconds."""
+        return {self.verb: LightningCLI.subcommands()[self.verb]}
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            parser.add_argument("--bags", type=str | None, help="folder of bags (as --data.bags)")
+            parser.add_argument("--output", type=str | None, help="folder for what is written")
+            parser.set_defaults({"trainer.logger": False, **self.defaults})
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint override YAML and command line; here it is the other way."""
+
+    @property
+    def output(self) -> Path | None:
+        folder = self._get(self.config, "output")
+        return Path(folder) if folder else None
+
+    def before_predict(self) -> None:
+        if self.output is None:
+            raise InputError("predict: give --output, the folder for predictions and overlays")
+        self.trainer.callbacks.append(PredictionWriter(self.output))  # type: ignore[attr-defined]
+
+    def after_validate(self) -> None:
+        self._write_metrics()
+
+    def after_test(self) -> None:
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
+        if self.output is not None and self.trainer.is_global_zero:
+            metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            write_text(self.output / f"{self.verb}_metrics.json", json.dumps(metrics, indent=2))
+
+    def after_fit(self) -> None:
+        keeper = self.trainer.checkpoint_callback
+        if isinstance(keeper, ModelCheckpoint) and self.trainer.is_global_zero:
+            score = keeper.best_model_score
+            name = "" if score is None else f" ({keeper.monitor} {float(score):.4f})"
+            print(f"fit: checkpoint {keeper.best_model_path or keeper.last_model_path}{name}")
+
+
+def _evaluation_defaults(verb: str, args: Sequence[str]) -> dict[str, Any]:
+    """Defaults of the verb's parser, as far as the checkpoint and the bags determine them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--bags")
+    given, _ = parser.parse_known_args(list(args))
+    if given.ckpt_path is None:
+        return {}
+    checkpoint = load_checkpoint(Path(given.ckpt_path))
+    hparams = dict(checkpoint.get("hyper_parameters", {}))
+    if hparams.get("bag_format") is None:
+        raise InputError(
+            f"{given.ckpt_path}: holds no DAS-MIL model, so there is nothing to {verb}"
+        )
+    hparams.pop("_instantiator", None)
+    class_path = hparams.pop("_class_path", f"{DASMILModule.__module__}.{DASMILModule.__name__}")
+    data = data_defaults(checkpoint)
+    if given.bags is not None:
+        data["bags"] = given.bags
+    return {
+        "model": {"class_path": class_path, "init_args": hparams},
+        "data": {"class_path": "dasmil.data.BagDataModule", "init_args": data},
+    }

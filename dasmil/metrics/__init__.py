@@ -1,0 +1,5 @@
+"""Slide-level figures."""
+
+from dasmil.metrics.slide import class_probabilities, slide_metrics
+
+__all__ = ["class_probabilities", "slide_metrics"]

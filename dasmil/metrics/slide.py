@@ -1,0 +1,43 @@
+"""Slide-level figures from probabilities."""
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    binary_accuracy,
+    binary_auroc,
+    multiclass_accuracy,
+    multiclass_auroc,
+)
+
+
+def class_probabilities(logits: Tensor) -> Tensor:
+    """(B, C) logits → (B, P) probabilities of the classes; one logit stands for two classes."""
+    if logits.shape[1] == 1:
+        positive = logits.sigmoid()
+        return torch.cat([1 - positive, positive], dim=1)
+    return logits.softmax(dim=1)
+
+
+def slide_metrics(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    """AUROC (macro one-vs-rest for P > 2) and accuracy (at 0.5, or of the most probable class).
+
+    Parameters
+    ----------
+    probabilities: (n, P), all slides at once.
+    labels: (n,) int64.
+
+    Returns
+    -------
+    ``auroc`` is nan when a class has no slide: then it is not defined.
+    """
+    num_classes = probabilities.shape[1]
+    defined = len(labels.unique()) == num_classes
+    if num_classes == 2:
+        positive = probabilities[:, 1]
+        auroc = binary_auroc(positive, labels) if defined else torch.tensor(float("nan"))
+        accuracy = binary_accuracy(positive, labels)
+    else:
+        multiclass = multiclass_auroc(probabilities, labels, num_classes) if defined else None
+        auroc = torch.tensor(float("nan")) if multiclass is None else multiclass
+        accuracy = multiclass_accuracy(probabilities, labels, num_classes, average="micro")
+    return {"auroc": auroc.item(), "accuracy": accuracy.item()}

@@ -1,0 +1,218 @@
+"""Self-supervised pretraining of one scale's extractor.
+
+Paper: Bontempo et al. 2023, section 3, "Feature Extraction"; the method and its schedules are
+Caron et al. 2021 (DINO), the loss, head and crops lightly's.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightly.loss import DINOLoss
+from lightly.models.modules import DINOProjectionHead
+from lightly.models.utils import (
+    deactivate_requires_grad,
+    get_weight_decay_parameters,
+    update_momentum,
+)
+from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from dasmil.data.tiles import TileDataModule
+from dasmil.embedding.extractor import ExtractorRecord, vit_backbone
+
+SHOWN_TILES = 8
+
+
+class DINONetwork(nn.Module):
+    """A ViT with DINO's projection head; student and teacher are one each."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """(N, 3, S, S) → (N, K)."""
+        return self.head(self.backbone(crops))
+
+
+class DINOModule(LightningModule):
+    """DINO for a timm ViT; the teacher's backbone is what ``embed`` takes from the checkpoint.
+
+    Parameters
+    ----------
+    backbone: timm name of a ViT.
+    image_size: side in pixels at which whole tiles are embedded later.
+    drop_path: stochastic depth of the student.
+    output_dim, hidden_dim, bottleneck_dim: of the projection head.
+    norm_last_layer: keep the norm of the last layer's weights fixed.
+    freeze_last_layer_epochs: epochs in which the last layer does not learn.
+    student_temperature: τ_s.
+    teacher_temperature: τ_t from and to, over ``teacher_temperature_epochs``.
+    center_momentum: of the teacher's centre.
+    teacher_momentum: of the teacher's weights, from and to.
+    learning_rate: for 256 tiles a step over all devices; scaled linearly to the actual number.
+    min_learning_rate: end of the cosine.
+    warmup_epochs: of the learning rate.
+    weight_decay: from and to; biases and norms have none.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "vit_small_patch16_224",
+        image_size: int = 256,
+        drop_path: float = 0.1,
+        output_dim: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+        freeze_last_layer_epochs: int = 1,
+        student_temperature: float = 0.1,
+        teacher_temperature: tuple[float, float] = (0.04, 0.07),
+        teacher_temperature_epochs: int = 30,
+        center_momentum: float = 0.9,
+        teacher_momentum: tuple[float, float] = (0.996, 1.0),
+        learning_rate: float = 5e-4,
+        min_learning_rate: float = 1e-6,
+        warmup_epochs: int = 10,
+        weight_decay: tuple[float, float] = (0.04, 0.4),
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        student = vit_backbone(backbone, image_size, drop_path)
+        teacher = vit_backbone(backbone, image_size)
+        head = (student.num_features, hidden_dim, bottleneck_dim, output_dim)
+        options = {"norm_last_layer": norm_last_layer}
+        self.student = DINONetwork(
+            student,
+            DINOProjectionHead(*head, freeze_last_layer=freeze_last_layer_epochs, **options),
+        )
+        self.teacher = DINONetwork(teacher, DINOProjectionHead(*head, **options))
+        self.teacher.load_state_dict(self.student.state_dict())
+        deactivate_requires_grad(self.teacher)
+        self.loss = DINOLoss(
+            output_dim,
+            warmup_teacher_temp=teacher_temperature[0],
+            teacher_temp=teacher_temperature[1],
+            warmup_teacher_temp_epochs=teacher_temperature_epochs,
+            student_temp=student_temperature,
+            center_momentum=center_momentum,
+        )
+        self.record: dict[str, Any] | None = None
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TileDataModule):
+            record = ExtractorRecord(
+                name=self.hparams["backbone"],
+                image_size=self.hparams["image_size"],
+                mean=data.mean,
+                std=data.std,
+                scale=data.scale,
+                mpp=data.mpp,
+                tile_px=data.tile_px,
+                trained_on=tuple(row.slide_id for row in data.rows),
+            )
+            self.record = asdict(record)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["extractor"] = self.record
+
+    def training_step(self, crops: list[Tensor], batch_idx: int) -> Tensor:
+        """``crops``: two large views, then the small ones; each (B, 3, S, S)."""
+        self._follow_schedules()
+        large, small = crops[:2], crops[2:]
+        with torch.no_grad():
+            teacher_out = self.teacher(torch.cat(large))  # (2B, K)
+        student_out = [*self.student(torch.cat(large)).chunk(2)]
+        if small:
+            student_out += self.student(torch.cat(small)).chunk(len(small))
+        self._log_teacher(teacher_out)
+        loss = self.loss(list(teacher_out.chunk(2)), student_out, epoch=self.current_epoch)
+        self.log("train/loss", loss, prog_bar=True)
+        if batch_idx == 0 and self.current_epoch == 0:
+            self._show(crops)
+        return loss
+
+    def on_after_backward(self) -> None:
+        self.student.head.cancel_last_layer_gradients(self.current_epoch)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        start, end = self.hparams["teacher_momentum"]
+        momentum = cosine_schedule(self.global_step, self._num_steps + 1, start, end)
+        update_momentum(self.student, self.teacher, momentum)
+        self.log("schedule/teacher_momentum", momentum)
+
+    @property
+    def _num_steps(self) -> int:
+        return int(self.trainer.estimated_stepping_batches)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        decayed, not_decayed = get_weight_decay_parameters([self.student])
+        groups = [
+            {"name": "decayed", "params": decayed},
+            {"name": "not decayed", "params": not_decayed, "weight_decay": 0.0},
+        ]
+        hp = self.hparams
+        return torch.optim.AdamW(groups, lr=self._base_rate, weight_decay=hp["weight_decay"][0])
+
+    @property
+    def _base_rate(self) -> float:
+        data = getattr(self.trainer, "datamodule", None)
+        batch_size = data.batch_size if isinstance(data, TileDataModule) else 256
+        tiles = batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return float(self.hparams["learning_rate"] * tiles / 256)
+
+    def _follow_schedules(self) -> None:
+        """Learning rate and weight decay of this step."""
+        hp, steps = self.hparams, self._num_steps
+        warmup_steps = round(
+            steps * min(1, hp["warmup_epochs"] / max(1, self.trainer.max_epochs or 1))
+        )
+        rate = cosine_warmup_schedule(
+            self.global_step,
+            steps + 1,
+            self._base_rate,
+            hp["min_learning_rate"],
+            warmup_steps=warmup_steps,
+            warmup_start_value=self._base_rate / max(1, warmup_steps),
+        )
+        decay = cosine_schedule(self.global_step, steps + 1, *hp["weight_decay"])
+        for group in self.optimizers().param_groups:
+            group["lr"] = rate
+            if group["name"] == "decayed":
+                group["weight_decay"] = decay
+        self.log_dict({"schedule/learning_rate": rate, "schedule/weight_decay": decay})
+
+    def _log_teacher(self, teacher_out: Tensor) -> None:
+        """A collapse shows: the entropy goes to 0 (one output wins) or to log K (all alike)."""
+        loss, epoch = self.loss, self.current_epoch
+        warm = epoch < loss.warmup_teacher_temp_epochs
+        temperature = float(loss.teacher_temp_schedule[epoch]) if warm else loss.teacher_temp
+        p = ((teacher_out - loss.center[0]) / temperature).softmax(dim=1)
+        self.log_dict(
+            {
+                "schedule/teacher_temperature": temperature,
+                "teacher/entropy": torch.special.entr(p).sum(1).mean(),
+                "teacher/entropy_of_mean": torch.special.entr(p.mean(0)).sum(),
+                "teacher/centre_norm": loss.center.norm(),
+            }
+        )
+
+    def _show(self, crops: list[Tensor]) -> None:
+        """A picture of what goes in: one row a tile, one column a view."""
+        if not isinstance(self.logger, TensorBoardLogger) or not self.trainer.is_global_zero:
+            return
+        side = crops[0].shape[-1]
+        views = torch.stack(
+            [nn.functional.interpolate(view[:SHOWN_TILES], (side, side)) for view in crops], dim=1
+        )  # (tiles, views, 3, S, S)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        mean = torch.tensor(data.mean, device=views.device).view(3, 1, 1)
+        std = torch.tensor(data.std, device=views.device).view(3, 1, 1)
+        picture = make_grid((views.flatten(0, 1) * std + mean).clamp(0, 1), nrow=len(crops))
+        self.logger.experiment.add_image("train/crops", picture, self.global_step)

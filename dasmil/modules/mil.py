@@ -1,0 +1,281 @@
+"""Training and evaluation of DAS-MIL."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from dasmil.bags import BagGraph, describe_difference
+from dasmil.data.bags import BagDataModule
+from dasmil.distributed import gather_lists
+from dasmil.errors import InputError
+from dasmil.files import write_csv
+from dasmil.losses import ObjectiveWeights, objective
+from dasmil.metrics import class_probabilities, slide_metrics
+from dasmil.nn import DASMIL, ScaleOutput
+from dasmil.reports.curves import roc_figure
+
+
+@dataclass(frozen=True)
+class SlideResult:
+    """What evaluation keeps of one slide; tensors on the CPU.
+
+    Parameters
+    ----------
+    logits: per scale (C,).
+    losses: the terms of the objective and their weighted ``total``.
+    """
+
+    slide_id: str
+    label: int
+    logits: dict[str, Tensor]
+    losses: dict[str, float]
+
+
+class DASMILModule(LightningModule):
+    """DAS-MIL with the objective of Eq. 3, Adam and a cosine schedule (paper, section 4).
+
+    Parameters
+    ----------
+    one_logit: give two classes one logit (binary cross-entropy) instead of two (cross-entropy).
+    hidden_dim, out_dim, heads, attention_dropout, node_dropout, query_dim: of the network, see
+        :class:`dasmil.nn.DASMIL`.
+    distillation: λ of Eq. 3.
+    criticality: β of Eq. 3.
+    instance: weight of the max-instance loss.
+    temperature: τ of Eq. 1.
+    learning_rate, min_learning_rate: ends of the cosine over the epochs.
+    betas, weight_decay: of Adam.
+    classes, bag_format, split: what the data are; taken from the datamodule in ``fit`` and kept in
+        the checkpoint, which then needs nothing beside it.
+    """
+
+    def __init__(
+        self,
+        one_logit: bool = True,
+        hidden_dim: int = 384,
+        out_dim: int = 256,
+        heads: int = 3,
+        attention_dropout: float = 0.2,
+        node_dropout: float = 0.5,
+        query_dim: int = 128,
+        distillation: float = 1.0,
+        criticality: float = 1.0,
+        instance: float = 1.0,
+        temperature: float = 1.5,
+        learning_rate: float = 2e-4,
+        min_learning_rate: float = 1e-5,
+        betas: tuple[float, float] = (0.5, 0.9),
+        weight_decay: float = 5e-3,
+        classes: list[str] | None = None,
+        bag_format: dict[str, Any] | None = None,
+        split: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.hparams["betas"] = list(betas)
+        self.weights = ObjectiveWeights(distillation, criticality, instance, temperature)
+        self.results: list[SlideResult] = []
+        self.network: DASMIL
+        if bag_format is not None:
+            self._build()
+
+    def _build(self) -> None:
+        hp = self.hparams
+        scales = hp["bag_format"]["scales"]
+        self.network = DASMIL(
+            {name: scale["extractor"]["feature_dim"] for name, scale in scales.items()},
+            self.num_logits,
+            hp["hidden_dim"],
+            hp["out_dim"],
+            hp["heads"],
+            hp["attention_dropout"],
+            hp["node_dropout"],
+            hp["query_dim"],
+        )
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """Names, coarse to fine; the last one's prediction is the final one."""
+        return tuple(self.hparams["bag_format"]["scales"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.hparams["classes"])
+
+    @property
+    def num_logits(self) -> int:
+        return 1 if len(self.classes) == 2 and self.hparams["one_logit"] else len(self.classes)
+
+    @property
+    def logit_classes(self) -> tuple[str, ...]:
+        """The class of each logit; a single logit is the positive class's."""
+        return self.classes[-self.num_logits :]
+
+    @property
+    def tile_px(self) -> int:
+        return int(self.hparams["bag_format"]["tile_px"])
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, BagDataModule):
+            return
+        if self.hparams["bag_format"] is None:
+            self.hparams["bag_format"] = data.bag_format
+            self.hparams["classes"] = data.classes
+            self._build()
+        else:
+            self._refuse_other_data(self.hparams, data)
+        if stage == "fit":
+            self.hparams["split"] = data.split
+            log_dir = self.trainer.log_dir
+            if log_dir is not None and self.trainer.is_global_zero:
+                rows = ({"slide_id": s, "split": part} for s, part in data.split.items())
+                write_csv(Path(log_dir) / "split.csv", ("slide_id", "split"), rows)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        if isinstance(data, BagDataModule):
+            self._refuse_other_data(checkpoint["hyper_parameters"], data)
+
+    @staticmethod
+    def _refuse_other_data(hparams: Any, data: BagDataModule) -> None:
+        difference = describe_difference(hparams["bag_format"], data.bag_format)
+        if difference:
+            raise InputError(f"{data.folder}: the bags hold {difference}, which this model knows")
+        if list(hparams["classes"]) != data.classes:
+            raise InputError(
+                f"data.classes: {', '.join(data.classes)}, but this model was trained with "
+                f"{', '.join(hparams['classes'])} in that order"
+            )
+
+    def forward(self, graph: BagGraph) -> dict[str, ScaleOutput]:
+        """What each scale says of each bag, coarse to fine."""
+        return self.network(graph)
+
+    def objective(
+        self, output: dict[str, ScaleOutput], graph: BagGraph
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 3 a bag (B,), and its terms."""
+        return objective(
+            {name: scale.bag_logits for name, scale in output.items()},
+            {name: scale.instance_logits for name, scale in output.items()},
+            graph.parent,
+            graph.ptr,
+            graph.labels,
+            self.weights,
+        )
+
+    def training_step(self, graph: BagGraph, batch_idx: int) -> Tensor:
+        total, terms = self.objective(self(graph), graph)
+        logged = {f"train/{name}": term.mean() for name, term in terms.items()}
+        self.log_dict(
+            {**logged, "train/loss": total.mean()},
+            on_step=False,
+            on_epoch=True,
+            batch_size=graph.num_bags,
+            sync_dist=True,
+        )
+        self.log("train/loss_step", total.mean(), prog_bar=True, batch_size=graph.num_bags)
+        return total.mean()
+
+    def configure_optimizers(self) -> Any:
+        hp = self.hparams
+        if not self.trainer.max_epochs or self.trainer.max_epochs < 1:
+            raise InputError("trainer.max_epochs: the cosine schedule needs a number of epochs")
+        optimizer = torch.optim.Adam(
+            self.parameters(),
+            lr=hp["learning_rate"],
+            betas=tuple(hp["betas"]),
+            weight_decay=hp["weight_decay"],
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, self.trainer.max_epochs, eta_min=hp["min_learning_rate"]
+        )
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    # Evaluation: every process keeps its slides, all are gathered at the end of the epoch, and each
+    # slide counts once, however often the sampler had to repeat it.
+
+    def on_validation_epoch_start(self) -> None:
+        self.results = []
+
+    def on_test_epoch_start(self) -> None:
+        self.results = []
+
+    def validation_step(self, graph: BagGraph, batch_idx: int) -> None:
+        self._keep(graph)
+
+    def test_step(self, graph: BagGraph, batch_idx: int) -> None:
+        self._keep(graph)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_results("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_results("test")
+
+    def predict_step(self, graph: BagGraph, batch_idx: int) -> dict[str, ScaleOutput]:
+        return self(graph)
+
+    def _keep(self, graph: BagGraph) -> None:
+        output = self(graph)
+        total, terms = self.objective(output, graph)
+        losses = {**terms, "total": total}
+        for bag, slide_id in enumerate(graph.slide_ids):
+            self.results.append(
+                SlideResult(
+                    slide_id,
+                    int(graph.labels[bag]),
+                    {name: out.bag_logits[bag].float().cpu() for name, out in output.items()},
+                    {name: float(term[bag]) for name, term in losses.items()},
+                )
+            )
+
+    def _log_results(self, stage: str) -> None:
+        unique = {result.slide_id: result for result in gather_lists(self.results)}
+        self.results = [unique[slide_id] for slide_id in sorted(unique)]
+        labels = torch.tensor([result.label for result in self.results])
+        probabilities = {
+            scale: class_probabilities(torch.stack([r.logits[scale] for r in self.results]))
+            for scale in self.scales
+        }
+        for scale in self.scales:
+            figures = slide_metrics(probabilities[scale], labels)
+            self._log_figures({f"{stage}/{scale}/{k}": value for k, value in figures.items()})
+        self._log_figures({f"{stage}/{k}": value for k, value in figures.items()}, prog_bar=True)
+        for name in self.results[0].losses:
+            mean = sum(result.losses[name] for result in self.results) / len(self.results)
+            self._log_figures({f"{stage}/{'loss' if name == 'total' else name}": mean})
+        if len(labels.unique()) < len(self.classes) and stage == "test":
+            warnings.warn(
+                f"AUROC is not defined: the {stage} slides hold "
+                f"{len(labels.unique())} of {len(self.classes)} classes",
+                stacklevel=2,
+            )
+        if isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero:
+            figure = roc_figure(probabilities, labels, self.classes)
+            self.logger.experiment.add_figure(f"{stage}/roc", figure, self.current_epoch)
+
+    def _log_figures(self, figures: dict[str, float], prog_bar: bool = False) -> None:
+        """Values that are the same in every process already."""
+        self.log_dict(figures, prog_bar=prog_bar, rank_zero_only=False, sync_dist=False)
+
+    def on_fit_start(self) -> None:
+        if isinstance(self.logger, TensorBoardLogger):
+            self.logger.log_hyperparams(self._plain_hparams(), {"hp/val_auroc": float("nan")})
+
+    def on_train_end(self) -> None:
+        """Hyperparameters beside the best validation AUROC, for TensorBoard's HPARAMS table."""
+        best = getattr(self.trainer.checkpoint_callback, "best_model_score", None)
+        if isinstance(self.logger, TensorBoardLogger) and best is not None:
+            self.logger.log_metrics({"hp/val_auroc": float(best)}, step=self.current_epoch)
+
+    def _plain_hparams(self) -> dict[str, Any]:
+        plain = {k: v for k, v in self.hparams.items() if isinstance(v, int | float | bool)}
+        return {**plain, "scales": "+".join(self.scales), "classes": "/".join(self.classes)}

@@ -1,0 +1,8 @@
+"""Pure torch modules; they know nothing of Lightning, files or losses."""
+
+from dasmil.nn.dasmil import DASMIL
+from dasmil.nn.gat import GAT
+from dasmil.nn.mil_head import MILHead, ScaleOutput
+from dasmil.nn.pgnn import PGNN
+
+__all__ = ["DASMIL", "GAT", "PGNN", "MILHead", "ScaleOutput"]

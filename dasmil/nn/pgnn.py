@@ -1,0 +1,55 @@
+"""The pyramidal graph neural network.
+
+Paper: Bontempo et al. 2023, section 3, "Architecture":
+H = PGNN(X) = GAT([GAT(X_1; A_1, θ_1) ‖ … ‖ GAT(X_M; A_M, θ_M)]; A, θ_{M+1}).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dasmil.bags.graph import BagGraph
+from dasmil.nn.gat import GAT
+
+
+def module_key(scale: str) -> str:
+    """Names of torch modules hold no dot: ``x2.5`` → ``x2_5``."""
+    return scale.replace(".", "_")
+
+
+class PGNN(nn.Module):
+    """One GAT per scale on its own sub-graph, then one GAT on the union of all scales.
+
+    Parameters
+    ----------
+    in_dims: width of the tile features per scale, coarse to fine; M ≥ 1 scales.
+    hidden_dim: width between the two layers.
+    out_dim: width of the contextualised features H.
+    heads, attention_dropout, node_dropout: see :class:`GAT`.
+    """
+
+    def __init__(
+        self,
+        in_dims: Mapping[str, int],
+        hidden_dim: int = 384,
+        out_dim: int = 256,
+        heads: int = 3,
+        attention_dropout: float = 0.2,
+        node_dropout: float = 0.5,
+    ):
+        super().__init__()
+        rest = (heads, attention_dropout, node_dropout)
+        self.scale_gats = nn.ModuleDict(
+            {module_key(s): GAT(in_dim, hidden_dim, *rest) for s, in_dim in in_dims.items()}
+        )
+        self.union_gat = GAT(hidden_dim, out_dim, *rest)
+
+    def forward(self, graph: BagGraph) -> dict[str, Tensor]:
+        """Contextualised features per scale, (N_s, out_dim)."""
+        per_scale = [
+            self.scale_gats[module_key(s)](graph.features[s], graph.edge_index[s])  # (N_s, hidden)
+            for s in graph.scales
+        ]
+        h = self.union_gat(torch.cat(per_scale), graph.union_edge_index())  # (Σ N_s, out)
+        return dict(zip(graph.scales, h.split([len(x) for x in per_scale]), strict=True))

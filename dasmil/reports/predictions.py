@@ -1,0 +1,139 @@
+"""What ``predict`` leaves on disk: one table of slides, and per slide its tiles and pictures."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from dasmil.bags import Bag, BagGraph, bag_path, read_bag
+from dasmil.data.bags import BagDataModule
+from dasmil.distributed import gather_lists
+from dasmil.files import write_csv
+from dasmil.metrics import class_probabilities
+from dasmil.reports.heatmap import heatmap_figure, save_figure, slide_canvas
+from dasmil.slides.cohort import SlideRow
+
+
+class PredictionWriter(Callback):
+    """Writes ``predictions.csv``, ``instances/<slide_id>.csv`` and ``overlays/<slide_id>_<scale>.png``.
+
+    The trainer's model and :class:`BagDataModule` tell it the classes, the labels and where bags lie.
+
+    Parameters
+    ----------
+    output: the folder.
+    """
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.bags = Path()
+        self.rows: dict[str, SlideRow] = {}
+        self.classes: tuple[str, ...] = ()
+        self.logit_classes: tuple[str, ...] = ()
+        self._slides: list[dict[str, Any]] = []
+        self._notes: list[str] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        data: BagDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        self.bags = data.folder
+        self.rows = {row.slide_id: row for row in data.rows}
+        self.classes, self.logit_classes = pl_module.classes, pl_module.logit_classes
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: BagGraph,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for number, slide_id in enumerate(batch.slide_ids):
+            bag = read_bag(bag_path(self.bags, slide_id))
+            bag_logits, instance_logits, attention = {}, {}, {}
+            for scale, output in outputs.items():
+                rows = slice(*batch.ptr[scale][number : number + 2].tolist())
+                bag_logits[scale] = output.bag_logits[number].float().cpu()
+                instance_logits[scale] = output.instance_logits[rows].float().cpu()
+                attention[scale] = output.attention[rows].float().cpu()
+            self._slides.append(self._slide_row(slide_id, bag_logits))
+            self._write_instances(bag, instance_logits, attention)
+            self._write_overlays(bag, bag_logits, instance_logits, attention)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        unique = {row["slide_id"]: row for row in gather_lists(self._slides)}
+        notes = sorted(set(gather_lists(self._notes)))
+        if trainer.is_global_zero:
+            ordered = [unique[slide_id] for slide_id in self.rows if slide_id in unique]
+            write_csv(self.output / "predictions.csv", list(ordered[0]), ordered)
+            for note in notes:
+                print(note)
+            print(f"predict: {len(ordered)} slides; see {self.output / 'predictions.csv'}")
+
+    def _slide_row(self, slide_id: str, bag_logits: dict[str, Tensor]) -> dict[str, Any]:
+        row: dict[str, Any] = {"slide_id": slide_id, "label": self.rows[slide_id].label}
+        for scale, logits in bag_logits.items():
+            for name, logit in zip(self.logit_classes, logits.tolist(), strict=True):
+                row[f"logit/{scale}/{name}"] = logit
+        finest = list(bag_logits)[-1]
+        probabilities = class_probabilities(bag_logits[finest][None])[0]
+        for name, probability in zip(self.classes, probabilities.tolist(), strict=True):
+            row[f"prob/{name}"] = probability
+        return row
+
+    def _write_instances(
+        self, bag: Bag, instance_logits: dict[str, Tensor], attention: dict[str, Tensor]
+    ) -> None:
+        columns = ["scale", "row", "col", "x0_px0", "y0_px0", "size_px0"]
+        columns += [f"logit/{name}" for name in self.logit_classes]
+        columns += [f"attention/{name}" for name in self.logit_classes]
+
+        def records() -> Iterator[dict[str, Any]]:
+            for scale in bag.scales:
+                values = zip(
+                    bag.grid[scale].tolist(),
+                    bag.boxes_px0(scale).tolist(),
+                    torch.cat([instance_logits[scale], attention[scale]], dim=1).tolist(),
+                    strict=True,
+                )
+                for (row, col), (left, top, right, _), scores in values:
+                    place = [scale, row, col, left, top, right - left]
+                    yield dict(zip(columns, [*place, *scores], strict=True))
+
+        write_csv(self.output / "instances" / f"{bag.slide_id}.csv", columns, records())
+
+    def _write_overlays(
+        self,
+        bag: Bag,
+        bag_logits: dict[str, Tensor],
+        instance_logits: dict[str, Tensor],
+        attention: dict[str, Tensor],
+    ) -> None:
+        """Instance probability and attention of the slide's predicted (or only) logit class."""
+        row = self.rows[bag.slide_id]
+        canvas, problem = slide_canvas(row, bag)
+        if problem:
+            self._notes.append(f"overlay of {bag.slide_id} on an empty canvas: {problem}")
+        if not any(bag.num_tiles().values()):
+            self._notes.append(f"{bag.slide_id} has no tiles: its prediction rests on no evidence")
+        finest = bag.scales[-1]
+        number = int(bag_logits[finest].argmax())
+        name = self.logit_classes[number]
+        for scale in bag.scales:
+            probability = class_probabilities(instance_logits[scale])[:, self.classes.index(name)]
+            weight = attention[scale][:, number]
+            scores = {
+                f"instance probability: {name}": probability.numpy(),
+                "attention / largest attention": (weight / weight.max()).numpy()
+                if len(weight)
+                else np.zeros(0),
+            }
+            bag_probability = class_probabilities(bag_logits[scale][None])[0]
+            title = f"{scale}: P({name}) = {bag_probability[self.classes.index(name)]:.3f}"
+            title += f", label {row.label}" if row.label else ""
+            figure = heatmap_figure(canvas, bag, scale, scores, title)
+            save_figure(self.output / "overlays" / f"{bag.slide_id}_{scale}.png", figure)

@@ -1,0 +1,158 @@
+"""The verb ``tile``: a cohort of slides → a folder of tile tables.
+
+``TILES/cohort.csv`` (all slides, with absolute paths), ``TILES/status.csv`` (what became of each),
+``TILES/tiles/<slide_id>.safetensors`` and ``TILES/qc/<slide_id>.png``.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dasmil.errors import InputError
+from dasmil.files import write_csv
+from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
+from dasmil.slides.qc import draw_qc, write_png
+from dasmil.slides.reader import Slide
+from dasmil.slides.tiling import TilingParameters, read_tiles, tile_pyramid, write_tiles
+from dasmil.slides.tissue import TissueParameters, tissue_mask
+from dasmil.units import parse_scales
+
+StatusRow = dict[str, str | int | float]
+
+
+def tiles_path(folder: Path, slide_id: str) -> Path:
+    return folder / "tiles" / f"{slide_id}.safetensors"
+
+
+def tile(
+    cohort: Path,
+    output: Path,
+    scales: tuple[str, ...],
+    tile_px: int = 256,
+    min_tissue: float = 0.25,
+    max_upsampling: float = 1.15,
+    tissue: TissueParameters = TissueParameters(),  # noqa: B008 - frozen, and the CLI shows its fields
+    workers: int | None = None,
+) -> int:
+    """Find tissue and lay aligned tiles of every scale over it, for each slide of a cohort.
+
+    Slides that are done with the same parameters are skipped. A slide that fails costs one row of
+    ``status.csv`` and the run goes on.
+
+    Parameters
+    ----------
+    cohort: cohort table (CSV with slide_id, path and optionally label, patient_id, split, mpp,
+        magnification) or a folder of slides.
+    output: folder for the tile tables, QC pictures, status.csv and cohort.csv.
+    scales: magnifications, for example [x5,x10,x20]; x20 is 0.5 µm/px.
+    tile_px: side of a tile in pixels, the same at every scale.
+    min_tissue: share of a finest tile that must be tissue.
+    max_upsampling: how much finer than the slide a scale may be.
+    tissue: how tissue is found.
+    workers: processes; all cores when not given.
+
+    Returns
+    -------
+    The exit code: 1 when a slide failed, else 0.
+    """
+    parameters = TilingParameters(tuple(scales), tile_px, min_tissue, max_upsampling, tissue)
+    rows = read_cohort(cohort)
+    _refuse_other_parameters(output, rows, parameters)
+    write_cohort(output / "cohort.csv", rows)
+
+    status: dict[str, StatusRow] = {}
+    workers = min(workers or os.cpu_count() or 1, len(rows))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(_tile_slide, row, output, parameters): row for row in rows}
+        for future in tqdm(as_completed(futures), "tile", len(futures), unit="slide"):
+            result = future.result()
+            status[str(result["slide_id"])] = result
+            _write_status(output, rows, status, parameters)
+
+    states = [row["state"] for row in status.values()]
+    for slide_id, row in sorted(status.items()):
+        if row["state"] != "done":
+            print(f"{row['state']}: {slide_id}: {row['message']}")
+    print(
+        f"tile: {states.count('done')} done, {states.count('empty')} without tissue, "
+        f"{states.count('failed')} failed; see {output / 'status.csv'}"
+    )
+    return int("failed" in states)
+
+
+def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> StatusRow:
+    """One slide; whatever goes wrong with it becomes its row of the status table."""
+    start = time.monotonic()
+    try:
+        result = _done_before(row, output) or _tile_anew(row, output, parameters)
+    except Exception as error:  # the message is reported in status.csv, on screen and by exit code
+        message = (
+            str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        )
+        result = {"state": "failed", "message": f"failed: {message}"}
+    return {"slide_id": row.slide_id, "seconds": round(time.monotonic() - start, 2), **result}
+
+
+def _done_before(row: SlideRow, output: Path) -> StatusRow | None:
+    """The status of a slide whose tiles are there; a changed mpp in the table means tiling anew."""
+    path = tiles_path(output, row.slide_id)
+    if not path.exists():
+        return None
+    tiles = read_tiles(path)
+    override = row.mpp or (10 / row.magnification if row.magnification else tiles.slide_mpp)
+    if override != tiles.slide_mpp:
+        return None
+    return _summary(tiles.num_tiles(), tiles.slide_mpp, "", "tiled before")
+
+
+def _tile_anew(row: SlideRow, output: Path, parameters: TilingParameters) -> StatusRow:
+    with Slide(row) as slide:
+        thumbnail = slide.thumbnail(parameters.tissue.mpp)
+        thumbnail_mpp = slide.mpp * slide.size_px0[0] / thumbnail.shape[1]
+        mask = tissue_mask(thumbnail, thumbnail_mpp, parameters.tissue)
+        tiles = tile_pyramid(row.slide_id, mask, slide.size_px0, slide.mpp, parameters)
+        write_png(output / "qc" / f"{row.slide_id}.png", draw_qc(thumbnail, mask, tiles))
+        write_tiles(tiles_path(output, row.slide_id), tiles)
+        if mask.any():
+            message = "" if any(tiles.num_tiles().values()) else "tissue, but no tile holds enough"
+        else:
+            message = "no tissue found"
+        return _summary(tiles.num_tiles(), slide.mpp, slide.physical_scale.source, message)
+
+
+def _summary(num_tiles: dict[str, int], mpp: float, source: str, message: str) -> StatusRow:
+    state = "done" if any(num_tiles.values()) else "empty"
+    counts = {f"tiles/{name}": count for name, count in num_tiles.items()}
+    return {"state": state, **counts, "mpp": mpp, "mpp_source": source, "message": message}
+
+
+def _write_status(
+    output: Path,
+    rows: Sequence[SlideRow],
+    status: dict[str, StatusRow],
+    parameters: TilingParameters,
+) -> None:
+    names = [scale.name for scale in parse_scales(parameters.scales)]
+    columns = ["slide_id", "state", *(f"tiles/{name}" for name in names)]
+    columns += ["mpp", "mpp_source", "seconds", "message"]
+    waiting = {"state": "waiting"}
+    records = ({"slide_id": r.slide_id, **status.get(r.slide_id, waiting)} for r in rows)
+    write_csv(output / "status.csv", columns, records)
+
+
+def _refuse_other_parameters(
+    output: Path, rows: Iterable[SlideRow], parameters: TilingParameters
+) -> None:
+    """A folder holds tiles of one set of parameters."""
+    for row in rows:
+        path = tiles_path(output, row.slide_id)
+        if path.exists() and read_tiles(path).tiling != parameters.as_json():
+            raise InputError(
+                f"{path}: made with other parameters than asked for now; "
+                "choose another --output, or delete that folder to start over"
+            )

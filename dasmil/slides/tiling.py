@@ -1,0 +1,196 @@
+"""Mask + scales → aligned tile pyramid, and its file. Pure integers; no pixel is read here."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dasmil.errors import InputError
+from dasmil.files import atomic_path
+from dasmil.slides.tissue import MaskArray, TissueParameters, tissue_fraction
+from dasmil.units import Mpp, PyramidGrid, Scale, TilePx, parse_scales
+
+FORMAT = "dasmil-tiles-1"
+
+
+@dataclass(frozen=True)
+class TilingParameters:
+    """What decides which tiles a slide has; a folder of tiles holds one set of them.
+
+    Parameters
+    ----------
+    scales: names, for example ``[x5, x10, x20]``.
+    tile_px: side of a tile, the same at every scale.
+    min_tissue: share of a finest tile that must be tissue.
+    max_upsampling: how much finer than the slide a scale may be; a 0.55 µm/px slide still serves
+        x20 (0.5) at 1.15.
+    """
+
+    scales: tuple[str, ...]
+    tile_px: int = 256
+    min_tissue: float = 0.25
+    max_upsampling: float = 1.15
+    tissue: TissueParameters = TissueParameters()
+
+    def __post_init__(self) -> None:
+        parse_scales(self.scales)
+        if self.tile_px < 1:
+            raise InputError(f"tile_px: {self.tile_px} is not a positive number of pixels")
+        if not 0 < self.min_tissue <= 1:
+            raise InputError(f"min_tissue: {self.min_tissue} is outside 0..1 (0 excluded)")
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class TilePyramid:
+    """The tiles of one slide, coarse to fine, every child inside a parent and no parent childless.
+
+    Parameters
+    ----------
+    grid: per scale (N_s, 2) int32 row, col, in the order of the parents.
+    parent: per scale but the coarsest (N_s,) int32, row in the next coarser scale's grid.
+    size_px0: width and height of the slide.
+    tiling: the parameters, as JSON.
+    """
+
+    slide_id: str
+    scales: tuple[Scale, ...]
+    tile_px: TilePx
+    slide_mpp: Mpp
+    size_px0: tuple[int, int]
+    grid: Mapping[str, npt.NDArray[np.int32]]
+    parent: Mapping[str, npt.NDArray[np.int32]]
+    tiling: str = "{}"
+
+    @property
+    def geometry(self) -> PyramidGrid:
+        return PyramidGrid(self.scales, self.tile_px, self.slide_mpp)
+
+    def boxes_px0(self, scale: str) -> npt.NDArray[np.int64]:
+        """(N_s, 4) left, top, right, bottom of the tiles of a scale."""
+        names = [s.name for s in self.scales]
+        return self.geometry.boxes_px0(names.index(scale), self.grid[scale])
+
+    def num_tiles(self) -> dict[str, int]:
+        return {scale.name: len(self.grid[scale.name]) for scale in self.scales}
+
+
+def tile_pyramid(
+    slide_id: str,
+    mask: MaskArray,
+    size_px0: tuple[int, int],
+    slide_mpp: Mpp,
+    parameters: TilingParameters,
+) -> TilePyramid:
+    """Keep a finest tile when enough of it is tissue, a coarser one when one of its children is kept.
+
+    Parameters
+    ----------
+    mask: (H, W) bool over the whole slide, at any resolution.
+
+    Raises
+    ------
+    InputError
+        when a scale is finer than the slide holds.
+    """
+    scales = parse_scales(parameters.scales)
+    for scale in scales:
+        if slide_mpp > scale.mpp * parameters.max_upsampling:
+            raise InputError(
+                f"slide {slide_id}: it holds {slide_mpp:g} µm/px, too coarse for {scale.name} "
+                f"({scale.mpp:g} µm/px, of which max_upsampling {parameters.max_upsampling:g} is "
+                "tolerated); leave that scale out, or correct the column mpp"
+            )
+    geometry = PyramidGrid(scales, TilePx(parameters.tile_px), slide_mpp)
+    finest = len(scales) - 1
+    rows, columns = geometry.shape(finest, size_px0)
+    x_edges = geometry.edges_px0(finest, np.arange(columns + 1)) * (mask.shape[1] / size_px0[0])
+    y_edges = geometry.edges_px0(finest, np.arange(rows + 1)) * (mask.shape[0] / size_px0[1])
+    kept = tissue_fraction(mask, x_edges, y_edges) >= parameters.min_tissue
+
+    fine_grid = np.argwhere(kept).astype(np.int32)
+    grid, parent = {}, {}
+    for number, scale in enumerate(scales):
+        ancestors = fine_grid // geometry.ratio(number, finest)
+        grid[scale.name] = np.unique(ancestors, axis=0).astype(np.int32).reshape(-1, 2)
+        if number > 0:
+            coarser = scales[number - 1].name
+            rows_of_parents = grid[scale.name] // geometry.ratio(number - 1, number)
+            parent_row = _find_rows(grid[coarser], rows_of_parents)
+            order = np.argsort(parent_row, kind="stable")
+            grid[scale.name] = grid[scale.name][order]
+            parent[scale.name] = parent_row[order].astype(np.int32)
+    return TilePyramid(
+        slide_id,
+        scales,
+        TilePx(parameters.tile_px),
+        slide_mpp,
+        size_px0,
+        grid,
+        parent,
+        parameters.as_json(),
+    )
+
+
+def _find_rows(
+    table: npt.NDArray[np.int32], wanted: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int64]:
+    """For each (row, col) in ``wanted`` its position in ``table``."""
+    width = 1 + max(int(t[:, 1].max(initial=0)) for t in (table, wanted))
+    keys = table[:, 0].astype(np.int64) * width + table[:, 1]
+    order = np.argsort(keys)
+    wanted_keys = wanted[:, 0].astype(np.int64) * width + wanted[:, 1]
+    return order[np.searchsorted(keys, wanted_keys, sorter=order)]
+
+
+def write_tiles(path: Path, tiles: TilePyramid) -> None:
+    """Safetensors with ``grid/<scale>`` and ``parent/<scale>``, the rest in the header."""
+    tensors = {f"grid/{name}": np.ascontiguousarray(a) for name, a in tiles.grid.items()}
+    tensors |= {f"parent/{name}": np.ascontiguousarray(a) for name, a in tiles.parent.items()}
+    metadata = {
+        "format": FORMAT,
+        "slide_id": tiles.slide_id,
+        "scales": json.dumps([s.name for s in tiles.scales]),
+        "tile_px": str(tiles.tile_px),
+        "slide_mpp": repr(tiles.slide_mpp),
+        "size_px0": json.dumps(tiles.size_px0),
+        "tiling": tiles.tiling,
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def read_tiles(path: Path) -> TilePyramid:
+    """Read what :func:`write_tiles` wrote."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header: dict[str, Any] = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise InputError(
+                    f"{path}: not a tile table of this version ({FORMAT}); tile it again"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: no readable tile table ({error}); delete it and tile again"
+        ) from error
+    return TilePyramid(
+        slide_id=header["slide_id"],
+        scales=parse_scales(json.loads(header["scales"])),
+        tile_px=TilePx(int(header["tile_px"])),
+        slide_mpp=Mpp(float(header["slide_mpp"])),
+        size_px0=tuple(json.loads(header["size_px0"])),
+        grid={n.removeprefix("grid/"): t for n, t in tensors.items() if n.startswith("grid/")},
+        parent={
+            n.removeprefix("parent/"): t for n, t in tensors.items() if n.startswith("parent/")
+        },
+        tiling=header["tiling"],
+    )
