@@ -70,7 +70,9 @@ def _embed(args: Sequence[str]) -> int:
     from lightning.pytorch import Trainer
 
     from dasmil.embedding.embed import embed
+    from dasmil.quiet import hush
 
+    hush()
     parser = ArgumentParser(prog="dasmil embed", description=inspect.getdoc(embed))
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_function_arguments(embed, skip={"trainer"}, as_positional=False)

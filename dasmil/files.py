@@ -42,14 +42,18 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Column names, and one dictionary a row with every value stripped."""
     if not path.is_file():
         raise InputError(f"{path}: no such table")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = [name.strip() for name in reader.fieldnames or []]
-        rows = []
-        for line, values in enumerate(reader, start=2):
-            if None in values or None in values.values():
-                raise InputError(
-                    f"{path} line {line}: it has not the {len(columns)} cells of the header"
-                )
-            rows.append({k.strip(): v.strip() for k, v in values.items()})
+    rows = []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = [name.strip() for name in reader.fieldnames or []]
+            for values in reader:
+                if None in values or None in values.values():
+                    raise InputError(
+                        f"{path} line {reader.line_num}: it has not the {len(columns)} cells "
+                        "of the header"
+                    )
+                rows.append({k.strip(): v.strip() for k, v in values.items()})
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV table in UTF-8 ({error})") from error
     return columns, rows

@@ -16,18 +16,20 @@ from dasmil.data.bags import data_defaults
 from dasmil.errors import InputError
 from dasmil.files import write_text
 from dasmil.modules.mil import DASMILModule
+from dasmil.quiet import hush
 from dasmil.reports.predictions import PredictionWriter
 
 
 def run(verb: str, args: Sequence[str]) -> int:
     """One of LightningCLI's verbs; returns the exit code."""
+    hush()
     _keep_whole_numbers()
     DasmilCLI(verb, list(args))
     return 0
 
 
 def _keep_whole_numbers() -> None:
-    """``limit_train_batches: 1`` means one batch; as annotated it would be read as 1.0, all data."""
+    """``limit_train_batches: 1`` is one batch; as annotated it would be read as 1.0, all data."""
     annotations = inspect.unwrap(Trainer.__init__).__annotations__
     for part in ("train", "val", "test", "predict"):
         annotations[f"limit_{part}_batches"] = int | float | None
@@ -70,6 +72,10 @@ class DasmilCLI(LightningCLI):
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Without Lightning's warning that ``sys.argv`` is set too."""
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint override YAML and command line; here it is the other way."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dasmil.errors import InputError
-from dasmil.units import Mpp, PyramidGrid, Scale, TilePx, parse_scales
+from dasmil.units import Mpp, PyramidGrid, Scale, TilePx
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,8 @@ class Bag:
             self._refuse("every scale but the coarsest needs parents")
         if len(self.grid[names[-1]]) != self.header.num_tiles:
             self._refuse("the number of tiles is not the header's")
+        if set(self.header.extractors) != set(names):
+            self._refuse(f"the header must name the extractors of {', '.join(names)}")
         for number, name in enumerate(names):
             features, grid = self.features[name], self.grid[name]
             if features.ndim != 2 or grid.shape != (len(features), 2):
@@ -146,6 +148,8 @@ class Bag:
                 self._refuse(f"{name}: features are not as wide as their extractor's")
             if grid.dtype != torch.int32 or bool((grid < 0).any()):
                 self._refuse(f"{name}: the grid must be non-negative int32")
+            if len(_cell_numbers(grid).unique()) < len(grid):
+                self._refuse(f"{name}: two tiles lie in the same place")
             if number > 0:
                 self._validate_parents(number)
         for name in names:
@@ -173,6 +177,12 @@ class Bag:
         raise InputError(f"bag {self.slide_id}: {reason}; embed the slide again")
 
 
+def _cell_numbers(grid: Tensor) -> Tensor:
+    """One number for each (row, col), the same for no two cells."""
+    row, col = grid.long().unbind(1)
+    return (row << 32) + col
+
+
 def header_to_metadata(header: BagHeader) -> dict[str, str]:
     """The header as safetensors wants it: strings."""
     return {
@@ -193,7 +203,7 @@ def header_from_metadata(metadata: Mapping[str, str]) -> BagHeader:
     extractors = json.loads(metadata["extractors"])
     return BagHeader(
         slide_id=metadata["slide_id"],
-        scales=parse_scales(json.loads(metadata["scales"])),
+        scales=tuple(Scale(n, Mpp(mpp)) for n, mpp in json.loads(metadata["scales"]).items()),
         tile_px=TilePx(int(metadata["tile_px"])),
         slide_mpp=Mpp(float(metadata["slide_mpp"])),
         size_px0=(width_px0, height_px0),

@@ -1,5 +1,6 @@
 """Bag files: safetensors on disk, written whole or not at all, never unpickled."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -19,8 +20,9 @@ def bag_path(folder: Path, slide_id: str) -> Path:
 
 def write_bag(path: Path, bag: Bag) -> None:
     """Validate and write ``features/<scale>`` as float16, ``grid/<scale>``, ``parent/<scale>``."""
+    bag = replace(bag, features={name: t.half() for name, t in bag.features.items()})
     bag.validate()
-    tensors = {f"features/{n}": t.half().contiguous() for n, t in bag.features.items()}
+    tensors = {f"features/{n}": t.contiguous() for n, t in bag.features.items()}
     tensors |= {f"grid/{n}": t.contiguous() for n, t in bag.grid.items()}
     tensors |= {f"parent/{n}": t.contiguous() for n, t in bag.parent.items()}
     with atomic_path(path) as temporary:

@@ -187,7 +187,7 @@ class BagDataModule(LightningDataModule):
             if missing:
                 raise InputError(
                     f"{self.folder}: the part {part!r} has no slide of class {', '.join(missing)}; "
-                    "fill the split column of cohort.csv, or change the fractions or data.split_seed"
+                    "fill the split column of cohort.csv, or change the fractions or split_seed"
                 )
 
     def _refuse_seen_slides(self) -> None:

@@ -49,7 +49,8 @@ class TileDataset(Dataset[list[Tensor]]):
     def __getitem__(self, index: tuple[int, int]) -> list[Tensor]:
         number, row = index
         pixels = self._slide(number).read(self.boxes_px0[number][row], (self.tile_px,) * 2)
-        return self.transform(Image.fromarray(pixels))
+        views: list[Tensor] = self.transform(Image.fromarray(pixels))  # type: ignore[assignment]
+        return views
 
     def __len__(self) -> int:
         return sum(len(boxes) for boxes in self.boxes_px0)
@@ -140,11 +141,9 @@ class TileDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.tiles_per_epoch = tiles_per_epoch
         self.num_workers = num_workers
-        self.split_arguments = {
-            "val_fraction": val_fraction,
-            "test_fraction": test_fraction,
-            "seed": split_seed,
-        }
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.split_seed = split_seed
         self.transform = DINOTransform(
             global_crop_size=global_crop_px,
             global_crop_scale=global_crop_scale,
@@ -162,7 +161,12 @@ class TileDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         cohort = read_cohort(self.folder / "cohort.csv")
-        split = split_cohort(cohort, **self.split_arguments)
+        split = split_cohort(
+            cohort,
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            seed=self.split_seed,
+        )
         self.rows, self.boxes_px0 = [], []
         for row in cohort:
             path = tiles_path(self.folder, row.slide_id)
@@ -189,12 +193,12 @@ class TileDataModule(LightningDataModule):
             self.tiles_per_epoch or len(dataset),
             self.trainer.world_size if self.trainer else 1,
             self.trainer.global_rank if self.trainer else 0,
-            self.split_arguments["seed"],
+            self.split_seed,
         )
         if len(sampler) < self.batch_size:
             raise InputError(
-                f"{self.folder}: {len(sampler)} tiles an epoch and process do not fill one batch of "
-                f"{self.batch_size}; lower data.batch_size"
+                f"{self.folder}: {len(sampler)} tiles an epoch and process do not fill one batch "
+                f"of {self.batch_size}; lower data.batch_size"
             )
         return DataLoader(
             dataset,

@@ -103,7 +103,7 @@ class ChunkDataset(Dataset[TileChunk]):
         return self._open[1], self._open[2]
 
 
-class WholeSlideSampler(DistributedSampler[TileChunk]):
+class WholeSlideSampler(DistributedSampler[int]):
     """Gives every process whole slides, about the same number of tiles each, none twice."""
 
     def __init__(self, dataset: ChunkDataset, num_replicas: int, rank: int):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -54,9 +55,10 @@ class EmbeddingModule(LightningModule):
         )
 
     def predict_step(self, chunk: TileChunk, batch_idx: int) -> Tensor:
+        extractor = self.extractors[self.names.index(chunk.scale)]
         if len(chunk.tiles) == 0:
-            return chunk.tiles.new_empty(0)
-        return self.extractors[self.names.index(chunk.scale)](chunk.tiles)
+            return torch.empty(0, extractor.card.feature_dim)
+        return extractor(chunk.tiles)
 
 
 def embed(
@@ -105,7 +107,7 @@ def embed(
         dataset = ChunkDataset(todo, tiles, batch_size)
         module = EmbeddingModule(networks, dataset, num_workers)
         files = [tiles_path(tiles, row.slide_id) for row in todo]
-        trainer.callbacks.append(BagWriter(files, output, cards))
+        trainer.callbacks.append(BagWriter(files, output, cards))  # type: ignore[attr-defined]
         trainer.predict(module, return_predictions=False)
         trainer.strategy.barrier()
     skipped = {row.slide_id for row in rows} - {row.slide_id for row in todo}
@@ -159,14 +161,14 @@ def _report(
         elif bag_path(output, row.slide_id).exists():
             state, message = "done", "embedded before" if row.slide_id in skipped else ""
         else:
-            state, message = "failed", f"failed: {failure.read_text()}"
+            state, message = "failed", failure.read_text()
         status.append({"slide_id": row.slide_id, "state": state, "message": message})
-    states = [row["state"] for row in status]
+    states = [record["state"] for record in status]
     if say:
         write_csv(output / "status.csv", ("slide_id", "state", "message"), status)
-        for row in status:
-            if row["state"] != "done":
-                print(f"{row['state']}: {row['slide_id']}: {row['message']}")
+        for record in status:
+            if record["state"] != "done":
+                print(f"{record['state']}: {record['slide_id']}: {record['message']}")
         print(
             f"embed: {states.count('done')} done, {states.count('not tiled')} not tiled, "
             f"{states.count('failed')} failed; see {output / 'status.csv'}"

@@ -100,7 +100,7 @@ def _fingerprint(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> st
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -111,12 +111,14 @@ class ExtractorRecord:
     Parameters
     ----------
     name: timm name of the backbone.
+    options: arguments of the backbone that differ from the name's.
     image_size: side in pixels at which tiles are to be embedded.
     scale, mpp, tile_px: the tiles it was trained on.
     trained_on: the slide_ids it has seen.
     """
 
     name: str
+    options: dict[str, Any]
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -141,7 +143,7 @@ def load_extractor(source: str, scale: Scale, tile_px: int) -> Extractor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         backbone = create_backbone(name, pretrained=name == source)
-    config = backbone.pretrained_cfg
+    config: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
     return Extractor(backbone, name, config["input_size"][-1], config["mean"], config["std"])
 
 
@@ -172,7 +174,7 @@ def _from_checkpoint(path: Path, scale: Scale, tile_px: int) -> Extractor:
             f", asked to embed {scale.name} tiles of {tile_px} px ({scale.mpp:g} µm/px); "
             "give the checkpoint of that scale"
         )
-    backbone = vit_backbone(record.name, record.image_size)
+    backbone = vit_backbone(record.name, record.image_size, **record.options)
     prefix = "teacher.backbone."
     weights = checkpoint["state_dict"]
     weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
@@ -181,17 +183,17 @@ def _from_checkpoint(path: Path, scale: Scale, tile_px: int) -> Extractor:
         backbone,
         record.name,
         record.image_size,
-        tuple(record.mean),
-        tuple(record.std),
+        record.mean,
+        record.std,
         tuple(record.trained_on),
     )
 
 
-def vit_backbone(name: str, image_size: int, drop_path_rate: float = 0.0) -> nn.Module:
+def vit_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
     """A timm ViT that also takes images of other sizes, as DINO's small crops need."""
     try:
-        return create_backbone(
-            name, img_size=image_size, dynamic_img_size=True, drop_path_rate=drop_path_rate
-        )
+        return create_backbone(name, img_size=image_size, dynamic_img_size=True, **options)
     except TypeError as error:
-        raise InputError(f"backbone {name!r}: not a ViT that takes crops of any size") from error
+        raise InputError(
+            f"backbone {name!r} with {options}: not a ViT that takes crops of any size ({error})"
+        ) from error

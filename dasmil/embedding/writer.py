@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dasmil.bags import Bag, BagHeader, ExtractorCard, bag_path, write_bag
@@ -28,7 +28,7 @@ def bag_header(tiles: TilePyramid, cards: Mapping[str, ExtractorCard]) -> BagHea
     )
 
 
-class BagWriter(BasePredictionWriter):
+class BagWriter(Callback):
     """Collects the chunks of each slide and writes its bag when the last one is there.
 
     Parameters
@@ -41,7 +41,6 @@ class BagWriter(BasePredictionWriter):
     def __init__(
         self, tile_files: Sequence[Path], output: Path, cards: Mapping[str, ExtractorCard]
     ):
-        super().__init__("batch")
         self.tile_files = tile_files
         self.output = output
         self.cards = cards
@@ -49,16 +48,16 @@ class BagWriter(BasePredictionWriter):
         self._waiting: dict[int, int] = {}
         self._failed: set[int] = set()
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: Tensor,
-        batch_indices: Sequence[int] | None,
+        outputs: Any,
         batch: TileChunk,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
+        prediction: Tensor = outputs
         number = batch.slide
         if number in self._failed:
             return

@@ -8,9 +8,9 @@ from torch_geometric.utils import scatter, segment
 def criticality_loss(coarse: Tensor, fine: Tensor, parent: Tensor, ptr: Tensor) -> Tensor:
     """L_CRIT of Eq. 2: squared distance between a tile's score and the mean of its children's.
 
-    ‖z_1 − GraphPooling(z_2)‖², averaged over the coarse tiles that have children so that it does not
-    grow with the bag (D8, D12). The scores are instance logits (D10), the pooling is the mean of
-    the children as printed (D9), and no gradient reaches the finer scale (D11).
+    ‖z_1 − GraphPooling(z_2)‖², averaged over the coarse tiles that have children, so that it does
+    not grow with the bag (D8, D12). The scores are instance logits (D10), the pooling is the mean
+    of the children as printed (D9), and no gradient reaches the finer scale (D11).
 
     Parameters
     ----------

@@ -30,7 +30,9 @@ SHOWN_TILES = 8
 class DINONetwork(nn.Module):
     """A ViT with DINO's projection head; student and teacher are one each."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module):
+    head: DINOProjectionHead
+
+    def __init__(self, backbone: nn.Module, head: DINOProjectionHead):
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -46,9 +48,11 @@ class DINOModule(LightningModule):
     Parameters
     ----------
     backbone: timm name of a ViT.
+    backbone_options: what to change of it, for example ``{patch_size: 8, depth: 4}``.
     image_size: side in pixels at which whole tiles are embedded later.
     drop_path: stochastic depth of the student.
     output_dim, hidden_dim, bottleneck_dim: of the projection head.
+    batch_norm: normalise inside the head over the batch, DINO's ``use_bn_in_head``.
     norm_last_layer: keep the norm of the last layer's weights fixed.
     freeze_last_layer_epochs: epochs in which the last layer does not learn.
     student_temperature: τ_s.
@@ -64,11 +68,13 @@ class DINOModule(LightningModule):
     def __init__(
         self,
         backbone: str = "vit_small_patch16_224",
+        backbone_options: dict[str, Any] | None = None,
         image_size: int = 256,
         drop_path: float = 0.1,
         output_dim: int = 65536,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
+        batch_norm: bool = False,
         norm_last_layer: bool = True,
         freeze_last_layer_epochs: int = 1,
         student_temperature: float = 0.1,
@@ -83,18 +89,20 @@ class DINOModule(LightningModule):
     ):
         super().__init__()
         self.save_hyperparameters()
-        student = vit_backbone(backbone, image_size, drop_path)
-        teacher = vit_backbone(backbone, image_size)
-        head = (student.num_features, hidden_dim, bottleneck_dim, output_dim)
-        options = {"norm_last_layer": norm_last_layer}
+        options = backbone_options or {}
+        student = vit_backbone(backbone, image_size, drop_path_rate=drop_path, **options)
+        teacher = vit_backbone(backbone, image_size, **options)
+        head = (student.num_features, hidden_dim, bottleneck_dim, output_dim, batch_norm)
         self.student = DINONetwork(
             student,
-            DINOProjectionHead(*head, freeze_last_layer=freeze_last_layer_epochs, **options),
+            DINOProjectionHead(*head, freeze_last_layer_epochs, norm_last_layer),
         )
-        self.teacher = DINONetwork(teacher, DINOProjectionHead(*head, **options))
+        self.teacher = DINONetwork(
+            teacher, DINOProjectionHead(*head, norm_last_layer=norm_last_layer)
+        )
         self.teacher.load_state_dict(self.student.state_dict())
         deactivate_requires_grad(self.teacher)
-        self.loss = DINOLoss(
+        self.dino_loss = DINOLoss(
             output_dim,
             warmup_teacher_temp=teacher_temperature[0],
             teacher_temp=teacher_temperature[1],
@@ -109,6 +117,7 @@ class DINOModule(LightningModule):
         if isinstance(data, TileDataModule):
             record = ExtractorRecord(
                 name=self.hparams["backbone"],
+                options=self.hparams["backbone_options"] or {},
                 image_size=self.hparams["image_size"],
                 mean=data.mean,
                 std=data.std,
@@ -132,7 +141,7 @@ class DINOModule(LightningModule):
         if small:
             student_out += self.student(torch.cat(small)).chunk(len(small))
         self._log_teacher(teacher_out)
-        loss = self.loss(list(teacher_out.chunk(2)), student_out, epoch=self.current_epoch)
+        loss = self.dino_loss(list(teacher_out.chunk(2)), student_out, epoch=self.current_epoch)
         self.log("train/loss", loss, prog_bar=True)
         if batch_idx == 0 and self.current_epoch == 0:
             self._show(crops)
@@ -182,7 +191,7 @@ class DINOModule(LightningModule):
             warmup_start_value=self._base_rate / max(1, warmup_steps),
         )
         decay = cosine_schedule(self.global_step, steps + 1, *hp["weight_decay"])
-        for group in self.optimizers().param_groups:
+        for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
             if group["name"] == "decayed":
                 group["weight_decay"] = decay
@@ -190,7 +199,7 @@ class DINOModule(LightningModule):
 
     def _log_teacher(self, teacher_out: Tensor) -> None:
         """A collapse shows: the entropy goes to 0 (one output wins) or to log K (all alike)."""
-        loss, epoch = self.loss, self.current_epoch
+        loss, epoch = self.dino_loss, self.current_epoch
         warm = epoch < loss.warmup_teacher_temp_epochs
         temperature = float(loss.teacher_temp_schedule[epoch]) if warm else loss.teacher_temp
         p = ((teacher_out - loss.center[0]) / temperature).softmax(dim=1)

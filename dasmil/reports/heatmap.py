@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from dasmil.bags import Bag
@@ -68,8 +69,7 @@ def heatmap_figure(
             layer[top:bottom, left:right] = value
         image = axis.imshow(layer, cmap="turbo", vmin=0, vmax=1, alpha=OPACITY)
         axis.set_title(caption)
-        bar = figure.colorbar(image, ax=axis, shrink=0.8)
-        bar.solids.set_alpha(1)
+        figure.colorbar(ScalarMappable(image.norm, image.cmap), ax=axis, shrink=0.8)
     return figure
 
 

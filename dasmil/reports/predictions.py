@@ -19,9 +19,9 @@ from dasmil.slides.cohort import SlideRow
 
 
 class PredictionWriter(Callback):
-    """Writes ``predictions.csv``, ``instances/<slide_id>.csv`` and ``overlays/<slide_id>_<scale>.png``.
+    """Writes predictions.csv, instances/<slide_id>.csv and overlays/<slide_id>_<scale>.png.
 
-    The trainer's model and :class:`BagDataModule` tell it the classes, the labels and where bags lie.
+    The trainer's model and datamodule tell it the classes, the labels and where bags lie.
 
     Parameters
     ----------

@@ -52,10 +52,13 @@ class SlideRow:
         return self.patient_id or self.slide_id
 
 
-def read_cohort(source: Path) -> list[SlideRow]:
-    """Rows of a cohort table (CSV), or one row for every slide found below a folder."""
+def read_cohort(source: Path, leave_out: Path | None = None) -> list[SlideRow]:
+    """Rows of a cohort table (CSV), or one row for every slide found below a folder.
+
+    Pictures below ``leave_out``, our own output, are no slides.
+    """
     if source.is_dir():
-        rows = _scan_folder(source)
+        rows = _scan_folder(source, leave_out)
     elif source.is_file():
         rows = _read_table(source)
     else:
@@ -79,11 +82,15 @@ def write_cohort(path: Path, rows: Iterable[SlideRow]) -> None:
     write_csv(path, COLUMNS, records)
 
 
-def _scan_folder(folder: Path) -> list[SlideRow]:
+def _scan_folder(folder: Path, leave_out: Path | None) -> list[SlideRow]:
     """Slides below a folder, named by their stem; a folder of DICOM files is one slide."""
     rows = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in SLIDE_SUFFIXES or not path.is_file():
+            continue
+        if leave_out is not None and leave_out.resolve() in path.resolve().parents:
+            continue
+        if path.name.startswith("."):  # a file half written, or what macOS leaves on foreign disks
             continue
         if path.suffix.lower() == ".dcm":
             rows[path.parent] = SlideRow(path.parent.name, path.parent)
@@ -166,6 +173,7 @@ def split_cohort(
         by_patient = _move(by_patient, "test", test_fraction, seed)
         by_patient = _move(by_patient, "val", val_fraction, seed + 1)
     elif "val" not in given.values():
+        _refuse_shared_patients(labelled)  # before a patient is moved with all his slides
         by_patient = _move(labelled, "val", val_fraction, seed + 1)
     else:
         by_patient = labelled

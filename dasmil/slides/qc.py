@@ -53,7 +53,7 @@ def draw_qc(
     return np.concatenate(panels, axis=1)
 
 
-def _captioned(picture: npt.NDArray[np.uint8], text: str) -> npt.NDArray[np.uint8]:
+def _captioned(picture: npt.NDArray[np.integer | np.floating], text: str) -> npt.NDArray[np.uint8]:
     framed = cv2.copyMakeBorder(
         picture, CAPTION_PX, 4, 4, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255)
     )

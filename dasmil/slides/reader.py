@@ -1,6 +1,6 @@
 """OpenSlide behind one small class: everything in level-0 pixels or mpp."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import openslide
+from PIL import UnidentifiedImageError
 
 from dasmil.errors import InputError
 from dasmil.slides.cohort import SlideRow
@@ -86,7 +87,7 @@ class Slide:
         )
         try:
             rgba = np.asarray(self._handle.read_region((left, top), level, region_px))
-        except openslide.OpenSlideError as error:
+        except (openslide.OpenSlideError, OSError) as error:  # OSError: a truncated PNG or JPEG
             raise InputError(
                 f"{self.row.path}: pixels at {left},{top} cannot be read: {error}"
             ) from error
@@ -133,29 +134,27 @@ def _slide_file(path: Path) -> Path:
 def _open(path: Path) -> openslide.AbstractSlide:
     try:
         return openslide.open_slide(path)
-    except openslide.OpenSlideUnsupportedFormatError as error:
+    except UnidentifiedImageError as error:  # Pillow is asked when OpenSlide knows no format
         raise InputError(f"{path}: OpenSlide does not know this format; is it a slide?") from error
-    except (openslide.OpenSlideError, OSError) as error:  # OSError: Pillow on a broken PNG or JPEG
+    except (openslide.OpenSlideError, OSError) as error:
         raise InputError(f"{path}: cannot be opened as a slide: {error}") from error
 
 
-def _physical_scale(row: SlideRow, properties: openslide._PropertyMap) -> PhysicalScale:
+def _physical_scale(row: SlideRow, properties: Mapping[str, str]) -> PhysicalScale:
     """The table's override, else the file's mpp, else its objective power (mpp = 10 / power)."""
     if row.mpp is not None:
         found = PhysicalScale(Mpp(row.mpp), "table")
     elif row.magnification is not None:
         found = PhysicalScale(Mpp(10 / row.magnification), "table")
-    elif openslide.PROPERTY_NAME_MPP_X in properties:
-        mpp_x = float(properties[openslide.PROPERTY_NAME_MPP_X])
-        mpp_y = float(properties.get(openslide.PROPERTY_NAME_MPP_Y, mpp_x))
+    elif mpp_x := _recorded(properties, openslide.PROPERTY_NAME_MPP_X):
+        mpp_y = _recorded(properties, openslide.PROPERTY_NAME_MPP_Y) or mpp_x
         if not 1 / MAX_ANISOTROPY <= mpp_x / mpp_y <= MAX_ANISOTROPY:
             raise InputError(
                 f"slide {row.slide_id} ({row.path}): its pixels are not square ({mpp_x:g} by "
                 f"{mpp_y:g} µm); fill the column mpp of its row in the cohort table"
             )
         found = PhysicalScale(Mpp((mpp_x + mpp_y) / 2), "slide")
-    elif openslide.PROPERTY_NAME_OBJECTIVE_POWER in properties:
-        power = float(properties[openslide.PROPERTY_NAME_OBJECTIVE_POWER])
+    elif power := _recorded(properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER):
         found = PhysicalScale(Mpp(10 / power), "objective power")
     else:
         raise InputError(
@@ -172,8 +171,13 @@ def _physical_scale(row: SlideRow, properties: openslide._PropertyMap) -> Physic
     return found
 
 
+def _recorded(properties: Mapping[str, str], name: str) -> float:
+    """A number from the file; 0 where it is missing, and some files write 0 for just that."""
+    return float(properties.get(name, 0))
+
+
 def _over_white(rgba: npt.NDArray[np.uint8]) -> RgbArray:
-    """Composite on white; OpenSlide gives premultiplied-free RGBA, transparent where not scanned."""
+    """Composite on white: OpenSlide's RGBA is transparent where nothing was scanned."""
     alpha = rgba[..., 3:]
     if alpha.min() == 255:
         return np.ascontiguousarray(rgba[..., :3])

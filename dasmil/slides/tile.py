@@ -18,7 +18,7 @@ from dasmil.files import write_csv
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
 from dasmil.slides.qc import draw_qc, write_png
 from dasmil.slides.reader import Slide
-from dasmil.slides.tiling import TilingParameters, read_tiles, tile_pyramid, write_tiles
+from dasmil.slides.tiling import TilePyramid, TilingParameters, read_tiles, tile_pyramid, write_tiles
 from dasmil.slides.tissue import TissueParameters, tissue_mask
 from dasmil.units import parse_scales
 
@@ -60,8 +60,11 @@ def tile(
     -------
     The exit code: 1 when a slide failed, else 0.
     """
-    parameters = TilingParameters(tuple(scales), tile_px, min_tissue, max_upsampling, tissue)
-    rows = read_cohort(cohort)
+    if workers is not None and workers < 1:
+        raise InputError(f"workers: {workers} is not a positive number of processes")
+    names = tuple(scale.name for scale in parse_scales(scales))
+    parameters = TilingParameters(names, tile_px, min_tissue, max_upsampling, tissue)
+    rows = read_cohort(cohort, leave_out=output)
     _refuse_other_parameters(output, rows, parameters)
     write_cohort(output / "cohort.csv", rows)
 
@@ -89,46 +92,56 @@ def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> St
     """One slide; whatever goes wrong with it becomes its row of the status table."""
     start = time.monotonic()
     try:
-        result = _done_before(row, output) or _tile_anew(row, output, parameters)
+        with Slide(row) as slide:
+            result = _done_before(slide, output) or _tile_anew(slide, output, parameters)
     except Exception as error:  # the message is reported in status.csv, on screen and by exit code
         message = (
             str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         )
-        result = {"state": "failed", "message": f"failed: {message}"}
+        result = {"state": "failed", "message": message}
     return {"slide_id": row.slide_id, "seconds": round(time.monotonic() - start, 2), **result}
 
 
-def _done_before(row: SlideRow, output: Path) -> StatusRow | None:
-    """The status of a slide whose tiles are there; a changed mpp in the table means tiling anew."""
-    path = tiles_path(output, row.slide_id)
+def _done_before(slide: Slide, output: Path) -> StatusRow | None:
+    """The status of a slide whose tiles are there; with another mpp or size it is tiled anew."""
+    path = tiles_path(output, slide.row.slide_id)
     if not path.exists():
         return None
     tiles = read_tiles(path)
-    override = row.mpp or (10 / row.magnification if row.magnification else tiles.slide_mpp)
-    if override != tiles.slide_mpp:
+    if (tiles.slide_mpp, tiles.size_px0) != (slide.mpp, slide.size_px0):
         return None
-    return _summary(tiles.num_tiles(), tiles.slide_mpp, "", "tiled before")
+    message = "tiled before" if any(tiles.num_tiles().values()) else "tiled before, no tile kept"
+    return _summary(tiles, slide, message)
 
 
-def _tile_anew(row: SlideRow, output: Path, parameters: TilingParameters) -> StatusRow:
-    with Slide(row) as slide:
-        thumbnail = slide.thumbnail(parameters.tissue.mpp)
-        thumbnail_mpp = slide.mpp * slide.size_px0[0] / thumbnail.shape[1]
-        mask = tissue_mask(thumbnail, thumbnail_mpp, parameters.tissue)
-        tiles = tile_pyramid(row.slide_id, mask, slide.size_px0, slide.mpp, parameters)
-        write_png(output / "qc" / f"{row.slide_id}.png", draw_qc(thumbnail, mask, tiles))
-        write_tiles(tiles_path(output, row.slide_id), tiles)
-        if mask.any():
-            message = "" if any(tiles.num_tiles().values()) else "tissue, but no tile holds enough"
-        else:
-            message = "no tissue found"
-        return _summary(tiles.num_tiles(), slide.mpp, slide.physical_scale.source, message)
+def _tile_anew(slide: Slide, output: Path, parameters: TilingParameters) -> StatusRow:
+    slide_id = slide.row.slide_id
+    thumbnail = slide.thumbnail(parameters.tissue.mpp)
+    thumbnail_mpp = slide.mpp * slide.size_px0[0] / thumbnail.shape[1]
+    mask = tissue_mask(thumbnail, thumbnail_mpp, parameters.tissue)
+    tiles = tile_pyramid(slide_id, mask, slide.size_px0, slide.mpp, parameters)
+    write_png(output / "qc" / f"{slide_id}.png", draw_qc(thumbnail, mask, tiles))
+    write_tiles(tiles_path(output, slide_id), tiles)
+    if any(tiles.num_tiles().values()):
+        message = ""
+    elif not mask.any():
+        message = "no tissue found"
+    elif not all(tiles.geometry.shape(0, slide.size_px0)):
+        message = f"smaller than one tile of {tiles.scales[0].name}"
+    else:
+        message = "tissue, but no tile holds enough"
+    return _summary(tiles, slide, message)
 
 
-def _summary(num_tiles: dict[str, int], mpp: float, source: str, message: str) -> StatusRow:
-    state = "done" if any(num_tiles.values()) else "empty"
-    counts = {f"tiles/{name}": count for name, count in num_tiles.items()}
-    return {"state": state, **counts, "mpp": mpp, "mpp_source": source, "message": message}
+def _summary(tiles: TilePyramid, slide: Slide, message: str) -> StatusRow:
+    num_tiles = tiles.num_tiles()
+    return {
+        "state": "done" if any(num_tiles.values()) else "empty",
+        **{f"tiles/{name}": count for name, count in num_tiles.items()},
+        "mpp": slide.mpp,
+        "mpp_source": slide.physical_scale.source,
+        "message": message,
+    }
 
 
 def _write_status(

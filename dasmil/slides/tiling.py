@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class TilingParameters:
     tile_px: int = 256
     min_tissue: float = 0.25
     max_upsampling: float = 1.15
-    tissue: TissueParameters = TissueParameters()
+    tissue: TissueParameters = field(default_factory=TissueParameters)
 
     def __post_init__(self) -> None:
         parse_scales(self.scales)
@@ -90,7 +90,7 @@ def tile_pyramid(
     slide_mpp: Mpp,
     parameters: TilingParameters,
 ) -> TilePyramid:
-    """Keep a finest tile when enough of it is tissue, a coarser one when one of its children is kept.
+    """Keep a finest tile when enough of it is tissue, a coarser one when a child of it is kept.
 
     Parameters
     ----------
@@ -114,7 +114,8 @@ def tile_pyramid(
     rows, columns = geometry.shape(finest, size_px0)
     x_edges = geometry.edges_px0(finest, np.arange(columns + 1)) * (mask.shape[1] / size_px0[0])
     y_edges = geometry.edges_px0(finest, np.arange(rows + 1)) * (mask.shape[0] / size_px0[1])
-    kept = tissue_fraction(mask, x_edges, y_edges) >= parameters.min_tissue
+    share = tissue_fraction(mask, x_edges, y_edges)
+    kept = share >= parameters.min_tissue - 1e-6  # rounding must not cost a tile that is all tissue
 
     fine_grid = np.argwhere(kept).astype(np.int32)
     grid, parent = {}, {}

@@ -1,0 +1,143 @@
+"""The verb ``demo``: the whole road on synthetic slides, by the verbs that a user would call."""
+
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchmetrics.functional.classification import binary_auroc
+
+import dasmil
+from dasmil.demo.slides import TRUTH_DOWNSAMPLE, write_cohort
+from dasmil.errors import InputError
+from dasmil.files import read_csv, write_text
+from dasmil.slides.cohort import read_cohort
+from dasmil.units import parse_scales
+
+SCALES = ("x10", "x20")
+TILE_PX = 64
+STEPS = "steps.json"  # the commands that have ended well
+
+
+def demo(output: Path, seed: int = 0) -> int:
+    """Make a synthetic cohort and run tile, fit (DINO), embed, fit (DAS-MIL), test and predict.
+
+    The slides of the test part are seen by nothing before ``test``. Ends with the test figures, the
+    AUROC of the instance scores against the drawn truth, and where pictures and curves lie.
+
+    Parameters
+    ----------
+    output: folder for everything; what is complete in it is not made again.
+    seed: of the slides and of every training.
+    """
+    start = time.monotonic()
+    print("making a cohort of synthetic slides", flush=True)
+    cohort = write_cohort(output / "cohort", seed=seed, workers=2)
+    for arguments in _road(output, cohort, seed):
+        command = "python -m dasmil " + shlex.join(arguments)
+        done = _done_commands(output)
+        print(f"\n$ {command}" + ("   (done before)" if command in done else ""), flush=True)
+        if command not in done:
+            _run(arguments)
+            write_text(output / STEPS, json.dumps([*done, command], indent=2))
+    _summary(output, cohort, time.monotonic() - start)
+    return 0
+
+
+def _done_commands(output: Path) -> list[str]:
+    path = output / STEPS
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _run(arguments: list[str]) -> None:
+    from dasmil.cli import main
+
+    code = main(arguments)
+    if code != 0:
+        raise InputError(f"demo: the step {arguments[0]!r} failed with exit code {code}; see above")
+
+
+def _road(output: Path, cohort: Path, seed: int) -> Iterator[list[str]]:
+    """The commands; each is what a user would type."""
+    tiles, bags, runs = (str(output / name) for name in ("tiles", "bags", "runs"))
+    configs = configs_folder()
+    scales = f"[{','.join(SCALES)}]"
+    same_seed = ["--seed_everything", str(seed)]
+    yield [
+        *("tile", "--config", str(configs / "tile.yaml"), "--cohort", str(cohort)),
+        *("--output", tiles, "--scales", scales, "--tile_px", str(TILE_PX)),
+    ]
+    extractors = []
+    for scale in SCALES:
+        yield [
+            *("fit", "--config", str(configs / "dino.yaml")),
+            *("--config", str(configs / "demo" / "dino.yaml"), *same_seed),
+            *("--data.tiles", tiles, "--data.scale", scale),
+            *_log_to(runs, f"dino_{scale}"),
+        ]
+        checkpoint = output / "runs" / f"dino_{scale}" / "checkpoints" / "last.ckpt"
+        extractors += [f"--extractors.{scale}", str(checkpoint)]
+    yield ["embed", "--tiles", tiles, "--output", bags, *extractors]
+    yield [
+        *("fit", "--config", str(configs / "dasmil.yaml")),
+        *("--config", str(configs / "demo" / "dasmil.yaml"), *same_seed),
+        *("--data.bags", bags, *_log_to(runs, "dasmil")),
+    ]
+    checkpoint = output / "runs" / "dasmil" / "checkpoints" / "best.ckpt"
+    model = ["--ckpt_path", str(checkpoint), "--bags", bags]
+    yield ["test", *model, "--output", str(output / "test")]
+    yield ["predict", *model, "--output", str(output / "predictions")]
+
+
+def _log_to(runs: str, name: str) -> list[str]:
+    logger = "--trainer.logger.init_args."
+    return [f"{logger}save_dir", runs, f"{logger}name", name, f"{logger}version", ""]
+
+
+def configs_folder() -> Path:
+    """``configs/``: in the installed package, or beside it in a clone."""
+    package = Path(dasmil.__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return folder
+    raise InputError(f"{package}: the configs folder is missing; install dasmil again")
+
+
+def _summary(output: Path, cohort: Path, seconds: float) -> None:
+    metrics = json.loads((output / "test" / "test_metrics.json").read_text())
+    num_test = sum(row.split == "test" for row in read_cohort(cohort))
+    print(f"\n{num_test} test slides, seen by nothing before:")
+    for scale in SCALES:
+        auroc, accuracy = (metrics[f"test/{scale}/{name}"] for name in ("auroc", "accuracy"))
+        print(f"  {scale:>4}  AUROC {auroc:.3f}  accuracy at 0.5 {accuracy:.3f}")
+    instance = instance_auroc(output / "predictions", cohort)
+    print(
+        f"  {SCALES[-1]:>4}  instance AUROC {instance:.3f} (tile at least half lesion, test slides)"
+    )
+    print(f"overlays      {output / 'predictions' / 'overlays'}")
+    print(f"tile pictures {output / 'tiles' / 'qc'}")
+    print(f"curves        tensorboard --logdir {output / 'runs'}")
+    print(f"took {seconds / 60:.1f} minutes")
+
+
+def instance_auroc(predictions: Path, cohort: Path) -> float:
+    """AUROC of the finest tiles' logits over all test slides; positive: at least half lesion."""
+    finest = parse_scales(SCALES)[-1].name
+    scores, truth = [], []
+    for row in read_cohort(cohort):
+        if row.split != "test":
+            continue
+        mask = np.asarray(Image.open(cohort.parent / "truth" / f"{row.slide_id}.png")) > 0
+        _, tiles = read_csv(predictions / "instances" / f"{row.slide_id}.csv")
+        for tile in tiles:
+            if tile["scale"] != finest:
+                continue
+            place_px0 = (int(tile[name]) for name in ("x0_px0", "y0_px0", "size_px0"))
+            left, top, size = (length // TRUTH_DOWNSAMPLE for length in place_px0)
+            scores.append(float(tile["logit/tumour"]))
+            truth.append(int(mask[top : top + size, left : left + size].mean() >= 0.5))
+    return float(binary_auroc(torch.tensor(scores), torch.tensor(truth)))

@@ -1,0 +1,216 @@
+"""The promises of a bag, and what makes two bags of different kind."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from bag_factory import make_bag, make_card
+from torch import Tensor
+
+from dasmil.bags import Bag, ExtractorCard, describe_difference
+from dasmil.bags.bag import header_from_metadata, header_to_metadata
+from dasmil.errors import InputError
+from dasmil.units import Mpp, Scale
+
+
+def with_tensor(bag: Bag, kind: str, scale: str, tensor: Tensor) -> Bag:
+    return replace(bag, **{kind: {**getattr(bag, kind), scale: tensor}})
+
+
+def without(bag: Bag, kind: str, scale: str) -> Bag:
+    return replace(bag, **{kind: {n: t for n, t in getattr(bag, kind).items() if n != scale}})
+
+
+def changed(bag: Bag, kind: str, scale: str, index: object, value: object) -> Bag:
+    tensor = getattr(bag, kind)[scale].clone()
+    tensor[index] = value
+    return with_tensor(bag, kind, scale, tensor)
+
+
+def reordered(bag: Bag, scale: str) -> Bag:
+    """The finest tiles in reverse, each with its own features and parent."""
+    for kind in ("features", "grid", "parent"):
+        bag = with_tensor(bag, kind, scale, getattr(bag, kind)[scale].flip(0))
+    return bag
+
+
+def twice(bag: Bag, scale: str) -> Bag:
+    """The last of the finest tiles a second time in place of the one before, its sibling or not."""
+    for kind in ("grid", "parent"):
+        tensor = getattr(bag, kind)[scale]
+        bag = with_tensor(bag, kind, scale, torch.cat([tensor[:-2], tensor[-1:], tensor[-1:]]))
+    return bag
+
+
+@pytest.mark.parametrize("num_tiles", [0, 1, 40])
+@pytest.mark.parametrize("scales", [("x20",), ("x10", "x20"), ("x5", "x20"), ("x2.5", "x5", "x20")])
+def test_a_whole_bag_is_accepted(scales: tuple[str, ...], num_tiles: int) -> None:
+    bag = make_bag(
+        scales=scales, dims={s: 3 + n for n, s in enumerate(scales)}, num_tiles=num_tiles
+    )
+    bag.validate()
+    assert bag.scales == scales
+    assert bag.num_tiles()[scales[-1]] == num_tiles
+
+
+BROKEN: list[tuple[str, Callable[[Bag], Bag], str]] = [
+    ("no features", lambda b: without(b, "features", "x10"), "features or grid .*x10.* missing"),
+    ("no grid", lambda b: without(b, "grid", "x20"), "features or grid .*x20.* missing"),
+    ("no parents", lambda b: without(b, "parent", "x20"), "needs parents"),
+    ("parents above all", lambda b: with_tensor(b, "parent", "x5", b.parent["x10"]), "coarsest"),
+    (
+        "other count",
+        lambda b: replace(b, header=replace(b.header, num_tiles=7)),
+        "number of tiles is not the header's",
+    ),
+    (
+        "no extractor",
+        lambda b: replace(b, header=replace(b.header, extractors={"x5": make_card()})),
+        "extractors of x5, x10, x20",
+    ),
+    (
+        "rows",
+        lambda b: with_tensor(b, "features", "x10", b.features["x10"][1:]),
+        r"x10: features \(\d+, 6\) for grid \(\d+, 2\)",
+    ),
+    (
+        "flat features",
+        lambda b: with_tensor(b, "features", "x5", b.features["x5"][:, 0]),
+        r"x5: features \(\d+,\) for grid",
+    ),
+    (
+        "three columns",
+        lambda b: with_tensor(b, "grid", "x5", b.grid["x5"][:, [0, 1, 1]]),
+        r"x5: .* for grid \(\d+, 3\)",
+    ),
+    (
+        "width",
+        lambda b: with_tensor(b, "features", "x20", b.features["x20"][:, :5]),
+        "x20: features are not as wide",
+    ),
+    (
+        "wide grid",
+        lambda b: with_tensor(b, "grid", "x10", b.grid["x10"].long()),
+        "x10: the grid must be non-negative int32",
+    ),
+    (
+        "negative grid",
+        lambda b: changed(b, "grid", "x5", (0, 1), -1),
+        "x5: the grid must be non-negative int32",
+    ),
+    (
+        "wide parents",
+        lambda b: with_tensor(b, "parent", "x20", b.parent["x20"].long()),
+        r"x20: parents must be \(N,\) int32",
+    ),
+    (
+        "fewer parents",
+        lambda b: with_tensor(b, "parent", "x10", b.parent["x10"][1:]),
+        r"x10: parents must be \(N,\) int32",
+    ),
+    (
+        "negative parent",
+        lambda b: changed(b, "parent", "x20", 0, -1),
+        r"x20: a parent is not among the \d+ of x10",
+    ),
+    (
+        "parent beyond the last",
+        lambda b: changed(b, "parent", "x10", -1, len(b.grid["x5"])),
+        r"x10: a parent is not among the \d+ of x5",
+    ),
+    ("order", lambda b: reordered(b, "x20"), "x20: tiles do not lie in the order of their parents"),
+    (
+        "outside the parent",
+        lambda b: with_tensor(b, "grid", "x20", b.grid["x20"] + 2),
+        "x20: a tile does not lie inside its parent",
+    ),
+    (
+        "one tile outside its parent",
+        lambda b: changed(b, "grid", "x10", (3, 0), b.grid["x10"][3, 0] + 2),
+        "x10: a tile does not lie inside its parent",
+    ),
+    ("one place twice", lambda b: twice(b, "x20"), "x20: two tiles lie in the same place"),
+    (
+        "nan",
+        lambda b: changed(b, "features", "x10", (2, 3), float("nan")),
+        "x10: some features are not finite",
+    ),
+    (
+        "infinite",
+        lambda b: changed(b, "features", "x20", (0, 0), -float("inf")),
+        "x20: some features are not finite",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN]
+)
+def test_a_broken_promise_is_refused_by_slide_and_scale(
+    break_it: Callable[[Bag], Bag], reason: str
+) -> None:
+    bag = make_bag("S-17", scales=("x5", "x10", "x20"), num_tiles=40)
+    with pytest.raises(InputError, match=rf"^bag S-17: .*{reason}"):
+        break_it(bag).validate()
+
+
+def test_boxes_follow_from_the_grid() -> None:
+    """Slide at 0.25 µm/px and tiles of 100 px: 400 level-0 pixels at x10, 200 at x20."""
+    bag = make_bag(scales=("x10", "x20"), num_tiles=30, tile_px=100)
+    for scale, side in (("x10", 400), ("x20", 200)):
+        rows, columns = bag.grid[scale].long().T
+        expected = torch.stack([columns, rows, columns + 1, rows + 1], 1) * side
+        assert torch.equal(bag.boxes_px0(scale), expected)
+
+
+def test_the_header_survives_its_metadata() -> None:
+    scales = (Scale("x10", Mpp(0.92)), Scale("x20", Mpp(0.46)))
+    header = make_bag(scales=scales, dims={"x10": 4, "x20": 5}).header
+    metadata = header_to_metadata(header)
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert header_from_metadata(metadata) == header
+
+
+def test_the_bag_format_is_made_of_plain_values() -> None:
+    found = make_bag(
+        scales=("x10", "x20"), dims={"x10": 4, "x20": 5}, tile_px=64
+    ).header.bag_format()
+    assert found == json.loads(json.dumps(found))
+    assert found["tile_px"] == 64
+    assert {name: scale["mpp"] for name, scale in found["scales"].items()} == {"x10": 1, "x20": 0.5}
+    widths = {name: scale["extractor"]["feature_dim"] for name, scale in found["scales"].items()}
+    assert widths == {"x10": 4, "x20": 5}
+
+
+def test_an_extractor_card_survives_its_plain_form() -> None:
+    plain = make_bag().header.bag_format()["scales"]["x10"]["extractor"]
+    assert ExtractorCard.from_dict(json.loads(json.dumps(plain))) == make_card()
+
+
+def test_equal_formats_do_not_differ() -> None:
+    ours, theirs = (make_bag(f"s{n}", num_tiles=n + 3).header.bag_format() for n in range(2))
+    assert describe_difference(ours, theirs) is None
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"tile_px": 512}, "tiles of 512 px instead of 256"),
+        ({"scales": ("x5", "x20")}, "scales x5, x20 instead of x10, x20"),
+        ({"scales": ("x20",)}, "scales x20 instead of x10, x20"),
+        (
+            {"scales": (Scale("x10", Mpp(1.0)), Scale("x20", Mpp(0.46)))},
+            "x20 at 0.46 µm/px instead of 0.5",
+        ),
+        (
+            {"fingerprint": "0123456789abcdef"},
+            "x10 features of the extractor vit_small_patch16_224 (0123456789ab) "
+            "instead of vit_small_patch16_224 (ffffffffffff)",
+        ),
+    ],
+)
+def test_a_difference_of_format_is_said_in_words(other: dict, words: str) -> None:
+    wanted, found = make_bag().header.bag_format(), make_bag(**other).header.bag_format()
+    assert describe_difference(wanted, found) == words

@@ -1,0 +1,168 @@
+"""The edges of bags against search by brute force, and bags side by side."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from bag_factory import (
+    as_pairs,
+    make_bag,
+    make_graphs,
+    neighbours_by_search,
+    union_by_search,
+)
+from torch import Tensor
+
+from dasmil.bags import UNKNOWN, BagGraph, bag_graph, join_graphs
+from dasmil.bags.graph import neighbour_edges
+
+SCALES = ("x2.5", "x5", "x20")  # ratios 2 and 4
+DIMS = {"x2.5": 3, "x5": 4, "x20": 5}
+SIZES = (15, 0, 1, 40)
+
+
+def tensors(graph: BagGraph) -> dict[str, Tensor]:
+    """All tensors of a graph by name."""
+    found = {"labels": graph.labels}
+    for field in fields(graph):
+        value = getattr(graph, field.name)
+        if isinstance(value, dict):
+            found |= {f"{field.name}/{scale}": tensor for scale, tensor in value.items()}
+    return found
+
+
+def equal(one: BagGraph, other: BagGraph) -> bool:
+    ours, theirs = tensors(one), tensors(other)
+    same_names = list(ours) == list(theirs) and one.slide_ids == other.slide_ids
+    return same_names and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("shape", [(1, 12), (12, 1), (9, 13)])
+def test_neighbours_are_those_found_by_search(shape: tuple[int, int], share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grid = (torch.rand(shape, generator=generator) <= share).nonzero().int()
+    grid = grid[torch.randperm(len(grid), generator=generator)]
+    edges = neighbour_edges(grid)
+    assert edges.dtype == torch.int64
+    assert as_pairs(edges) == neighbours_by_search(grid)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_none_and_one_tile_have_no_edges(count: int) -> None:
+    edges = neighbour_edges(torch.full((count, 2), 5, dtype=torch.int32))
+    assert edges.shape == (2, 0)
+    assert edges.dtype == torch.int64
+
+
+def test_a_full_square_joins_every_pair_of_a_two_by_two_block() -> None:
+    grid = torch.tensor([[4, 7], [4, 8], [5, 7], [5, 8]], dtype=torch.int32)
+    assert as_pairs(neighbour_edges(grid)) == [(i, j) for i in range(4) for j in range(4) if i != j]
+
+
+def test_the_ends_of_two_lines_are_no_neighbours() -> None:
+    """Cells that would follow one another if the grid were one long line."""
+    grid = torch.tensor([[0, 0], [0, 3], [1, 0], [1, 3], [2, 0]], dtype=torch.int32)
+    assert as_pairs(neighbour_edges(grid)) == [(0, 2), (1, 3), (2, 0), (2, 4), (3, 1), (4, 2)]
+
+
+def test_tiles_far_from_the_origin_and_from_one_another() -> None:
+    far = 2_000_000_000
+    grid = torch.tensor(
+        [[far, far + 1500], [far + 1, far + 1501], [far + 1200, far], [far + 1201, far]],
+        dtype=torch.int32,
+    )
+    assert as_pairs(neighbour_edges(grid)) == [(0, 1), (1, 0), (2, 3), (3, 2)]
+
+
+@pytest.mark.parametrize("num_tiles", [0, 1, 7, 60])
+def test_the_union_is_that_found_by_search(num_tiles: int) -> None:
+    bag = make_bag(scales=SCALES, dims=DIMS, num_tiles=num_tiles, seed=num_tiles)
+    assert as_pairs(bag_graph(bag).union_edge_index()) == union_by_search(bag)
+
+
+def test_the_graph_of_a_bag_holds_what_the_bag_holds() -> None:
+    bag = make_bag("a", SCALES, DIMS, num_tiles=30)
+    graph = bag_graph(bag, 1)
+    assert graph.scales == SCALES
+    assert graph.slide_ids == ("a",)
+    assert graph.num_bags == 1
+    assert graph.labels.tolist() == [1]
+    for name in SCALES:
+        assert graph.features[name].dtype == torch.float32
+        assert torch.equal(graph.features[name], bag.features[name].float())
+        assert as_pairs(graph.edge_index[name]) == neighbours_by_search(bag.grid[name])
+        assert graph.ptr[name].tolist() == [0, len(bag.grid[name])]
+    for name in SCALES[1:]:
+        assert graph.parent[name].dtype == torch.int64
+        assert graph.parent[name].tolist() == bag.parent[name].tolist()
+
+
+def test_a_slide_without_label_is_unknown() -> None:
+    assert bag_graph(make_bag()).labels.tolist() == [UNKNOWN] == [-1]
+
+
+def test_joined_graphs_are_the_single_ones_shifted() -> None:
+    graphs = make_graphs(SIZES, labels=(1, 0, -1, 2), scales=SCALES, dims=DIMS)
+    joined = join_graphs(graphs)
+    assert joined.scales == SCALES
+    assert joined.slide_ids == ("slide0", "slide1", "slide2", "slide3")
+    assert joined.labels.tolist() == [1, 0, -1, 2]
+
+    offsets = dict.fromkeys(SCALES, 0)
+    edges: dict[str, list] = {name: [] for name in SCALES}
+    parents: dict[str, list] = {name: [] for name in SCALES[1:]}
+    boundaries = {name: [0] for name in SCALES}
+    for graph in graphs:
+        for coarser, name in zip((None, *SCALES), SCALES, strict=False):
+            start = offsets[name]
+            edges[name] += [(i + start, j + start) for i, j in as_pairs(graph.edge_index[name])]
+            if coarser is not None:
+                parents[name] += [row + offsets[coarser] for row in graph.parent[name].tolist()]
+        for name in SCALES:
+            rows = slice(offsets[name], offsets[name] + len(graph.features[name]))
+            assert torch.equal(joined.features[name][rows], graph.features[name])
+            offsets[name] = rows.stop
+            boundaries[name].append(rows.stop)
+
+    for name in SCALES:
+        assert len(joined.features[name]) == offsets[name]
+        assert as_pairs(joined.edge_index[name]) == sorted(edges[name])
+        assert joined.ptr[name].tolist() == boundaries[name]
+    assert {name: rows.tolist() for name, rows in joined.parent.items()} == parents
+
+
+def test_no_edge_joins_two_bags() -> None:
+    joined = join_graphs(make_graphs(SIZES, scales=SCALES, dims=DIMS))
+    bag_of = torch.cat(
+        [torch.arange(len(SIZES)).repeat_interleave(joined.ptr[name].diff()) for name in SCALES]
+    )
+    source, target = joined.union_edge_index()
+    assert len(source) > 0
+    assert torch.equal(bag_of[source], bag_of[target])
+
+
+def test_a_joined_bag_has_the_edges_it_had_alone() -> None:
+    graphs = make_graphs(SIZES, scales=SCALES, dims=DIMS)
+    joined = join_graphs(graphs)
+    alone = sum(graph.union_edge_index().shape[1] for graph in graphs)
+    assert joined.union_edge_index().shape[1] == alone
+
+
+def test_joining_in_two_steps_is_joining_at_once() -> None:
+    graphs = make_graphs(SIZES, scales=SCALES, dims=DIMS)
+    in_steps = join_graphs([join_graphs(graphs[:2]), join_graphs(graphs[2:])])
+    assert equal(in_steps, join_graphs(graphs))
+
+
+def test_one_graph_joined_is_itself() -> None:
+    (graph,) = make_graphs([9])
+    assert equal(join_graphs([graph]), graph)
+
+
+def test_a_graph_moves_with_all_its_tensors() -> None:
+    (graph,) = make_graphs([9], scales=SCALES, dims=DIMS)
+    moved = graph.to("meta")
+    assert tensors(moved).keys() == tensors(graph).keys()
+    assert all(tensor.is_meta for tensor in tensors(moved).values())
+    assert moved.slide_ids == graph.slide_ids

@@ -1,0 +1,142 @@
+"""Bag files: what is written comes back, and everything else is refused in one sentence."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bag_factory import make_bag
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dasmil.bags import Bag, bag_path, read_bag, read_header, write_bag
+from dasmil.errors import InputError
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    path = bag_path(tmp_path, "slide")
+    write_bag(path, make_bag(scales=("x5", "x20"), dims={"x5": 3, "x20": 4}, num_tiles=25))
+    return path
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def refusal(path: Path) -> str:
+    """The sentence that refuses the bag, and its header alone just so."""
+    with pytest.raises(InputError) as of_bag:
+        read_bag(path)
+    with pytest.raises(InputError) as of_header:
+        read_header(path)
+    assert str(of_bag.value) == str(of_header.value)
+    assert str(path) in str(of_bag.value)
+    return str(of_bag.value)
+
+
+@pytest.mark.parametrize("num_tiles", [0, 1, 30])
+@pytest.mark.parametrize("scales", [("x20",), ("x2.5", "x5", "x20")])
+def test_a_bag_comes_back_with_its_features_in_half_precision(
+    tmp_path: Path, scales: tuple[str, ...], num_tiles: int
+) -> None:
+    made = make_bag("a", scales, dims={s: 3 + n for n, s in enumerate(scales)}, num_tiles=num_tiles)
+    generator = torch.Generator().manual_seed(1)
+    exact = {n: torch.randn(t.shape, generator=generator) for n, t in made.features.items()}
+    path = bag_path(tmp_path, "a")
+    write_bag(path, replace(made, features=exact))
+
+    found = read_bag(path)
+    assert found.header == made.header == read_header(path)
+    assert found.scales == scales
+    for name in scales:
+        assert found.features[name].dtype == torch.float16
+        expected = exact[name].numpy().astype(np.float16)
+        np.testing.assert_array_equal(found.features[name].numpy(), expected)
+        assert found.grid[name].dtype == torch.int32
+        assert torch.equal(found.grid[name], made.grid[name])
+    assert set(found.parent) == set(scales[1:])
+    for name in scales[1:]:
+        assert found.parent[name].dtype == torch.int32
+        assert torch.equal(found.parent[name], made.parent[name])
+
+
+def test_the_file_says_what_the_design_promises(written: Path) -> None:
+    tensors = load_file(written)
+    names = {f"{kind}/{scale}" for kind in ("features", "grid") for scale in ("x5", "x20")}
+    assert set(tensors) == {*names, "parent/x20"}
+    metadata = metadata_of(written)
+    assert metadata["format"] == "dasmil-bag-1"
+    assert metadata["slide_id"] == "slide"
+    assert json.loads(metadata["scales"]) == {"x5": 2.0, "x20": 0.5}
+    assert json.loads(metadata["size_px0"]) == [20_000, 10_000]
+    assert json.loads(metadata["extractors"])["x20"]["fingerprint"] == "f" * 64
+
+
+def test_writing_again_replaces_the_bag_and_leaves_nothing_beside_it(written: Path) -> None:
+    write_bag(written, make_bag(num_tiles=3))
+    assert read_bag(written).num_tiles()["x20"] == 3
+    assert list(written.parent.iterdir()) == [written]
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "none.safetensors").endswith("no such bag file")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 300, -1], ids=["nothing", "size", "header", "but one byte"])
+def test_a_truncated_file_is_refused(written: Path, kept: int) -> None:
+    written.write_bytes(written.read_bytes()[:kept])
+    sentence = refusal(written)
+    assert "cannot be read as a bag" in sentence
+    assert "delete it and embed again" in sentence
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.safetensors"
+    path.write_text("these are not tensors at all, but quite a long text")
+    assert "cannot be read as a bag" in refusal(path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"title": "weights"}])
+def test_foreign_safetensors_are_refused(tmp_path: Path, metadata: dict | None) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.zeros(2, 2)}, path, metadata)
+    assert "its format is None, this version reads 'dasmil-bag-1'" in refusal(path)
+
+
+def test_another_format_version_is_refused(written: Path) -> None:
+    save_file(load_file(written), written, {**metadata_of(written), "format": "dasmil-bag-2"})
+    sentence = refusal(written)
+    assert "'dasmil-bag-2'" in sentence
+    assert "embed the slide again" in sentence
+
+
+def test_a_file_that_breaks_a_promise_is_refused(written: Path) -> None:
+    tensors = load_file(written)
+    save_file({**tensors, "grid/x20": tensors["grid/x20"] + 4}, written, metadata_of(written))
+    with pytest.raises(InputError, match="bag slide: x20: a tile does not lie inside its parent"):
+        read_bag(written)
+
+
+def test_a_file_without_one_of_its_scales_is_refused(written: Path) -> None:
+    tensors = load_file(written)
+    del tensors["features/x5"]
+    save_file(tensors, written, metadata_of(written))
+    with pytest.raises(InputError, match="bag slide: features or grid of the scales x5, x20"):
+        read_bag(written)
+
+
+def with_feature(bag: Bag, value: float) -> Bag:
+    features = {name: tensor.float() for name, tensor in bag.features.items()}
+    features["x20"][0, 0] = value
+    return replace(bag, features=features)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 70_000.0], ids=["nan", "too large for float16"])
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, value: float) -> None:
+    with pytest.raises(InputError, match="x20: some features are not finite"):
+        write_bag(bag_path(tmp_path, "slide"), with_feature(make_bag(), value))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,21 @@
+"""What all tests share."""
+
+from pathlib import Path
+
+import pytest
+from road import Road, make_road
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real slides and features, kept beside the checkout and not in it."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("real data are absent: no folder ../shared/data beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
+    """A tiny cohort, tiled, pretrained on and embedded by command."""
+    return make_road(tmp_path_factory.mktemp("road"))

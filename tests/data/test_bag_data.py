@@ -1,0 +1,319 @@
+"""Which slides BagDataModule puts into which part, and what it refuses."""
+
+import csv
+import json
+import warnings
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bag_factory import CLASSES, make_bag, write_bags
+from torch.utils.data import DataLoader
+
+from dasmil.bags import BagGraph, bag_graph, bag_path, read_bag, write_bag
+from dasmil.data import BagDataModule
+from dasmil.errors import InputError
+
+SPLIT = {
+    "n0": "train",
+    "t0": "train",
+    "n1": "train",
+    "n2": "val",
+    "t2": "val",
+    "n3": "test",
+    "t3": "test",
+    "t1": "train",
+}
+LABELS: dict[str, str | None] = {s: CLASSES[s.startswith("t")] for s in SPLIT}
+
+
+def make_data(folder: Path, stage: str = "fit", **arguments: Any) -> BagDataModule:
+    data = BagDataModule(folder, **{"classes": CLASSES, "num_workers": 0, **arguments})
+    data.setup(stage)
+    return data
+
+
+def ids(data: BagDataModule, part: str) -> list[str]:
+    return [row.slide_id for row in data.part(part)]
+
+
+def seen(loader: DataLoader[BagGraph]) -> list[str]:
+    return [slide_id for graph in loader for slide_id in graph.slide_ids]
+
+
+def many(count: int) -> dict[str, str | None]:
+    """As many normal as tumour slides, n00, t00, n01, ..."""
+    return {f"{c}{n:02}": CLASSES[c == "t"] for n in range(count // 2) for c in "nt"}
+
+
+# Parts
+
+
+def test_the_split_column_is_obeyed(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT))
+    assert data.split == SPLIT
+    for part in ("train", "val", "test"):
+        assert ids(data, part) == [s for s, given in SPLIT.items() if given == part]
+
+
+def test_loaders_give_the_slides_of_their_part_with_their_labels(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT), batch_size=3)
+    assert sorted(seen(data.train_dataloader())) == ["n0", "n1", "t0", "t1"]
+    assert seen(data.val_dataloader()) == ["n2", "t2"]
+    assert seen(data.test_dataloader()) == ["n3", "t3"]
+    assert seen(data.predict_dataloader()) == list(SPLIT)
+    for loader in (data.train_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        for graph in loader:
+            expected = [int(s.startswith("t")) for s in graph.slide_ids]
+            assert graph.labels.tolist() == expected
+
+
+def test_a_batch_holds_the_bags_as_they_lie_on_disk(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT), batch_size=2)
+    (batch,) = data.val_dataloader()
+    graphs = [bag_graph(read_bag(bag_path(tmp_path, slide_id))) for slide_id in ("n2", "t2")]
+    for scale in ("x10", "x20"):
+        expected = torch.cat([graph.features[scale] for graph in graphs])
+        assert torch.equal(batch.features[scale], expected)
+
+
+def test_the_order_of_the_classes_is_the_callers(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT), classes=CLASSES[::-1])
+    (n3, t3) = data.test_dataloader()
+    assert (n3.labels.item(), t3.labels.item()) == (1, 0)
+
+
+def test_training_is_shuffled_anew_each_epoch(tmp_path: Path) -> None:
+    loader = make_data(
+        write_bags(tmp_path, many(20)), val_fraction=0.2, test_fraction=0.2
+    ).train_dataloader()
+    orders = []
+    for epoch in (0, 1, 0):
+        loader.sampler.set_epoch(epoch)
+        orders.append(seen(loader))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+def test_a_drawn_split_is_stratified(tmp_path: Path) -> None:
+    """Of 10 slides a class 2 are for testing (20 %), and of the other 8 one for validation."""
+    data = make_data(write_bags(tmp_path, many(20)))
+    for part, count in (("train", 7), ("val", 1), ("test", 2)):
+        letters = Counter(slide_id[0] for slide_id in ids(data, part))
+        assert letters == {"n": count, "t": count}
+
+
+def test_a_drawn_split_depends_on_the_seed_and_not_on_the_order_of_the_rows(tmp_path: Path) -> None:
+    labels = many(20)
+    forth = write_bags(tmp_path / "forth", labels)
+    back = write_bags(tmp_path / "back", dict(reversed(labels.items())))
+    drawn = make_data(forth).split
+    assert make_data(forth).split == drawn
+    assert make_data(back).split == drawn
+    assert make_data(forth, split_seed=1).split != drawn
+
+
+def test_a_drawn_split_keeps_a_patients_slides_together(tmp_path: Path) -> None:
+    labels = many(24)
+    patients = {s: f"{s[0]}-{int(s[1:]) // 2}" for s in labels}
+    data = make_data(write_bags(tmp_path, labels, patients=patients), val_fraction=0.25)
+    assert set(data.split.values()) == {"train", "val", "test"}
+    for patient in set(patients.values()):
+        assert len({data.split[s] for s in labels if patients[s] == patient}) == 1
+
+
+def test_a_table_with_test_slides_only_gives_up_some_training_slides(tmp_path: Path) -> None:
+    labels = many(20)
+    split = {s: "test" if int(s[1:]) < 3 else "train" for s in labels}
+    data = make_data(write_bags(tmp_path, labels, split))
+    assert ids(data, "test") == [s for s, part in split.items() if part == "test"]
+    assert Counter(s[0] for s in ids(data, "val")) == {"n": 1, "t": 1}
+
+
+def test_a_checkpoints_split_stands_in_for_a_table_without_one(tmp_path: Path) -> None:
+    """A slide that the checkpoint does not know is a test slide."""
+    known = {s: part for s, part in SPLIT.items() if s != "t1"}
+    data = make_data(write_bags(tmp_path, LABELS), "test", split=known)
+    assert data.split == {**known, "t1": "test"}
+    assert ids(data, "test") == ["n3", "t3", "t1"]
+
+
+def test_the_table_goes_before_a_checkpoints_split(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT), split=dict.fromkeys(SPLIT, "test"))
+    assert data.split == SPLIT
+
+
+def test_slides_without_label_are_predicted_and_nothing_else(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, {**LABELS, "u": None}, SPLIT)
+    data = make_data(folder)
+    assert "u" not in data.split
+    last = list(data.predict_dataloader())[-1]
+    assert (last.slide_ids, last.labels.tolist()) == (("u",), [-1])
+    assert "u" not in [s for part in ("train", "val", "test") for s in ids(data, part)]
+
+
+def test_predicting_needs_no_label_at_all(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, {"a": None, "b": None}), "predict")
+    assert seen(data.predict_dataloader()) == ["a", "b"]
+
+
+def test_processes_share_a_part(tmp_path: Path) -> None:
+    """Two processes: each slide once in training, and as many batches for each."""
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT))
+    shares = []
+    for rank in range(2):
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)  # type: ignore[assignment]
+        shares.append(seen(data.train_dataloader()))
+    assert [len(share) for share in shares] == [2, 2]
+    assert sorted(shares[0] + shares[1]) == ["n0", "n1", "t0", "t1"]
+
+
+# What is refused or said
+
+
+@pytest.mark.parametrize("classes", [["tumour"], ["tumour", "tumour"], []])
+def test_fewer_than_two_different_classes_are_refused(tmp_path: Path, classes: list[str]) -> None:
+    with pytest.raises(InputError, match=r"data\.classes: .* at least two different labels"):
+        BagDataModule(tmp_path, classes)
+
+
+def test_an_unknown_label_is_refused_by_slide(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, {**LABELS, "t1": "Tumour"}, SPLIT)
+    with pytest.raises(InputError, match=r"cohort\.csv: slide t1 has the label 'Tumour'"):
+        make_data(folder)
+
+
+def test_slides_without_bag_are_left_out_and_named(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT, missing=["n1", "t3"])
+    with pytest.warns(
+        UserWarning, match=r"2 slide\(s\) .* no bag file .*: n1, t3; see status\.csv"
+    ):
+        data = make_data(folder)
+    assert ids(data, "train") == ["n0", "t0", "t1"]
+    assert ids(data, "test") == ["n3"]
+    assert "n1" not in seen(data.predict_dataloader())
+
+
+def test_a_whole_folder_is_not_warned_about(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_data(write_bags(tmp_path, LABELS, SPLIT))
+
+
+def test_a_folder_without_any_bag_is_refused(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT, missing=LABELS)
+    with (
+        pytest.warns(UserWarning, match="no bag file"),
+        pytest.raises(InputError, match="no bag file for any slide"),
+    ):
+        make_data(folder)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"fingerprint": "0" * 64}, r"features of the extractor .*000000000000"),
+        ({"tile_px": 128}, "tiles of 128 px instead of 256"),
+        ({"scales": ("x5", "x20")}, "scales x5, x20 instead of x10, x20"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["fit", "predict"])
+def test_bags_of_two_formats_are_refused(
+    tmp_path: Path, stage: str, other: dict[str, Any], words: str
+) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT)
+    write_bag(bag_path(folder, "t2"), make_bag("t2", **other))
+    with pytest.raises(InputError, match=rf"the bag t2 holds .*{words}.*\(as in n0\)"):
+        make_data(folder, stage)
+
+
+def test_the_format_of_the_bags_is_remembered(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT, scales=("x2.5", "x10"), tile_px=64))
+    assert data.bag_format == make_bag(scales=("x2.5", "x10"), tile_px=64).header.bag_format()
+
+
+@pytest.mark.parametrize(("part", "slides"), [("train", ["t0", "t1"]), ("val", ["t2"])])
+def test_fitting_needs_every_class_in_training_and_validation(
+    tmp_path: Path, part: str, slides: list[str]
+) -> None:
+    split = {s: "test" if s in slides else given for s, given in SPLIT.items()}
+    folder = write_bags(tmp_path, LABELS, split)
+    with pytest.raises(InputError, match=f"the part '{part}' has no slide of class tumour"):
+        make_data(folder)
+    assert set(slides) <= set(ids(make_data(folder, "test"), "test"))
+
+
+def test_an_evaluation_without_slides_is_refused(tmp_path: Path) -> None:
+    split = {s: "train" if given == "test" else given for s, given in SPLIT.items()}
+    data = make_data(write_bags(tmp_path, LABELS, split))
+    with pytest.raises(InputError, match="no labelled slide is in the part 'test'"):
+        data.test_dataloader()
+
+
+def test_bags_without_tiles_are_evaluated_but_not_trained_on(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT, empty=["n1", "n2", "t3"]), batch_size=4)
+    assert ids(data, "train") == ["n0", "t0", "t1"]
+    assert sorted(seen(data.train_dataloader())) == ["n0", "t0", "t1"]
+    assert seen(data.val_dataloader()) == ["n2", "t2"]
+    assert seen(data.test_dataloader()) == ["n3", "t3"]
+    assert data.split["n1"] == "train"
+
+
+def test_a_class_with_empty_bags_only_cannot_be_trained_on(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT, empty=["n0", "n1"])
+    with pytest.raises(InputError, match="the part 'train' has no slide of class normal"):
+        make_data(folder)
+
+
+# Extractors that have seen slides
+
+
+def write_extractors(folder: Path, **trained_on: list[str]) -> None:
+    records = {scale: {"name": "vit", "trained_on": slides} for scale, slides in trained_on.items()}
+    (folder / "extractors.json").write_text(json.dumps(records))
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+@pytest.mark.parametrize("slide_id", ["t2", "n3"], ids=["val", "test"])
+def test_a_held_out_slide_that_an_extractor_has_seen_is_refused(
+    tmp_path: Path, slide_id: str, stage: str
+) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT)
+    write_extractors(folder, x10=["n0", "t0"], x20=["n0", slide_id])
+    words = rf"the x20 extractor was trained on 1 slide\(s\) .*\({slide_id}\).*allow_seen_slides"
+    with pytest.raises(InputError, match=words):
+        make_data(folder, stage)
+    assert make_data(folder, stage, allow_seen_slides=True).split == SPLIT
+
+
+def test_an_extractor_may_have_seen_training_slides(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT)
+    write_extractors(folder, x10=["n0", "t0", "n1", "t1", "elsewhere"], x20=[])
+    assert make_data(folder).split == SPLIT
+
+
+def test_prediction_asks_no_extractor(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT)
+    write_extractors(folder, x10=list(SPLIT), x20=[])
+    assert seen(make_data(folder, "predict").predict_dataloader()) == list(SPLIT)
+
+
+def test_a_drawn_split_is_held_against_the_extractors_too(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, many(20))
+    held_out = sorted(s for s, part in make_data(folder).split.items() if part != "train")
+    write_extractors(folder, x20=held_out)
+    with pytest.raises(InputError, match=rf"{len(held_out)} slide\(s\)"):
+        make_data(folder)
+
+
+def test_the_cohort_table_is_read_by_its_column_names(tmp_path: Path) -> None:
+    """Columns in another order, and one more."""
+    folder = write_bags(tmp_path, LABELS, SPLIT)
+    with open(folder / "cohort.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["split", "scanner", "label", "slide_id", "path"])
+        table.writerows([SPLIT[s], "S360", LABELS[s], s, f"{s}.svs"] for s in SPLIT)
+    assert make_data(folder).split == SPLIT

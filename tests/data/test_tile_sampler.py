@@ -1,0 +1,227 @@
+"""Even draws of tiles over slides, and the slides and pixels that self-supervision sees."""
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bag_factory import CLASSES, write_bags, write_cohort_csv
+from PIL import Image
+
+from dasmil.data import BagDataModule, TileDataModule
+from dasmil.data.tiles import EvenSlideSampler, TileDataset
+from dasmil.errors import InputError
+from dasmil.slides.cohort import SlideRow
+from dasmil.slides.tile import tiles_path
+from dasmil.slides.tiling import TilePyramid, write_tiles
+from dasmil.units import Mpp, TilePx, parse_scales
+
+Draw = tuple[int, int]  # number of the slide, row of the tile
+
+
+def draw(
+    sizes: list[int], num_samples: int, world: int = 1, rank: int = 0, seed: int = 0, epoch: int = 0
+) -> list[Draw]:
+    sampler = EvenSlideSampler(sizes, num_samples, world, rank, seed)
+    sampler.set_epoch(epoch)
+    drawn = list(sampler)
+    assert len(drawn) == len(sampler)
+    return drawn
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 12, 50, 101])
+def test_every_slide_gives_as_many_tiles_however_many_it_has(num_samples: int) -> None:
+    drawn = draw([1, 7, 1000, 20], num_samples)
+    assert len(drawn) == num_samples
+    counts = Counter(number for number, _ in drawn)
+    assert max(counts.values()) - min(counts[n] for n in range(4)) <= 1
+
+
+def test_tiles_exist() -> None:
+    sizes = [1, 7, 30]
+    assert all(0 <= row < sizes[number] for number, row in draw(sizes, 200))
+
+
+def test_no_tile_comes_again_before_its_slide_is_exhausted() -> None:
+    sizes = [1, 4, 9, 60]
+    drawn = draw(sizes, 4 * 40)
+    for number, size in enumerate(sizes):
+        rows = [row for slide, row in drawn if slide == number]
+        for start in range(0, len(rows), size):
+            turn = rows[start : start + size]
+            assert len(set(turn)) == len(turn)
+        assert set(rows[:size]) == set(range(size)) or size > len(rows)
+
+
+def test_slides_take_turns() -> None:
+    drawn = draw([5, 50, 500], 30)
+    turns = [drawn[start : start + 3] for start in range(0, 30, 3)]
+    assert all({number for number, _ in turn} == {0, 1, 2} for turn in turns)
+
+
+def test_the_epoch_and_the_seed_decide() -> None:
+    sizes = [30, 40]
+    first = draw(sizes, 40)
+    assert draw(sizes, 40) == first
+    assert draw(sizes, 40, epoch=1) != first
+    assert draw(sizes, 40, seed=1) != first
+    assert draw(sizes, 40, seed=1) != draw(sizes, 40, epoch=1)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_share_what_one_process_would_draw(world: int) -> None:
+    sizes, num_samples = [40, 50, 60], 48
+    whole = draw(sizes, num_samples, epoch=2)
+    shares = [draw(sizes, num_samples, world, rank, epoch=2) for rank in range(world)]
+    assert len(set(whole)) == len(whole)
+    assert {len(share) for share in shares} == {num_samples // world}
+    assert Counter(tile for share in shares for tile in share) == Counter(whole)
+
+
+def test_processes_get_as_many_when_the_draws_do_not_divide() -> None:
+    whole = draw([40, 50], 11)
+    shares = [draw([40, 50], 11, world=3, rank=rank) for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 3, 3]
+    assert Counter(tile for share in shares for tile in share) == Counter(whole[:9])
+
+
+# TileDataModule
+
+
+def write_tile_table(
+    folder: Path, slide_id: str, num_tiles: int, scales: tuple[str, ...] = ("x10", "x20")
+) -> None:
+    """A row of coarse tiles, each with the child in its upper left corner."""
+    parsed = parse_scales(scales)
+    columns = np.arange(num_tiles, dtype=np.int32)
+    rows = np.zeros(num_tiles, dtype=np.int32)
+    factors = [round(scale.mpp / parsed[-1].mpp) for scale in parsed]
+    grid = {
+        scale.name: np.stack([rows, columns * (factors[0] // factor)], axis=1).astype(np.int32)
+        for scale, factor in zip(parsed, factors, strict=True)
+    }
+    write_tiles(
+        tiles_path(folder, slide_id),
+        TilePyramid(
+            slide_id,
+            parsed,
+            TilePx(8),
+            Mpp(0.5),
+            (1000, 1000),
+            grid,
+            {fine.name: columns for _, fine in pairwise(parsed)},
+        ),
+    )
+
+
+def write_tables(
+    folder: Path,
+    labels: dict[str, str | None],
+    split: dict[str, str] | None = None,
+    num_tiles: int = 5,
+) -> Path:
+    for number, slide_id in enumerate(labels):
+        (folder / "tiles").mkdir(parents=True, exist_ok=True)
+        write_tile_table(folder, slide_id, num_tiles + number)
+    write_cohort_csv(folder / "cohort.csv", labels, split)
+    return folder
+
+
+def make_data(folder: Path, scale: str = "x20", **arguments: object) -> TileDataModule:
+    data = TileDataModule(folder, scale, num_workers=0, **arguments)  # type: ignore[arg-type]
+    data.setup("fit")
+    return data
+
+
+def ids(data: TileDataModule) -> list[str]:
+    return [row.slide_id for row in data.rows]
+
+
+LABELS: dict[str, str | None] = {"a": "normal", "b": "tumour", "c": "normal", "d": "tumour"}
+SPLIT = {"a": "train", "b": "val", "c": "test", "d": "train"}
+
+
+def test_training_slides_alone_are_seen(tmp_path: Path) -> None:
+    data = make_data(write_tables(tmp_path, LABELS, SPLIT))
+    assert ids(data) == ["a", "d"]
+    assert [len(boxes) for boxes in data.boxes_px0] == [5, 8]
+    with pytest.raises(InputError, match=r"13 tiles an epoch .* do not fill one batch of 64"):
+        data.train_dataloader()
+
+
+def test_slides_without_label_are_seen_unless_the_table_holds_them_out(tmp_path: Path) -> None:
+    labels = {**LABELS, "e": None, "f": None, "g": None}
+    split = {**SPLIT, "f": "test", "g": "train"}
+    assert ids(make_data(write_tables(tmp_path, labels, split))) == ["a", "d", "e", "g"]
+
+
+def test_a_drawn_split_is_the_one_that_the_bags_are_trained_on(tmp_path: Path) -> None:
+    """Stratified over 10 slides a class: 2 for testing, 1 for validation, 7 seen."""
+    labels: dict[str, str | None] = {f"{c}{n}": CLASSES[c == "t"] for n in range(10) for c in "nt"}
+    folder, bags = write_tables(tmp_path / "tiles", labels), write_bags(tmp_path / "bags", labels)
+    for seed in range(2):
+        seen = ids(make_data(folder, split_seed=seed))
+        assert Counter(slide_id[0] for slide_id in seen) == {"n": 7, "t": 7}
+        trained = BagDataModule(bags, CLASSES, split_seed=seed)
+        trained.setup("fit")
+        assert seen == [row.slide_id for row in trained.part("train")]
+
+
+def test_the_boxes_are_those_of_the_scale(tmp_path: Path) -> None:
+    """8 px at x20 on a slide of 0.5 µm/px are 8 level-0 pixels, at x10 they are 16."""
+    folder = write_tables(tmp_path, {"a": None})
+    fine, coarse = make_data(folder, "x20"), make_data(folder, "x10")
+    assert fine.boxes_px0[0][3].tolist() == [48, 0, 56, 8]
+    assert coarse.boxes_px0[0][3].tolist() == [48, 0, 64, 16]
+    assert (fine.tile_px, fine.mpp, coarse.mpp) == (8, 0.5, 1.0)
+
+
+def test_a_scale_that_was_not_tiled_is_refused(tmp_path: Path) -> None:
+    folder = write_tables(tmp_path, LABELS, SPLIT)
+    with pytest.raises(InputError, match=r"data\.scale 'x5': .* holds x10, x20"):
+        make_data(folder, "x5")
+
+
+def test_slides_without_tiles_are_left_out(tmp_path: Path) -> None:
+    folder = write_tables(tmp_path, LABELS, SPLIT)
+    write_tile_table(folder, "a", 0)
+    assert ids(make_data(folder)) == ["d"]
+
+
+def test_no_training_slide_with_tiles_is_refused(tmp_path: Path) -> None:
+    folder = write_tables(tmp_path, LABELS, SPLIT)
+    write_tile_table(folder, "a", 0)
+    tiles_path(folder, "d").unlink()
+    with pytest.raises(InputError, match=r"no training slide has tiles; see its status\.csv"):
+        make_data(folder)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> SlideRow:
+    """A slide of 8 x 4 squares of 8 pixels, each with a colour of its own."""
+    row, column = np.mgrid[0:32, 0:64] // 8
+    pixels = np.stack([row * 60, column * 30, np.full_like(row, 77)], axis=2).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    return SlideRow("a", tmp_path / "a.png", mpp=0.5)
+
+
+def test_a_tile_is_read_where_it_lies(picture: SlideRow) -> None:
+    boxes = np.array([[0, 0, 8, 8], [40, 16, 48, 24]])
+    dataset = TileDataset([picture, picture], [boxes[:1], boxes], 8, lambda view: [view])
+    assert len(dataset) == 3
+    for index, colour in (((0, 0), (0, 0, 77)), ((1, 0), (0, 0, 77)), ((1, 1), (120, 150, 77))):
+        (view,) = dataset[index]
+        assert view.size == (8, 8)
+        assert np.array_equal(np.unique(np.asarray(view).reshape(-1, 3), axis=0), [colour])
+
+
+def test_a_batch_holds_every_view_of_as_many_tiles(tmp_path: Path, picture: SlideRow) -> None:
+    folder = write_tables(tmp_path, {"a": None}, num_tiles=4)
+    (folder / "cohort.csv").write_text("slide_id,path,mpp\na,a.png,0.5\n")
+    crops = {"global_crop_px": 16, "local_crop_px": 8, "num_local_crops": 3}
+    data = make_data(folder, batch_size=2, tiles_per_epoch=5, **crops)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 2
+    for views in batches:
+        assert [tuple(view.shape) for view in views] == [(2, 3, 16, 16)] * 2 + [(2, 3, 8, 8)] * 3

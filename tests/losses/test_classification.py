@@ -1,0 +1,65 @@
+"""The label losses against their definition in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from dasmil.losses import bag_loss, max_instance_loss
+
+SIZES = (4, 0, 1, 6)
+
+
+def label_loss(logits: np.ndarray, label: int) -> float:
+    """-log of the label's probability: of a sigmoid for one logit, else of a softmax."""
+    if len(logits) == 1:
+        positive = 1 / (1 + np.exp(-logits[0]))
+        return -np.log(positive if label == 1 else 1 - positive)
+    return -np.log(np.exp(logits[label]) / np.exp(logits).sum())
+
+
+def labels_for(num_logits: int, count: int) -> list[int]:
+    return [number % max(num_logits, 2) for number in range(count)]
+
+
+@pytest.mark.parametrize("num_logits", [1, 2, 3])
+def test_bag_loss_is_the_cross_entropy_of_each_bag(num_logits: int) -> None:
+    logits = 3 * np.random.default_rng(0).standard_normal((7, num_logits))
+    labels = labels_for(num_logits, 7)
+    found = bag_loss(torch.from_numpy(logits), torch.tensor(labels))
+    expected = [label_loss(row, label) for row, label in zip(logits, labels, strict=True)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+
+
+def test_two_equal_logits_cost_as_much_as_one_logit_of_zero() -> None:
+    labels = torch.tensor([0, 1])
+    assert torch.allclose(bag_loss(torch.zeros(2, 1), labels), bag_loss(torch.ones(2, 2), labels))
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_max_instance_loss_is_that_of_the_largest_logit_of_each_class(num_logits: int) -> None:
+    rows = 3 * np.random.default_rng(1).standard_normal((sum(SIZES), num_logits)) - 4
+    labels = labels_for(num_logits, len(SIZES))
+    ends = np.cumsum([0, *SIZES])
+    found = max_instance_loss(torch.from_numpy(rows), torch.from_numpy(ends), torch.tensor(labels))
+    expected = [
+        label_loss(rows[start:end].max(axis=0), label) if end > start else 0.0
+        for start, end, label in zip(ends[:-1], ends[1:], labels, strict=True)
+    ]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    assert found[1] == 0
+
+
+def test_only_the_largest_logit_of_a_class_learns() -> None:
+    rows = torch.tensor([[-1.0], [-3.0], [2.0], [1.0]], requires_grad=True)
+    loss = max_instance_loss(rows, torch.tensor([0, 2, 2, 4]), torch.tensor([1, 1, 0]))
+    loss.sum().backward()
+    slope = 1 / (1 + np.exp(-np.array([-1.0, 2.0]))) - np.array([1.0, 0.0])  # sigmoid - label
+    np.testing.assert_allclose(rows.grad[:, 0], [slope[0], 0, slope[1], 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_bags_without_tiles_cost_nothing_and_teach_nothing(num_logits: int) -> None:
+    rows = torch.empty(0, num_logits, requires_grad=True)
+    loss = max_instance_loss(rows, torch.tensor([0, 0, 0]), torch.tensor([0, 1]))
+    assert loss.tolist() == [0.0, 0.0]
+    loss.sum().backward()

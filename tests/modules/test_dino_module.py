@@ -1,0 +1,145 @@
+import csv
+from math import cos, log, pi
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from road import NUM_SLIDES
+
+from dasmil.data import TileDataModule
+from dasmil.embedding.extractor import load_checkpoint
+from dasmil.modules import DINOModule
+from dasmil.slides.cohort import read_cohort
+
+SMALL = {
+    "backbone": "vit_tiny_patch16_224",
+    "backbone_options": {"depth": 1, "embed_dim": 24, "num_heads": 2},
+    "image_size": 32,
+    "drop_path": 0.0,
+    "output_dim": 32,
+    "hidden_dim": 16,
+    "bottleneck_dim": 8,
+}
+
+
+def small_data(road, **options):
+    crops = {"global_crop_px": 32, "local_crop_px": 16, "num_local_crops": 1}
+    options = {"batch_size": 4, "tiles_per_epoch": 16, "num_workers": 0, **crops, **options}
+    return TileDataModule(road.tiles, "x20", **options)
+
+
+class Watch(Callback):
+    """Copies of the networks around every step."""
+
+    def __init__(self):
+        self.before, self.after = [], []
+
+    @staticmethod
+    def copy(module):
+        names = ("student", "teacher")
+        return {
+            n: {k: v.clone() for k, v in getattr(module, n).state_dict().items()} for n in names
+        }
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before.append(self.copy(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.after.append(self.copy(pl_module))
+
+
+@pytest.fixture(scope="module")
+def watched(road, tmp_path_factory):
+    """Two epochs of four steps, with the logged figures of every step."""
+    torch.manual_seed(0)
+    watch, folder = Watch(), tmp_path_factory.mktemp("dino")
+    logger = CSVLogger(folder, flush_logs_every_n_steps=1)
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[watch],
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    module = DINOModule(**SMALL, warmup_epochs=1, learning_rate=0.064, weight_decay=(0.1, 0.3))
+    trainer.fit(module, datamodule=small_data(road))
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        logged = [row for row in csv.DictReader(file) if row["train/loss"]]
+    return watch, logged, module
+
+
+def test_the_teacher_starts_as_the_student_and_follows_it(watched):
+    watch, logged, _ = watched
+    first = watch.before[0]
+    assert all(torch.equal(first["student"][k], first["teacher"][k]) for k in first["student"])
+    for step, (before, after) in enumerate(zip(watch.before, watch.after, strict=True)):
+        momentum = float(logged[step]["schedule/teacher_momentum"])
+        for name, teacher in before["teacher"].items():
+            expected = momentum * teacher + (1 - momentum) * after["student"][name]
+            assert torch.allclose(after["teacher"][name], expected, atol=1e-6), name
+
+
+def test_the_last_layer_learns_only_after_its_frozen_epochs(watched):
+    watch, _, _ = watched
+    weights = [copy["student"]["head.last_layer.weight_v"] for copy in watch.after]
+    first = watch.before[0]["student"]["head.last_layer.weight_v"]
+    assert torch.equal(weights[3], first)  # end of epoch 0
+    assert not torch.equal(weights[7], first)
+    moved = watch.after[3]["student"]["backbone.blocks.0.mlp.fc1.weight"]
+    assert not torch.equal(moved, watch.before[0]["student"]["backbone.blocks.0.mlp.fc1.weight"])
+
+
+def test_the_schedules_are_those_of_the_paper(watched):
+    """4 warm-up steps of 8; 4 tiles a step, so the peak is 0.064 · 4 / 256 = 0.001."""
+    _, logged, _ = watched
+    rates = [float(row["schedule/learning_rate"]) for row in logged]
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[4] == pytest.approx(1e-3, rel=0.05)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    decays = [float(row["schedule/weight_decay"]) for row in logged]
+    expected = [0.3 - 0.2 * (1 + cos(pi * step / 8)) / 2 for step in range(8)]
+    assert decays == pytest.approx(expected, abs=1e-6)
+    momenta = [float(row["schedule/teacher_momentum"]) for row in logged]
+    assert momenta == sorted(momenta) and momenta[0] >= 0.996 and momenta[-1] == pytest.approx(1)
+
+
+def test_a_collapse_would_show(watched):
+    _, logged, module = watched
+    for row in logged:
+        assert 0 < float(row["teacher/entropy"]) <= float(row["teacher/entropy_of_mean"]) + 1e-5
+        assert float(row["teacher/entropy_of_mean"]) <= log(SMALL["output_dim"]) + 1e-5
+    assert float(logged[-1]["teacher/centre_norm"]) > 0
+    seen = {}
+    module.log_dict = seen.update
+    module._log_teacher(module.dino_loss.center[0].expand(4, -1))
+    assert float(seen["teacher/entropy"]) == pytest.approx(log(SMALL["output_dim"]), rel=1e-5)
+
+
+def test_the_checkpoint_knows_what_it_was_trained_on(road):
+    record = load_checkpoint(road.dino["x10"])["extractor"]
+    assert (record["scale"], record["mpp"], record["tile_px"]) == ("x10", 1.0, 32)
+    assert record["mean"] == (0.485, 0.456, 0.406)
+    train = {row.slide_id for row in read_cohort(road.cohort) if row.split == "train"}
+    assert set(record["trained_on"]) == train and len(train) == NUM_SLIDES["train"]
+
+
+def test_the_crops_are_shown_in_tensorboard(road):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(road.root / "runs" / "dino_x20"))
+    events.Reload()
+    assert "train/crops" in events.Tags()["images"]
+    picture = events.Images("train/crops")[0]
+    assert (picture.width, picture.height) == (4 * 34 + 2, 4 * 34 + 2)  # 4 tiles by 2 + 2 views
+
+
+def test_only_training_slides_are_read(road):
+    data = small_data(road)
+    data.setup("fit")
+    assert {row.split for row in data.rows} == {"train"}
+    views = next(iter(data.train_dataloader()))
+    assert [tuple(view.shape) for view in views] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)]

@@ -1,0 +1,150 @@
+import pytest
+import torch
+from bag_factory import make_bag, make_graphs
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import dasmil
+from dasmil.bags import Bag, bag_graph, bag_path, join_graphs, read_bag, write_bag
+from dasmil.data import BagDataModule
+from dasmil.errors import InputError
+from dasmil.modules import DASMILModule
+
+SMALL = {"hidden_dim": 8, "out_dim": 8, "query_dim": 4}
+
+
+def bag_format(widths=(6, 6)):
+    scales = {
+        name: {"mpp": mpp, "extractor": {"feature_dim": width, "fingerprint": "f", "name": "n"}}
+        for name, mpp, width in zip(("x10", "x20"), (1.0, 0.5), widths, strict=True)
+    }
+    return {"tile_px": 256, "scales": scales}
+
+
+def small_module(classes=("normal", "tumour"), **options):
+    torch.manual_seed(0)
+    options = {**SMALL, "classes": list(classes), "bag_format": bag_format(), **options}
+    return DASMILModule(**options)
+
+
+def quiet_trainer(folder, **options):
+    return Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("classes", "one_logit", "num_logits", "logit_classes"),
+    [
+        (("a", "b"), True, 1, ("b",)),
+        (("a", "b"), False, 2, ("a", "b")),
+        (("a", "b", "c"), True, 3, ("a", "b", "c")),
+    ],
+)
+def test_logits_follow_the_classes(classes, one_logit, num_logits, logit_classes):
+    module = small_module(classes, one_logit=one_logit)
+    assert module.num_logits == num_logits
+    assert module.logit_classes == logit_classes
+    graph = join_graphs(make_graphs([5, 7], [0, 1]))
+    assert module(graph)["x20"].bag_logits.shape == (2, num_logits)
+    total, _ = module.objective(module(graph), graph)
+    assert torch.isfinite(total).all()
+
+
+def test_each_slide_counts_once_however_often_it_comes(monkeypatch):
+    """What a padded sampler repeats must not weigh more."""
+    module = small_module().eval()
+    logged = {}
+    monkeypatch.setattr(module, "_log_figures", lambda figures, **_: logged.update(figures))
+    module._trainer = quiet_trainer(".", max_epochs=1)
+    graphs = make_graphs([5, 7, 9, 6], [0, 1, 0, 1])
+
+    def figures(chosen):
+        module.results = []
+        with torch.no_grad():
+            for graph in chosen:
+                module._keep(graph)
+            module._log_results("val")
+        return dict(logged)
+
+    assert figures(graphs) == figures([*graphs, graphs[1], graphs[1]])
+    assert len(module.results) == 4
+
+
+def separable_bags(folder):
+    """The last tile of a tumour bag carries a mark in its features, at the fine scale only."""
+    rows = ["slide_id,path,label,split"]
+    for number in range(16):
+        label, part = number % 2, "train" if number < 10 else "val" if number < 12 else "test"
+        bag = make_bag(f"s{number}", seed=number, num_tiles=12)
+        features = {name: values.clone() for name, values in bag.features.items()}
+        if label:
+            features["x20"][-1] = 5.0
+        write_bag(bag_path(folder, bag.slide_id), Bag(bag.header, features, bag.grid, bag.parent))
+        rows.append(f"s{number},{bag.slide_id}.svs,{['normal', 'tumour'][label]},{part}")
+    (folder / "cohort.csv").write_text("\n".join(rows))
+    return folder
+
+
+def test_training_in_plain_python_learns_and_its_checkpoint_loads(tmp_path):
+    """No command line: module and data built by hand; the checkpoint holds plain values only."""
+    torch.manual_seed(0)
+    data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
+    keeper = ModelCheckpoint(tmp_path / "kept", "best", monitor="val/auroc", mode="max")
+    trainer = quiet_trainer(tmp_path, max_epochs=30, callbacks=[keeper])
+    module = DASMILModule(**SMALL, learning_rate=1e-2, node_dropout=0.0)
+    trainer.fit(module, datamodule=data)
+    figures = trainer.test(module, datamodule=data, verbose=False)[0]
+    assert figures["test/x20/auroc"] == 1.0
+
+    path = keeper.best_model_path
+    torch.load(path, weights_only=True)  # refuses anything that would have to be unpickled
+    model = dasmil.load(path)
+    assert model.hparams["split"]["s15"] == "test"
+    again = DASMILModule.load_from_checkpoint(path, weights_only=True)
+    graph = bag_graph(read_bag(bag_path(tmp_path, "s15")))
+    with torch.no_grad():
+        first, second = model(graph), again.eval()(graph)
+    assert torch.equal(first["x20"].bag_logits, second["x20"].bag_logits)
+
+
+def test_every_term_is_logged_by_name(tmp_path):
+    data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(DASMILModule(**SMALL), datamodule=data)
+    terms = ["bag/x10", "bag/x20", "instance/x10", "instance/x20"]
+    terms += ["distillation/x10", "criticality/x10", "loss"]
+    figures = [f"{scale}{name}" for scale in ("", "x10/", "x20/") for name in ("auroc", "accuracy")]
+    expected = {f"train/{t}" for t in terms} | {f"val/{t}" for t in [*terms, *figures]}
+    assert expected <= set(trainer.callback_metrics)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    total = sum(logged[f"train/{t}"] for t in terms[1:-1])  # λ = 1 leaves bag/x10 out
+    assert logged["train/loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_classes_in_another_order_are_refused(tmp_path):
+    data = BagDataModule(separable_bags(tmp_path), ["tumour", "normal"], num_workers=0)
+    data.setup("test")
+    with pytest.raises(InputError, match="trained with normal, tumour in that order"):
+        DASMILModule._refuse_other_data(
+            {"bag_format": data.bag_format, "classes": ["normal", "tumour"]}, data
+        )
+
+
+def test_the_schedule_asks_for_epochs(tmp_path):
+    data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
+    trainer = quiet_trainer(tmp_path, max_epochs=-1, max_steps=2, enable_checkpointing=False)
+    with pytest.raises(InputError, match="max_epochs"):
+        trainer.fit(DASMILModule(**SMALL), datamodule=data)
+
+
+def test_a_checkpoint_without_a_model_is_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match="holds no DAS-MIL model"):
+        dasmil.load(tmp_path / "other.ckpt")

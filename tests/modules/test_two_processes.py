@@ -1,0 +1,74 @@
+"""Two processes on the CPU (gloo), started as a user starts them."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from road import embed_command, fit_dasmil, fit_dino
+
+from dasmil.bags import bag_path, read_bag
+from dasmil.slides.cohort import read_cohort
+
+TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+def run(arguments):
+    """A command with two processes; its output is shown when it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "dasmil", *map(str, arguments), *TWO]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(road):
+    """DAS-MIL after one step of each of two processes."""
+    runs = road.root / "runs_ddp"
+    run(
+        [
+            *fit_dasmil(road.bags, runs),
+            "--trainer.max_epochs",
+            "1",
+            "--trainer.limit_train_batches",
+            "1",
+        ]
+    )
+    return runs / "dasmil" / "checkpoints" / "best.ckpt"
+
+
+def test_dasmil_fits_one_step(checkpoint):
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["global_step"] == 1
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+
+
+def test_dino_fits_one_step(road):
+    runs = road.root / "runs_ddp"
+    run([*fit_dino(road.tiles, "x20", runs), "--trainer.limit_train_batches", "1"])
+    state = torch.load(runs / "dino_x20" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 1
+    assert state["extractor"]["scale"] == "x20"
+
+
+def test_embed_gives_the_same_bags(road):
+    bags = road.root / "bags_ddp"
+    printed = run(embed_command(road.tiles, bags, road.dino))
+    rows = read_cohort(road.cohort)
+    assert f"embed: {len(rows)} done" in printed
+    for row in rows:
+        one, two = (read_bag(bag_path(folder, row.slide_id)) for folder in (road.bags, bags))
+        assert one.header == two.header
+        for scale in one.scales:
+            assert torch.allclose(one.features[scale], two.features[scale], atol=2e-3)
+
+
+def test_predict_writes_every_slide_once(road, checkpoint):
+    output = road.root / "predictions_ddp"
+    run(["predict", "--ckpt_path", checkpoint, "--bags", road.bags, "--output", output])
+    with open(output / "predictions.csv", newline="") as file:
+        predicted = [row["slide_id"] for row in csv.DictReader(file)]
+    assert predicted == [row.slide_id for row in read_cohort(road.cohort)]

@@ -1,0 +1,178 @@
+"""The MIL head against DSMIL's dual stream in plain loops, bag by bag."""
+
+from itertools import pairwise
+from math import exp, sqrt, tanh
+
+import pytest
+import torch
+from torch import Tensor
+
+from dasmil.nn import MILHead, ScaleOutput
+
+WIDTH, QUERY = 5, 4
+SIZES = (6, 0, 1, 9)
+
+
+def make_head(num_logits: int) -> MILHead:
+    torch.manual_seed(num_logits)
+    return MILHead(WIDTH, num_logits, QUERY).double()
+
+
+def make_rows(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Features of the tiles of several bags, and the bags' boundaries."""
+    h = 2 * torch.randn(sum(sizes), WIDTH, dtype=torch.float64)
+    return h, torch.tensor([0, *sizes]).cumsum(0)
+
+
+def linear(layer: dict[str, Tensor], name: str, x: list[float]) -> list[float]:
+    weight, bias = layer[f"{name}.weight"].tolist(), layer[f"{name}.bias"].tolist()
+    return [sum(w * v for w, v in zip(row, x)) + b for row, b in zip(weight, bias)]
+
+
+def dual_stream(
+    head: MILHead, tiles: list[list[float]]
+) -> tuple[list[float], list[list[float]], list[list[float]]]:
+    """Bag logits, instance logits and attention of one bag."""
+    weights = head.state_dict()
+    instance = [linear(weights, "instance_classifier", tile) for tile in tiles]
+    f = [[max(v, 0.0) for v in linear(weights, "transform.0", tile)] for tile in tiles]
+    q = [[tanh(v) for v in linear(weights, "query.0", row)] for row in f]
+    v = [linear(weights, "value", row) for row in f]
+
+    num_logits = len(weights["bag_classifier.bias"])
+    attention = [[0.0] * num_logits for _ in tiles]
+    embedding = [[0.0] * WIDTH for _ in range(num_logits)]
+    for c in range(num_logits if tiles else 0):
+        critical = 0
+        for n in range(len(tiles)):
+            if instance[n][c] > instance[critical][c]:
+                critical = n
+        u = [exp(sum(a * b for a, b in zip(row, q[critical])) / sqrt(QUERY)) for row in q]
+        for n in range(len(tiles)):
+            attention[n][c] = u[n] / sum(u)
+            for k in range(WIDTH):
+                embedding[c][k] += attention[n][c] * v[n][k]
+
+    kernel, bias = (
+        weights["bag_classifier.weight"].tolist(),
+        weights["bag_classifier.bias"].tolist(),
+    )
+    bag = [
+        bias[c]
+        + sum(kernel[c][d][k] * embedding[d][k] for d in range(num_logits) for k in range(WIDTH))
+        for c in range(num_logits)
+    ]
+    return bag, instance, attention
+
+
+def assert_is_dual_stream(output: ScaleOutput, head: MILHead, h: Tensor, ptr: Tensor) -> None:
+    bags, instances, attentions = [], [], []
+    for start, end in pairwise(ptr.tolist()):
+        bag, instance, attention = dual_stream(head, h[start:end].tolist())
+        bags.append(bag)
+        instances += instance
+        attentions += attention
+    for found, expected in (
+        (output.bag_logits, bags),
+        (output.instance_logits, instances),
+        (output.attention, attentions),
+    ):
+        expected_rows = torch.tensor(expected, dtype=torch.float64).reshape(found.shape)
+        torch.testing.assert_close(found, expected_rows, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_the_head_is_dsmils_dual_stream(num_logits: int) -> None:
+    head = make_head(num_logits)
+    h, ptr = make_rows(SIZES)
+    output = head(h, ptr)
+    assert output.bag_logits.shape == (4, num_logits)
+    assert output.bag_index.tolist() == [0] * 6 + [2] + [3] * 9
+    assert_is_dual_stream(output, head, h, ptr)
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_attention_sums_to_one_in_each_bag_with_tiles(num_logits: int) -> None:
+    h, ptr = make_rows(SIZES)
+    attention = make_head(num_logits)(1e4 * h, ptr).attention
+    sums = torch.stack([part.sum(0) for part in attention.split(SIZES)])
+    expected = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)[:, None].expand_as(sums)
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_of_equal_instance_logits_the_first_is_critical(num_logits: int) -> None:
+    head = make_head(num_logits)
+    torch.nn.init.zeros_(head.instance_classifier.weight)
+    h, ptr = make_rows(SIZES)
+    output = head(h, ptr)
+    assert_is_dual_stream(output, head, h, ptr)
+    last_first = torch.cat([part.flip(0) for part in h.split(SIZES)])
+    assert not torch.allclose(head(last_first, ptr).bag_logits[3], output.bag_logits[3])
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+@pytest.mark.parametrize("sizes", [(0,), (0, 0), (0, 3, 0)])
+def test_a_bag_without_tiles_gets_the_bias_of_the_bag_classifier(
+    num_logits: int, sizes: tuple[int, ...]
+) -> None:
+    head = make_head(num_logits)
+    output = head(*make_rows(sizes))
+    assert output.instance_logits.shape == output.attention.shape == (sum(sizes), num_logits)
+    for bag, size in enumerate(sizes):
+        if size == 0:
+            assert torch.equal(output.bag_logits[bag], head.bag_classifier.bias)
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_bags_in_one_pass_equal_bags_one_by_one(num_logits: int) -> None:
+    """Outputs, the gradients of the features and those of every weight."""
+    head = make_head(num_logits)
+    h, ptr = make_rows(SIZES)
+
+    def loss(output: ScaleOutput) -> Tensor:
+        parts = (output.bag_logits, output.instance_logits, output.attention)
+        return sum((part.sin() * (1 + part)).sum() for part in parts)
+
+    together, alone = h.clone().requires_grad_(), h.clone().requires_grad_()
+    in_one = head(together, ptr)
+    loss(in_one).backward()
+    weight_gradients = {name: p.grad for name, p in head.named_parameters()}
+
+    head.zero_grad()
+    singles = [head(rows, torch.tensor([0, len(rows)])) for rows in alone.split(SIZES)]
+    sum(map(loss, singles)).backward()
+
+    for name in ("bag_logits", "instance_logits", "attention"):
+        expected = torch.cat([getattr(single, name) for single in singles])
+        torch.testing.assert_close(getattr(in_one, name), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(together.grad, alone.grad, rtol=0, atol=1e-10)
+    for name, parameter in head.named_parameters():
+        torch.testing.assert_close(weight_gradients[name], parameter.grad, rtol=0, atol=1e-10)
+        assert parameter.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_gradients_are_those_of_finite_differences(num_logits: int) -> None:
+    """Also through the critical instance's query, which all attention of a bag depends on."""
+    head = make_head(num_logits)
+    h, ptr = make_rows(SIZES)
+
+    def outputs(rows: Tensor, query_weight: Tensor) -> tuple[Tensor, Tensor]:
+        weights = {"query.0.weight": query_weight}
+        found = torch.func.functional_call(head, weights, (rows, ptr))
+        return found.bag_logits, found.attention
+
+    query_weight = head.query[0].weight.detach().clone()
+    assert torch.autograd.gradcheck(outputs, (h.requires_grad_(), query_weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_the_order_of_the_bags_does_not_matter(num_logits: int) -> None:
+    head = make_head(num_logits)
+    h, ptr = make_rows(SIZES)
+    forth = head(h, ptr).bag_logits
+    back = head(
+        torch.cat(h.split(SIZES)[::-1]), torch.tensor([0, *SIZES[::-1]]).cumsum(0)
+    ).bag_logits
+    torch.testing.assert_close(back.flip(0), forth, rtol=0, atol=1e-12)

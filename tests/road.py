@@ -1,0 +1,59 @@
+"""A tiny cohort of synthetic slides taken through the first verbs, once for all tests."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dasmil.cli import main
+from dasmil.demo.slides import write_cohort
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = REPOSITORY / "configs"
+CONF = REPOSITORY / "tests" / "conf"
+NUM_SLIDES = {"train": 6, "val": 2, "test": 3}  # 3: not a multiple of two processes
+
+
+@dataclass(frozen=True)
+class Road:
+    """Folders of a cohort that has been tiled, pretrained on and embedded."""
+
+    root: Path
+    cohort: Path
+    tiles: Path
+    bags: Path
+    dino: dict[str, Path]
+
+
+def log_to(folder: Path, name: str) -> list[str]:
+    """Arguments that put a run into a folder of known name."""
+    logger = "--trainer.logger.init_args."
+    return [f"{logger}save_dir", str(folder), f"{logger}name", name, f"{logger}version", ""]
+
+
+def fit_dino(tiles: Path, scale: str, runs: Path) -> list[str]:
+    configs = ["--config", str(CONFIGS / "dino.yaml"), "--config", str(CONF / "dino.yaml")]
+    data = ["--data.tiles", str(tiles), "--data.scale", scale]
+    return ["fit", *configs, *data, *log_to(runs, f"dino_{scale}")]
+
+
+def fit_dasmil(bags: Path, runs: Path, name: str = "dasmil") -> list[str]:
+    configs = ["--config", str(CONFIGS / "dasmil.yaml"), "--config", str(CONF / "dasmil.yaml")]
+    return ["fit", *configs, "--data.bags", str(bags), *log_to(runs, name)]
+
+
+def make_road(root: Path) -> Road:
+    cohort = write_cohort(root / "cohort", num_slides=NUM_SLIDES, seed=1, size_px0=(640, 640))
+    tiles, bags, runs = root / "tiles", root / "bags", root / "runs"
+    tile = ["tile", "--cohort", str(cohort), "--output", str(tiles), "--tile_px", "32"]
+    assert main([*tile, "--scales", "[x10,x20]", "--workers", "1"]) == 0
+    dino = {}
+    for scale in ("x10", "x20"):
+        assert main(fit_dino(tiles, scale, runs)) == 0
+        dino[scale] = runs / f"dino_{scale}" / "checkpoints" / "last.ckpt"
+    assert main(embed_command(tiles, bags, dino)) == 0
+    return Road(root, cohort, tiles, bags, dino)
+
+
+def embed_command(tiles: Path, bags: Path, extractors: dict[str, Path | str]) -> list[str]:
+    sources = [text for s, e in extractors.items() for text in (f"--extractors.{s}", str(e))]
+    options = ["--num_workers", "0", "--trainer.enable_progress_bar", "false"]
+    return ["embed", "--tiles", str(tiles), "--output", str(bags), *sources, *options]

@@ -1,0 +1,353 @@
+"""The cohort table, a folder of slides, and the parts that slides play."""
+
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dasmil.errors import InputError
+from dasmil.slides.cohort import SlideRow, read_cohort, split_cohort, write_cohort
+
+
+def write_table(folder: Path, text: str) -> Path:
+    path = folder / "cohort.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(source: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        read_cohort(source)
+    return str(caught.value)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def make_rows(
+    label: str, num_patients: int, *, slides_each: int = 1, split: str | None = None
+) -> list[SlideRow]:
+    return [
+        SlideRow(f"{label}{p}_{s}", Path("x.svs"), label, f"patient_{label}{p}", split)
+        for p in range(num_patients)
+        for s in range(slides_each)
+    ]
+
+
+def patients_by_part(rows: Sequence[SlideRow], parts: dict[str, str]) -> Counter[tuple[str, str]]:
+    """How many patients of a label a part holds."""
+    found = {(row.label, parts[row.slide_id], row.patient_id) for row in rows}
+    return Counter((label, part) for label, part, _ in found)
+
+
+# Reading
+
+
+def test_every_column_of_a_table_is_read(tmp_path: Path) -> None:
+    path = write_table(
+        tmp_path,
+        "slide_id,path,label,patient_id,split,mpp,magnification\n"
+        "s1,scans/a.svs,tumour,p1,train,0.25,\n"
+        "s2,/elsewhere/b.tif,normal,p2,test,,40\n",
+    )
+    assert read_cohort(path) == [
+        SlideRow("s1", tmp_path / "scans" / "a.svs", "tumour", "p1", "train", 0.25, None),
+        SlideRow("s2", Path("/elsewhere/b.tif"), "normal", "p2", "test", None, 40.0),
+    ]
+
+
+def test_two_columns_are_enough_and_empty_cells_are_none(tmp_path: Path) -> None:
+    rows = read_cohort(write_table(tmp_path, "path,slide_id,remark\na.svs,s1,nice\n"))
+    assert rows == [SlideRow("s1", tmp_path / "a.svs")]
+    rows = read_cohort(write_table(tmp_path, "slide_id,path,label,split,mpp\ns1,a.svs,,,\n"))
+    assert rows == [SlideRow("s1", tmp_path / "a.svs", None, None, None, None, None)]
+
+
+def test_byte_order_mark_and_spaces_are_tolerated(tmp_path: Path) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_bytes(b"\xef\xbb\xbfslide_id, path ,mpp\r\n s1 , a b.svs, 0.5 \r\n")
+    assert read_cohort(path) == [SlideRow("s1", tmp_path / "a b.svs", mpp=0.5)]
+
+
+def test_a_slide_without_patient_is_its_own_patient() -> None:
+    assert SlideRow("s1", Path("a.svs")).patient == "s1"
+    assert SlideRow("s1", Path("a.svs"), patient_id="p1").patient == "p1"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("slide_id,label\ns1,a\n", "column path is missing"),
+        ("label\na\n", "column path and slide_id is missing"),
+        ("slide_id;path\ns1;a.svs\n", "column path and slide_id is missing"),
+        ("", "column path and slide_id is missing"),
+        ("slide_id,path\n", "no slides in it"),
+        ("slide_id,path\ns1,a.svs\ns2\n", " line 3: it has not the 2 cells of the header"),
+        ("slide_id,path\ns1,a.svs\n,b.svs\n", " line 3: slide_id or path is empty"),
+        ("slide_id,path\ns1, \n", " line 2: slide_id or path is empty"),
+        ("slide_id,path\na/b,a.svs\n", " line 2: slide_id 'a/b' cannot be a file name"),
+        ("slide_id,path\n.s1,a.svs\n", " line 2: slide_id '.s1' cannot be a file name"),
+        (
+            "slide_id,path,split\ns1,a.svs,train\ns2,b.svs,valid\n",
+            " line 3: split 'valid' is none of train, val, test",
+        ),
+        ("slide_id,path,mpp\ns1,a.svs,fine\n", " line 2: mpp 'fine' is not a number"),
+        ("slide_id,path,mpp\ns1,a.svs,0\n", " line 2: mpp '0' is not a positive number"),
+        ("slide_id,path,mpp\ns1,a.svs,nan\n", " line 2: mpp 'nan' is not a positive number"),
+        ("slide_id,path,mpp\ns1,a.svs,inf\n", " line 2: mpp 'inf' is not a positive number"),
+        (
+            "slide_id,path,magnification\ns1,a.svs,20\ns2,b.svs,-20\n",
+            " line 3: magnification '-20' is not a positive number",
+        ),
+        (
+            "slide_id,path,magnification\ns1,a.svs,20x\n",
+            " line 2: magnification '20x' is not a number",
+        ),
+    ],
+)
+def test_a_bad_table_is_refused_with_file_and_line(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    path = write_table(tmp_path, text)
+    message = refusal(path)
+    assert message.startswith(f"{path}")
+    assert sentence in message
+
+
+def test_a_missing_column_is_told_what_columns_there_are(tmp_path: Path) -> None:
+    message = refusal(write_table(tmp_path, "slide,path\ns1,a.svs\n"))
+    assert "slide_id, path, label, patient_id, split, mpp, magnification" in message
+
+
+def test_a_slide_id_that_stands_twice_is_refused_with_both_paths(tmp_path: Path) -> None:
+    path = write_table(tmp_path, "slide_id,path\ns1,a.svs\ns2,b.svs\ns1,c.svs\n")
+    message = refusal(path)
+    assert message.startswith(f"{path}: slide_id 's1' stands twice")
+    assert f"{tmp_path / 'a.svs'} and {tmp_path / 'c.svs'}" in message
+
+
+def test_a_source_that_is_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "none"
+    assert refusal(path) == f"{path}: neither a cohort table nor a folder of slides"
+
+
+def test_a_folder_gives_a_row_for_every_slide_below_it(tmp_path: Path) -> None:
+    touch(tmp_path, "b.svs", "sub/a.TIF", "sub/deep/c.ndpi", "d.png", "notes.txt", "table.csv")
+    assert read_cohort(tmp_path) == [
+        SlideRow("b", tmp_path / "b.svs"),
+        SlideRow("d", tmp_path / "d.png"),
+        SlideRow("a", tmp_path / "sub" / "a.TIF"),
+        SlideRow("c", tmp_path / "sub" / "deep" / "c.ndpi"),
+    ]
+
+
+def test_a_folder_of_dicom_files_is_one_slide(tmp_path: Path) -> None:
+    touch(tmp_path, "case7/level-0.dcm", "case7/level-1.dcm", "case8/level-0.dcm", "x.svs")
+    found = {row.slide_id: row.path for row in read_cohort(tmp_path)}
+    assert found == {
+        "case7": tmp_path / "case7",
+        "case8": tmp_path / "case8",
+        "x": tmp_path / "x.svs",
+    }
+
+
+def test_hidden_files_and_folders_named_like_slides_are_no_slides(tmp_path: Path) -> None:
+    touch(tmp_path, "a.svs", "._a.svs", ".b.123.tmp.tiff")
+    (tmp_path / "c.svs").mkdir()
+    assert [row.slide_id for row in read_cohort(tmp_path)] == ["a"]
+
+
+def test_a_folder_without_slides_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "readme.txt")
+    assert refusal(tmp_path) == f"{tmp_path}: no slides in it"
+
+
+def test_two_files_of_one_name_in_a_folder_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "one/a.svs", "two/a.tif")
+    message = refusal(tmp_path)
+    assert "slide_id 'a' stands twice" in message
+    assert "in a cohort table" in message
+
+
+def test_a_written_table_reads_back_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        SlideRow("s1", Path("scans/a, b.svs"), "tumour", "p1", "val", 0.2425, None),
+        SlideRow("s2", tmp_path / "c.svs", None, None, None, None, 40.0),
+    ]
+    write_cohort(tmp_path / "other" / "cohort.csv", rows)
+    assert read_cohort(tmp_path / "other" / "cohort.csv") == [
+        replace(rows[0], path=tmp_path / "scans" / "a, b.svs"),
+        rows[1],
+    ]
+
+
+# Parts
+
+
+def test_a_given_split_is_obeyed() -> None:
+    given = ["train", "val", "test", "test", "train", "val"]
+    rows = [SlideRow(f"s{i}", Path("x.svs"), "a", split=part) for i, part in enumerate(given)]
+    for seed in range(5):
+        assert split_cohort(rows, seed=seed, val_fraction=0.5, test_fraction=0.5) == {
+            f"s{i}": part for i, part in enumerate(given)
+        }
+
+
+def test_a_cohort_without_parts_is_divided_by_patient_and_label() -> None:
+    rows = make_rows("a", 40, slides_each=3) + make_rows("b", 20, slides_each=2)
+    parts = split_cohort(rows, test_fraction=0.25, val_fraction=0.2)
+    assert set(parts) == {row.slide_id for row in rows}
+    # a: 40 patients = 10 test, then a fifth of 30 = 6 val; b: 20 = 5 test, a fifth of 15 = 3 val
+    assert patients_by_part(rows, parts) == {
+        ("a", "test"): 10,
+        ("a", "val"): 6,
+        ("a", "train"): 24,
+        ("b", "test"): 5,
+        ("b", "val"): 3,
+        ("b", "train"): 12,
+    }
+
+
+def test_no_patient_is_divided() -> None:
+    rows = make_rows("a", 15, slides_each=4) + make_rows("b", 15, slides_each=3)
+    for seed in range(10):
+        parts = split_cohort(rows, seed=seed)
+        found = {(row.patient, parts[row.slide_id]) for row in rows}
+        assert len(found) == 30
+
+
+def test_without_val_a_tenth_of_the_train_patients_of_each_label_goes_there() -> None:
+    train = make_rows("a", 40, slides_each=2, split="train") + make_rows("b", 20, split="train")
+    test = make_rows("c", 10, split="test")
+    parts = split_cohort(train + test)
+    assert patients_by_part(train + test, parts) == {
+        ("a", "train"): 36,
+        ("a", "val"): 4,
+        ("b", "train"): 18,
+        ("b", "val"): 2,
+        ("c", "test"): 10,
+    }
+
+
+def test_test_slides_never_move_to_val() -> None:
+    rows = make_rows("a", 12, split="train") + make_rows("b", 12, split="test")
+    for seed in range(10):
+        parts = split_cohort(rows, seed=seed, val_fraction=0.5)
+        assert {parts[row.slide_id] for row in rows if row.label == "b"} == {"test"}
+
+
+def test_parts_depend_on_the_seed_alone_and_not_on_the_order_of_rows() -> None:
+    rows = make_rows("a", 30, slides_each=2) + make_rows("b", 30)
+    first = split_cohort(rows, seed=3)
+    for attempt in range(5):
+        shuffled = rows.copy()
+        random.Random(attempt).shuffle(shuffled)
+        assert split_cohort(shuffled, seed=3) == first
+    assert len({tuple(sorted(split_cohort(rows, seed=seed).items())) for seed in range(5)}) == 5
+
+
+def test_parts_are_the_same_in_every_process() -> None:
+    script = (
+        "from pathlib import Path; from dasmil.slides.cohort import SlideRow, split_cohort;"
+        "rows = [SlideRow(f's{i}', Path('x'), 'ab'[i % 2], f'p{i // 3}') for i in range(60)];"
+        "print(sorted(split_cohort(rows, seed=1).items()))"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert outputs[0] == outputs[1]
+    assert "'val'" in outputs[0]
+
+
+def test_another_slide_of_a_patient_changes_no_part() -> None:
+    rows = make_rows("a", 30) + make_rows("b", 30)
+    more = SlideRow("new", Path("x.svs"), "a", rows[7].patient_id)
+    parts = split_cohort(rows)
+    assert split_cohort([more, *rows]) == {**parts, "new": parts[rows[7].slide_id]}
+
+
+def test_the_only_patient_of_a_label_stays_in_train() -> None:
+    parts = split_cohort(make_rows("a", 10) + make_rows("rare", 1, slides_each=3))
+    assert {parts[f"rare0_{s}"] for s in range(3)} == {"train"}
+
+
+def test_a_label_of_few_patients_still_reaches_val_and_test() -> None:
+    rows = make_rows("a", 3)
+    assert sorted(split_cohort(rows).values()) == ["test", "train", "val"]
+
+
+def test_fraction_zero_takes_nothing() -> None:
+    parts = split_cohort(make_rows("a", 20), val_fraction=0.0, test_fraction=0.0)
+    assert set(parts.values()) == {"train"}
+
+
+def test_a_patient_with_slides_of_two_labels_is_kept_together() -> None:
+    mixed = [
+        SlideRow(f"m{p}_{label}", Path("x.svs"), label, f"mixed{p}")
+        for p in range(10)
+        for label in ("a", "b")
+    ]
+    rows = mixed + make_rows("a", 10) + make_rows("b", 10)
+    parts = split_cohort(rows, test_fraction=0.3)
+    assert all(parts[f"m{p}_a"] == parts[f"m{p}_b"] for p in range(10))
+    assert sum(parts[f"m{p}_a"] == "test" for p in range(10)) == 3
+
+
+@pytest.mark.parametrize("pair", [("train", "val"), ("train", "test"), ("val", "test")])
+def test_a_patient_in_two_parts_is_refused_by_name(pair: tuple[str, str]) -> None:
+    rows = [
+        SlideRow("s1", Path("x.svs"), "a", "Mustermann", pair[0]),
+        SlideRow("s2", Path("x.svs"), "a", "Mustermann", pair[1]),
+        *make_rows("a", 3, split="train"),
+        *make_rows("b", 3, split="val"),
+    ]
+    with pytest.raises(InputError, match="patient Mustermann has slides in more than one part"):
+        split_cohort(rows)
+
+
+def test_a_patient_in_train_and_test_is_refused_also_when_val_is_drawn() -> None:
+    rows = [
+        SlideRow("s1", Path("x.svs"), "a", "Mustermann", "train"),
+        SlideRow("s2", Path("x.svs"), "a", "Mustermann", "test"),
+        *make_rows("a", 1, split="train"),
+    ]
+    for seed in range(6):  # whether or not Mustermann is drawn for val
+        with pytest.raises(InputError, match="patient Mustermann"):
+            split_cohort(rows, seed=seed)
+
+
+def test_a_split_filled_for_some_slides_only_is_refused_by_name() -> None:
+    rows = make_rows("a", 3, split="train") + make_rows("b", 2)
+    with pytest.raises(InputError, match="fill it for b0_0, b1_0 too"):
+        split_cohort(rows)
+
+
+def test_slides_without_label_have_no_part() -> None:
+    labelled = make_rows("a", 20)
+    unlabelled = [
+        SlideRow("u1", Path("x.svs")),
+        SlideRow("u2", Path("x.svs"), split="train"),
+        SlideRow("u3", Path("x.svs"), patient_id=labelled[0].patient_id, split="test"),
+    ]
+    assert split_cohort(labelled + unlabelled) == split_cohort(labelled)
+    assert split_cohort(unlabelled) == {}

@@ -1,0 +1,308 @@
+"""The tile pyramid on random masks, against fractions and brute force, and its file."""
+
+import json
+from fractions import Fraction
+from functools import cache
+from itertools import pairwise
+from math import floor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dasmil.errors import InputError
+from dasmil.slides.tiling import (
+    TilePyramid,
+    TilingParameters,
+    read_tiles,
+    tile_pyramid,
+    write_tiles,
+)
+from dasmil.slides.tissue import TissueParameters
+from dasmil.units import Mpp
+
+TRUE_MPP = {"x40": "0.25", "x20": "0.5", "x10": "1", "x5": "2", "x2.5": "4"}
+PYRAMIDS = [("x20",), ("x10", "x20"), ("x5", "x20"), ("x5", "x10", "x20")]
+AWKWARD_MPPS = ["0.2425", "0.499", "0.526036", "0.55"]
+
+
+@cache
+def exact_edge(index: int, tile_px: int, scale: str, slide_mpp: str) -> int:
+    position = index * tile_px * Fraction(TRUE_MPP[scale]) / Fraction(slide_mpp)
+    return floor(position + Fraction(1, 2))
+
+
+def ratio(coarse: str, fine: str) -> int:
+    return int(Fraction(TRUE_MPP[coarse]) / Fraction(TRUE_MPP[fine]))
+
+
+def random_mask(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Blobs of every size."""
+    coarse = rng.random((shape[0] // 9 + 1, shape[1] // 9 + 1)) < rng.uniform(0.1, 0.9)
+    blobs = np.kron(coarse, np.ones((9, 9), bool))[: shape[0], : shape[1]]
+    return blobs ^ (rng.random(shape) < 0.1)
+
+
+def make_random(
+    seed: int, names: tuple[str, ...], slide_mpp: str, tile_px: int = 64, min_tissue: float = 0.25
+) -> TilePyramid:
+    rng = np.random.default_rng(seed)
+    width, height = (int(side) for side in rng.integers(300, 4000, 2))
+    mask = random_mask(rng, (height // 15 + 1, width // 15 + 1))
+    parameters = TilingParameters(names, tile_px, min_tissue)
+    return tile_pyramid("s1", mask, (width, height), Mpp(float(slide_mpp)), parameters)
+
+
+@pytest.fixture(
+    scope="module", params=[f"{'-'.join(n)}@{m}" for n in PYRAMIDS for m in AWKWARD_MPPS]
+)
+def pyramids(request: pytest.FixtureRequest) -> list[TilePyramid]:
+    names, mpp = request.param.split("@")
+    found = [make_random(seed, tuple(names.split("-")), mpp) for seed in range(12)]
+    assert sum(any(tiles.num_tiles().values()) for tiles in found) > 6
+    return found
+
+
+def test_every_tile_lies_inside_the_slide_at_its_exact_place(pyramids: list[TilePyramid]) -> None:
+    for tiles in pyramids:
+        width, height = tiles.size_px0
+        for scale in tiles.scales:
+            boxes = tiles.boxes_px0(scale.name)
+            assert boxes.shape == (len(tiles.grid[scale.name]), 4)
+            for (row, col), (left, top, right, bottom) in zip(
+                tiles.grid[scale.name].tolist(), boxes.tolist(), strict=True
+            ):
+                mpp = str(tiles.slide_mpp)
+                assert left == exact_edge(col, 64, scale.name, mpp)
+                assert top == exact_edge(row, 64, scale.name, mpp)
+                assert right == exact_edge(col + 1, 64, scale.name, mpp)
+                assert bottom == exact_edge(row + 1, 64, scale.name, mpp)
+                assert 0 <= left < right <= width
+                assert 0 <= top < bottom <= height
+
+
+def test_every_child_lies_inside_its_parent(pyramids: list[TilePyramid]) -> None:
+    for tiles in pyramids:
+        names = list(tiles.num_tiles())
+        assert set(tiles.parent) == set(names[1:])
+        for coarse, fine in pairwise(names):
+            parents = tiles.boxes_px0(coarse)[tiles.parent[fine]]
+            children = tiles.boxes_px0(fine)
+            assert (children[:, :2] >= parents[:, :2]).all()
+            assert (children[:, 2:] <= parents[:, 2:]).all()
+            by_hand = tiles.grid[coarse][tiles.parent[fine]] == tiles.grid[fine] // ratio(
+                coarse, fine
+            )
+            assert by_hand.all()
+
+
+def test_no_parent_is_childless_and_tiles_lie_in_the_order_of_their_parents(
+    pyramids: list[TilePyramid],
+) -> None:
+    for tiles in pyramids:
+        names = list(tiles.num_tiles())
+        for coarse, fine in pairwise(names):
+            parent = tiles.parent[fine]
+            assert parent.shape == (len(tiles.grid[fine]),)
+            assert (np.diff(parent) >= 0).all()
+            assert set(parent.tolist()) == set(range(len(tiles.grid[coarse])))
+
+
+def test_tiles_are_unique_int32_and_coarsest_ones_in_reading_order(
+    pyramids: list[TilePyramid],
+) -> None:
+    for tiles in pyramids:
+        for name, grid in tiles.grid.items():
+            assert grid.dtype == np.int32
+            assert grid.shape == (len(grid), 2)
+            assert len({tuple(place) for place in grid.tolist()}) == len(grid), name
+        assert all(parent.dtype == np.int32 for parent in tiles.parent.values())
+        coarsest = tiles.grid[tiles.scales[0].name].tolist()
+        assert coarsest == sorted(coarsest)
+
+
+@pytest.mark.parametrize("names", PYRAMIDS)
+@pytest.mark.parametrize("min_tissue", [0.01, 0.25, 0.5, 1.0])
+def test_the_finest_tiles_are_those_with_enough_tissue_pixels(
+    names: tuple[str, ...], min_tissue: float
+) -> None:
+    """At 0.5 µm/px a x20 tile of 64 px is 4 × 4 pixels of a mask at 8 µm/px: no edge cuts one."""
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        mask = random_mask(rng, (int(rng.integers(20, 90)), int(rng.integers(20, 90))))
+        size_px0 = (mask.shape[1] * 16, mask.shape[0] * 16)
+        tiles = tile_pyramid(
+            "s1", mask, size_px0, Mpp(0.5), TilingParameters(names, 64, min_tissue)
+        )
+        coarsest = 4 * ratio(names[0], "x20")  # side of a coarsest tile in mask pixels
+        rows, columns = (side // coarsest * coarsest // 4 for side in mask.shape)
+        expected = {
+            (row, col)
+            for row in range(rows)
+            for col in range(columns)
+            if int(mask[4 * row : 4 * row + 4, 4 * col : 4 * col + 4].sum()) >= 16 * min_tissue
+        }
+        assert {tuple(place) for place in tiles.grid["x20"].tolist()} == expected
+        for name in names:
+            step = ratio(name, "x20")
+            ancestors = {(row // step, col // step) for row, col in expected}
+            assert {tuple(place) for place in tiles.grid[name].tolist()} == ancestors
+
+
+def overlap(start: float, end: float, length: int) -> np.ndarray:
+    pixels = np.arange(length)
+    return np.clip(np.minimum(end, pixels + 1) - np.maximum(start, pixels), 0, None)
+
+
+@pytest.mark.parametrize("slide_mpp", AWKWARD_MPPS)
+def test_the_share_of_tissue_is_exact_where_edges_cut_mask_pixels(slide_mpp: str) -> None:
+    rng = np.random.default_rng(5)
+    width, height = 1501, 1203
+    mask = random_mask(rng, (75, 94))
+    tiles = tile_pyramid(
+        "s1", mask, (width, height), Mpp(float(slide_mpp)), TilingParameters(("x20",), 64, 0.4)
+    )
+    expected = []
+    edges = [exact_edge(index, 64, "x20", slide_mpp) for index in range(60)]
+    for row in range(59):
+        for col in range(59):
+            if edges[row + 1] <= height and edges[col + 1] <= width:
+                down = overlap(edges[row] * 75 / height, edges[row + 1] * 75 / height, 75)
+                along = overlap(edges[col] * 94 / width, edges[col + 1] * 94 / width, 94)
+                if down @ mask @ along / (down.sum() * along.sum()) >= 0.4:
+                    expected.append([row, col])
+    assert 10 < len(expected) < 400
+    assert tiles.grid["x20"].tolist() == expected
+
+
+@pytest.mark.parametrize("slide_mpp", AWKWARD_MPPS)
+def test_a_tile_that_is_all_tissue_is_kept_at_the_strictest_rule(slide_mpp: str) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        width, height = (int(side) for side in rng.integers(3000, 9000, 2))
+        mask = np.ones((height // 16, width // 16), bool)
+        tiles = tile_pyramid(
+            "s1", mask, (width, height), Mpp(float(slide_mpp)), TilingParameters(("x20",), 256, 1.0)
+        )
+        edges = [exact_edge(index, 256, "x20", slide_mpp) for index in range(1, 99)]
+        assert len(tiles.grid["x20"]) == sum(e <= height for e in edges) * sum(
+            e <= width for e in edges
+        )
+
+
+def test_an_empty_mask_gives_a_legal_empty_pyramid(tmp_path: Path) -> None:
+    parameters = TilingParameters(("x5", "x10", "x20"), 64)
+    tiles = tile_pyramid("s1", np.zeros((80, 90), bool), (1440, 1280), Mpp(0.5), parameters)
+    write_tiles(tmp_path / "s1.safetensors", tiles)
+    for found in (tiles, read_tiles(tmp_path / "s1.safetensors")):
+        assert found.num_tiles() == {"x5": 0, "x10": 0, "x20": 0}
+        assert {name: grid.shape for name, grid in found.grid.items()} == {
+            "x5": (0, 2),
+            "x10": (0, 2),
+            "x20": (0, 2),
+        }
+        assert {name: p.shape for name, p in found.parent.items()} == {"x10": (0,), "x20": (0,)}
+        assert found.boxes_px0("x20").shape == (0, 4)
+
+
+def test_a_slide_smaller_than_one_coarsest_tile_has_no_tiles() -> None:
+    parameters = TilingParameters(("x5", "x20"), 64)
+    mask = np.ones((16, 16), bool)
+    assert tile_pyramid("s1", mask, (255, 900), Mpp(0.5), parameters).num_tiles() == {
+        "x5": 0,
+        "x20": 0,
+    }
+    assert tile_pyramid("s1", mask, (256, 256), Mpp(0.5), parameters).num_tiles() == {
+        "x5": 1,
+        "x20": 16,
+    }
+
+
+def test_a_scale_finer_than_the_slide_is_refused_with_the_slides_name() -> None:
+    mask = np.ones((100, 100), bool)
+    parameters = TilingParameters(("x10", "x20"), 64)
+    tile_pyramid("s1", mask, (2000, 2000), Mpp(0.55), parameters)  # 0.5 · 1.15 = 0.575
+    with pytest.raises(InputError) as caught:
+        tile_pyramid("biopsy 7", mask, (2000, 2000), Mpp(0.58), parameters)
+    message = str(caught.value)
+    assert message.startswith("slide biopsy 7: it holds 0.58 µm/px, too coarse for x20 (0.5 µm/px")
+    assert "column mpp" in message
+    generous = TilingParameters(("x10", "x20"), 64, max_upsampling=1.2)
+    assert tile_pyramid("s1", mask, (2000, 2000), Mpp(0.58), generous).num_tiles()["x20"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"scales": ("x10", "x15")}, "cannot nest"),
+        ({"scales": ("twenty",)}, "'twenty'"),
+        ({"scales": ()}, "give at least one"),
+        ({"tile_px": 0}, "tile_px: 0 is not"),
+        ({"min_tissue": 0.0}, "min_tissue: 0.0 is outside"),
+        ({"min_tissue": 1.01}, "min_tissue: 1.01 is outside"),
+    ],
+)
+def test_senseless_parameters_are_refused(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        TilingParameters(**{"scales": ("x20",), **change})
+
+
+def test_parameters_that_differ_in_anything_differ_as_json() -> None:
+    sets = [
+        TilingParameters(("x10", "x20")),
+        TilingParameters(("x5", "x20")),
+        TilingParameters(("x10", "x20"), tile_px=224),
+        TilingParameters(("x10", "x20"), min_tissue=0.5),
+        TilingParameters(("x10", "x20"), max_upsampling=1.2),
+        TilingParameters(("x10", "x20"), tissue=TissueParameters(closing_um=16.0)),
+    ]
+    assert len({parameters.as_json() for parameters in sets}) == len(sets)
+    assert json.loads(sets[0].as_json())["tissue"]["closing_um"] == 32.0
+
+
+def test_tiles_come_back_from_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "tiles" / "s1.safetensors"
+    for seed, names in enumerate(PYRAMIDS):
+        tiles = make_random(seed, names, "0.526036")
+        assert tiles.num_tiles()[names[-1]] > 0
+        write_tiles(path, tiles)
+        found = read_tiles(path)
+        for attribute in ("slide_id", "scales", "tile_px", "slide_mpp", "size_px0", "tiling"):
+            assert getattr(found, attribute) == getattr(tiles, attribute), attribute
+        for attribute in ("grid", "parent"):
+            ours, theirs = getattr(tiles, attribute), getattr(found, attribute)
+            assert set(ours) == set(theirs)
+            for name, array in ours.items():
+                assert theirs[name].dtype == np.int32
+                np.testing.assert_array_equal(theirs[name], array)
+        for name in names:
+            np.testing.assert_array_equal(found.boxes_px0(name), tiles.boxes_px0(name))
+    assert [p.name for p in path.parent.iterdir()] == ["s1.safetensors"]
+
+
+def test_a_truncated_table_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "s1.safetensors"
+    write_tiles(path, make_random(0, ("x10", "x20"), "0.499"))
+    whole = path.read_bytes()
+    for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="no readable tile table") as caught:
+            read_tiles(path)
+        assert str(path) in str(caught.value)
+        assert "delete it and tile again" in str(caught.value)
+
+
+def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
+    text = tmp_path / "text.safetensors"
+    text.write_text("slide_id,path\n")
+    plain = tmp_path / "plain.safetensors"
+    save_file({"grid/x20": np.zeros((1, 2), np.int32)}, plain)
+    newer = tmp_path / "newer.safetensors"
+    save_file({"grid/x20": np.zeros((1, 2), np.int32)}, newer, {"format": "dasmil-tiles-2"})
+    for path in (text, plain, newer, tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(InputError) as caught:
+            read_tiles(path)
+        assert str(caught.value).startswith(f"{path}: ")
+    with pytest.raises(InputError, match="dasmil-tiles-1"):
+        read_tiles(newer)

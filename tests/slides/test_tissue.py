@@ -1,0 +1,199 @@
+"""Tissue on drawn pictures, and the share of it in boxes against brute force."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from dasmil.slides.tissue import TissueParameters, tissue_fraction, tissue_mask
+
+WHITE = (244, 244, 244)
+PINK = (214, 150, 180)  # saturation 76
+PALE = (232, 214, 222)  # saturation 20
+SIDE = 400
+MPP = 8.0  # areas below: a pixel is 64 µm², so 20 000 µm² are 312.5 pixels
+PARAMETERS = TissueParameters()
+
+
+def disc(x: float, y: float, radius: float, side: int = SIDE) -> np.ndarray:
+    """(side, side) bool."""
+    at_y, at_x = np.mgrid[:side, :side]
+    return (at_x - x) ** 2 + (at_y - y) ** 2 <= radius**2
+
+
+def paint(tissue: np.ndarray, colour: tuple[int, int, int] = PINK) -> np.ndarray:
+    """White glass, coloured tissue, and a little noise of the sensor."""
+    picture = np.where(tissue[..., None], np.array(colour), np.array(WHITE)).astype(float)
+    noise = np.random.default_rng(0).normal(0, 1.5, tissue.shape)[..., None]  # grey: no colour
+    return np.clip(picture + noise, 0, 255).astype(np.uint8)
+
+
+def edge_band(mask: np.ndarray, width: int = 3) -> np.ndarray:
+    """Pixels within ``width`` of the edge of a mask, along rows and columns."""
+    band = np.zeros_like(mask)
+    for axis in (0, 1):
+        for shift in range(1, width + 1):
+            moved = np.roll(mask, shift, axis)
+            changed = moved != mask
+            for back in range(shift + 1):
+                band |= np.roll(changed, -back, axis)
+    return band
+
+
+@pytest.fixture(scope="module")
+def scene() -> dict[str, np.ndarray]:
+    """A disc with a hole of 2821 px and one of 113 px, an islet of 709 px, a speck of 113 px."""
+    return {
+        "disc": disc(200, 200, 120),
+        "large hole": disc(230, 230, 30),
+        "small hole": disc(140, 170, 6),
+        "islet": disc(40, 40, 15),
+        "speck": disc(360, 50, 6),
+    }
+
+
+@pytest.fixture(scope="module")
+def picture(scene: dict[str, np.ndarray]) -> np.ndarray:
+    holes = scene["large hole"] | scene["small hole"]
+    return paint((scene["disc"] & ~holes) | scene["islet"] | scene["speck"])
+
+
+def test_the_mask_is_the_drawn_tissue_but_for_small_parts(
+    scene: dict[str, np.ndarray], picture: np.ndarray
+) -> None:
+    mask = tissue_mask(picture, MPP, PARAMETERS)
+    expected = (scene["disc"] & ~scene["large hole"]) | scene["islet"]
+    assert mask.dtype == bool
+    assert mask.shape == (SIDE, SIDE)
+    away_from_edges = ~edge_band(expected)
+    assert away_from_edges.mean() > 0.9
+    np.testing.assert_array_equal(mask[away_from_edges], expected[away_from_edges])
+
+
+def test_a_large_hole_stays_open_and_a_small_one_is_filled(
+    scene: dict[str, np.ndarray], picture: np.ndarray
+) -> None:
+    mask = tissue_mask(picture, MPP, PARAMETERS)
+    assert mask[scene["small hole"]].all()
+    assert not mask[230, 230]
+    assert mask[scene["large hole"]].mean() < 0.2
+
+
+def test_a_small_speck_is_dropped_and_a_larger_islet_kept(
+    scene: dict[str, np.ndarray], picture: np.ndarray
+) -> None:
+    mask = tissue_mask(picture, MPP, PARAMETERS)
+    assert not mask[scene["speck"]].any()
+    assert mask[scene["islet"]].mean() > 0.9
+
+
+def test_areas_are_counted_in_square_micrometres(
+    scene: dict[str, np.ndarray], picture: np.ndarray
+) -> None:
+    """The same pixels at 16 µm/px are four times as large: 113 px pass 78 px."""
+    mask = tissue_mask(picture, 2 * MPP, PARAMETERS)
+    assert mask[scene["speck"]].mean() > 0.8
+    assert not mask[170, 140]
+
+
+def test_the_areas_are_parameters(scene: dict[str, np.ndarray], picture: np.ndarray) -> None:
+    all_kept = tissue_mask(
+        picture, MPP, TissueParameters(min_tissue_um2=2_000, min_hole_um2=200_000)
+    )
+    assert all_kept[scene["speck"]].mean() > 0.8  # 113 px = 7 232 µm²
+    assert all_kept[scene["large hole"]].all()  # 2821 px = 180 544 µm²
+    fewer = tissue_mask(picture, MPP, TissueParameters(min_tissue_um2=100_000, min_hole_um2=2_000))
+    assert not fewer[scene["islet"]].any()  # 709 px = 45 376 µm²
+    assert not fewer[170, 140]  # 113 px = 7 232 µm²
+
+
+@pytest.mark.parametrize(("gap_px", "closed"), [(3, True), (10, False)])
+def test_gaps_are_closed_up_to_a_physical_width(gap_px: int, closed: bool) -> None:
+    """32 µm are 4 px; the gap runs across the picture and so is no hole."""
+    tissue = np.zeros((SIDE, SIDE), bool)
+    tissue[:, 100:300] = True
+    tissue[200 : 200 + gap_px] = False
+    mask = tissue_mask(paint(tissue), MPP, PARAMETERS)
+    assert mask[200 + gap_px // 2, 150:250].all() == closed
+    assert mask[200 + gap_px // 2, 150:250].any() == closed
+
+
+@pytest.mark.parametrize("side", [3, 40, 400])
+def test_a_blank_slide_holds_no_tissue(side: int) -> None:
+    white = np.full((side, side, 3), 255, np.uint8)
+    grey = np.full((side, side, 3), 230, np.uint8)
+    noise = np.random.default_rng(0).integers(-3, 1, (side, side, 3))
+    for blank in (white, grey, (white + noise).astype(np.uint8)):
+        assert not tissue_mask(blank, MPP, PARAMETERS).any()
+
+
+def test_a_slide_that_is_all_tissue_is_all_tissue() -> None:
+    """No glass: Otsu would divide pale stroma from dark, the upper limit keeps both."""
+    right = np.zeros((200, 200), bool)
+    right[:, 100:] = True
+    no_glass = np.where(right[..., None], np.array(PINK), np.array((220, 180, 200)))
+    mask = tissue_mask(no_glass.astype(np.uint8), MPP, PARAMETERS)
+    assert mask.all()
+    without_limit = TissueParameters(max_saturation=255)
+    assert not tissue_mask(no_glass.astype(np.uint8), MPP, without_limit).all()
+
+
+def test_otsu_follows_the_picture_where_tissue_is_pale() -> None:
+    tissue = disc(200, 200, 100)
+    mask = tissue_mask(paint(tissue, PALE), MPP, PARAMETERS)
+    away_from_edges = ~edge_band(tissue)
+    np.testing.assert_array_equal(mask[away_from_edges], tissue[away_from_edges])
+
+
+def test_a_faint_tint_of_the_glass_is_no_tissue() -> None:
+    """Saturation 10 lies below the lower limit, although Otsu alone would cut at it."""
+    tinted = paint(disc(200, 200, 100), (250, 240, 240))
+    assert not tissue_mask(tinted, MPP, PARAMETERS).any()
+    assert tissue_mask(tinted, MPP, TissueParameters(min_saturation=0)).any()
+
+
+def test_a_grey_pen_mark_is_no_tissue() -> None:
+    drawn = paint(disc(120, 200, 60))
+    drawn[180:220, 250:390] = 40
+    mask = tissue_mask(drawn, MPP, PARAMETERS)
+    assert mask[200, 120]
+    assert not mask[:, 250:].any()
+
+
+def overlap(edges: np.ndarray, length: int) -> np.ndarray:
+    """(cells, pixels): how much of each pixel lies in each cell, one interval at a time."""
+    return np.array(
+        [
+            [max(0.0, min(end, pixel + 1) - max(start, pixel)) for pixel in range(length)]
+            for start, end in pairwise(edges)
+        ]
+    )
+
+
+def test_tissue_fraction_is_exact_at_fractional_edges() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        mask = rng.random(rng.integers(1, 40, 2)) < rng.random()
+        height, width = mask.shape
+        x_edges = np.sort(rng.uniform(0, width, rng.integers(2, 12)))
+        y_edges = np.sort(rng.uniform(0, height, rng.integers(2, 12)))
+        area = np.outer(np.diff(y_edges), np.diff(x_edges))
+        expected = overlap(y_edges, height) @ mask @ overlap(x_edges, width).T / area
+        np.testing.assert_allclose(tissue_fraction(mask, x_edges, y_edges), expected, atol=1e-9)
+
+
+def test_tissue_fraction_equals_counting_on_a_finer_raster() -> None:
+    rng = np.random.default_rng(2)
+    mask = rng.random((9, 13)) < 0.4
+    fine = mask.repeat(8, axis=0).repeat(8, axis=1)
+    x_edges, y_edges = np.array([0, 3, 20, 21, 64, 104]), np.array([5, 6, 40, 72])
+    expected = [
+        [fine[top:bottom, left:right].mean() for left, right in pairwise(x_edges)]
+        for top, bottom in pairwise(y_edges)
+    ]
+    np.testing.assert_allclose(tissue_fraction(mask, x_edges / 8, y_edges / 8), expected)
+
+
+def test_tissue_fraction_of_no_cells_is_empty() -> None:
+    found = tissue_fraction(np.ones((4, 4), bool), np.array([0.0]), np.array([0.0, 1.0, 2.0]))
+    assert found.shape == (2, 0)

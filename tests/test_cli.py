@@ -1,0 +1,247 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from road import CONF, CONFIGS, NUM_SLIDES, fit_dasmil
+
+import dasmil
+from dasmil.bags import bag_path, read_bag
+from dasmil.cli import LIGHTNING_VERBS, main
+from dasmil.slides.cohort import read_cohort
+
+YAMLS = sorted(CONFIGS.rglob("*.yaml")) + sorted(CONF.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def trained(road):
+    """Checkpoint of a DAS-MIL that has been fitted by command."""
+    assert main(fit_dasmil(road.bags, road.root / "runs")) == 0
+    return road.root / "runs" / "dasmil" / "checkpoints" / "best.ckpt"
+
+
+@pytest.fixture(scope="module")
+def predicted(road, trained):
+    folder = road.root / "predictions"
+    assert main(["predict", *evaluation(road, trained), "--output", str(folder)]) == 0
+    return folder
+
+
+def evaluation(road, checkpoint):
+    quiet = ["--trainer.enable_progress_bar", "false", "--data.num_workers", "0"]
+    return ["--ckpt_path", str(checkpoint), "--bags", str(road.bags), *quiet]
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def base_of(path: Path) -> Path | None:
+    """The config on top of which a partial one goes, by its first comment."""
+    first = path.read_text().splitlines()[0]
+    return CONFIGS / first.rsplit("configs/", 1)[1] if "on top of configs/" in first else None
+
+
+def arguments_for(path: Path) -> list[str]:
+    """The verb of a config and what it leaves to the command line."""
+    configs = [str(p) for p in (base_of(path), path) if p is not None]
+    merged = {}
+    for config in configs:
+        merged = {**merged, **yaml.safe_load(Path(config).read_text())}
+    options = [text for config in configs for text in ("--config", config)]
+    if "model" in merged:
+        dino = "DINOModule" in Path(configs[0]).read_text()
+        given = ["--data.tiles", "T", "--data.scale", "x20"] if dino else ["--data.bags", "B"]
+        classes = any("classes:" in Path(config).read_text() for config in configs)
+        given += [] if dino or classes else ["--data.classes", "[a,b]"]
+        return ["fit", *options, *given]
+    if "trainer" in merged:
+        return ["embed", *options, "--tiles", "T", "--output", "O", "--extractors.x20", "E"]
+    return ["tile", *options, "--cohort", "C", "--output", "O"]
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_yaml_is_understood(path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments_for(path), "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert_contains(printed, yaml.safe_load(path.read_text()))
+
+
+def assert_contains(printed, written):
+    """What the file says is what the verb will run with."""
+    for key, value in written.items():
+        if isinstance(value, dict):
+            assert_contains(printed[key], value)
+        else:
+            assert printed[key] == value or isinstance(value, list), key
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_a_typing_mistake_in_any_yaml_is_named(path, tmp_path, capsys):
+    content = yaml.safe_load(path.read_text())
+    place = content
+    for key in ("model", "init_args"):
+        place = place.get(key, place)
+    place["num_haeds"] = 3
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(content))
+    arguments = [str(wrong) if text == str(path) else text for text in arguments_for(path)]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    assert stop.value.code == 2
+    assert "num_haeds" in capsys.readouterr().err
+
+
+def test_a_typing_mistake_on_the_command_line_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(CONFIGS / "dasmil.yaml"), "--data.bagz", "B"])
+    assert "bagz" in capsys.readouterr().err
+
+
+def test_an_unknown_verb_is_answered_with_the_verbs(capsys):
+    assert main(["trian"]) == 2
+    assert "no verb 'trian'" in capsys.readouterr().err
+
+
+def test_help_lists_every_verb(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {verb} " in printed for verb in ("tile", "embed", "demo", *LIGHTNING_VERBS))
+
+
+@pytest.mark.parametrize("verb", ["tile", "embed", "demo", *LIGHTNING_VERBS])
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert "--config" in capsys.readouterr().out
+
+
+def test_the_run_folder_says_what_was_done(road, trained):
+    run = trained.parents[1]
+    parts = {row["slide_id"]: row["split"] for row in read_rows(run / "split.csv")}
+    assert parts == {row.slide_id: row.split for row in read_cohort(road.cohort)}
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+    assert list(run.glob("events.out.tfevents.*"))
+
+
+def test_the_checkpoint_needs_nothing_beside_it(road, trained):
+    model = dasmil.load(trained)
+    assert not model.training
+    assert model.scales == ("x10", "x20")
+    assert model.classes == ("normal", "tumour")
+    assert model.tile_px == 32
+    record = json.loads((road.bags / "extractors.json").read_text())
+    for scale, values in model.hparams["bag_format"]["scales"].items():
+        assert values["extractor"]["fingerprint"] == record[scale]["fingerprint"]
+
+
+def test_predict_writes_every_slide_with_its_logits(road, trained, predicted):
+    rows = read_rows(predicted / "predictions.csv")
+    assert [row["slide_id"] for row in rows] == [r.slide_id for r in read_cohort(road.cohort)]
+    logits = ["logit/x10/tumour", "logit/x20/tumour"]
+    assert list(rows[0]) == ["slide_id", "label", *logits, "prob/normal", "prob/tumour"]
+    model = dasmil.load(trained)
+    for row in rows:
+        graph = dasmil.bags.bag_graph(read_bag(bag_path(road.bags, row["slide_id"])))
+        with torch.inference_mode():
+            output = model(graph)
+        for scale in model.scales:
+            expected = float(output[scale].bag_logits)
+            assert float(row[f"logit/{scale}/tumour"]) == pytest.approx(expected, abs=1e-5)
+        expected = torch.sigmoid(output["x20"].bag_logits).item()
+        assert float(row["prob/tumour"]) == pytest.approx(expected, abs=1e-5)
+        assert float(row["prob/normal"]) == pytest.approx(1 - expected, abs=1e-5)
+
+
+def test_predict_writes_every_tile_in_its_place(road, predicted):
+    slide_id = read_cohort(road.cohort)[0].slide_id
+    rows = read_rows(predicted / "instances" / f"{slide_id}.csv")
+    place = ["scale", "row", "col", "x0_px0", "y0_px0", "size_px0"]
+    assert list(rows[0]) == [*place, "logit/tumour", "attention/tumour"]
+    counts = read_bag(bag_path(road.bags, slide_id)).num_tiles()
+    for scale, size_px0 in (("x10", 64), ("x20", 32)):
+        tiles = [row for row in rows if row["scale"] == scale]
+        assert len(tiles) == counts[scale]
+        assert {int(tile["size_px0"]) for tile in tiles} == {size_px0}
+        assert all(int(t["x0_px0"]) == int(t["col"]) * size_px0 for t in tiles)
+        assert all(int(t["y0_px0"]) == int(t["row"]) * size_px0 for t in tiles)
+        assert sum(float(t["attention/tumour"]) for t in tiles) == pytest.approx(1, abs=1e-4)
+
+
+def test_predict_draws_every_slide_and_scale(road, predicted):
+    expected = {f"{r.slide_id}_{s}.png" for r in read_cohort(road.cohort) for s in ("x10", "x20")}
+    assert {path.name for path in (predicted / "overlays").iterdir()} == expected
+
+
+def test_test_and_validate_take_the_same_arguments(road, trained, predicted, tmp_path):
+    rows = {row["slide_id"]: row for row in read_rows(predicted / "predictions.csv")}
+    for verb, part, stage in (("test", "test", "test"), ("validate", "val", "val")):
+        folder = tmp_path / verb
+        assert main([verb, *evaluation(road, trained), "--output", str(folder)]) == 0
+        metrics = json.loads((folder / f"{verb}_metrics.json").read_text())
+        ids = [row.slide_id for row in read_cohort(road.cohort) if row.split == part]
+        right = [
+            (float(rows[i]["prob/tumour"]) > 0.5) == (rows[i]["label"] == "tumour") for i in ids
+        ]
+        assert len(ids) == NUM_SLIDES[part]
+        assert metrics[f"{stage}/x20/accuracy"] == pytest.approx(sum(right) / len(ids))
+        positive = [float(rows[i]["prob/tumour"]) for i in ids if rows[i]["label"] == "tumour"]
+        negative = [float(rows[i]["prob/tumour"]) for i in ids if rows[i]["label"] == "normal"]
+        wins = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+        assert metrics[f"{stage}/auroc"] == pytest.approx(sum(wins) / len(wins), abs=1e-6)
+
+
+def test_the_figures_do_not_depend_on_the_batch_size(road, trained, tmp_path):
+    figures = []
+    for size in ("1", "3"):
+        folder = tmp_path / size
+        command = ["test", *evaluation(road, trained), "--data.batch_size", size]
+        assert main([*command, "--output", str(folder)]) == 0
+        figures.append(json.loads((folder / "test_metrics.json").read_text()))
+    assert figures[0] == pytest.approx(figures[1], abs=1e-5)
+
+
+def test_bags_of_foreign_extractors_are_refused(road, trained, tmp_path, capsys):
+    from road import embed_command
+
+    other = tmp_path / "bags"
+    assert (
+        main(embed_command(road.tiles, other, dict.fromkeys(("x10", "x20"), "random:test_vit")))
+        == 0
+    )
+    command = ["test", "--ckpt_path", str(trained), "--bags", str(other), "--data.num_workers", "0"]
+    assert main(command) == 2
+    assert "features of the extractor test_vit" in capsys.readouterr().err
+
+
+def test_predict_without_an_output_says_so(road, trained, capsys):
+    assert main(["predict", *evaluation(road, trained)]) == 2
+    assert "give --output" in capsys.readouterr().err
+
+
+def test_a_dino_checkpoint_is_no_model_to_test(road, capsys):
+    assert main(["test", "--ckpt_path", str(road.dino["x20"]), "--bags", str(road.bags)]) == 2
+    assert "holds no DAS-MIL model" in capsys.readouterr().err
+
+
+def test_a_slide_file_that_is_gone_leaves_an_empty_canvas_and_says_so(
+    road, trained, tmp_path, capsys
+):
+    import shutil
+
+    bags = tmp_path / "bags"
+    shutil.copytree(road.bags, bags)
+    row = read_cohort(road.cohort)[0]
+    table = (bags / "cohort.csv").read_text().replace(row.path.name, "gone.tiff")
+    (bags / "cohort.csv").write_text(table)
+    quiet = ["--trainer.enable_progress_bar", "false", "--data.num_workers", "0"]
+    command = ["predict", "--ckpt_path", str(trained), "--bags", str(bags), *quiet]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert f"overlay of {row.slide_id} on an empty canvas" in capsys.readouterr().out
+    assert (tmp_path / "out" / "overlays" / f"{row.slide_id}_x20.png").exists()

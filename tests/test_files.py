@@ -1,0 +1,110 @@
+"""Files are whole or absent; tables come back as they were written."""
+
+from pathlib import Path
+
+import pytest
+
+from dasmil.errors import InputError
+from dasmil.files import atomic_path, read_csv, write_csv, write_text
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_only_when_its_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "slide.tiff"
+    with atomic_path(path) as temporary:
+        assert temporary.parent == path.parent
+        assert temporary.suffix == ".tiff"  # writers choose their format by it
+        temporary.write_bytes(b"half")
+        assert not path.exists()
+        temporary.write_bytes(b"whole")
+    assert path.read_bytes() == b"whole"
+    assert names_in(path.parent) == ["slide.tiff"]
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="disk full"), atomic_path(path) as temporary:
+        temporary.write_text("half of the new")
+        raise RuntimeError("disk full")
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["table.csv"]
+
+
+def test_a_row_that_cannot_be_written_leaves_the_old_table(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    write_csv(path, ["a"], [{"a": 1}])
+    with pytest.raises(ValueError, match="fields not in fieldnames"):
+        write_csv(path, ["a"], [{"a": 2}, {"b": 3}])
+    assert read_csv(path) == (["a"], [{"a": "1"}])
+    assert names_in(tmp_path) == ["table.csv"]
+
+
+def test_files_of_one_stem_do_not_share_their_temporary(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "s.csv") as table, atomic_path(tmp_path / "s.txt") as text:
+        table.write_text("1,2")
+        text.write_text("two")
+    assert (tmp_path / "s.csv").read_text() == "1,2"
+    assert (tmp_path / "s.txt").read_text() == "two"
+
+
+def test_text_is_utf8(tmp_path: Path) -> None:
+    write_text(tmp_path / "note.txt", "0.5 µm/px\n")
+    assert (tmp_path / "note.txt").read_bytes() == b"0.5 \xc2\xb5m/px\n"
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    rows = [
+        {"slide_id": "a, b", "label": 'say "no"', "mpp": 0.25},
+        {"slide_id": "zweizeilig\nµ", "label": None},
+    ]
+    write_csv(path, ["slide_id", "label", "mpp"], rows)
+    assert read_csv(path) == (
+        ["slide_id", "label", "mpp"],
+        [
+            {"slide_id": "a, b", "label": 'say "no"', "mpp": "0.25"},
+            {"slide_id": "zweizeilig\nµ", "label": "", "mpp": ""},
+        ],
+    )
+
+
+def test_byte_order_mark_spaces_and_blank_lines_are_tolerated(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(b"\xef\xbb\xbfslide_id , path\r\n s1 ,\ta b.svs \r\n\r\ns2,c.svs\r\n")
+    assert read_csv(path) == (
+        ["slide_id", "path"],
+        [{"slide_id": "s1", "path": "a b.svs"}, {"slide_id": "s2", "path": "c.svs"}],
+    )
+
+
+@pytest.mark.parametrize("row", ["s2", "s2,b.svs,tumour"], ids=["too short", "too long"])
+def test_a_row_of_another_length_is_refused_with_its_line(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f"slide_id,path\ns1,a.svs\n\n{row}\n")
+    with pytest.raises(InputError) as caught:
+        read_csv(path)
+    assert str(caught.value) == f"{path} line 4: it has not the 2 cells of the header"
+
+
+def test_a_missing_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        read_csv(tmp_path / "none.csv")
+    assert str(caught.value) == f"{tmp_path / 'none.csv'}: no such table"
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.csv"
+    path.write_bytes("slide_id,label\ns1,gutartig ä\n".encode("latin-1"))
+    with pytest.raises(InputError, match="not a CSV table in UTF-8") as caught:
+        read_csv(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_an_empty_table_has_no_columns(tmp_path: Path) -> None:
+    path = tmp_path / "empty.csv"
+    path.write_text("")
+    assert read_csv(path) == ([], [])
