@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import csv
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,3 +58,13 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV table in UTF-8 ({error})") from error
     return columns, rows
+
+
+def pack_metadata(entries: Mapping[str, str]) -> dict[str, str]:
+    """Entries as one: safetensors writes several in random order, and equal files must be equal."""
+    return {"dasmil": json.dumps(dict(entries), sort_keys=True)}
+
+
+def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """The inverse of :func:`pack_metadata`; nothing where a file is not one of ours."""
+    return dict(json.loads((metadata or {}).get("dasmil", "{}")))

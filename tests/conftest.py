@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from road import Road, make_road
+
+torch.set_num_threads(1)  # on tiny tensors threads only wait for each other
 
 
 @pytest.fixture(scope="session")

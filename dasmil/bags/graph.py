@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from dasmil.bags.bag import Bag
+from dasmil.errors import InputError
 
 UNKNOWN = -1  # the label of a slide without one
+MAX_CELLS = 2**28  # of a grid's bounding box; a slide of 200,000 px at x40 has 2**20
 OFFSETS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0))
 
 
@@ -99,6 +101,10 @@ def neighbour_edges(grid: Tensor) -> Tensor:
     cells = grid.long() - grid.long().amin(0) + 1
     height, width = (cells.amax(0) + 2).tolist()
     position = cells[:, 0] * width + cells[:, 1]
+    if height * width > MAX_CELLS:
+        raise InputError(
+            f"grid of {height} by {width} tiles: no slide is that large; check the bag"
+        )
     tile_at = torch.full((height * width,), -1)
     tile_at[position] = torch.arange(len(grid))
     parts = []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dasmil.bags.bag import Bag, BagHeader, header_from_metadata, header_to_metadata
 from dasmil.errors import InputError
-from dasmil.files import atomic_path
+from dasmil.files import atomic_path, pack_metadata, unpack_metadata
 
 FORMAT = "dasmil-bag-1"
 
@@ -26,7 +26,8 @@ def write_bag(path: Path, bag: Bag) -> None:
     tensors |= {f"grid/{n}": t.contiguous() for n, t in bag.grid.items()}
     tensors |= {f"parent/{n}": t.contiguous() for n, t in bag.parent.items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"format": FORMAT, **header_to_metadata(bag.header)})
+        entries = {"format": FORMAT, **header_to_metadata(bag.header)}
+        save_file(tensors, temporary, pack_metadata(entries))
 
 
 def read_header(path: Path) -> BagHeader:
@@ -66,12 +67,16 @@ def read_bag(path: Path) -> Bag:
 
 
 def _header(path: Path, metadata: dict[str, str] | None) -> BagHeader:
-    found = (metadata or {}).get("format")
-    if metadata is None or found != FORMAT:
+    entries = unpack_metadata(metadata)
+    found = entries.get("format")
+    if found != FORMAT:
         raise InputError(
             f"{path}: its format is {found!r}, this version reads {FORMAT!r}; embed the slide again"
         )
-    return header_from_metadata(metadata)
+    try:
+        return header_from_metadata(entries)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -89,7 +89,7 @@ class BagDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         cohort = self._read_cohort()
         self.rows = [r for r in cohort if bag_path(self.folder, r.slide_id).exists()]
-        _say_missing(self.folder, [r.slide_id for r in cohort if r not in self.rows])
+        say_missing(self.folder, "bag file", [r.slide_id for r in cohort if r not in self.rows])
         if not self.rows:
             raise InputError(f"{self.folder}: no bag file for any slide of its cohort.csv")
         self._read_headers()
@@ -160,6 +160,11 @@ class BagDataModule(LightningDataModule):
         first_id, first = next(iter(headers.items()))
         self.bag_format = first.bag_format()
         for slide_id, header in headers.items():
+            if header.slide_id != slide_id:
+                raise InputError(
+                    f"{bag_path(self.folder, slide_id)}: it is the bag of {header.slide_id}; "
+                    "give the file its own name back"
+                )
             difference = describe_difference(self.bag_format, header.bag_format())
             if difference:
                 raise InputError(
@@ -206,10 +211,11 @@ class BagDataModule(LightningDataModule):
                 )
 
 
-def _say_missing(folder: Path, slide_ids: Sequence[str]) -> None:
+def say_missing(folder: Path, what: str, slide_ids: Sequence[str]) -> None:
+    """Warn of slides that are left out, by name."""
     if slide_ids:
         warnings.warn(
-            f"{folder}: {len(slide_ids)} slide(s) of cohort.csv have no bag file and are left out: "
+            f"{folder}: {len(slide_ids)} slide(s) of cohort.csv have no {what} and are left out: "
             f"{', '.join(slide_ids[:10])}; see status.csv there",
             stacklevel=2,
         )

@@ -13,12 +13,14 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from dasmil.data.bags import say_missing
 from dasmil.errors import InputError
 from dasmil.slides.cohort import SlideRow, read_cohort, split_cohort
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile import tiles_path
 from dasmil.slides.tiling import read_tiles
 
+EVALUATED = ("val", "test")
 MAX_OPEN_SLIDES = 32  # of each reading process
 
 
@@ -167,12 +169,15 @@ class TileDataModule(LightningDataModule):
             test_fraction=self.test_fraction,
             seed=self.split_seed,
         )
+        held_out = {
+            row.patient for row in cohort if split.get(row.slide_id, row.split) in EVALUATED
+        }
+        training = [row for row in cohort if row.patient not in held_out]
+        tiled = [row for row in training if tiles_path(self.folder, row.slide_id).exists()]
+        say_missing(self.folder, "tiles", [r.slide_id for r in training if r not in tiled])
         self.rows, self.boxes_px0 = [], []
-        for row in cohort:
-            path = tiles_path(self.folder, row.slide_id)
-            if split.get(row.slide_id, row.split or "train") != "train" or not path.exists():
-                continue
-            pyramid = read_tiles(path)
+        for row in tiled:
+            pyramid = read_tiles(tiles_path(self.folder, row.slide_id))
             mpps = {scale.name: scale.mpp for scale in pyramid.scales}
             if self.scale not in mpps:
                 raise InputError(

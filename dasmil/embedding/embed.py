@@ -40,6 +40,7 @@ class EmbeddingModule(LightningModule):
     ):
         super().__init__()
         self.names = list(extractors)
+        self.feature_dims = [network.card.feature_dim for network in extractors.values()]
         self.extractors = nn.ModuleList(extractors.values())
         self.dataset = dataset
         self.num_workers = num_workers
@@ -55,10 +56,10 @@ class EmbeddingModule(LightningModule):
         )
 
     def predict_step(self, chunk: TileChunk, batch_idx: int) -> Tensor:
-        extractor = self.extractors[self.names.index(chunk.scale)]
+        number = self.names.index(chunk.scale)
         if len(chunk.tiles) == 0:
-            return torch.empty(0, extractor.card.feature_dim)
-        return extractor(chunk.tiles)
+            return torch.empty(0, self.feature_dims[number])
+        return self.extractors[number](chunk.tiles)
 
 
 def embed(

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def create_backbone(name: str, *, pretrained: bool = False, **options: Any) -> n
         when timm does not know the name, or its weights are neither cached nor reachable.
     """
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:4])
+        near = ", ".join(get_close_matches(name, timm.list_models(), 3))
         raise InputError(
             f"extractor {name!r}: neither a checkpoint file nor a timm model"
             + (f"; near it: {near}" if near else "")

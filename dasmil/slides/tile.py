@@ -18,7 +18,13 @@ from dasmil.files import write_csv
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
 from dasmil.slides.qc import draw_qc, write_png
 from dasmil.slides.reader import Slide
-from dasmil.slides.tiling import TilePyramid, TilingParameters, read_tiles, tile_pyramid, write_tiles
+from dasmil.slides.tiling import (
+    TilePyramid,
+    TilingParameters,
+    read_tiles,
+    tile_pyramid,
+    write_tiles,
+)
 from dasmil.slides.tissue import TissueParameters, tissue_mask
 from dasmil.units import parse_scales
 

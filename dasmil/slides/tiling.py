@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dasmil.errors import InputError
-from dasmil.files import atomic_path
+from dasmil.files import atomic_path, pack_metadata, unpack_metadata
 from dasmil.slides.tissue import MaskArray, TissueParameters, tissue_fraction
 from dasmil.units import Mpp, PyramidGrid, Scale, TilePx, parse_scales
 
@@ -166,14 +165,14 @@ def write_tiles(path: Path, tiles: TilePyramid) -> None:
         "tiling": tiles.tiling,
     }
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, pack_metadata(metadata))
 
 
 def read_tiles(path: Path) -> TilePyramid:
     """Read what :func:`write_tiles` wrote."""
     try:
         with safe_open(path, framework="numpy") as file:
-            header: dict[str, Any] = file.metadata() or {}
+            header = unpack_metadata(file.metadata())
             if header.get("format") != FORMAT:
                 raise InputError(
                     f"{path}: not a tile table of this version ({FORMAT}); tile it again"

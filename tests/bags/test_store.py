@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dasmil.bags import Bag, bag_path, read_bag, read_header, write_bag
 from dasmil.errors import InputError
+from dasmil.files import pack_metadata, unpack_metadata
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def written(tmp_path: Path) -> Path:
 
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
-        return file.metadata()
+        return unpack_metadata(file.metadata())
 
 
 def refusal(path: Path) -> str:
@@ -108,7 +109,11 @@ def test_foreign_safetensors_are_refused(tmp_path: Path, metadata: dict | None) 
 
 
 def test_another_format_version_is_refused(written: Path) -> None:
-    save_file(load_file(written), written, {**metadata_of(written), "format": "dasmil-bag-2"})
+    save_file(
+        load_file(written),
+        written,
+        pack_metadata({**metadata_of(written), "format": "dasmil-bag-2"}),
+    )
     sentence = refusal(written)
     assert "'dasmil-bag-2'" in sentence
     assert "embed the slide again" in sentence
@@ -116,7 +121,11 @@ def test_another_format_version_is_refused(written: Path) -> None:
 
 def test_a_file_that_breaks_a_promise_is_refused(written: Path) -> None:
     tensors = load_file(written)
-    save_file({**tensors, "grid/x20": tensors["grid/x20"] + 4}, written, metadata_of(written))
+    save_file(
+        {**tensors, "grid/x20": tensors["grid/x20"] + 4},
+        written,
+        pack_metadata(metadata_of(written)),
+    )
     with pytest.raises(InputError, match="bag slide: x20: a tile does not lie inside its parent"):
         read_bag(written)
 
@@ -124,7 +133,7 @@ def test_a_file_that_breaks_a_promise_is_refused(written: Path) -> None:
 def test_a_file_without_one_of_its_scales_is_refused(written: Path) -> None:
     tensors = load_file(written)
     del tensors["features/x5"]
-    save_file(tensors, written, metadata_of(written))
+    save_file(tensors, written, pack_metadata(metadata_of(written)))
     with pytest.raises(InputError, match="bag slide: features or grid of the scales x5, x20"):
         read_bag(written)
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dasmil.errors import InputError
+from dasmil.files import pack_metadata
 from dasmil.slides.tiling import (
     TilePyramid,
     TilingParameters,
@@ -299,7 +300,9 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     plain = tmp_path / "plain.safetensors"
     save_file({"grid/x20": np.zeros((1, 2), np.int32)}, plain)
     newer = tmp_path / "newer.safetensors"
-    save_file({"grid/x20": np.zeros((1, 2), np.int32)}, newer, {"format": "dasmil-tiles-2"})
+    save_file(
+        {"grid/x20": np.zeros((1, 2), np.int32)}, newer, pack_metadata({"format": "dasmil-tiles-2"})
+    )
     for path in (text, plain, newer, tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(InputError) as caught:
             read_tiles(path)
