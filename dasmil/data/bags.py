@@ -2,12 +2,16 @@
 
 import json
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from tqdm import tqdm
 
 from dasmil.bags import (
     UNKNOWN,
@@ -105,6 +109,25 @@ class BagDataModule(LightningDataModule):
         if name == "train":
             return [row for row in rows if row.slide_id not in self.empty]
         return rows
+
+    def train_statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and standard deviation (D_s,) of the training tiles' features per scale."""
+        count: dict[str, int] = defaultdict(int)
+        total: dict[str, Tensor] = defaultdict(lambda: torch.zeros(1, dtype=torch.float64))
+        total_square: dict[str, Tensor] = defaultdict(lambda: torch.zeros(1, dtype=torch.float64))
+        for row in tqdm(self.part("train"), "statistics of the training bags", unit="bag"):
+            bag = read_bag(bag_path(self.folder, row.slide_id))
+            for scale in bag.scales:
+                x = bag.features[scale].double()
+                count[scale] += len(x)
+                total[scale] = total[scale] + x.sum(0)
+                total_square[scale] = total_square[scale] + x.square().sum(0)
+        statistics = {}
+        for scale in count:
+            mean = total[scale] / count[scale]
+            variance = (total_square[scale] / count[scale] - mean.square()).clamp(min=0)
+            statistics[scale] = (mean.float(), variance.sqrt().float())
+        return statistics
 
     def train_dataloader(self) -> DataLoader[BagGraph]:
         return self._loader(self.part("train"), shuffle=True)

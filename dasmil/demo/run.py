@@ -20,6 +20,7 @@ from dasmil.units import parse_scales
 
 SCALES = ("x10", "x20")
 TILE_PX = 64
+SIZE_PX0 = (1024, 1024)  # half a millimetre
 STEPS = "steps.json"  # the commands that have ended well
 
 
@@ -36,7 +37,7 @@ def demo(output: Path, seed: int = 0) -> int:
     """
     start = time.monotonic()
     print("making a cohort of synthetic slides", flush=True)
-    cohort = write_cohort(output / "cohort", seed=seed, workers=2)
+    cohort = write_cohort(output / "cohort", seed=seed, size_px0=SIZE_PX0, workers=2)
     for arguments in _road(output, cohort, seed):
         command = "python -m dasmil " + shlex.join(arguments)
         done = _done_commands(output)

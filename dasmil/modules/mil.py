@@ -17,7 +17,7 @@ from dasmil.errors import InputError
 from dasmil.files import write_csv
 from dasmil.losses import ObjectiveWeights, objective
 from dasmil.metrics import class_probabilities, slide_metrics
-from dasmil.nn import DASMIL, ScaleOutput
+from dasmil.nn import DASMIL, ScaleOutput, Standardize
 from dasmil.reports.curves import roc_figure
 
 
@@ -42,6 +42,7 @@ class DASMILModule(LightningModule):
 
     Parameters
     ----------
+    standardize: subtract the mean of the training tiles' features and divide by their spread.
     one_logit: give two classes one logit (binary cross-entropy) instead of two (cross-entropy).
     hidden_dim, out_dim, heads, attention_dropout, node_dropout, query_dim: of the network, see
         :class:`dasmil.nn.DASMIL`.
@@ -57,6 +58,7 @@ class DASMILModule(LightningModule):
 
     def __init__(
         self,
+        standardize: bool = False,
         one_logit: bool = True,
         hidden_dim: int = 384,
         out_dim: int = 256,
@@ -82,14 +84,17 @@ class DASMILModule(LightningModule):
         self.weights = ObjectiveWeights(distillation, criticality, instance, temperature)
         self.results: list[SlideResult] = []
         self.network: DASMIL
+        self.standardize: Standardize | None
         if bag_format is not None:
             self._build()
 
     def _build(self) -> None:
         hp = self.hparams
         scales = hp["bag_format"]["scales"]
+        in_dims = {name: scale["extractor"]["feature_dim"] for name, scale in scales.items()}
+        self.standardize = Standardize(in_dims) if hp["standardize"] else None
         self.network = DASMIL(
-            {name: scale["extractor"]["feature_dim"] for name, scale in scales.items()},
+            in_dims,
             self.num_logits,
             hp["hidden_dim"],
             hp["out_dim"],
@@ -133,6 +138,9 @@ class DASMILModule(LightningModule):
             self._refuse_other_data(self.hparams, data)
         if stage == "fit":
             self.hparams["split"] = data.split
+            if self.standardize is not None:
+                for scale, (mean, std) in data.train_statistics().items():
+                    self.standardize.set_statistics(scale, mean, std)
             log_dir = self.trainer.log_dir
             if log_dir is not None and self.trainer.is_global_zero:
                 rows = ({"slide_id": s, "split": part} for s, part in data.split.items())
@@ -156,6 +164,8 @@ class DASMILModule(LightningModule):
 
     def forward(self, graph: BagGraph) -> dict[str, ScaleOutput]:
         """What each scale says of each bag, coarse to fine."""
+        if self.standardize is not None:
+            graph = self.standardize(graph)
         return self.network(graph)
 
     def objective(

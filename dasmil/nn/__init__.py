@@ -4,5 +4,6 @@ from dasmil.nn.dasmil import DASMIL
 from dasmil.nn.gat import GAT
 from dasmil.nn.mil_head import MILHead, ScaleOutput
 from dasmil.nn.pgnn import PGNN
+from dasmil.nn.standardize import Standardize
 
-__all__ = ["DASMIL", "GAT", "PGNN", "MILHead", "ScaleOutput"]
+__all__ = ["DASMIL", "GAT", "PGNN", "MILHead", "ScaleOutput", "Standardize"]

@@ -1,78 +1,93 @@
 """Scores of a slide's tiles over its picture."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
-from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
 
 from dasmil.bags import Bag
 from dasmil.errors import InputError
-from dasmil.files import atomic_path
 from dasmil.slides.cohort import SlideRow
+from dasmil.slides.qc import caption
 from dasmil.slides.reader import Slide
 
-CANVAS_PX = 1000  # longer side of the slide's picture
+RgbArray = npt.NDArray[np.uint8]
+
+CANVAS_PX = 800  # longer side of the slide's picture
 OPACITY = 0.55
+BAR_PX = 18  # width of the colour bar
+BAR_LABELS_PX = 46
 
 
-def slide_canvas(row: SlideRow, bag: Bag) -> tuple[npt.NDArray[np.uint8], str]:
+def slide_canvas(row: SlideRow, bag: Bag) -> tuple[RgbArray, str]:
     """The slide's picture; an empty canvas of its shape, and why, where the file is not at hand.
 
     Returns
     -------
     (H, W, 3) uint8 RGB, and the reason ("" when the picture is the slide's).
     """
-    longer_px0 = max(bag.header.size_px0)
-    factor = max(1.0, longer_px0 / CANVAS_PX)
+    width_px0, height_px0 = bag.header.size_px0
+    factor = CANVAS_PX / max(width_px0, height_px0)
+    size = (max(1, round(width_px0 * factor)), max(1, round(height_px0 * factor)))
     try:
         with Slide(row) as slide:
-            return slide.thumbnail(slide.mpp * factor), ""
+            picture = slide.thumbnail(slide.mpp / factor)
     except InputError as error:
-        width, height = (max(1, round(side / factor)) for side in bag.header.size_px0)
-        return np.full((height, width, 3), 255, dtype=np.uint8), str(error)
+        return np.full((size[1], size[0], 3), 255, dtype=np.uint8), str(error)
+    if picture.shape[:2] == size[::-1]:
+        return picture, ""
+    resized = cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST)
+    return np.asarray(resized, dtype=np.uint8), ""
 
 
-def heatmap_figure(
-    canvas: npt.NDArray[np.uint8],
+def draw_heatmap(
+    canvas: RgbArray,
     bag: Bag,
     scale: str,
     scores: Mapping[str, npt.NDArray[np.floating]],
     title: str,
-) -> Figure:
-    """The slide, and beside it one panel for each score of its tiles.
+) -> RgbArray:
+    """The slide, and beside it one panel with a colour bar for each score of its tiles.
 
     Parameters
     ----------
     canvas: (H, W, 3) uint8 RGB of the whole slide.
     scores: by caption (N_s,), from 0 to 1.
+    title: over the slide.
+
+    Returns
+    -------
+    (height, width, 3) uint8 RGB.
     """
     height, width = canvas.shape[:2]
-    panel_inches = 5.0
-    panels = 1 + len(scores)
-    size = (panel_inches * panels * 1.08, panel_inches * height / width + 0.8)
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    axes = figure.subplots(1, panels)
-    figure.suptitle(title)
-    for axis in axes:
-        axis.imshow(canvas)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    axes[0].set_title(f"{bag.slide_id}")
     to_canvas = np.array([width, height, width, height]) / np.array(bag.header.size_px0 * 2)
     boxes = (bag.boxes_px0(scale).numpy() * to_canvas).round().astype(int)
-    for axis, (caption, values) in zip(axes[1:], scores.items(), strict=True):
-        layer = np.full((height, width), np.nan)
-        for (left, top, right, bottom), value in zip(boxes, values, strict=True):
-            layer[top:bottom, left:right] = value
-        image = axis.imshow(layer, cmap="turbo", vmin=0, vmax=1, alpha=OPACITY)
-        axis.set_title(caption)
-        figure.colorbar(ScalarMappable(image.norm, image.cmap), ax=axis, shrink=0.8)
-    return figure
+    panels = [caption(canvas, title)]
+    for text, values in scores.items():
+        colours = _colours(values)
+        panel = canvas.copy()
+        for (left, top, right, bottom), colour in zip(boxes, colours, strict=True):
+            tile = panel[top:bottom, left:right]
+            tile[:] = ((1 - OPACITY) * tile + OPACITY * colour).round()
+        panels.append(caption(np.concatenate([panel, _colour_bar(height)], axis=1), text))
+    return np.concatenate(panels, axis=1)
 
 
-def save_figure(path: Path, figure: Figure) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
+def _colours(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
+    """(N,) in 0..1 → (N, 3) RGB of the turbo map."""
+    levels = (np.clip(values, 0, 1) * 255).round().astype(np.uint8).reshape(-1, 1)
+    if len(levels) == 0:
+        return np.empty((0, 3), dtype=np.uint8)
+    return cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)[:, 0, ::-1].astype(np.uint8)
+
+
+def _colour_bar(height: int) -> RgbArray:
+    bar = np.full((height, BAR_PX + BAR_LABELS_PX + 8, 3), 255, dtype=np.uint8)
+    ramp = _colours(np.linspace(1, 0, height))
+    bar[:, 8 : 8 + BAR_PX] = ramp[:, None]
+    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = min(height - 2, max(10, round((1 - value) * height) + 4))
+        place = (8 + BAR_PX + 4, y)
+        cv2.putText(bar, f"{value:g}", place, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, 16)
+    return bar

@@ -14,8 +14,9 @@ from dasmil.data.bags import BagDataModule
 from dasmil.distributed import gather_lists
 from dasmil.files import write_csv
 from dasmil.metrics import class_probabilities
-from dasmil.reports.heatmap import heatmap_figure, save_figure, slide_canvas
+from dasmil.reports.heatmap import draw_heatmap, slide_canvas
 from dasmil.slides.cohort import SlideRow
+from dasmil.slides.qc import write_png
 
 
 class PredictionWriter(Callback):
@@ -133,7 +134,8 @@ class PredictionWriter(Callback):
                 else np.zeros(0),
             }
             bag_probability = class_probabilities(bag_logits[scale][None])[0]
-            title = f"{scale}: P({name}) = {bag_probability[self.classes.index(name)]:.3f}"
+            p = float(bag_probability[self.classes.index(name)])
+            title = f"{bag.slide_id}  {scale}: P({name}) = {p:.3f}"
             title += f", label {row.label}" if row.label else ""
-            figure = heatmap_figure(canvas, bag, scale, scores, title)
-            save_figure(self.output / "overlays" / f"{bag.slide_id}_{scale}.png", figure)
+            picture = draw_heatmap(canvas, bag, scale, scores, title)
+            write_png(self.output / "overlays" / f"{bag.slide_id}_{scale}.png", picture)

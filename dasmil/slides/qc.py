@@ -39,7 +39,7 @@ def draw_qc(
     contours, _ = cv2.findContours(small_mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     cv2.drawContours(outlined, contours, -1, OUTLINE, 2)
     share = mask.mean()
-    panels = [_captioned(outlined, f"{tiles.slide_id}  tissue {share:.1%}")]
+    panels = [caption(outlined, f"{tiles.slide_id}  tissue {share:.1%}")]
     to_panel = np.array(size * 2) / np.array(tiles.size_px0 * 2)
     for scale in tiles.scales:
         boxes = (tiles.boxes_px0(scale.name) * to_panel).round().astype(int)
@@ -49,11 +49,12 @@ def draw_qc(
         panel = cv2.addWeighted(panel, 0.35, picture, 0.65, 0)
         for left, top, right, bottom in boxes:
             cv2.rectangle(panel, (left, top), (right, bottom), TILE, 1)
-        panels.append(_captioned(panel, f"{scale.name} ({scale.mpp:g} um/px): {len(boxes)} tiles"))
+        panels.append(caption(panel, f"{scale.name} ({scale.mpp:g} um/px): {len(boxes)} tiles"))
     return np.concatenate(panels, axis=1)
 
 
-def _captioned(picture: npt.NDArray[np.integer | np.floating], text: str) -> npt.NDArray[np.uint8]:
+def caption(picture: npt.NDArray[np.integer | np.floating], text: str) -> npt.NDArray[np.uint8]:
+    """The picture with a white frame and a line of text over it."""
     framed = cv2.copyMakeBorder(
         picture, CAPTION_PX, 4, 4, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255)
     )

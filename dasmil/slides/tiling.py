@@ -175,7 +175,7 @@ def read_tiles(path: Path) -> TilePyramid:
             header = unpack_metadata(file.metadata())
             if header.get("format") != FORMAT:
                 raise InputError(
-                    f"{path}: not a tile table of this version ({FORMAT}); tile it again"
+                    f"{path}: not a tile table of this version ({FORMAT}); delete it and tile again"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

@@ -9,7 +9,8 @@ import numpy as np
 import openslide
 import pytest
 
-from dasmil.demo.slides import SyntheticSlide, draw_slide, write_cohort, write_pyramid
+from dasmil.demo.drawing import SyntheticSlide, draw_slide
+from dasmil.demo.slides import write_cohort, write_pyramid
 from dasmil.errors import InputError
 
 SMALL = (768, 768)

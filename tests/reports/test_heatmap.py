@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from bag_factory import make_bag
+
+from dasmil.demo.slides import write_pyramid
+from dasmil.reports.heatmap import OPACITY, draw_heatmap, slide_canvas
+from dasmil.slides.cohort import SlideRow
+from dasmil.slides.qc import CAPTION_PX
+
+EDGE = 4  # white frame of a panel
+
+
+@pytest.fixture
+def bag():
+    return make_bag(num_tiles=12)
+
+
+def turbo(value):
+    level = np.array([[round(value * 255)]], np.uint8)
+    return cv2.applyColorMap(level, cv2.COLORMAP_TURBO)[0, 0, ::-1].astype(int)
+
+
+def test_a_tile_has_its_score_s_colour_where_it_lies_and_nowhere_else(bag):
+    width_px0, height_px0 = bag.header.size_px0
+    canvas = np.full((height_px0 // 16, width_px0 // 16, 3), 200, np.uint8)
+    values = np.linspace(0, 1, bag.num_tiles()["x20"])
+    picture = draw_heatmap(canvas, bag, "x20", {"score": values}, "slide").astype(int)
+    panel = picture[CAPTION_PX:, canvas.shape[1] + 3 * EDGE :]
+    covered = np.zeros(canvas.shape[:2], bool)
+    for (left, top, right, bottom), value in zip(bag.boxes_px0("x20") // 16, values, strict=True):
+        covered[top:bottom, left:right] = True
+        middle = panel[(top + bottom) // 2, (left + right) // 2]
+        expected = (1 - OPACITY) * 200 + OPACITY * turbo(value)
+        assert np.abs(middle - expected).max() <= 1
+    beside = panel[: canvas.shape[0], : canvas.shape[1]][~covered]
+    assert (beside == 200).all()
+
+
+def test_the_canvas_is_the_slide_or_says_why_not(bag, tmp_path):
+    width_px0, height_px0 = bag.header.size_px0
+    missing = SlideRow("slide", Path("nowhere.svs"))
+    canvas, reason = slide_canvas(missing, bag)
+    assert (canvas == 255).all() and "nowhere.svs: no such file" in reason
+    pixels = np.zeros((height_px0, width_px0, 3), np.uint8)
+    pixels[: height_px0 // 2, :, 0] = 250  # the upper half is red
+    write_pyramid(tmp_path / "slide.tiff", pixels, 0.5)
+    picture, reason = slide_canvas(SlideRow("slide", tmp_path / "slide.tiff"), bag)
+    assert picture.shape == canvas.shape and reason == ""
+    quarter = picture.shape[0] // 4
+    assert picture[quarter].mean((0,))[0] > 240 and picture[3 * quarter].max() < 10
