@@ -1,4 +1,4 @@
-"""The whole road on the 17 real slides of ../shared/data/slides/atlas_x5, by command."""
+"""Real slides of ../shared/data by command: atlas_x5 the whole road, all others as far as embed."""
 
 import csv
 import json
@@ -11,6 +11,8 @@ from road import CONF, CONFIGS, embed_command, log_to
 from dasmil.bags import bag_path, read_bag
 from dasmil.cli import main
 from dasmil.slides.cohort import read_cohort, split_cohort
+
+RANDOM = "random:test_vit"
 
 X5_MPP = 2.0  # where the file records none; the others lie at 2.02 to 2.1
 
@@ -31,7 +33,7 @@ def atlas(shared_data, tmp_path_factory):
             table.writerow([path.stem, path, label, row["case"], row["mpp"] or X5_MPP])
     tile = ["tile", "--config", str(CONFIGS / "tile.yaml"), "--cohort", str(root / "cohort.csv")]
     assert main([*tile, "--output", str(root / "tiles"), "--scales", "[x2.5,x5]"]) == 0
-    random = dict.fromkeys(("x2.5", "x5"), "random:test_vit")
+    random = dict.fromkeys(("x2.5", "x5"), RANDOM)
     assert main(embed_command(root / "tiles", root / "bags", random)) == 0
     configs = ["--config", str(CONFIGS / "dasmil.yaml"), "--config", str(CONF / "dasmil.yaml")]
     data = ["--data.bags", str(root / "bags"), "--data.classes", "[benign,malignant]"]
@@ -90,3 +92,77 @@ def test_the_overlay_lies_on_tissue(atlas):
             under[top:bottom, left:right] = True
         assert saturation[under].mean() > 2 * saturation[~under].mean(), row.slide_id
         assert (atlas / "out" / "overlays" / f"{row.slide_id}_x2.5.png").stat().st_size > 10_000
+
+
+def tile_and_embed(root, rows, *options, scales):
+    """Exit codes of both verbs and the state of each slide after both."""
+    root.mkdir()
+    with open(root / "cohort.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["slide_id", "path", "mpp"])
+        table.writerows(rows)
+    tiles, bags = root / "tiles", root / "bags"
+    command = ["tile", "--cohort", str(root / "cohort.csv"), "--output", str(tiles), *options]
+    codes = [main([*command, "--scales", f"[{','.join(scales)}]"])]
+    codes.append(main(embed_command(tiles, bags, dict.fromkeys(scales, RANDOM))))
+    states = []
+    for folder in (tiles, bags):
+        with open(folder / "status.csv", newline="") as file:
+            states.append({row["slide_id"]: row for row in csv.DictReader(file)})
+    return codes, *states
+
+
+def test_slides_at_20x_of_every_kind_reach_their_bags(shared_data, tmp_path):
+    """SVS, JPEG 2000, DICOM, generic TIFF; x10 is not stored in PDAC-tru-cut_HE3.svs."""
+    native, atlas = (shared_data / "slides" / name for name in ("native", "atlas_x20"))
+    rows = [
+        ("cmu", native / "cmu-1-small-region.svs", ""),
+        ("dicom", native / "cmu-1-small-region-dicom", ""),
+        ("wrong-mpp", native / "cmu-1-wrong-mpp.tiff", 0.499),
+        ("tcga", native / "tcga-cr-7395-01a-01-ts1.svs", 0.5),
+        ("pdac", atlas / "PDAC-tru-cut_HE3.svs", ""),
+        ("erosion", atlas / "erosion_HE.tif", 0.5),
+        ("small", native / "small.svs", ""),
+        ("boxes", native / "boxes.tiff", 0.5),
+    ]
+    codes, tiled, embedded = tile_and_embed(tmp_path / "x20", rows, scales=("x5", "x10", "x20"))
+    assert codes == [0, 0]
+    assert {s for s, row in tiled.items() if row["state"] == "empty"} == {"small", "boxes"}
+    assert {row["state"] for row in embedded.values()} == {"done"}
+    for slide_id, _, _ in rows:
+        bag = read_bag(bag_path(tmp_path / "x20" / "bags", slide_id))
+        counts = bag.num_tiles()
+        assert counts == {s: int(tiled[slide_id][f"tiles/{s}"]) for s in bag.scales}
+        if tiled[slide_id]["state"] == "done":
+            assert counts["x5"] <= counts["x10"] <= counts["x20"] <= 4 * counts["x10"]
+            assert bag.features["x20"].float().std(0).mean() > 0
+
+
+def test_all_colon_images_reach_their_bags(shared_data, tmp_path):
+    images = sorted((shared_data / "crchisto").glob("*.png"))
+    rows = [(path.stem, path, 0.55) for path in images]
+    small = ["--tissue.mpp", "2", "--tissue.min_tissue_um2", "500", "--tissue.min_hole_um2", "500"]
+    codes, tiled, embedded = tile_and_embed(
+        tmp_path / "colon", rows, *small, "--tile_px", "128", scales=("x10", "x20")
+    )
+    assert codes == [0, 0]
+    assert len(rows) == 50 and {row["state"] for row in embedded.values()} == {"done"}
+    assert sum(row["state"] == "done" for row in tiled.values()) >= 45
+
+
+def test_bad_files_fail_one_by_one_and_the_good_one_arrives(shared_data, tmp_path):
+    bad = shared_data / "slides" / "bad"
+    rows = [(path.stem, path, 0.5) for path in sorted(bad.iterdir())]
+    rows.append(("good", shared_data / "slides" / "native" / "cmu-1-small-region.svs", ""))
+    codes, tiled, embedded = tile_and_embed(tmp_path / "bad", rows, scales=("x20",))
+    assert codes == [1, 0]
+    assert {s: row["state"] for s, row in tiled.items()} == {
+        "broken": "failed",
+        "unopenable": "failed",
+        "unreadable": "failed",
+        "good": "done",
+    }
+    assert "OpenSlide does not know this format" in tiled["broken"]["message"]
+    assert "cannot be opened as a slide" in tiled["unopenable"]["message"]
+    assert "cannot be read" in tiled["unreadable"]["message"]
+    assert embedded["good"]["state"] == "done" and embedded["broken"]["state"] == "not tiled"
