@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from road import CONF, CONFIGS, NUM_SLIDES, fit_dasmil
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dasmil
 from dasmil.bags import bag_path, read_bag
@@ -128,6 +129,18 @@ def test_the_run_folder_says_what_was_done(road, trained):
     assert parts == {row.slide_id: row.split for row in read_cohort(road.cohort)}
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
     assert list(run.glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_shows_curves_roc_and_hyperparameters(trained):
+    events = EventAccumulator(str(trained.parents[1]))
+    events.Reload()
+    scalars = {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag in ("train/loss", "train/criticality/x10", "val/loss", "val/x10/auroc", "val/auroc"):
+        assert len(scalars[tag]) == 2, tag  # one an epoch
+    assert scalars["hp/val_auroc"][-1] == max(scalars["val/auroc"])
+    assert len(events.Images("val/roc")) == 2
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert b"learning_rate" in str(events.summary_metadata).encode()
 
 
 def test_the_checkpoint_needs_nothing_beside_it(road, trained):

@@ -195,7 +195,8 @@ def _move(rows: Sequence[SlideRow], part: str, fraction: float, seed: int) -> li
         patients = strata[stratum]
         random.Random(f"{seed} {stratum}").shuffle(patients)
         if len(patients) > 1 and fraction > 0:
-            chosen.update(patients[: max(1, round(fraction * len(patients)))])
+            wanted = max(1, round(fraction * len(patients)))
+            chosen.update(patients[: min(wanted, len(patients) - 1)])  # one stays to learn from
     return [replace(r, split=part) if r.patient in chosen else r for r in rows]
 
 

@@ -351,3 +351,10 @@ def test_slides_without_label_have_no_part() -> None:
     ]
     assert split_cohort(labelled + unlabelled) == split_cohort(labelled)
     assert split_cohort(unlabelled) == {}
+
+
+def test_however_large_the_fraction_a_patient_of_each_label_stays_in_train() -> None:
+    rows = [*make_rows("a", 2), *make_rows("b", 3)]
+    parts = split_cohort(rows, val_fraction=0.0, test_fraction=0.99)
+    trained = {row.label for row in rows if parts[row.slide_id] == "train"}
+    assert trained == {"a", "b"}
