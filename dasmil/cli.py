@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from dasmil.errors import InputError
+from dasmil.quiet import hush
 
 USAGE = """\
 usage: python -m dasmil VERB [--config FILE] [options]
@@ -28,6 +29,7 @@ LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 def main(args: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 well, 1 a slide failed, 2 bad input)."""
     args = list(sys.argv[1:] if args is None else args)
+    hush()
     verb, rest = (args[0], args[1:]) if args else ("", [])
     try:
         if verb in LIGHTNING_VERBS:
@@ -70,9 +72,7 @@ def _embed(args: Sequence[str]) -> int:
     from lightning.pytorch import Trainer
 
     from dasmil.embedding.embed import embed
-    from dasmil.quiet import hush
 
-    hush()
     parser = ArgumentParser(prog="dasmil embed", description=inspect.getdoc(embed))
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_function_arguments(embed, skip={"trainer"}, as_positional=False)

@@ -16,13 +16,11 @@ from dasmil.data.bags import data_defaults
 from dasmil.errors import InputError
 from dasmil.files import write_text
 from dasmil.modules.mil import DASMILModule
-from dasmil.quiet import hush
 from dasmil.reports.predictions import PredictionWriter
 
 
 def run(verb: str, args: Sequence[str]) -> int:
     """One of LightningCLI's verbs; returns the exit code."""
-    hush()
     _keep_whole_numbers()
     DasmilCLI(verb, list(args))
     return 0
