@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ class DasmilCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Without Lightning's warning that ``sys.argv`` is set too."""
         self.config = parser.parse_args(args)
+        given = self.config[self.verb]
+        if (
+            self.verb != "fit"
+            and not self.defaults
+            and (given.get("bags") or given.get("ckpt_path"))
+        ):
+            raise InputError(
+                f"{self.verb}: give --bags together with --ckpt_path on the command line; "
+                "a config file names them data.bags and model"
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint override YAML and command line; here it is the other way."""
@@ -96,7 +107,8 @@ class DasmilCLI(LightningCLI):
 
     def _write_metrics(self) -> None:
         if self.output is not None and self.trainer.is_global_zero:
-            metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            figures = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            metrics = {name: value if isfinite(value) else None for name, value in figures.items()}
             write_text(self.output / f"{self.verb}_metrics.json", json.dumps(metrics, indent=2))
 
     def after_fit(self) -> None:

@@ -18,7 +18,7 @@ MAX_CELLS = 2**28  # of a grid's bounding box; a slide of 200,000 px at x40 has 
 OFFSETS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0))
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning converts the fields for precisions such as bf16-true
 class BagGraph:
     """One bag, or several side by side; rows of a bag are contiguous at every scale.
 

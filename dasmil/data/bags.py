@@ -1,6 +1,7 @@
 """Cached bags as graphs, in parts: what DAS-MIL is trained and tested on."""
 
 import json
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -56,8 +57,8 @@ class BagDataModule(LightningDataModule):
     batch_size: slides a step; evaluation gives the same result at any size.
     num_workers: reading processes of each device.
     val_fraction, test_fraction, split_seed: how parts are drawn where the table gives none.
-    split: part of each slide as a checkpoint remembers it; used where the table gives none, and
-        then a slide it does not know is a test slide.
+    split: part of each slide as a checkpoint remembers it; a slide that it does not know has the
+        part of the table, else is a test slide.
     allow_seen_slides: accept validation and test slides whose pixels an extractor was trained on.
     """
 
@@ -159,10 +160,11 @@ class BagDataModule(LightningDataModule):
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=DistributedSampler(dataset, world, rank, shuffle=shuffle, seed=self.split_seed),
+            sampler=DistributedSampler(dataset, world, rank, shuffle=shuffle, seed=order_seed()),
             collate_fn=join_graphs,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def _read_cohort(self) -> list[SlideRow]:
@@ -198,9 +200,11 @@ class BagDataModule(LightningDataModule):
                 self.empty.add(slide_id)
 
     def _parts(self, cohort: Sequence[SlideRow]) -> dict[str, str]:
-        if self.given_split is not None and not any(row.split for row in cohort):
-            labelled = [row.slide_id for row in cohort if row.label is not None]
-            return {slide_id: self.given_split.get(slide_id, "test") for slide_id in labelled}
+        if self.given_split is not None:
+            labelled = [row for row in cohort if row.label is not None]
+            return {
+                r.slide_id: self.given_split.get(r.slide_id, r.split or "test") for r in labelled
+            }
         return split_cohort(
             cohort,
             val_fraction=self.val_fraction,
@@ -232,6 +236,11 @@ class BagDataModule(LightningDataModule):
                     f"held out here ({', '.join(seen[:3])}); use the same split for both, or set "
                     "data.allow_seen_slides if that is meant"
                 )
+
+
+def order_seed() -> int:
+    """Seed of the order in training: that of ``seed_everything``, the same in every process."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def say_missing(folder: Path, what: str, slide_ids: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from dasmil.data.bags import say_missing
+from dasmil.data.bags import order_seed, say_missing
 from dasmil.errors import InputError
 from dasmil.slides.cohort import SlideRow, read_cohort, split_cohort
 from dasmil.slides.reader import Slide
@@ -198,7 +198,7 @@ class TileDataModule(LightningDataModule):
             self.tiles_per_epoch or len(dataset),
             self.trainer.world_size if self.trainer else 1,
             self.trainer.global_rank if self.trainer else 0,
-            self.split_seed,
+            order_seed(),
         )
         if len(sampler) < self.batch_size:
             raise InputError(

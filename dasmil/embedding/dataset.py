@@ -15,7 +15,7 @@ from dasmil.slides.tile import tiles_path
 from dasmil.slides.tiling import TilePyramid, read_tiles
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning converts the fields for precisions such as bf16-true
 class TileChunk:
     """Some tiles of one scale of one slide.
 

@@ -44,6 +44,8 @@ class EmbeddingModule(LightningModule):
         self.extractors = nn.ModuleList(extractors.values())
         self.dataset = dataset
         self.num_workers = num_workers
+        # with fewer slides to do than processes, some have nothing to do
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def predict_dataloader(self) -> DataLoader[TileChunk]:
         sampler = WholeSlideSampler(self.dataset, self.trainer.world_size, self.trainer.global_rank)
@@ -102,6 +104,8 @@ def embed(
     ]
 
     if trainer.is_global_zero:
+        for row in todo:
+            failure_path(output, row.slide_id).unlink(missing_ok=True)
         write_cohort(output / "cohort.csv", cohort)
         _write_extractors(output / "extractors.json", extractors, networks)
     if todo:
@@ -111,8 +115,9 @@ def embed(
         trainer.callbacks.append(BagWriter(files, output, cards))  # type: ignore[attr-defined]
         trainer.predict(module, return_predictions=False)
         trainer.strategy.barrier()
-    skipped = {row.slide_id for row in rows} - {row.slide_id for row in todo}
-    return _report(cohort, tiles, output, skipped, say=trainer.is_global_zero)
+    if not trainer.is_global_zero:
+        return 0  # a second process that fails would end the first one before it has reported
+    return _report(cohort, tiles, output, skipped={r.slide_id for r in rows if r not in todo})
 
 
 def _load_extractors(sources: Mapping[str, str], tiles: TilePyramid) -> dict[str, Extractor]:
@@ -136,7 +141,7 @@ def _is_done(tiles: TilePyramid, output: Path, cards: Mapping[str, ExtractorCard
     if read_header(path) != bag_header(tiles, cards):
         raise InputError(
             f"{path}: made with other tiles or extractors than asked for now; "
-            "choose another --output, or delete that folder to start over"
+            "choose another --output, or delete that file to make it anew"
         )
     return True
 
@@ -151,9 +156,7 @@ def _write_extractors(
     write_text(path, json.dumps(records, indent=2))
 
 
-def _report(
-    cohort: Sequence[SlideRow], tiles: Path, output: Path, skipped: set[str], *, say: bool
-) -> int:
+def _report(cohort: Sequence[SlideRow], tiles: Path, output: Path, skipped: set[str]) -> int:
     status = []
     for row in cohort:
         failure = failure_path(output, row.slide_id)
@@ -162,16 +165,16 @@ def _report(
         elif bag_path(output, row.slide_id).exists():
             state, message = "done", "embedded before" if row.slide_id in skipped else ""
         else:
-            state, message = "failed", failure.read_text()
+            reason = failure.read_text() if failure.exists() else "not reached; run embed again"
+            state, message = "failed", reason
         status.append({"slide_id": row.slide_id, "state": state, "message": message})
     states = [record["state"] for record in status]
-    if say:
-        write_csv(output / "status.csv", ("slide_id", "state", "message"), status)
-        for record in status:
-            if record["state"] != "done":
-                print(f"{record['state']}: {record['slide_id']}: {record['message']}")
-        print(
-            f"embed: {states.count('done')} done, {states.count('not tiled')} not tiled, "
-            f"{states.count('failed')} failed; see {output / 'status.csv'}"
-        )
+    write_csv(output / "status.csv", ("slide_id", "state", "message"), status)
+    for record in status:
+        if record["state"] != "done":
+            print(f"{record['state']}: {record['slide_id']}: {record['message']}")
+    print(
+        f"embed: {states.count('done')} done, {states.count('not tiled')} not tiled, "
+        f"{states.count('failed')} failed; see {output / 'status.csv'}"
+    )
     return int("failed" in states)

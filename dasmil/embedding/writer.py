@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dasmil.bags import Bag, BagHeader, ExtractorCard, bag_path, write_bag
 from dasmil.embedding.dataset import TileChunk
+from dasmil.errors import InputError
 from dasmil.files import write_text
 from dasmil.slides.tiling import TilePyramid, read_tiles
 
@@ -44,6 +45,7 @@ class BagWriter(Callback):
         self.tile_files = tile_files
         self.output = output
         self.cards = cards
+        self._tiles: dict[int, TilePyramid] = {}
         self._features: dict[int, dict[str, Tensor]] = {}
         self._waiting: dict[int, int] = {}
         self._failed: set[int] = set()
@@ -62,13 +64,10 @@ class BagWriter(Callback):
         if number in self._failed:
             return
         if batch.error is not None:
-            self._failed.add(number)
-            self._features.pop(number, None)
-            slide_id = self.tile_files[number].stem
-            write_text(failure_path(self.output, slide_id), batch.error)
+            self._fail(number, batch.error)
             return
-        tiles = read_tiles(self.tile_files[number])
-        if number not in self._features:
+        if number not in self._tiles:
+            tiles = self._tiles[number] = read_tiles(self.tile_files[number])
             self._features[number] = {
                 name: torch.empty(count, self.cards[name].feature_dim, dtype=torch.float16)
                 for name, count in tiles.num_tiles().items()
@@ -78,17 +77,27 @@ class BagWriter(Callback):
         self._features[number][batch.scale][batch.start : stop] = prediction.half().cpu()
         self._waiting[number] -= len(prediction)
         if self._waiting[number] == 0:
-            self._write(tiles, self._features.pop(number))
+            self._write(number)
 
-    def _write(self, tiles: TilePyramid, features: dict[str, Tensor]) -> None:
+    def _write(self, number: int) -> None:
+        tiles = self._tiles.pop(number)
         bag = Bag(
             header=bag_header(tiles, self.cards),
-            features=features,
+            features=self._features.pop(number),
             grid={name: torch.from_numpy(grid) for name, grid in tiles.grid.items()},
             parent={name: torch.from_numpy(parent) for name, parent in tiles.parent.items()},
         )
-        write_bag(bag_path(self.output, tiles.slide_id), bag)
-        failure_path(self.output, tiles.slide_id).unlink(missing_ok=True)
+        try:
+            write_bag(bag_path(self.output, tiles.slide_id), bag)
+        except InputError as error:  # features that are not finite, say; told in status.csv
+            self._fail(number, str(error))
+
+    def _fail(self, number: int, reason: str) -> None:
+        """The slide is lost, and only this slide; ``embed`` reports the reason."""
+        self._failed.add(number)
+        self._tiles.pop(number, None)
+        self._features.pop(number, None)
+        write_text(failure_path(self.output, self.tile_files[number].stem), reason)
 
 
 def failure_path(output: Path, slide_id: str) -> Path:

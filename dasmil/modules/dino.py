@@ -23,6 +23,7 @@ from torchvision.utils import make_grid
 
 from dasmil.data.tiles import TileDataModule
 from dasmil.embedding.extractor import ExtractorRecord, vit_backbone
+from dasmil.errors import InputError
 
 SHOWN_TILES = 8
 
@@ -111,6 +112,7 @@ class DINOModule(LightningModule):
             center_momentum=center_momentum,
         )
         self.record: dict[str, Any] | None = None
+        self._teacher_step = 0
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -151,6 +153,9 @@ class DINOModule(LightningModule):
         self.student.head.cancel_last_layer_gradients(self.current_epoch)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_step == self._teacher_step:
+            return  # gradients are still being accumulated
+        self._teacher_step = self.global_step
         start, end = self.hparams["teacher_momentum"]
         momentum = cosine_schedule(self.global_step, self._num_steps + 1, start, end)
         update_momentum(self.student, self.teacher, momentum)
@@ -161,6 +166,8 @@ class DINOModule(LightningModule):
         return int(self.trainer.estimated_stepping_batches)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if not self.trainer.max_epochs or self.trainer.max_epochs < 1:
+            raise InputError("trainer.max_epochs: DINO's schedules need a number of epochs")
         decayed, not_decayed = get_weight_decay_parameters([self.student])
         groups = [
             {"name": "decayed", "params": decayed},
@@ -179,9 +186,7 @@ class DINOModule(LightningModule):
     def _follow_schedules(self) -> None:
         """Learning rate and weight decay of this step."""
         hp, steps = self.hparams, self._num_steps
-        warmup_steps = round(
-            steps * min(1, hp["warmup_epochs"] / max(1, self.trainer.max_epochs or 1))
-        )
+        warmup_steps = round(steps * min(1, hp["warmup_epochs"] / (self.trainer.max_epochs or 1)))
         rate = cosine_warmup_schedule(
             self.global_step,
             steps + 1,

@@ -148,8 +148,15 @@ class DASMILModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        if isinstance(data, BagDataModule):
-            self._refuse_other_data(checkpoint["hyper_parameters"], data)
+        if not isinstance(data, BagDataModule):
+            return
+        hparams = checkpoint["hyper_parameters"]
+        self._refuse_other_data(hparams, data)
+        if self.trainer.training and hparams["split"] != data.split:
+            raise InputError(
+                f"{data.folder}: its parts are not those that the checkpoint was trained with; "
+                "resume with the same cohort table, fractions and data.split_seed"
+            )
 
     @staticmethod
     def _refuse_other_data(hparams: Any, data: BagDataModule) -> None:
@@ -276,15 +283,23 @@ class DASMILModule(LightningModule):
         """Values that are the same in every process already."""
         self.log_dict(figures, prog_bar=prog_bar, rank_zero_only=False, sync_dist=False)
 
+    @property
+    def _selection(self) -> tuple[str, Tensor | None]:
+        """The figure by which the checkpoint is chosen: TensorBoard's name and the best value."""
+        keeper = self.trainer.checkpoint_callback
+        monitor = getattr(keeper, "monitor", None) or "val/auroc"
+        return f"hp/{monitor.replace('/', '_')}", getattr(keeper, "best_model_score", None)
+
     def on_fit_start(self) -> None:
         if isinstance(self.logger, TensorBoardLogger):
-            self.logger.log_hyperparams(self._plain_hparams(), {"hp/val_auroc": float("nan")})
+            name, _ = self._selection
+            self.logger.log_hyperparams(self._plain_hparams(), {name: float("nan")})
 
     def on_train_end(self) -> None:
-        """Hyperparameters beside the best validation AUROC, for TensorBoard's HPARAMS table."""
-        best = getattr(self.trainer.checkpoint_callback, "best_model_score", None)
+        """Hyperparameters beside the best validation figure, for TensorBoard's HPARAMS table."""
+        name, best = self._selection
         if isinstance(self.logger, TensorBoardLogger) and best is not None:
-            self.logger.log_metrics({"hp/val_auroc": float(best)}, step=self.current_epoch)
+            self.logger.log_metrics({name: float(best)}, step=self.current_epoch)
 
     def _plain_hparams(self) -> dict[str, Any]:
         plain = {k: v for k, v in self.hparams.items() if isinstance(v, int | float | bool)}

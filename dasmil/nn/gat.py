@@ -2,7 +2,7 @@
 
 Paper: Bontempo et al. 2023, section 3, "Architecture"; the layer is Veličković et al. 2018 as
 ``torch_geometric.nn.GATConv`` computes it. The number of heads, their mean and both dropouts are
-those of the released code (REFERENCE differences D13, D14).
+those of the released code (D13, D14 of the README).
 """
 
 from torch import Tensor, nn

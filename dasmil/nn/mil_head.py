@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_geometric.utils import segment, softmax
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning converts its fields under mixed precision
 class ScaleOutput:
     """What a model says about one scale, for B bags with N tiles in all and C logits.
 

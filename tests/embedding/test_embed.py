@@ -10,7 +10,7 @@ from road import NUM_SLIDES, embed_command
 from dasmil.bags import bag_path, read_bag
 from dasmil.cli import main
 from dasmil.embedding.dataset import ChunkDataset, WholeSlideSampler, read_tile_pixels
-from dasmil.embedding.extractor import load_extractor
+from dasmil.embedding.extractor import Extractor, load_extractor
 from dasmil.slides.cohort import read_cohort
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile import tiles_path
@@ -113,3 +113,18 @@ def test_processes_share_slides_whole_and_evenly(road, world):
     assert sum(map(len, slides)) == len(rows)
     loads = [sum(dataset.num_tiles[slide] for slide in share) for share in slides]
     assert max(loads) - min(loads) <= max(dataset.num_tiles)
+
+
+def test_features_that_are_not_finite_cost_one_slide(road, tmp_path, monkeypatch):
+    """The first slide that is read gives infinity in float16; the others arrive."""
+    real, seen = Extractor.forward, []
+
+    def overflowing(self, tiles):
+        seen.append(len(tiles))
+        return real(self, tiles) + (1e6 if len(seen) == 1 else 0.0)
+
+    monkeypatch.setattr(Extractor, "forward", overflowing)
+    assert main(embed_command(road.tiles, tmp_path, RANDOM)) == 1
+    found = states(tmp_path)
+    failed = [slide_id for slide_id, (state, _) in found.items() if state == "failed"]
+    assert len(failed) == 1 and "not finite" in found[failed[0]][1]

@@ -148,3 +148,44 @@ def test_a_checkpoint_without_a_model_is_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(InputError, match="holds no DAS-MIL model"):
         dasmil.load(tmp_path / "other.ckpt")
+
+
+def test_a_resumed_run_must_have_the_same_parts(tmp_path):
+    data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
+    keeper = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[keeper])
+    trainer.fit(DASMILModule(**SMALL), datamodule=data)
+    table = tmp_path / "cohort.csv"
+    table.write_text(
+        table.read_text().replace("s15,s15.svs,tumour,test", "s15,s15.svs,tumour,train")
+    )
+    again = BagDataModule(tmp_path, ["normal", "tumour"], num_workers=0)
+    with pytest.raises(InputError, match="not those that the checkpoint was trained with"):
+        quiet_trainer(tmp_path, max_epochs=2).fit(
+            DASMILModule(**SMALL), datamodule=again, ckpt_path=keeper.last_model_path
+        )
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_is_close(tmp_path, precision):
+    """Also the precisions for which Lightning converts the batch itself."""
+    graph = make_graphs([20], [1])[0]
+    module = small_module().eval()
+    expected = module(graph)["x20"].bag_logits.detach()
+    trainer = quiet_trainer(tmp_path, precision=precision, max_epochs=1)
+    loader = torch.utils.data.DataLoader([graph], batch_size=None)
+    found = trainer.predict(module, loader)[0]["x20"].bag_logits.float()
+    assert torch.allclose(found, expected, atol=0.02)
+
+
+def test_the_split_of_a_checkpoint_wins_over_a_new_draw(tmp_path):
+    """The table gives train and test, val was drawn with a seed that evaluation does not know."""
+    folder = separable_bags(tmp_path)
+    table = folder / "cohort.csv"
+    table.write_text(table.read_text().replace(",val", ",train"))
+    drawn = BagDataModule(folder, ["normal", "tumour"], split_seed=7, val_fraction=0.4)
+    drawn.setup("fit")
+    later = BagDataModule(folder, ["normal", "tumour"], split=drawn.split)
+    later.setup("validate")
+    assert later.split == drawn.split
+    assert BagDataModule(folder, ["normal", "tumour"])._parts(later.rows) != drawn.split

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 
@@ -64,6 +65,15 @@ def test_embed_gives_the_same_bags(road):
         assert one.header == two.header
         for scale in one.scales:
             assert torch.allclose(one.features[scale], two.features[scale], atol=2e-3)
+
+
+def test_embed_with_one_slide_left_for_two_processes(road):
+    bags = road.root / "bags_one_left"
+    shutil.copytree(road.bags, bags)
+    left = bag_path(bags, read_cohort(road.cohort)[0].slide_id)
+    left.unlink()
+    assert "0 failed" in run(embed_command(road.tiles, bags, road.dino))
+    assert left.exists()
 
 
 def test_predict_writes_every_slide_once(road, checkpoint):
