@@ -141,9 +141,13 @@ def test_a_checkpoints_split_stands_in_for_a_table_without_one(tmp_path: Path) -
     assert ids(data, "test") == ["n3", "t3", "t1"]
 
 
-def test_the_table_goes_before_a_checkpoints_split(tmp_path: Path) -> None:
-    data = make_data(write_bags(tmp_path, LABELS, SPLIT), split=dict.fromkeys(SPLIT, "test"))
-    assert data.split == SPLIT
+def test_a_checkpoints_split_goes_before_the_table(tmp_path: Path) -> None:
+    """What it was trained on stays training; a slide it does not know has the table's part."""
+    moved = {**SPLIT, "n3": "train"}
+    known = {s: part for s, part in moved.items() if s != "t3"}
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT), "test", split=known)
+    assert data.split == {**known, "t3": SPLIT["t3"]}
+    assert SPLIT["t3"] == "test" and "n3" not in ids(data, "test")
 
 
 def test_slides_without_label_are_predicted_and_nothing_else(tmp_path: Path) -> None:
