@@ -1,6 +1,9 @@
 """A trained model from its checkpoint alone."""
 
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from dasmil.embedding.extractor import load_checkpoint
 from dasmil.errors import InputError
@@ -18,13 +21,18 @@ def load(checkpoint: str | Path) -> DASMILModule:
     InputError
         when the file is missing, holds no DAS-MIL model, or would have to be unpickled.
     """
-    path = Path(checkpoint)
+    state, hparams = read_checkpoint(Path(checkpoint))
+    model = DASMILModule(**hparams)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and hyperparameters of a DAS-MIL checkpoint, without what Lightning's CLI adds."""
     content = load_checkpoint(path)
     hparams = dict(content.get("hyper_parameters", {}))
     if hparams.get("bag_format") is None:
         raise InputError(f"{path}: holds no DAS-MIL model; give a checkpoint of its fit")
-    hparams.pop("_class_path", None)
-    hparams.pop("_instantiator", None)
-    model = DASMILModule(**hparams)
-    model.load_state_dict(content["state_dict"])
-    return model.eval()
+    for added in ("_class_path", "_instantiator"):
+        hparams.pop(added, None)
+    return content["state_dict"], hparams
