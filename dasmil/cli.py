@@ -35,6 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if verb in LIGHTNING_VERBS:
             from dasmil.lightning_cli import run
 
+            _keep_whole_numbers()
             return run(verb, rest)
         if verb == "embed":
             return _embed(rest)
@@ -73,6 +74,7 @@ def _embed(args: Sequence[str]) -> int:
 
     from dasmil.embedding.embed import embed
 
+    _keep_whole_numbers()
     parser = ArgumentParser(prog="dasmil embed", description=inspect.getdoc(embed))
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_function_arguments(embed, skip={"trainer"}, as_positional=False)
@@ -82,3 +84,12 @@ def _embed(args: Sequence[str]) -> int:
     values = parser.instantiate(parser.parse_args(list(args)))
     values.pop("config", None)
     return embed(**values.as_dict())
+
+
+def _keep_whole_numbers() -> None:
+    """``limit_train_batches: 1`` is one batch; as annotated it would be read as 1.0, all data."""
+    from lightning.pytorch import Trainer
+
+    annotations = inspect.unwrap(Trainer.__init__).__annotations__
+    for part in ("train", "val", "test", "predict"):
+        annotations[f"limit_{part}_batches"] = int | float | None

@@ -1,37 +1,26 @@
 """LightningCLI as dasmil uses it: ``fit`` from YAML, evaluation from a checkpoint alone."""
 
 import argparse
-import inspect
 import json
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from dasmil.checkpoint import load_checkpoint
-from dasmil.data.bags import data_defaults
+from dasmil.checkpoint import read_checkpoint
 from dasmil.errors import InputError
 from dasmil.files import write_text
-from dasmil.modules.mil import DASMILModule
 from dasmil.reports.predictions import PredictionWriter
 
 
 def run(verb: str, args: Sequence[str]) -> int:
     """One of LightningCLI's verbs; returns the exit code."""
-    _keep_whole_numbers()
     DasmilCLI(verb, list(args))
     return 0
-
-
-def _keep_whole_numbers() -> None:
-    """``limit_train_batches: 1`` is one batch; as annotated it would be read as 1.0, all data."""
-    annotations = inspect.unwrap(Trainer.__init__).__annotations__
-    for part in ("train", "val", "test", "predict"):
-        annotations[f"limit_{part}_batches"] = int | float | None
 
 
 class DasmilCLI(LightningCLI):
@@ -43,7 +32,7 @@ class DasmilCLI(LightningCLI):
 
     def __init__(self, verb: str, args: list[str]):
         self.verb = verb
-        self.defaults = {} if verb == "fit" else _evaluation_defaults(verb, args)
+        self.defaults = {} if verb == "fit" else _evaluation_defaults(args)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -119,7 +108,7 @@ class DasmilCLI(LightningCLI):
             print(f"fit: checkpoint {keeper.best_model_path or keeper.last_model_path}{name}")
 
 
-def _evaluation_defaults(verb: str, args: Sequence[str]) -> dict[str, Any]:
+def _evaluation_defaults(args: Sequence[str]) -> dict[str, Any]:
     """Defaults of the verb's parser, as far as the checkpoint and the bags determine them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
@@ -127,18 +116,11 @@ def _evaluation_defaults(verb: str, args: Sequence[str]) -> dict[str, Any]:
     given, _ = parser.parse_known_args(list(args))
     if given.ckpt_path is None:
         return {}
-    checkpoint = load_checkpoint(Path(given.ckpt_path))
-    hparams = dict(checkpoint.get("hyper_parameters", {}))
-    if hparams.get("bag_format") is None:
-        raise InputError(
-            f"{given.ckpt_path}: holds no DAS-MIL model, so there is nothing to {verb}"
-        )
-    hparams.pop("_instantiator", None)
-    class_path = hparams.pop("_class_path", f"{DASMILModule.__module__}.{DASMILModule.__name__}")
-    data = data_defaults(checkpoint)
+    _, hparams = read_checkpoint(Path(given.ckpt_path))
+    data = {"classes": hparams["classes"], "split": hparams["split"]}
     if given.bags is not None:
         data["bags"] = given.bags
     return {
-        "model": {"class_path": class_path, "init_args": hparams},
+        "model": {"class_path": "dasmil.modules.DASMILModule", "init_args": hparams},
         "data": {"class_path": "dasmil.data.BagDataModule", "init_args": data},
     }

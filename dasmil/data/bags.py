@@ -4,7 +4,7 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,9 +251,3 @@ def say_missing(folder: Path, what: str, slide_ids: Sequence[str]) -> None:
             f"{', '.join(slide_ids[:10])}; see status.csv there",
             stacklevel=2,
         )
-
-
-def data_defaults(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of :class:`BagDataModule` that a DAS-MIL checkpoint knows."""
-    hparams = checkpoint["hyper_parameters"]
-    return {"classes": hparams["classes"], "split": hparams["split"]}

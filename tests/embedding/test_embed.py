@@ -128,3 +128,11 @@ def test_features_that_are_not_finite_cost_one_slide(road, tmp_path, monkeypatch
     found = states(tmp_path)
     failed = [slide_id for slide_id, (state, _) in found.items() if state == "failed"]
     assert len(failed) == 1 and "not finite" in found[failed[0]][1]
+
+
+def test_one_batch_is_one_and_what_was_not_reached_says_so(road, tmp_path):
+    """``limit_predict_batches 1`` is not 1.0, which would be all of them."""
+    command = embed_command(road.tiles, tmp_path, RANDOM)
+    assert main([*command, "--trainer.limit_predict_batches", "1"]) == 1
+    assert {state for state, _ in states(tmp_path).values()} == {"failed"}
+    assert {message for _, message in states(tmp_path).values()} == {"not reached; run embed again"}
