@@ -1,8 +1,10 @@
 """The command line: LightningCLI's verbs and the pipeline's verbs, nothing else."""
 
 import inspect
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from dasmil.errors import InputError
 from dasmil.quiet import hush
@@ -18,6 +20,8 @@ slides → predictions
   test      the test figures of a checkpoint
   predict   scores, instance tables and overlays for a folder of bags
 
+  import    files of other tools → ours: weights of DINO; graphs and models of mil4wsi
+  sweep     fit and test configs × seeds, and the table of their figures (configs/sweep/)
   demo      the whole road on a small synthetic cohort, no download
 
 `python -m dasmil VERB --help` shows the options of a verb, --print_config a complete YAML.
@@ -27,7 +31,7 @@ LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code (0 well, 1 a slide failed, 2 bad input)."""
+    """Run one verb; returns the exit code (0 well, 1 something failed, 2 bad input)."""
     args = list(sys.argv[1:] if args is None else args)
     hush()
     verb, rest = (args[0], args[1:]) if args else ("", [])
@@ -45,6 +49,14 @@ def main(args: Sequence[str] | None = None) -> int:
             from dasmil.slides.tile import tile
 
             return int(auto_cli(tile, as_positional=False, args=rest))
+        if verb == "import":
+            return _import(rest)
+        if verb == "sweep":
+            from jsonargparse import auto_cli
+
+            from dasmil.sweep.sweep import sweep
+
+            return int(auto_cli(sweep, as_positional=False, args=rest))
         if verb == "demo":
             from jsonargparse import auto_cli
 
@@ -56,6 +68,11 @@ def main(args: Sequence[str] | None = None) -> int:
         sentence = str(error).rsplit("InputError: ", 1)[-1].strip()
         print(f"error: {sentence}", file=sys.stderr)
         return 2
+    except SystemExit as stop:
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's, without an exit code: not done
+            print(f"error: {verb} was ended by SIGTERM", file=sys.stderr)
+            return 128 + signal.SIGTERM
+        raise
     if verb in ("", "-h", "--help"):
         print(USAGE)
         return 0
@@ -84,6 +101,21 @@ def _embed(args: Sequence[str]) -> int:
     values = parser.instantiate(parser.parse_args(list(args)))
     values.pop("config", None)
     return embed(**values.as_dict())
+
+
+def _import(args: Sequence[str]) -> int:
+    from jsonargparse import auto_cli
+
+    from dasmil.interop.dino import dino_checkpoint
+    from dasmil.interop.mil4wsi_bags import mil4wsi_bags
+    from dasmil.interop.mil4wsi_checkpoint import mil4wsi_checkpoint
+
+    kinds: dict[str, Any] = {
+        "dino-checkpoint": dino_checkpoint,
+        "mil4wsi-bags": mil4wsi_bags,
+        "mil4wsi-checkpoint": mil4wsi_checkpoint,
+    }
+    return int(auto_cli(kinds, as_positional=True, prog="dasmil import", args=list(args)))
 
 
 def _keep_whole_numbers() -> None:

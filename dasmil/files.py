@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and where dasmil's own configs lie."""
 
 import csv
 import json
@@ -68,3 +68,12 @@ def pack_metadata(entries: Mapping[str, str]) -> dict[str, str]:
 def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """The inverse of :func:`pack_metadata`; nothing where a file is not one of ours."""
     return dict(json.loads((metadata or {}).get("dasmil", "{}")))
+
+
+def configs_folder() -> Path:
+    """``configs/``: in the installed package, or beside it in a clone."""
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return folder
+    raise InputError(f"{package}: the configs folder is missing; install dasmil again")

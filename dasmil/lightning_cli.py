@@ -117,7 +117,12 @@ def _evaluation_defaults(args: Sequence[str]) -> dict[str, Any]:
     if given.ckpt_path is None:
         return {}
     _, hparams = read_checkpoint(Path(given.ckpt_path))
-    data = {"classes": hparams["classes"], "split": hparams["split"]}
+    data = {
+        "classes": hparams["classes"],
+        "scales": list(hparams["bag_format"]["scales"]),
+        "split": hparams["split"],
+        "val_part": hparams.get("val_part", "val"),
+    }
     if given.bags is not None:
         data["bags"] = given.bags
     return {

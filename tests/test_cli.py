@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from dasmil.bags import bag_path, read_bag
 from dasmil.cli import LIGHTNING_VERBS, main
 from dasmil.slides.cohort import read_cohort
 
+VERBS = ("tile", "embed", "sweep", "demo", *LIGHTNING_VERBS)
+KINDS = ("dino-checkpoint", "mil4wsi-bags", "mil4wsi-checkpoint")
 YAMLS = sorted(CONFIGS.rglob("*.yaml")) + sorted(CONF.glob("*.yaml"))
 
 
@@ -53,6 +56,8 @@ def arguments_for(path: Path) -> list[str]:
     for config in configs:
         merged = {**merged, **yaml.safe_load(Path(config).read_text())}
     options = [text for config in configs for text in ("--config", config)]
+    if "rows" in merged:
+        return ["sweep", *options, "--bags", "B", "--output", "O"]
     if "model" in merged:
         dino = "DINOModule" in Path(configs[0]).read_text()
         given = ["--data.tiles", "T", "--data.scale", "x20"] if dino else ["--data.bags", "B"]
@@ -112,15 +117,47 @@ def test_an_unknown_verb_is_answered_with_the_verbs(capsys):
 def test_help_lists_every_verb(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"  {verb} " in printed for verb in ("tile", "embed", "demo", *LIGHTNING_VERBS))
+    assert all(f"  {verb} " in printed for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", ["tile", "embed", "demo", *LIGHTNING_VERBS])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
     assert stop.value.code == 0
     assert "--config" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        *(f"{verb} --help" for verb in ("tile", "embed", "sweep", "demo")),
+        *(f"import {kind} --help" for kind in KINDS),
+        *(f"fit --model.help dasmil.modules.{name}" for name in ("DASMILModule", "DINOModule")),
+        *(f"fit --data.help dasmil.data.{name}" for name in ("BagDataModule", "TileDataModule")),
+    ],
+)
+def test_help_explains_every_option_of_ours(question, capsys):
+    with pytest.raises(SystemExit):
+        main(question.split())
+    options = re.split(r"\n  (?=--)", capsys.readouterr().out.split("\n\n", 1)[1])[1:]
+    ours = [text for text in options if not text.startswith(("--trainer", "--print_config"))]
+    for text in ours:
+        words = re.sub(r"\(?(required, )?type:.*", "", " ".join(text.split()))
+        explanation = re.sub(r"^(-\S+ *(\{\S+\}|\[\S+\]|[A-Z][A-Z0-9_.]*)?,? *)+", "", words)
+        assert len(explanation) > 8, text
+
+
+def test_a_fit_that_is_ended_from_outside_has_not_ended_well(monkeypatch, capsys):
+    """Lightning's own exit code is 0: a script would go on and test half a model."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    def ended(verb, args):
+        raise SIGTERMException
+
+    monkeypatch.setattr("dasmil.lightning_cli.run", ended)
+    assert main(["fit"]) == 143
+    assert "fit was ended by SIGTERM" in capsys.readouterr().err
 
 
 def test_the_run_folder_says_what_was_done(road, trained):

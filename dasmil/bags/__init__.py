@@ -1,6 +1,6 @@
 """Vectors → graph: bags, their files, and the graph over their tiles."""
 
-from dasmil.bags.bag import Bag, BagHeader, ExtractorCard, describe_difference
+from dasmil.bags.bag import Bag, BagHeader, ExtractorCard, ancestor_rows, describe_difference
 from dasmil.bags.graph import UNKNOWN, BagGraph, bag_graph, join_graphs
 from dasmil.bags.store import bag_path, read_bag, read_header, write_bag
 
@@ -10,6 +10,7 @@ __all__ = [
     "BagGraph",
     "BagHeader",
     "ExtractorCard",
+    "ancestor_rows",
     "bag_graph",
     "bag_path",
     "describe_difference",

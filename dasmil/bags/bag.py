@@ -1,8 +1,9 @@
 """A slide as the model sees it: per scale the features, the integer grid and the parents."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,13 +55,19 @@ class BagHeader:
     def geometry(self) -> PyramidGrid:
         return PyramidGrid(self.scales, self.tile_px, self.slide_mpp)
 
-    def bag_format(self) -> dict[str, Any]:
-        """What all bags of one model share, as plain values; a checkpoint holds it."""
+    def bag_format(self, scales: Collection[str] | None = None) -> dict[str, Any]:
+        """What all bags of one model share, as plain values; a checkpoint holds it.
+
+        Parameters
+        ----------
+        scales: those that the model reads; all where None.
+        """
         return {
             "tile_px": int(self.tile_px),
             "scales": {
                 s.name: {"mpp": float(s.mpp), "extractor": _plain(self.extractors[s.name])}
                 for s in self.scales
+                if scales is None or s.name in scales
             },
         }
 
@@ -94,9 +101,10 @@ class Bag:
 
     Parameters
     ----------
-    features: per scale (N_s, D_s).
+    features: per scale (N_s, D_s) float16 or float32.
     grid: per scale (N_s, 2) int32 row, col; in the order of the parents.
-    parent: per scale but the coarsest (N_s,) int32, row in the next coarser scale.
+    parent: per scale but the coarsest (N_s,) int32, row in the next coarser scale; -1 for a tile
+        without a parent, which only imported bags have.
     """
 
     header: BagHeader
@@ -120,6 +128,36 @@ class Bag:
         """(N_s, 4) left, top, right, bottom in level-0 pixels."""
         number = self.scales.index(scale)
         return torch.from_numpy(self.header.geometry.boxes_px0(number, self.grid[scale].numpy()))
+
+    def select(self, scales: Collection[str]) -> "Bag":
+        """The bag with these scales alone; a parent is then the ancestor in the next one left.
+
+        Raises
+        ------
+        InputError
+            when the bag lacks one of them.
+        """
+        missing = [name for name in scales if name not in self.scales]
+        if missing or not scales:
+            self._refuse(
+                f"asked for the scales {', '.join(scales)}, it has {', '.join(self.scales)}"
+            )
+        chosen = [name for name in self.scales if name in scales]
+        parent = {
+            fine: ancestor_rows(self._steps(coarse, fine)) for coarse, fine in pairwise(chosen)
+        }
+        header = replace(
+            self.header,
+            scales=tuple(scale for scale in self.header.scales if scale.name in scales),
+            extractors={name: self.header.extractors[name] for name in chosen},
+            num_tiles=len(self.grid[chosen[-1]]),
+        )
+        features = {name: self.features[name] for name in chosen}
+        return Bag(header, features, {name: self.grid[name] for name in chosen}, parent)
+
+    def _steps(self, coarse: str, fine: str) -> list[Tensor]:
+        first, last = self.scales.index(coarse) + 1, self.scales.index(fine) + 1
+        return [self.parent[name] for name in self.scales[first:last]]
 
     def validate(self) -> None:
         """Check every promise of the format.
@@ -146,6 +184,8 @@ class Bag:
                 )
             if features.shape[1] != self.header.extractors[name].feature_dim:
                 self._refuse(f"{name}: features are not as wide as their extractor's")
+            if features.dtype not in (torch.float16, torch.float32):
+                self._refuse(f"{name}: features must be float16 or float32, not {features.dtype}")
             if grid.dtype != torch.int32 or bool((grid < 0).any()):
                 self._refuse(f"{name}: the grid must be non-negative int32")
             if len(_cell_numbers(grid).unique()) < len(grid):
@@ -163,18 +203,32 @@ class Bag:
             self._refuse(f"{name}: parents must be (N,) int32")
         if len(parent) == 0:
             return
-        if parent.min() < 0 or parent.max() >= len(self.grid[coarser]):
+        if parent.min() < -1 or parent.max() >= len(self.grid[coarser]):
             self._refuse(
                 f"{name}: a parent is not among the {len(self.grid[coarser])} of {coarser}"
             )
         if bool((parent[1:] < parent[:-1]).any()):
             self._refuse(f"{name}: tiles do not lie in the order of their parents")
         ratio = self.header.geometry.ratio(number - 1, number)
-        if not torch.equal(self.grid[coarser][parent.long()], grid // ratio):
+        held = parent >= 0
+        if not torch.equal(self.grid[coarser][parent[held].long()], grid[held] // ratio):
             self._refuse(f"{name}: a tile does not lie inside its parent")
 
     def _refuse(self, reason: str) -> None:
         raise InputError(f"bag {self.slide_id}: {reason}; embed the slide again")
+
+
+def ancestor_rows(parents: Sequence[Tensor]) -> Tensor:
+    """(N,) row of each finest tile's ancestor in the coarsest scale, -1 for none.
+
+    Parameters
+    ----------
+    parents: of each scale between the two, coarse to fine; the last is the finest tiles' own.
+    """
+    rows = parents[-1]
+    for parent in reversed(parents[:-1]):
+        rows = torch.cat([parent, parent.new_full((1,), -1)])[rows.long()]  # row -1 reads -1
+    return rows
 
 
 def _cell_numbers(grid: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class BagGraph:
     Parameters
     ----------
     features: per scale (N_s, D_s) float32, scales from coarse to fine.
-    parent: per scale but the coarsest (N_s,) int64, row in the next coarser scale.
+    parent: per scale but the coarsest (N_s,) int64, row in the next coarser scale, -1 for none.
     edge_index: per scale (2, E_s) int64, source and target row, each neighbour pair both ways.
     ptr: per scale (B + 1,) int64; bag b owns the rows ptr[b] to ptr[b + 1].
     labels: (B,) int64 class index, -1 where unknown.
@@ -57,8 +57,9 @@ class BagGraph:
         for name, features in self.features.items():
             parts.append(self.edge_index[name] + start)
             if name in self.parent:
-                children = torch.arange(len(features), device=features.device) + start
-                up = torch.stack([children, self.parent[name] + previous_start])
+                parent = self.parent[name]
+                child = (parent >= 0).nonzero().squeeze(1)
+                up = torch.stack([child + start, parent[child] + previous_start])
                 parts += [up, up.flip(0)]
             previous_start, start = start, start + len(features)
         return torch.cat(parts, dim=1)
@@ -143,9 +144,9 @@ def join_graphs(graphs: Sequence[BagGraph]) -> BagGraph:
         )
         if coarser is not None:
             above = _starts([len(graph.features[coarser]) for graph in graphs])
-            parent[name] = torch.cat(
-                [graph.parent[name] + start for graph, start in zip(graphs, above, strict=True)]
-            )
+            rows = [graph.parent[name] for graph in graphs]
+            shifted = [r + (r >= 0) * start for r, start in zip(rows, above, strict=True)]
+            parent[name] = torch.cat(shifted)
         coarser = name
     return BagGraph(
         features,

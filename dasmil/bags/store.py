@@ -1,6 +1,5 @@
 """Bag files: safetensors on disk, written whole or not at all, never unpickled."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -19,8 +18,7 @@ def bag_path(folder: Path, slide_id: str) -> Path:
 
 
 def write_bag(path: Path, bag: Bag) -> None:
-    """Validate and write ``features/<scale>`` as float16, ``grid/<scale>``, ``parent/<scale>``."""
-    bag = replace(bag, features={name: t.half() for name, t in bag.features.items()})
+    """Validate and write ``features/<scale>``, ``grid/<scale>``, ``parent/<scale>``."""
     bag.validate()
     tensors = {f"features/{n}": t.contiguous() for n, t in bag.features.items()}
     tensors |= {f"grid/{n}": t.contiguous() for n, t in bag.grid.items()}

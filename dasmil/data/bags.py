@@ -6,7 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dasmil.bags import (
     UNKNOWN,
+    Bag,
     BagGraph,
     bag_graph,
     bag_path,
@@ -31,16 +32,23 @@ from dasmil.slides.cohort import SlideRow, read_cohort, split_cohort
 class BagDataset(Dataset[BagGraph]):
     """One graph a slide, made from its bag file when it is asked for."""
 
-    def __init__(self, folder: Path, rows: Sequence[SlideRow], classes: Sequence[str]):
+    def __init__(
+        self,
+        folder: Path,
+        rows: Sequence[SlideRow],
+        classes: Sequence[str],
+        scales: Sequence[str] | None = None,
+    ):
         self.folder = folder
         self.rows = rows
+        self.scales = scales
         self.labels = [UNKNOWN if r.label is None else list(classes).index(r.label) for r in rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> BagGraph:
-        bag = read_bag(bag_path(self.folder, self.rows[index].slide_id))
+        bag = read_scales(self.folder, self.rows[index].slide_id, self.scales)
         return bag_graph(bag, self.labels[index])
 
 
@@ -52,26 +60,44 @@ class BagDataModule(LightningDataModule):
 
     Parameters
     ----------
-    bags: folder of bag files with its ``cohort.csv``.
-    classes: the labels in their order; for two classes the second is the positive one.
-    batch_size: slides a step; evaluation gives the same result at any size.
-    num_workers: reading processes of each device.
-    val_fraction, test_fraction, split_seed: how parts are drawn where the table gives none.
-    split: part of each slide as a checkpoint remembers it; a slide that it does not know has the
+    bags:
+        folder of bag files with its ``cohort.csv``.
+    classes:
+        the labels in their order; for two classes the second is the positive one.
+    scales:
+        those of the bags' scales that the model reads; all where None.
+    batch_size:
+        slides a step; evaluation gives the same result at any size.
+    num_workers:
+        reading processes of each device.
+    val_fraction:
+        part of the patients drawn for validation where the table has no such part.
+    test_fraction:
+        part of the patients drawn for the test where the table gives no parts at all.
+    split_seed:
+        of these draws.
+    split:
+        part of each slide as a checkpoint remembers it; a slide that it does not know has the
         part of the table, else is a test slide.
-    allow_seen_slides: accept validation and test slides whose pixels an extractor was trained on.
+    val_part:
+        the part on which the checkpoint is chosen and that ``validate`` reads. ``test`` is
+        what the released code does (D17): its figures are then no test figures.
+    allow_seen_slides:
+        accept validation and test slides whose pixels an extractor was trained on.
     """
 
     def __init__(
         self,
         bags: Path,
         classes: list[str],
+        scales: list[str] | None = None,
         batch_size: int = 1,
         num_workers: int = 2,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         split_seed: int = 0,
         split: dict[str, str] | None = None,
+        val_part: Literal["val", "test"] = "val",
         allow_seen_slides: bool = False,
     ):
         super().__init__()
@@ -79,12 +105,14 @@ class BagDataModule(LightningDataModule):
             raise InputError(f"data.classes: {classes} must name at least two different labels")
         self.folder = Path(bags)
         self.classes = list(classes)
+        self.scales = scales
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.split_seed = split_seed
         self.given_split = split
+        self.val_part = val_part
         self.allow_seen_slides = allow_seen_slides
         self.rows: list[SlideRow] = []
         self.split: dict[str, str] = {}
@@ -100,7 +128,13 @@ class BagDataModule(LightningDataModule):
         self._read_headers()
         self.split = self._parts(cohort)
         if stage == "fit":
-            self._refuse_missing_classes("train", "val")
+            self._refuse_missing_classes("train", self.val_part)
+        if stage in ("fit", "validate") and self.val_part == "test":
+            warnings.warn(
+                f"{self.folder}: the validation slides are the test slides (data.val_part: test, "
+                "D17); figures on them are no test figures",
+                stacklevel=2,
+            )
         if stage != "predict" and not self.allow_seen_slides:
             self._refuse_seen_slides()
 
@@ -111,13 +145,17 @@ class BagDataModule(LightningDataModule):
             return [row for row in rows if row.slide_id not in self.empty]
         return rows
 
+    def read_bag(self, slide_id: str) -> Bag:
+        """The bag of a slide, with the scales that the model reads."""
+        return read_scales(self.folder, slide_id, self.scales)
+
     def train_statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Mean and standard deviation (D_s,) of the training tiles' features per scale."""
         count: dict[str, int] = defaultdict(int)
         total: dict[str, Tensor] = defaultdict(lambda: torch.zeros(1, dtype=torch.float64))
         total_square: dict[str, Tensor] = defaultdict(lambda: torch.zeros(1, dtype=torch.float64))
         for row in tqdm(self.part("train"), "statistics of the training bags", unit="bag"):
-            bag = read_bag(bag_path(self.folder, row.slide_id))
+            bag = self.read_bag(row.slide_id)
             for scale in bag.scales:
                 x = bag.features[scale].double()
                 count[scale] += len(x)
@@ -134,7 +172,7 @@ class BagDataModule(LightningDataModule):
         return self._loader(self.part("train"), shuffle=True)
 
     def val_dataloader(self) -> DataLoader[BagGraph]:
-        return self._loader(self._evaluated("val"))
+        return self._loader(self._evaluated(self.val_part))
 
     def test_dataloader(self) -> DataLoader[BagGraph]:
         return self._loader(self._evaluated("test"))
@@ -156,7 +194,7 @@ class BagDataModule(LightningDataModule):
         world, rank = 1, 0
         if self.trainer is not None:
             world, rank = self.trainer.world_size, self.trainer.global_rank
-        dataset = BagDataset(self.folder, rows, self.classes)
+        dataset = BagDataset(self.folder, rows, self.classes, self.scales)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
@@ -183,14 +221,21 @@ class BagDataModule(LightningDataModule):
             row.slide_id: read_header(bag_path(self.folder, row.slide_id)) for row in self.rows
         }
         first_id, first = next(iter(headers.items()))
-        self.bag_format = first.bag_format()
+        held = [scale.name for scale in first.scales]
+        missing = [name for name in self.scales or () if name not in held]
+        if missing or self.scales == []:
+            raise InputError(
+                f"{self.folder}: data.scales asks for {', '.join(missing) or 'none'}, its bags "
+                f"hold {', '.join(held)}"
+            )
+        self.bag_format = first.bag_format(self.scales)
         for slide_id, header in headers.items():
             if header.slide_id != slide_id:
                 raise InputError(
                     f"{bag_path(self.folder, slide_id)}: it is the bag of {header.slide_id}; "
                     "give the file its own name back"
                 )
-            difference = describe_difference(self.bag_format, header.bag_format())
+            difference = describe_difference(self.bag_format, header.bag_format(self.scales))
             if difference:
                 raise InputError(
                     f"{self.folder}: the bag {slide_id} holds {difference} (as in {first_id}); "
@@ -223,12 +268,26 @@ class BagDataModule(LightningDataModule):
                 )
 
     def _refuse_seen_slides(self) -> None:
-        """A slide that an extractor has seen in its own training is no fair test of the whole."""
+        """A slide that an extractor has seen in its own training is no fair test of the whole.
+
+        Where it is not known what the extractors have seen, a warning says so.
+        """
         path = self.folder / "extractors.json"
         if not path.exists():
             return
         held_out = {s for s, part in self.split.items() if part in ("val", "test")}
-        for scale, record in json.loads(path.read_text()).items():
+        records = json.loads(path.read_text())
+        records = {scale: records[scale] for scale in self.bag_format["scales"] if scale in records}
+        unknown = [scale for scale, record in records.items() if record["trained_on"] is None]
+        if unknown:
+            warnings.warn(
+                f"{path}: which slides the {', '.join(unknown)} extractors were trained on is not "
+                "known; held-out slides may be among them",
+                stacklevel=2,
+            )
+        for scale, record in records.items():
+            if record["trained_on"] is None:
+                continue
             seen = sorted(held_out & set(record["trained_on"]))
             if seen:
                 raise InputError(
@@ -236,6 +295,12 @@ class BagDataModule(LightningDataModule):
                     f"held out here ({', '.join(seen[:3])}); use the same split for both, or set "
                     "data.allow_seen_slides if that is meant"
                 )
+
+
+def read_scales(folder: Path, slide_id: str, scales: Sequence[str] | None) -> Bag:
+    """A slide's bag with these of its scales; all where None."""
+    bag = read_bag(bag_path(folder, slide_id))
+    return bag if scales is None else bag.select(scales)
 
 
 def order_seed() -> int:

@@ -103,17 +103,37 @@ class TileDataModule(LightningDataModule):
 
     Parameters
     ----------
-    tiles: folder that ``tile`` wrote.
-    scale: which of its scales.
-    batch_size: tiles a step of each device.
-    tiles_per_epoch: tiles an epoch over all devices; all tiles of the training slides by default.
-    num_workers: reading processes of each device.
-    global_crop_px, global_crop_scale: side of the two large crops; share of the tile they cover.
-    local_crop_px, local_crop_scale, num_local_crops: the same of the small crops, and how many.
-    vertical_flip: probability; tissue has no upside.
-    augmentation: further arguments of lightly's ``DINOTransform``.
-    val_fraction, test_fraction, split_seed: as in :class:`BagDataModule`, so that both see the same
+    tiles:
+        folder that ``tile`` wrote.
+    scale:
+        which of its scales.
+    batch_size:
+        tiles a step of each device.
+    tiles_per_epoch:
+        tiles an epoch over all devices; all tiles of the training slides by default.
+    num_workers:
+        reading processes of each device.
+    global_crop_px:
+        side of the two large crops.
+    global_crop_scale:
+        share of the tile that a large crop covers, from and to.
+    local_crop_px:
+        side of the small crops.
+    local_crop_scale:
+        share of the tile that a small crop covers, from and to.
+    num_local_crops:
+        small crops of a tile.
+    vertical_flip:
+        probability; tissue has no upside.
+    augmentation:
+        further arguments of lightly's ``DINOTransform``.
+    val_fraction:
+        part drawn for validation; as in :class:`BagDataModule`, so that both see the same
         training slides where the cohort table gives no split.
+    test_fraction:
+        part drawn for the test, likewise.
+    split_seed:
+        of that draw, likewise.
     """
 
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN

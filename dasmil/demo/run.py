@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +11,18 @@ import torch
 from PIL import Image
 from torchmetrics.functional.classification import binary_auroc
 
-import dasmil
 from dasmil.demo.slides import TRUTH_DOWNSAMPLE, write_cohort
 from dasmil.errors import InputError
-from dasmil.files import read_csv, write_text
+from dasmil.files import configs_folder, read_csv, write_text
 from dasmil.slides.cohort import read_cohort
 from dasmil.units import parse_scales
 
-SCALES = ("x10", "x20")
 TILE_PX = 64
 SIZE_PX0 = (1024, 1024)  # half a millimetre
 STEPS = "steps.json"  # the commands that have ended well
 
 
-def demo(output: Path, seed: int = 0) -> int:
+def demo(output: Path, seed: int = 0, scales: tuple[str, ...] = ("x10", "x20")) -> int:
     """Make a synthetic cohort and run tile, fit (DINO), embed, fit (DAS-MIL), test and predict.
 
     The slides of the test part are seen by nothing before ``test``. Ends with the test figures, the
@@ -32,20 +30,25 @@ def demo(output: Path, seed: int = 0) -> int:
 
     Parameters
     ----------
-    output: folder for everything; what is complete in it is not made again.
-    seed: of the slides and of every training.
+    output:
+        folder for everything; what is complete in it is not made again.
+    seed:
+        of the slides and of every training.
+    scales:
+        of the tiles, the extractors and the model.
     """
+    names = [scale.name for scale in parse_scales(scales)]
     start = time.monotonic()
     print("making a cohort of synthetic slides", flush=True)
     cohort = write_cohort(output / "cohort", seed=seed, size_px0=SIZE_PX0, workers=2)
-    for arguments in _road(output, cohort, seed):
+    for arguments in _road(output, cohort, seed, names):
         command = "python -m dasmil " + shlex.join(arguments)
         done = _done_commands(output)
         print(f"\n$ {command}" + ("   (done before)" if command in done else ""), flush=True)
         if command not in done:
             _run(arguments)
             write_text(output / STEPS, json.dumps([*done, command], indent=2))
-    _summary(output, cohort, time.monotonic() - start)
+    _summary(output, cohort, names, time.monotonic() - start)
     return 0
 
 
@@ -62,18 +65,18 @@ def _run(arguments: list[str]) -> None:
         raise InputError(f"demo: the step {arguments[0]!r} failed with exit code {code}; see above")
 
 
-def _road(output: Path, cohort: Path, seed: int) -> Iterator[list[str]]:
+def _road(output: Path, cohort: Path, seed: int, names: Sequence[str]) -> Iterator[list[str]]:
     """The commands; each is what a user would type."""
     tiles, bags, runs = (str(output / name) for name in ("tiles", "bags", "runs"))
     configs = configs_folder()
-    scales = f"[{','.join(SCALES)}]"
+    scales = f"[{','.join(names)}]"
     same_seed = ["--seed_everything", str(seed)]
     yield [
         *("tile", "--config", str(configs / "tile.yaml"), "--cohort", str(cohort)),
         *("--output", tiles, "--scales", scales, "--tile_px", str(TILE_PX)),
     ]
     extractors = []
-    for scale in SCALES:
+    for scale in names:
         yield [
             *("fit", "--config", str(configs / "dino.yaml")),
             *("--config", str(configs / "demo" / "dino.yaml"), *same_seed),
@@ -99,35 +102,24 @@ def _log_to(runs: str, name: str) -> list[str]:
     return [f"{logger}save_dir", runs, f"{logger}name", name, f"{logger}version", ""]
 
 
-def configs_folder() -> Path:
-    """``configs/``: in the installed package, or beside it in a clone."""
-    package = Path(dasmil.__file__).parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if folder.is_dir():
-            return folder
-    raise InputError(f"{package}: the configs folder is missing; install dasmil again")
-
-
-def _summary(output: Path, cohort: Path, seconds: float) -> None:
+def _summary(output: Path, cohort: Path, names: Sequence[str], seconds: float) -> None:
     metrics = json.loads((output / "test" / "test_metrics.json").read_text())
     num_test = sum(row.split == "test" for row in read_cohort(cohort))
     print(f"\n{num_test} test slides, seen by nothing before:")
-    for scale in SCALES:
+    for scale in names:
         auroc, accuracy = (metrics[f"test/{scale}/{name}"] for name in ("auroc", "accuracy"))
         print(f"  {scale:>4}  AUROC {auroc:.3f}  accuracy at 0.5 {accuracy:.3f}")
-    instance = instance_auroc(output / "predictions", cohort)
-    print(
-        f"  {SCALES[-1]:>4}  instance AUROC {instance:.3f} (tile at least half lesion, test slides)"
-    )
+    finest = names[-1]
+    instance = instance_auroc(output / "predictions", cohort, finest)
+    print(f"  {finest:>4}  instance AUROC {instance:.3f} (tile at least half lesion, test slides)")
     print(f"overlays      {output / 'predictions' / 'overlays'}")
     print(f"tile pictures {output / 'tiles' / 'qc'}")
     print(f"curves        tensorboard --logdir {output / 'runs'}")
     print(f"took {seconds / 60:.1f} minutes")
 
 
-def instance_auroc(predictions: Path, cohort: Path) -> float:
+def instance_auroc(predictions: Path, cohort: Path, finest: str) -> float:
     """AUROC of the finest tiles' logits over all test slides; positive: at least half lesion."""
-    finest = parse_scales(SCALES)[-1].name
     scores, truth = [], []
     for row in read_cohort(cohort):
         if row.split != "test":

@@ -79,13 +79,19 @@ def embed(
 
     Parameters
     ----------
-    tiles: folder that `tile` wrote.
-    output: folder for the bags.
-    extractors: per scale a DINO checkpoint of that scale, or a timm name (pretrained weights), or
+    tiles:
+        folder that `tile` wrote.
+    output:
+        folder for the bags.
+    extractors:
+        per scale a DINO checkpoint of that scale, or a timm name (pretrained weights), or
         random:NAME (random weights).
-    trainer: Lightning's; devices, nodes, precision and progress bar are its own.
-    batch_size: tiles that go through a network at once.
-    num_workers: reading processes of each device.
+    trainer:
+        Lightning's; devices, nodes, precision and progress bar are its own.
+    batch_size:
+        tiles that go through a network at once.
+    num_workers:
+        reading processes of each device.
 
     Returns
     -------

@@ -19,6 +19,7 @@ from dasmil.units import Scale
 
 RANDOM = "random:"
 CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth"})
+BACKBONE_PREFIX = "teacher.backbone."
 
 
 def create_backbone(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
@@ -56,7 +57,8 @@ class Extractor(nn.Module):
     name: its timm name.
     image_size: S; tiles of another size are resampled to it.
     mean, std: the normalisation of RGB in 0..1.
-    trained_on: slide_ids whose pixels the weights have seen; what they may not be tested on.
+    trained_on: slide_ids whose pixels the weights have seen, which they may not be tested on; None
+        where not known.
     """
 
     mean: Tensor
@@ -69,7 +71,7 @@ class Extractor(nn.Module):
         image_size: int,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
-        trained_on: tuple[str, ...] = (),
+        trained_on: tuple[str, ...] | None = None,
     ):
         super().__init__()
         self.backbone = backbone.eval().requires_grad_(False)
@@ -114,8 +116,8 @@ class ExtractorRecord:
     name: timm name of the backbone.
     options: arguments of the backbone that differ from the name's.
     image_size: side in pixels at which tiles are to be embedded.
-    scale, mpp, tile_px: the tiles it was trained on.
-    trained_on: the slide_ids it has seen.
+    scale, mpp, tile_px: the tiles it was trained on; None where not known.
+    trained_on: the slide_ids it has seen; None where not known.
     """
 
     name: str
@@ -123,10 +125,10 @@ class ExtractorRecord:
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    scale: str
-    mpp: float
-    tile_px: int
-    trained_on: tuple[str, ...]
+    scale: str | None
+    mpp: float | None
+    tile_px: int | None
+    trained_on: tuple[str, ...] | None
 
 
 def load_extractor(source: str, scale: Scale, tile_px: int) -> Extractor:
@@ -134,8 +136,9 @@ def load_extractor(source: str, scale: Scale, tile_px: int) -> Extractor:
 
     Parameters
     ----------
-    source: path of a checkpoint of ``fit --config configs/dino.yaml``; or a timm name (pretrained
-        weights); or ``random:`` and a timm name (random weights, the same at every call).
+    source: path of a checkpoint of ``fit --config configs/dino.yaml`` or ``import``; or a timm name
+        (pretrained weights); or ``random:`` and a timm name (random weights, the same at every
+        call).
     scale, tile_px: the tiles it is to embed; a checkpoint of another scale is refused.
     """
     if Path(source).suffix in CHECKPOINT_SUFFIXES or Path(source).is_file():
@@ -145,7 +148,10 @@ def load_extractor(source: str, scale: Scale, tile_px: int) -> Extractor:
         torch.manual_seed(0)
         backbone = create_backbone(name, pretrained=name == source)
     config: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
-    return Extractor(backbone, name, config["input_size"][-1], config["mean"], config["std"])
+    trained_on = None if name == source else ()  # random weights have seen nothing
+    return Extractor(
+        backbone, name, config["input_size"][-1], config["mean"], config["std"], trained_on
+    )
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -166,18 +172,18 @@ def _from_checkpoint(path: Path, scale: Scale, tile_px: int) -> Extractor:
     checkpoint = load_checkpoint(path)
     if "extractor" not in checkpoint:
         raise InputError(
-            f"{path}: holds no extractor; give a checkpoint of `fit --config configs/dino.yaml`"
+            f"{path}: holds no extractor; give a checkpoint of `fit --config configs/dino.yaml`, "
+            "or of `import dino-checkpoint`"
         )
     record = ExtractorRecord(**checkpoint["extractor"])
-    if abs(record.mpp / scale.mpp - 1) > 1e-6 or record.tile_px != tile_px:
+    mpp, trained_px = record.mpp or scale.mpp, record.tile_px or tile_px
+    if abs(mpp / scale.mpp - 1) > 1e-6 or trained_px != tile_px:
         raise InputError(
-            f"{path}: trained on {record.scale} tiles of {record.tile_px} px ({record.mpp:g} µm/px)"
-            f", asked to embed {scale.name} tiles of {tile_px} px ({scale.mpp:g} µm/px); "
-            "give the checkpoint of that scale"
+            f"{path}: trained on {_tiles(record.scale, record.mpp, record.tile_px)}, asked to "
+            f"embed {_tiles(scale.name, scale.mpp, tile_px)}; give the checkpoint of that scale"
         )
     backbone = vit_backbone(record.name, record.image_size, **record.options)
-    prefix = "teacher.backbone."
-    weights = checkpoint["state_dict"]
+    prefix, weights = BACKBONE_PREFIX, checkpoint["state_dict"]
     weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     backbone.load_state_dict(weights)
     return Extractor(
@@ -186,8 +192,14 @@ def _from_checkpoint(path: Path, scale: Scale, tile_px: int) -> Extractor:
         record.image_size,
         record.mean,
         record.std,
-        tuple(record.trained_on),
+        record.trained_on,
     )
+
+
+def _tiles(scale: str | None, mpp: float | None, tile_px: int | None) -> str:
+    """The tiles in words, as far as known."""
+    words = [scale, "tiles", tile_px and f"of {tile_px} px", mpp and f"({mpp:g} µm/px)"]
+    return " ".join(str(word) for word in words if word)
 
 
 def vit_backbone(name: str, image_size: int, **options: Any) -> nn.Module:

@@ -3,10 +3,10 @@
 from dasmil.losses.classification import bag_loss, max_instance_loss
 from dasmil.losses.criticality import criticality_loss
 from dasmil.losses.distillation import distillation_loss
-from dasmil.losses.objective import ObjectiveWeights, objective
+from dasmil.losses.objective import ObjectiveOptions, objective
 
 __all__ = [
-    "ObjectiveWeights",
+    "ObjectiveOptions",
     "bag_loss",
     "criticality_loss",
     "distillation_loss",

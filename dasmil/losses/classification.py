@@ -24,7 +24,9 @@ def bag_loss(bag_logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(bag_logits, labels, reduction="none")
 
 
-def max_instance_loss(instance_logits: Tensor, ptr: Tensor, labels: Tensor) -> Tensor:
+def max_instance_loss(
+    instance_logits: Tensor, ptr: Tensor, labels: Tensor, shown: Tensor | None = None
+) -> Tensor:
     """The label loss of each bag's largest instance logit per class (D7; not in the paper).
 
     Parameters
@@ -32,10 +34,14 @@ def max_instance_loss(instance_logits: Tensor, ptr: Tensor, labels: Tensor) -> T
     instance_logits: (N, C).
     ptr: (B + 1,) boundaries of the bags.
     labels: (B,) int64 class index.
+    shown: (N,) bool, the tiles that count; all where None (D12).
 
     Returns
     -------
     (B,); zero for a bag without tiles.
     """
+    if shown is not None:
+        before = torch.cat([shown.new_zeros(1, dtype=torch.int64), shown.cumsum(0)])
+        instance_logits, ptr = instance_logits[shown], before[ptr]
     top = segment(instance_logits, ptr, reduce="max")  # (B, C)
     return torch.where(ptr.diff() > 0, bag_loss(top, labels), 0)

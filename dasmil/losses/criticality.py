@@ -1,30 +1,51 @@
 """Eq. 2: agreement of the instance scores of two scales."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch_geometric.utils import scatter, segment
 
+ChildrenPooling = Literal["mean", "max"]
+Reduction = Literal["mean", "sum"]
 
-def criticality_loss(coarse: Tensor, fine: Tensor, parent: Tensor, ptr: Tensor) -> Tensor:
-    """L_CRIT of Eq. 2: squared distance between a tile's score and the mean of its children's.
 
-    ‖z_1 − GraphPooling(z_2)‖², averaged over the coarse tiles that have children, so that it does
-    not grow with the bag (D8, D12). The scores are instance logits (D10), the pooling is the mean
-    of the children as printed (D9), and no gradient reaches the finer scale (D11).
+def criticality_loss(
+    coarse: Tensor,
+    fine: Tensor,
+    parent: Tensor,
+    ptr: Tensor,
+    *,
+    children_pooling: ChildrenPooling = "mean",
+    reduction: Reduction = "mean",
+    detach_teacher: bool = True,
+) -> Tensor:
+    """L_CRIT of Eq. 2: ‖z_1 − GraphPooling(z_2)‖² over the coarse tiles that have children (D12).
 
     Parameters
     ----------
-    coarse: (N_1, C) instance logits.
-    fine: (N_2, C) instance logits of the next finer scale.
-    parent: (N_2,) row of each fine tile's parent.
+    coarse: (N_1, C) instance scores.
+    fine: (N_2, C) instance scores of a finer scale.
+    parent: (N_2,) row of each fine tile's parent, -1 for none.
     ptr: (B + 1,) boundaries of the bags in the coarse scale.
+    children_pooling: GraphPooling: the ``mean`` of a tile's children as printed, or their ``max``
+        as released (D9).
+    reduction: ``sum`` over the tiles as printed, or their ``mean``, which does not grow with the
+        bag (D8).
+    detach_teacher: no gradient reaches the finer scale (D11).
 
     Returns
     -------
     (B,); zero for a bag without tiles.
     """
-    pooled = scatter(fine.detach(), parent, dim_size=len(coarse), reduce="mean")  # (N_1, C)
+    if detach_teacher:
+        fine = fine.detach()
+    held = parent >= 0
+    parent = parent[held]
+    pooled = scatter(fine[held], parent, dim_size=len(coarse), reduce=children_pooling)  # (N_1, C)
     has_children = torch.bincount(parent, minlength=len(coarse)) > 0
     distance = (coarse - pooled).square().sum(1) * has_children  # (N_1,)
-    count = segment(has_children.to(distance.dtype), ptr)
-    return segment(distance, ptr) / count.clamp(min=1)
+    total = segment(distance, ptr)
+    if reduction == "sum":
+        return total
+    return total / segment(has_children.to(distance.dtype), ptr).clamp(min=1)

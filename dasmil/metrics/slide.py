@@ -5,6 +5,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_accuracy,
     binary_auroc,
+    binary_roc,
     multiclass_accuracy,
     multiclass_auroc,
 )
@@ -41,3 +42,35 @@ def slide_metrics(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
         auroc = torch.tensor(float("nan")) if multiclass is None else multiclass
         accuracy = multiclass_accuracy(probabilities, labels, num_classes, average="micro")
     return {"auroc": auroc.item(), "accuracy": accuracy.item()}
+
+
+def youden_threshold(probabilities: Tensor, labels: Tensor) -> float:
+    """The probability from which on a slide is called positive, by Youden's J (D18).
+
+    Of the thresholds with the largest sensitivity + specificity the highest one is taken, halfway
+    to the next lower probability. 0.5 where the slides do not hold both classes.
+
+    Parameters
+    ----------
+    probabilities: (n,) of the positive class.
+    labels: (n,) 0 or 1.
+    """
+    if len(labels.unique()) < 2:
+        return 0.5
+    false_positive_rate, true_positive_rate, thresholds = binary_roc(probabilities, labels)
+    best = int((true_positive_rate - false_positive_rate).argmax())
+    lowest_positive = thresholds[best].double()
+    below = probabilities.double()[probabilities.double() < lowest_positive]
+    next_lower = below.max() if len(below) else torch.zeros(())
+    return float((lowest_positive + next_lower) / 2)
+
+
+def accuracy_at(probabilities: Tensor, labels: Tensor, threshold: float) -> float:
+    """Share of slides on the right side of the threshold.
+
+    Parameters
+    ----------
+    probabilities: (n,) of the positive class.
+    labels: (n,) 0 or 1.
+    """
+    return float(((probabilities.double() >= threshold) == (labels == 1)).double().mean())

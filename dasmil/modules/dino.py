@@ -48,22 +48,42 @@ class DINOModule(LightningModule):
 
     Parameters
     ----------
-    backbone: timm name of a ViT.
-    backbone_options: what to change of it, for example ``{patch_size: 8, depth: 4}``.
-    image_size: side in pixels at which whole tiles are embedded later.
-    drop_path: stochastic depth of the student.
-    output_dim, hidden_dim, bottleneck_dim: of the projection head.
-    batch_norm: normalise inside the head over the batch, DINO's ``use_bn_in_head``.
-    norm_last_layer: keep the norm of the last layer's weights fixed.
-    freeze_last_layer_epochs: epochs in which the last layer does not learn.
-    student_temperature: τ_s.
-    teacher_temperature: τ_t from and to, over ``teacher_temperature_epochs``.
-    center_momentum: of the teacher's centre.
-    teacher_momentum: of the teacher's weights, from and to.
-    learning_rate: for 256 tiles a step over all devices; scaled linearly to the actual number.
-    min_learning_rate: end of the cosine.
-    warmup_epochs: of the learning rate.
-    weight_decay: from and to; biases and norms have none.
+    backbone:
+        timm name of a ViT.
+    backbone_options:
+        what to change of it, for example ``{patch_size: 8, depth: 4}``.
+    image_size:
+        side in pixels at which whole tiles are embedded later.
+    drop_path:
+        stochastic depth of the student.
+    output_dim:
+        width of the projection head's output, DINO's number of prototypes.
+    hidden_dim:
+        width of the projection head.
+    bottleneck_dim:
+        width of the projection head before its last layer.
+    batch_norm:
+        normalise inside the head over the batch, DINO's ``use_bn_in_head``.
+    norm_last_layer:
+        keep the norm of the last layer's weights fixed.
+    freeze_last_layer_epochs:
+        epochs in which the last layer does not learn.
+    student_temperature:
+        τ_s, temperature of the student network.
+    teacher_temperature:
+        τ_t, of the teacher network, from and to, over ``teacher_temperature_epochs``.
+    center_momentum:
+        of the teacher's centre.
+    teacher_momentum:
+        of the teacher's weights, from and to.
+    learning_rate:
+        for 256 tiles a step over all devices; scaled linearly to the actual number.
+    min_learning_rate:
+        end of the cosine.
+    warmup_epochs:
+        of the learning rate.
+    weight_decay:
+        from and to; biases and norms have none.
     """
 
     def __init__(

@@ -1,13 +1,14 @@
 """Training and evaluation of DAS-MIL."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from dasmil.bags import BagGraph, describe_difference
@@ -15,8 +16,8 @@ from dasmil.data.bags import BagDataModule
 from dasmil.distributed import gather_lists
 from dasmil.errors import InputError
 from dasmil.files import write_csv
-from dasmil.losses import ObjectiveWeights, objective
-from dasmil.metrics import class_probabilities, slide_metrics
+from dasmil.losses import ObjectiveOptions, objective
+from dasmil.metrics import accuracy_at, class_probabilities, slide_metrics, youden_threshold
 from dasmil.nn import DASMIL, ScaleOutput, Standardize
 from dasmil.reports.curves import roc_figure
 
@@ -42,18 +43,77 @@ class DASMILModule(LightningModule):
 
     Parameters
     ----------
-    standardize: subtract the mean of the training tiles' features and divide by their spread.
-    one_logit: give two classes one logit (binary cross-entropy) instead of two (cross-entropy).
-    hidden_dim, out_dim, heads, attention_dropout, node_dropout, query_dim: of the network, see
-        :class:`dasmil.nn.DASMIL`.
-    distillation: λ of Eq. 3.
-    criticality: β of Eq. 3.
-    instance: weight of the max-instance loss.
-    temperature: τ of Eq. 1.
-    learning_rate, min_learning_rate: ends of the cosine over the epochs.
-    betas, weight_decay: of Adam.
-    classes, bag_format, split: what the data are; taken from the datamodule in ``fit`` and kept in
-        the checkpoint, which then needs nothing beside it.
+    standardize:
+        subtract the mean of the training tiles' features and divide by their spread.
+    one_logit:
+        give two classes one logit (binary cross-entropy) instead of two (cross-entropy; D4).
+    hidden_dim:
+        width between the two graph layers.
+    out_dim:
+        width of the contextualised features H.
+    heads:
+        attention heads of each GAT, averaged (D13).
+    attention_dropout:
+        probability of dropping an attention coefficient of a GAT (D13).
+    node_dropout:
+        probability that a node loses its edges in a training step (D14).
+    residual:
+        of each GAT: none, plain (x + h) or glu (x + GLU(h)) (D15).
+    query_dim:
+        width of the MIL head's queries.
+    contextualize:
+        false leaves the graph out: the heads see the extractors' features (Table 5).
+    concatenate_parents:
+        a head sees each tile's vector with its parent's, [10x ‖ 20x] (Table 4).
+    coarse_instances:
+        the coarse heads see all tiles, or only parents of tiles (D12).
+    distillation:
+        λ of Eq. 3.
+    criticality:
+        β of Eq. 3.
+    instance:
+        weight of the max-instance loss (D7).
+    temperature:
+        τ of Eq. 1.
+    discounted:
+        whose bag loss (1 − λ) discounts: the coarse scales', or the fine one's (D6).
+    distillation_pairs:
+        with three scales or more: taught by the next finer one, or all by the finest.
+    kl_direction:
+        KL(teacher ‖ student), or the other way round (D1).
+    squared_temperature:
+        τ² before the KL (D2).
+    class_distribution:
+        softmax over the classes, or a two-point distribution per class (D3).
+    epsilon:
+        (p + 1e-7) / (1 + 1e-8) instead of log space (D5).
+    criticality_scores:
+        what Eq. 2 compares: instance logits, or attention (D10).
+    children_pooling:
+        GraphPooling of Eq. 2: mean or max of the children (D9).
+    criticality_reduction:
+        of Eq. 2 over the tiles: mean or sum (D8).
+    detach_teacher:
+        no gradient reaches the finer scale from Eq. 1 and Eq. 2 (D11).
+    learning_rate:
+        start of the cosine over the epochs.
+    min_learning_rate:
+        end of the cosine (D16).
+    betas:
+        of Adam (D16).
+    weight_decay:
+        of Adam (D16).
+    classes:
+        taken from the datamodule in ``fit`` and kept in the checkpoint, as all that follows.
+    bag_format:
+        scales, tile size and extractors of the bags.
+    split:
+        part of each slide.
+    val_part:
+        the part that was validated on.
+    thresholds:
+        per scale the probability from which on a slide is called positive, chosen on the
+        validation slides (D18).
     """
 
     def __init__(
@@ -65,11 +125,25 @@ class DASMILModule(LightningModule):
         heads: int = 3,
         attention_dropout: float = 0.2,
         node_dropout: float = 0.5,
+        residual: Literal["none", "plain", "glu"] = "none",
         query_dim: int = 128,
+        contextualize: bool = True,
+        concatenate_parents: bool = False,
+        coarse_instances: Literal["all", "parents"] = "all",
         distillation: float = 1.0,
         criticality: float = 1.0,
         instance: float = 1.0,
         temperature: float = 1.5,
+        discounted: Literal["coarse", "fine"] = "coarse",
+        distillation_pairs: Literal["neighbours", "finest"] = "neighbours",
+        kl_direction: Literal["teacher_student", "student_teacher"] = "teacher_student",
+        squared_temperature: bool = True,
+        class_distribution: Literal["softmax", "per_class"] = "softmax",
+        epsilon: bool = False,
+        criticality_scores: Literal["logits", "attention"] = "logits",
+        children_pooling: Literal["mean", "max"] = "mean",
+        criticality_reduction: Literal["mean", "sum"] = "mean",
+        detach_teacher: bool = True,
         learning_rate: float = 2e-4,
         min_learning_rate: float = 1e-5,
         betas: tuple[float, float] = (0.5, 0.9),
@@ -77,11 +151,15 @@ class DASMILModule(LightningModule):
         classes: list[str] | None = None,
         bag_format: dict[str, Any] | None = None,
         split: dict[str, str] | None = None,
+        val_part: str = "val",
+        thresholds: dict[str, float] | None = None,
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.hparams["betas"] = list(betas)
-        self.weights = ObjectiveWeights(distillation, criticality, instance, temperature)
+        self.options = ObjectiveOptions(
+            **{field.name: self.hparams[field.name] for field in fields(ObjectiveOptions)}
+        )
         self.results: list[SlideResult] = []
         self.network: DASMIL
         self.standardize: Standardize | None
@@ -96,12 +174,16 @@ class DASMILModule(LightningModule):
         self.network = DASMIL(
             in_dims,
             self.num_logits,
-            hp["hidden_dim"],
-            hp["out_dim"],
-            hp["heads"],
-            hp["attention_dropout"],
-            hp["node_dropout"],
-            hp["query_dim"],
+            hidden_dim=hp["hidden_dim"],
+            out_dim=hp["out_dim"],
+            heads=hp["heads"],
+            attention_dropout=hp["attention_dropout"],
+            node_dropout=hp["node_dropout"],
+            residual=hp["residual"],
+            query_dim=hp["query_dim"],
+            contextualize=hp["contextualize"],
+            concatenate_parents=hp["concatenate_parents"],
+            coarse_instances=hp["coarse_instances"],
         )
 
     @property
@@ -137,7 +219,7 @@ class DASMILModule(LightningModule):
         else:
             self._refuse_other_data(self.hparams, data)
         if stage == "fit":
-            self.hparams["split"] = data.split
+            self.hparams["split"], self.hparams["val_part"] = data.split, data.val_part
             if self.standardize is not None:
                 for scale, (mean, std) in data.train_statistics().items():
                     self.standardize.set_statistics(scale, mean, std)
@@ -179,14 +261,7 @@ class DASMILModule(LightningModule):
         self, output: dict[str, ScaleOutput], graph: BagGraph
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 3 a bag (B,), and its terms."""
-        return objective(
-            {name: scale.bag_logits for name, scale in output.items()},
-            {name: scale.instance_logits for name, scale in output.items()},
-            graph.parent,
-            graph.ptr,
-            graph.labels,
-            self.weights,
-        )
+        return objective(output, graph.parent, graph.ptr, graph.labels, self.options)
 
     def training_step(self, graph: BagGraph, batch_idx: int) -> Tensor:
         total, terms = self.objective(self(graph), graph)
@@ -264,6 +339,7 @@ class DASMILModule(LightningModule):
         }
         for scale in self.scales:
             figures = slide_metrics(probabilities[scale], labels)
+            figures |= self._threshold_metrics(stage, scale, probabilities[scale], labels)
             self._log_figures({f"{stage}/{scale}/{k}": value for k, value in figures.items()})
         self._log_figures({f"{stage}/{k}": value for k, value in figures.items()}, prog_bar=True)
         for name in self.results[0].losses:
@@ -278,6 +354,28 @@ class DASMILModule(LightningModule):
         if isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero:
             figure = roc_figure(probabilities, labels, self.classes)
             self.logger.experiment.add_figure(f"{stage}/roc", figure, self.current_epoch)
+
+    def _threshold_metrics(
+        self, stage: str, scale: str, probabilities: Tensor, labels: Tensor
+    ) -> dict[str, float]:
+        """Accuracies of a two-class task at thresholds other than 0.5 (D18).
+
+        At the threshold of the validation slides; and, as much of the literature reports it, at the
+        one that suits the test slides best, which is no honest figure and is named for what it is.
+        """
+        if probabilities.shape[1] != 2:
+            return {}
+        positive = probabilities[:, 1]
+        own = youden_threshold(positive, labels)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.hparams["thresholds"] = {**(self.hparams["thresholds"] or {}), scale: own}
+        figures = {}
+        if self.hparams["thresholds"] is not None:
+            chosen = self.hparams["thresholds"][scale]
+            figures["accuracy_at_val_threshold"] = accuracy_at(positive, labels, chosen)
+        if stage == "test":
+            figures["accuracy_at_test_threshold"] = accuracy_at(positive, labels, own)
+        return figures
 
     def _log_figures(self, figures: dict[str, float], prog_bar: bool = False) -> None:
         """Values that are the same in every process already."""

@@ -2,8 +2,9 @@
 
 from dasmil.nn.dasmil import DASMIL
 from dasmil.nn.gat import GAT
-from dasmil.nn.mil_head import MILHead, ScaleOutput
+from dasmil.nn.mil_head import MILHead
 from dasmil.nn.pgnn import PGNN
 from dasmil.nn.standardize import Standardize
+from dasmil.output import ScaleOutput
 
 __all__ = ["DASMIL", "GAT", "PGNN", "MILHead", "ScaleOutput", "Standardize"]

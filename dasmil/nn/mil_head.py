@@ -3,30 +3,13 @@
 Paper: Li et al., CVPR 2021, as Bontempo et al. 2023, section 3, use it for each scale.
 """
 
-from dataclasses import dataclass
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.utils import segment, softmax
+from torch_geometric.utils import segment
 
-
-@dataclass  # not frozen: Lightning converts its fields under mixed precision
-class ScaleOutput:
-    """What a model says about one scale, for B bags with N tiles in all and C logits.
-
-    Parameters
-    ----------
-    bag_logits: (B, C), y in the paper.
-    instance_logits: (N, C), z in the paper.
-    attention: (N, C); sums to one over the tiles of a bag.
-    bag_index: (N,) the bag of each row.
-    """
-
-    bag_logits: Tensor
-    instance_logits: Tensor
-    attention: Tensor
-    bag_index: Tensor
+from dasmil.output import ScaleOutput
 
 
 class MILHead(nn.Module):
@@ -47,10 +30,15 @@ class MILHead(nn.Module):
         self.value = nn.Linear(in_dim, in_dim)
         self.bag_classifier = nn.Conv1d(num_logits, num_logits, kernel_size=in_dim)
 
-    def forward(self, h: Tensor, ptr: Tensor) -> ScaleOutput:
-        """(N, K) features of B bags and their (B + 1,) boundaries."""
-        sizes = ptr.diff()
-        bag_index = torch.repeat_interleave(torch.arange(len(sizes), device=h.device), sizes)
+    def forward(self, h: Tensor, ptr: Tensor, shown: Tensor | None = None) -> ScaleOutput:
+        """(N, K) features of B bags and their (B + 1,) boundaries.
+
+        ``shown``, (N,) bool, leaves tiles out: they have an instance logit, and nothing else.
+        """
+        if shown is not None:
+            return self._forward_shown(h, ptr, shown)
+        sizes = ptr.diff().tolist()
+        bag_index = _bag_index(ptr)
 
         z = self.instance_classifier(h)  # (N, C)
         f = self.transform(h)  # (N, K)
@@ -59,11 +47,29 @@ class MILHead(nn.Module):
 
         critical = _first_argmax(z, ptr, bag_index)  # (B, C)
         q_critical = torch.cat([q, q.new_zeros(1, q.shape[1])])[critical]  # (B, C, Q)
-        score = torch.einsum("nq,ncq->nc", q, q_critical[bag_index]) / sqrt(q.shape[1])
-        attention = softmax(score, ptr=ptr, dim=0)  # (N, C)
-        embedding = segment(attention[:, :, None] * v[:, None, :], ptr)  # (B, C, K)
-        bag_logits = self.bag_classifier(embedding).squeeze(2)  # (B, C)
-        return ScaleOutput(bag_logits, z, attention, bag_index)
+        attention, embedding = [], []
+        for q_bag, v_bag, q_top in zip(q.split(sizes), v.split(sizes), q_critical, strict=True):
+            # a matrix product here would round the query's small gradients ten times as much
+            score = (q_bag[:, None] * q_top).sum(2) / sqrt(q.shape[1])  # (N_b, C)
+            a = score.softmax(0)
+            attention.append(a)
+            embedding.append(a.T @ v_bag)  # (C, K)
+        bag_logits = self.bag_classifier(torch.stack(embedding)).squeeze(2)  # (B, C)
+        shown = torch.ones_like(bag_index, dtype=torch.bool)
+        return ScaleOutput(bag_logits, z, torch.cat(attention), bag_index, shown)
+
+    def _forward_shown(self, h: Tensor, ptr: Tensor, shown: Tensor) -> ScaleOutput:
+        before = torch.cat([shown.new_zeros(1, dtype=torch.int64), shown.cumsum(0)])
+        part = self(h[shown], before[ptr])
+        logits = self.instance_classifier(h)  # (N, C)
+        attention = torch.zeros_like(logits, dtype=part.attention.dtype)
+        attention[shown] = part.attention
+        return ScaleOutput(part.bag_logits, logits, attention, _bag_index(ptr), shown)
+
+
+def _bag_index(ptr: Tensor) -> Tensor:
+    """(N,) the bag of each row."""
+    return torch.repeat_interleave(torch.arange(len(ptr) - 1, device=ptr.device), ptr.diff())
 
 
 def _first_argmax(z: Tensor, ptr: Tensor, bag_index: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dasmil.bags.graph import BagGraph
-from dasmil.nn.gat import GAT
+from dasmil.nn.gat import GAT, Residual
 
 
 def module_key(scale: str) -> str:
@@ -26,7 +26,7 @@ class PGNN(nn.Module):
     in_dims: width of the tile features per scale, coarse to fine; M ≥ 1 scales.
     hidden_dim: width between the two layers.
     out_dim: width of the contextualised features H.
-    heads, attention_dropout, node_dropout: see :class:`GAT`.
+    heads, attention_dropout, node_dropout, residual: see :class:`GAT`.
     """
 
     def __init__(
@@ -37,9 +37,10 @@ class PGNN(nn.Module):
         heads: int = 3,
         attention_dropout: float = 0.2,
         node_dropout: float = 0.5,
+        residual: Residual = "none",
     ):
         super().__init__()
-        rest = (heads, attention_dropout, node_dropout)
+        rest = (heads, attention_dropout, node_dropout, residual)
         self.scale_gats = nn.ModuleDict(
             {module_key(s): GAT(in_dim, hidden_dim, *rest) for s, in_dim in in_dims.items()}
         )

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from dasmil.bags import Bag, BagGraph, bag_path, read_bag
+from dasmil.bags import Bag, BagGraph
 from dasmil.data.bags import BagDataModule
 from dasmil.distributed import gather_lists
 from dasmil.files import write_csv
@@ -31,7 +31,6 @@ class PredictionWriter(Callback):
 
     def __init__(self, output: Path):
         self.output = output
-        self.bags = Path()
         self.rows: dict[str, SlideRow] = {}
         self.classes: tuple[str, ...] = ()
         self.logit_classes: tuple[str, ...] = ()
@@ -40,7 +39,6 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         data: BagDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        self.bags = data.folder
         self.rows = {row.slide_id: row for row in data.rows}
         self.classes, self.logit_classes = pl_module.classes, pl_module.logit_classes
 
@@ -54,7 +52,7 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         for number, slide_id in enumerate(batch.slide_ids):
-            bag = read_bag(bag_path(self.bags, slide_id))
+            bag = trainer.datamodule.read_bag(slide_id)  # type: ignore[attr-defined]
             bag_logits, instance_logits, attention = {}, {}, {}
             for scale, output in outputs.items():
                 rows = slice(*batch.ptr[scale][number : number + 2].tolist())

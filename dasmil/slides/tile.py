@@ -52,15 +52,23 @@ def tile(
 
     Parameters
     ----------
-    cohort: cohort table (CSV with slide_id, path and optionally label, patient_id, split, mpp,
+    cohort:
+        cohort table (CSV with slide_id, path and optionally label, patient_id, split, mpp,
         magnification) or a folder of slides.
-    output: folder for the tile tables, QC pictures, status.csv and cohort.csv.
-    scales: magnifications, for example [x5,x10,x20]; x20 is 0.5 µm/px.
-    tile_px: side of a tile in pixels, the same at every scale.
-    min_tissue: share of a finest tile that must be tissue.
-    max_upsampling: how much finer than the slide a scale may be.
-    tissue: how tissue is found.
-    workers: processes; all cores when not given.
+    output:
+        folder for the tile tables, QC pictures, status.csv and cohort.csv.
+    scales:
+        magnifications, for example [x5,x10,x20]; x20 is 0.5 µm/px.
+    tile_px:
+        side of a tile in pixels, the same at every scale.
+    min_tissue:
+        share of a finest tile that must be tissue.
+    max_upsampling:
+        how much finer than the slide a scale may be.
+    tissue:
+        how tissue is found.
+    workers:
+        processes; all cores when not given.
 
     Returns
     -------

@@ -15,14 +15,21 @@ class TissueParameters:
 
     Parameters
     ----------
-    mpp: µm per pixel of the thumbnail on which tissue is sought.
-    median_px: side of the median filter on the saturation, in thumbnail pixels (odd).
-    min_saturation, max_saturation: Otsu's threshold on the 8-bit saturation is clipped to this
-        range: the lower end keeps an empty slide empty, the upper end keeps pale tissue where a
-        picture holds no glass at all and Otsu would divide pale tissue from dark.
-    closing_um: gaps narrower than this are closed.
-    min_tissue_um2: smaller pieces are dropped.
-    min_hole_um2: smaller holes are filled; larger ones stay open.
+    mpp:
+        µm per pixel of the thumbnail on which tissue is sought.
+    median_px:
+        side of the median filter on the saturation, in thumbnail pixels (odd).
+    min_saturation:
+        Otsu's threshold on the 8-bit saturation is at least this: keeps an empty slide empty.
+    max_saturation:
+        and at most this: keeps pale tissue where a picture holds no glass at all and Otsu would
+        divide pale tissue from dark.
+    closing_um:
+        gaps narrower than this are closed.
+    min_tissue_um2:
+        smaller pieces are dropped.
+    min_hole_um2:
+        smaller holes are filled; larger ones stay open.
     """
 
     mpp: float = 8.0

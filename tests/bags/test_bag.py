@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bag_factory import make_bag, make_card
+from bags.orphans import without_first
 from torch import Tensor
 
 from dasmil.bags import Bag, ExtractorCard, describe_difference
@@ -112,13 +113,28 @@ BROKEN: list[tuple[str, Callable[[Bag], Bag], str]] = [
     ),
     (
         "negative parent",
-        lambda b: changed(b, "parent", "x20", 0, -1),
+        lambda b: changed(b, "parent", "x20", 0, -2),
         r"x20: a parent is not among the \d+ of x10",
     ),
     (
         "parent beyond the last",
         lambda b: changed(b, "parent", "x10", -1, len(b.grid["x5"])),
         r"x10: a parent is not among the \d+ of x5",
+    ),
+    (
+        "an orphan after a child",
+        lambda b: changed(b, "parent", "x20", 5, -1),
+        "x20: tiles do not lie in the order of their parents",
+    ),
+    (
+        "double features",
+        lambda b: with_tensor(b, "features", "x10", b.features["x10"].double()),
+        r"x10: features must be float16 or float32, not torch\.float64",
+    ),
+    (
+        "whole features",
+        lambda b: with_tensor(b, "features", "x10", b.features["x10"].int()),
+        r"x10: features must be float16 or float32, not torch\.int32",
     ),
     ("order", lambda b: reordered(b, "x20"), "x20: tiles do not lie in the order of their parents"),
     (
@@ -156,6 +172,33 @@ def test_a_broken_promise_is_refused_by_slide_and_scale(
         break_it(bag).validate()
 
 
+def test_orphans_are_accepted_and_nothing_below_minus_one() -> None:
+    """Tiles of another tool whose parent was not kept; they lie first."""
+    bag = make_bag(scales=("x5", "x10", "x20"), num_tiles=40)
+    for scale, coarser, count in (("x10", "x5", 1), ("x20", "x10", 2)):
+        orphaned = without_first(bag, coarser, count)
+        orphaned.validate()
+        assert (orphaned.parent[scale] == -1).any()
+        with pytest.raises(InputError, match=rf"{scale}: a parent is not among"):
+            changed(orphaned, "parent", scale, 0, -2).validate()
+    everyone = with_tensor(bag, "parent", "x20", torch.full_like(bag.parent["x20"], -1))
+    everyone.validate()
+
+
+def test_an_orphan_may_lie_anywhere_but_a_child_only_in_its_parent() -> None:
+    bag = without_first(make_bag(scales=("x10", "x20"), num_tiles=40), "x10", 2)
+    moved = changed(bag, "grid", "x20", 0, torch.tensor([900, 900]))
+    moved.validate()
+    with pytest.raises(InputError, match="x20: a tile does not lie inside its parent"):
+        changed(bag, "grid", "x20", -1, torch.tensor([900, 900])).validate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_features_of_both_precisions_are_accepted(dtype: torch.dtype) -> None:
+    bag = make_bag()
+    replace(bag, features={n: t.to(dtype) for n, t in bag.features.items()}).validate()
+
+
 def test_boxes_follow_from_the_grid() -> None:
     """Slide at 0.25 µm/px and tiles of 100 px: 400 level-0 pixels at x10, 200 at x20."""
     bag = make_bag(scales=("x10", "x20"), num_tiles=30, tile_px=100)
@@ -182,6 +225,16 @@ def test_the_bag_format_is_made_of_plain_values() -> None:
     assert {name: scale["mpp"] for name, scale in found["scales"].items()} == {"x10": 1, "x20": 0.5}
     widths = {name: scale["extractor"]["feature_dim"] for name, scale in found["scales"].items()}
     assert widths == {"x10": 4, "x20": 5}
+
+
+def test_the_bag_format_of_some_scales_keeps_the_bags_order() -> None:
+    header = make_bag(scales=("x5", "x10", "x20")).header
+    assert header.bag_format(None) == header.bag_format()
+    some = header.bag_format(["x20", "x5"])
+    assert list(some["scales"]) == ["x5", "x20"]
+    assert some["scales"]["x20"] == header.bag_format()["scales"]["x20"]
+    two = make_bag(scales=("x5", "x20")).header.bag_format()
+    assert describe_difference(some, two) is None
 
 
 def test_an_extractor_card_survives_its_plain_form() -> None:

@@ -1,6 +1,7 @@
 """The edges of bags against search by brute force, and bags side by side."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from bag_factory import (
     neighbours_by_search,
     union_by_search,
 )
+from bags.orphans import without_first
 from torch import Tensor
 
 from dasmil.bags import UNKNOWN, BagGraph, bag_graph, join_graphs
@@ -130,6 +132,57 @@ def test_joined_graphs_are_the_single_ones_shifted() -> None:
         assert as_pairs(joined.edge_index[name]) == sorted(edges[name])
         assert joined.ptr[name].tolist() == boundaries[name]
     assert {name: rows.tolist() for name, rows in joined.parent.items()} == parents
+
+
+def orphaned_graphs() -> list[BagGraph]:
+    """Two of four bags have orphans, at both of the finer scales."""
+    graphs = []
+    for seed, (size, beheaded) in enumerate(((30, True), (0, False), (9, False), (40, True))):
+        bag = make_bag(f"slide{seed}", SCALES, DIMS, num_tiles=size, seed=seed)
+        if beheaded:
+            bag = without_first(without_first(bag, "x2.5", 1), "x5", 2)
+        graphs.append(bag_graph(bag))
+    return graphs
+
+
+def test_an_orphan_has_no_edge_to_another_scale() -> None:
+    """In a single graph, and in joined ones, all others have theirs both ways."""
+    single = orphaned_graphs()
+    for graph in (*single, join_graphs(single)):
+        starts = [0]
+        for name in SCALES:
+            starts.append(starts[-1] + len(graph.features[name]))
+        scale_of = torch.repeat_interleave(torch.arange(3), torch.tensor(starts).diff())
+        source, target = graph.union_edge_index()
+        across = scale_of[source] != scale_of[target]
+        expected = []
+        for number, name in enumerate(SCALES[1:], start=1):
+            for child, parent in enumerate(graph.parent[name].tolist()):
+                if parent >= 0:
+                    pair = (child + starts[number], parent + starts[number - 1])
+                    expected += [pair, pair[::-1]]
+        found = torch.stack([source, target])[:, across]
+        assert as_pairs(found) == sorted(expected)
+
+
+def test_orphans_stay_orphans_when_graphs_are_joined() -> None:
+    graphs = orphaned_graphs()
+    joined = join_graphs(graphs)
+    for coarser, name in pairwise(SCALES):
+        rows, start = [], 0
+        for graph in graphs:
+            rows += [-1 if r < 0 else r + start for r in graph.parent[name].tolist()]
+            start += len(graph.features[coarser])
+        assert joined.parent[name].tolist() == rows
+        assert -1 in rows[len(graphs[0].parent[name]) :]  # also in the last bag
+    in_steps = join_graphs([join_graphs(graphs[:2]), join_graphs(graphs[2:])])
+    assert equal(in_steps, joined)
+
+
+def test_features_of_either_precision_become_single() -> None:
+    bag = make_bag("a", SCALES, DIMS)
+    single = replace(bag, features={n: t.float() for n, t in bag.features.items()})
+    assert equal(bag_graph(bag), bag_graph(single))
 
 
 def test_no_edge_joins_two_bags() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bag_factory import make_bag
+from bags.orphans import without_first
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -39,14 +40,17 @@ def refusal(path: Path) -> str:
     return str(of_bag.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("num_tiles", [0, 1, 30])
 @pytest.mark.parametrize("scales", [("x20",), ("x2.5", "x5", "x20")])
-def test_a_bag_comes_back_with_its_features_in_half_precision(
-    tmp_path: Path, scales: tuple[str, ...], num_tiles: int
+def test_a_bag_comes_back_with_its_features_in_their_precision(
+    tmp_path: Path, scales: tuple[str, ...], num_tiles: int, dtype: torch.dtype
 ) -> None:
     made = make_bag("a", scales, dims={s: 3 + n for n, s in enumerate(scales)}, num_tiles=num_tiles)
     generator = torch.Generator().manual_seed(1)
-    exact = {n: torch.randn(t.shape, generator=generator) for n, t in made.features.items()}
+    exact = {
+        n: torch.randn(t.shape, generator=generator).to(dtype) for n, t in made.features.items()
+    }
     path = bag_path(tmp_path, "a")
     write_bag(path, replace(made, features=exact))
 
@@ -54,15 +58,22 @@ def test_a_bag_comes_back_with_its_features_in_half_precision(
     assert found.header == made.header == read_header(path)
     assert found.scales == scales
     for name in scales:
-        assert found.features[name].dtype == torch.float16
-        expected = exact[name].numpy().astype(np.float16)
-        np.testing.assert_array_equal(found.features[name].numpy(), expected)
+        assert found.features[name].dtype == dtype
+        np.testing.assert_array_equal(found.features[name].numpy(), exact[name].numpy())
         assert found.grid[name].dtype == torch.int32
         assert torch.equal(found.grid[name], made.grid[name])
     assert set(found.parent) == set(scales[1:])
     for name in scales[1:]:
         assert found.parent[name].dtype == torch.int32
         assert torch.equal(found.parent[name], made.parent[name])
+
+
+def test_orphans_come_back_as_orphans(tmp_path: Path) -> None:
+    bag = without_first(make_bag("a", ("x5", "x10", "x20"), num_tiles=30), "x10", 2)
+    write_bag(bag_path(tmp_path, "a"), bag)
+    found = read_bag(bag_path(tmp_path, "a"))
+    assert (found.parent["x20"] == -1).any()
+    assert all(torch.equal(found.parent[s], bag.parent[s]) for s in ("x10", "x20"))
 
 
 def test_the_file_says_what_the_design_promises(written: Path) -> None:
@@ -138,14 +149,25 @@ def test_a_file_without_one_of_its_scales_is_refused(written: Path) -> None:
         read_bag(written)
 
 
-def with_feature(bag: Bag, value: float) -> Bag:
+def with_feature(bag: Bag, value: float, dtype: torch.dtype) -> Bag:
     features = {name: tensor.float() for name, tensor in bag.features.items()}
     features["x20"][0, 0] = value
-    return replace(bag, features=features)
+    return replace(bag, features={name: t.to(dtype) for name, t in features.items()})
 
 
-@pytest.mark.parametrize("value", [float("nan"), 70_000.0], ids=["nan", "too large for float16"])
-def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(float("nan"), torch.float32), (70_000.0, torch.float16), (float("inf"), torch.float32)],
+    ids=["nan", "too large for float16", "infinite"],
+)
+def test_what_could_not_be_read_again_is_not_written(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
     with pytest.raises(InputError, match="x20: some features are not finite"):
-        write_bag(bag_path(tmp_path, "slide"), with_feature(make_bag(), value))
+        write_bag(bag_path(tmp_path, "slide"), with_feature(make_bag(), value, dtype))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_single_precision_holds_what_half_precision_cannot(tmp_path: Path) -> None:
+    write_bag(bag_path(tmp_path, "slide"), with_feature(make_bag(), 70_000.0, torch.float32))
+    assert read_bag(bag_path(tmp_path, "slide")).features["x20"][0, 0] == 70_000.0

@@ -4,16 +4,17 @@ import csv
 import json
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from bag_factory import CLASSES, make_bag, write_bags
+from bag_factory import CLASSES, make_bag, make_card, write_bags
 from torch.utils.data import DataLoader
 
-from dasmil.bags import BagGraph, bag_graph, bag_path, read_bag, write_bag
+from dasmil.bags import BagGraph, bag_graph, bag_path, join_graphs, read_bag, write_bag
 from dasmil.data import BagDataModule
 from dasmil.errors import InputError
 
@@ -321,3 +322,136 @@ def test_the_cohort_table_is_read_by_its_column_names(tmp_path: Path) -> None:
         table.writerow(["split", "scanner", "label", "slide_id", "path"])
         table.writerows([SPLIT[s], "S360", LABELS[s], s, f"{s}.svs"] for s in SPLIT)
     assert make_data(folder).split == SPLIT
+
+
+# Some of the bags' scales
+
+PYRAMID = ("x5", "x10", "x20")
+CHOICES = [["x20"], ["x10", "x20"], ["x5", "x20"], list(PYRAMID), None]
+
+
+@pytest.mark.parametrize("scales", CHOICES, ids=lambda scales: "+".join(scales or ["null"]))
+def test_a_model_reads_the_scales_that_are_chosen(tmp_path: Path, scales: list[str] | None) -> None:
+    """Format, bags, batches and statistics hold these and no other; ancestors are parents."""
+    folder = write_bags(tmp_path, LABELS, SPLIT, scales=PYRAMID)
+    data = make_data(folder, scales=scales, batch_size=2)
+    chosen = tuple(scales or PYRAMID)
+    assert tuple(data.bag_format["scales"]) == chosen
+    assert data.bag_format == make_bag(scales=PYRAMID).header.bag_format(chosen)
+    assert set(data.train_statistics()) == set(chosen)
+
+    whole = read_bag(bag_path(folder, "n2"))
+    bag = data.read_bag("n2")
+    assert bag.scales == chosen
+    expected = whole.select(chosen)
+    assert all(torch.equal(bag.parent[s], expected.parent[s]) for s in chosen[1:])
+    (batch,) = data.val_dataloader()
+    alone = [bag_graph(read_bag(bag_path(folder, s)).select(chosen)) for s in ("n2", "t2")]
+    joined = join_graphs(alone)
+    assert batch.scales == chosen
+    for scale in chosen:
+        assert torch.equal(batch.features[scale], joined.features[scale])
+        assert torch.equal(batch.edge_index[scale], joined.edge_index[scale])
+    for scale in chosen[1:]:
+        assert torch.equal(batch.parent[scale], joined.parent[scale])
+    for loader in (data.train_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        assert all(graph.scales == chosen for graph in loader)
+
+
+def test_the_statistics_are_those_of_the_bags_whatever_scales_are_chosen(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT, scales=PYRAMID)
+    everything = make_data(folder).train_statistics()
+    some = make_data(folder, scales=["x5", "x20"]).train_statistics()
+    for scale in ("x5", "x20"):
+        for ours, theirs in zip(some[scale], everything[scale], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_scales_may_be_named_in_any_order(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT, scales=PYRAMID), scales=["x20", "x5"])
+    assert list(data.bag_format["scales"]) == ["x5", "x20"]
+    assert data.read_bag("n0").scales == ("x5", "x20")
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("scales", "words"),
+    [
+        (["x40", "x20"], "data.scales asks for x40, its bags hold x5, x10, x20"),
+        (["x2", "x40"], "data.scales asks for x2, x40, its bags hold x5, x10, x20"),
+        ([], "data.scales asks for none, its bags hold x5, x10, x20"),
+    ],
+)
+def test_a_scale_that_the_bags_lack_is_refused_in_one_sentence(
+    tmp_path: Path, stage: str, scales: list[str], words: str
+) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT, scales=PYRAMID)
+    with pytest.raises(InputError) as caught:
+        make_data(folder, stage, scales=scales)
+    assert str(caught.value) == f"{folder}: {words}"
+
+
+def test_bags_need_be_alike_at_the_chosen_scales_only(tmp_path: Path) -> None:
+    """One bag has another extractor at x5, and none at x5 would do too."""
+    folder = write_bags(tmp_path, LABELS, SPLIT, scales=PYRAMID)
+    bag = make_bag("t2", PYRAMID, num_tiles=8)
+    cards = {**bag.header.extractors, "x5": make_card(fingerprint="0" * 64)}
+    write_bag(bag_path(folder, "t2"), replace(bag, header=replace(bag.header, extractors=cards)))
+    write_bag(bag_path(folder, "n3"), make_bag("n3", ("x10", "x20"), num_tiles=8))
+    assert make_data(folder, scales=["x10", "x20"]).split == SPLIT
+    with pytest.raises(InputError, match=r"t2 holds x5 features of the extractor .*000000000000"):
+        make_data(folder, scales=["x5", "x20"])
+    write_bag(bag_path(folder, "t2"), make_bag("t2", PYRAMID, num_tiles=8))
+    with pytest.raises(InputError, match="n3 holds scales x20 instead of x5, x20"):
+        make_data(folder, scales=["x5", "x20"])
+
+
+def test_only_the_extractors_of_chosen_scales_matter(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT, scales=PYRAMID)
+    write_extractors(folder, x5=["n3"], x10=["n0"], x20=["t0"])
+    assert make_data(folder, scales=["x10", "x20"]).split == SPLIT
+    for scales in (["x5", "x20"], ["x5"], None):
+        with pytest.raises(InputError, match="the x5 extractor was trained on 1 slide"):
+            make_data(folder, scales=scales)
+
+
+# Validation on the test part (D17)
+
+
+def test_validation_on_the_test_part_is_said_and_changes_nothing_else(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT)
+    for stage in ("fit", "validate"):
+        with pytest.warns(UserWarning, match=r"validation slides are the test slides .*D17"):
+            data = make_data(folder, stage, val_part="test")
+        assert seen(data.val_dataloader()) == seen(data.test_dataloader()) == ["n3", "t3"]
+        assert sorted(seen(data.train_dataloader())) == ["n0", "n1", "t0", "t1"]
+        assert data.split == SPLIT
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for stage in ("test", "predict"):
+            make_data(folder, stage, val_part="test")
+        for stage in ("fit", "validate", "test", "predict"):
+            make_data(folder, stage)
+
+
+def test_the_part_that_is_validated_on_needs_every_class(tmp_path: Path) -> None:
+    """A cohort without validation slides will do when the test slides take their place."""
+    split = {s: "train" if given == "val" else given for s, given in SPLIT.items()}
+    folder = write_bags(tmp_path / "none", LABELS, split)
+    with pytest.raises(InputError, match="the part 'val' has no slide of class normal, tumour"):
+        make_data(folder, val_fraction=0.0)
+    with pytest.warns(UserWarning, match="D17"):
+        data = make_data(folder, val_fraction=0.0, val_part="test")
+    assert seen(data.val_dataloader()) == ["n3", "t3"]
+    one_sided = write_bags(tmp_path / "one", LABELS, {**SPLIT, "t3": "train"})
+    with pytest.raises(InputError, match="the part 'test' has no slide of class tumour"):
+        make_data(one_sided, val_part="test")
+    make_data(one_sided)
+
+
+def test_it_is_said_where_nobody_knows_what_an_extractor_has_seen(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, LABELS, SPLIT)
+    records = {"x10": {"trained_on": None}, "x20": {"trained_on": ["n0"]}}
+    (folder / "extractors.json").write_text(json.dumps(records))
+    with pytest.warns(UserWarning, match="which slides the x10 extractors were trained on"):
+        make_data(folder)

@@ -63,3 +63,35 @@ def test_bags_without_tiles_cost_nothing_and_teach_nothing(num_logits: int) -> N
     loss = max_instance_loss(rows, torch.tensor([0, 0, 0]), torch.tensor([0, 1]))
     assert loss.tolist() == [0.0, 0.0]
     loss.sum().backward()
+
+
+SHOWN = [True, False, False, True, False, True, True, False, True, False, True]
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_tiles_that_are_not_shown_do_not_count_and_do_not_learn(num_logits: int) -> None:
+    """Of the third bag nothing is shown: it counts as one without tiles (D12)."""
+    rows = np.random.default_rng(2).standard_normal((sum(SIZES), num_logits)) - 2
+    rows[[1, 4]] += 9  # would be the largest
+    logits = torch.from_numpy(rows).requires_grad_()
+    labels = labels_for(num_logits, len(SIZES))
+    ends = np.cumsum([0, *SIZES])
+    shown = torch.tensor(SHOWN)
+    found = max_instance_loss(logits, torch.from_numpy(ends), torch.tensor(labels), shown)
+    expected = []
+    for start, end, label in zip(ends[:-1], ends[1:], labels, strict=True):
+        seen = [rows[row] for row in range(start, end) if SHOWN[row]]
+        expected.append(label_loss(np.max(seen, axis=0), label) if seen else 0.0)
+    np.testing.assert_allclose(found.detach(), expected, rtol=1e-12)
+    assert found[1] == found[2] == 0
+    found.sum().backward()
+    assert not logits.grad[~shown].any()
+    assert logits.grad[:4].any() and logits.grad[5:].any()
+
+
+def test_all_shown_is_as_none_said() -> None:
+    rows, ends, labels = torch.randn(11, 3), torch.tensor([0, 4, 4, 5, 11]), torch.zeros(4).long()
+    everything = torch.ones(11, dtype=torch.bool)
+    assert torch.equal(
+        max_instance_loss(rows, ends, labels), max_instance_loss(rows, ends, labels, everything)
+    )

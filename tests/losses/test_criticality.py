@@ -1,16 +1,23 @@
-"""Eq. 2 against its definition in plain loops."""
+"""Eq. 2 against its definition in plain loops, in the printed and the released form."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
+import numpy as np
 import pytest
 import torch
+from losses.numeric import slope
 from torch import Tensor
 
 from dasmil.losses import criticality_loss
 
 # Bags of 3, 0, 2 and 1 coarse tiles; rows 1 and 5 have no children, so the last bag has none.
+# The fine tiles with parent -1 are orphans: of the first bag and of the last.
 PTR = [0, 3, 3, 5, 6]
-PARENT = [0, 0, 0, 2, 3, 3, 4]
+PARENT = [-1, 0, 0, 0, 2, 3, 3, 4, -1]
+SWITCHES = [
+    {"children_pooling": pooling, "reduction": reduction}
+    for pooling, reduction in product(("mean", "max"), ("mean", "sum"))
+]
 
 
 def make_scores(num_logits: int) -> tuple[Tensor, Tensor]:
@@ -21,47 +28,120 @@ def make_scores(num_logits: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def loss(coarse: Tensor, fine: Tensor) -> Tensor:
-    return criticality_loss(coarse, fine, torch.tensor(PARENT), torch.tensor(PTR))
+def loss(coarse: Tensor, fine: Tensor, **switches: object) -> Tensor:
+    return criticality_loss(coarse, fine, torch.tensor(PARENT), torch.tensor(PTR), **switches)  # type: ignore[arg-type]
 
 
-def differences(coarse: Tensor, fine: Tensor, row: int) -> list[float]:
-    """Score minus mean of the children's, per class; nothing for a tile without children."""
-    children = [child for child, parent in enumerate(PARENT) if parent == row]
-    if not children:
-        return []
-    scores = fine.tolist()
-    means = [sum(scores[c][k] for c in children) / len(children) for k in range(fine.shape[1])]
-    return [z - mean for z, mean in zip(coarse[row].tolist(), means, strict=True)]
+def equation_2(
+    coarse: list[list[float]],
+    fine: list[list[float]],
+    children_pooling: str = "mean",
+    reduction: str = "mean",
+) -> list[float]:
+    """L_CRIT of each bag."""
+    of_bags = []
+    for start, end in pairwise(PTR):
+        squares = []
+        for row in range(start, end):
+            children = [fine[c] for c, parent in enumerate(PARENT) if parent == row]
+            if children:
+                by_class = list(zip(*children))
+                pool = max if children_pooling == "max" else lambda z: sum(z) / len(z)
+                squares.append(sum((z - pool(zs)) ** 2 for z, zs in zip(coarse[row], by_class)))
+        divisor = len(squares) if reduction == "mean" and squares else 1
+        of_bags.append(sum(squares) / divisor)
+    return of_bags
 
 
 @pytest.mark.parametrize("num_logits", [1, 3])
-def test_it_is_the_mean_squared_distance_over_tiles_with_children(num_logits: int) -> None:
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(s.values()))
+def test_equation_2_in_each_of_its_forms(num_logits: int, switches: dict) -> None:
     coarse, fine = make_scores(num_logits)
-    expected = []
-    for start, end in pairwise(PTR):
-        squares = [
-            sum(d * d for d in differences(coarse, fine, row))
-            for row in range(start, end)
-            if row in PARENT
-        ]
-        expected.append(sum(squares) / len(squares) if squares else 0.0)
-    found = loss(coarse, fine)
-    torch.testing.assert_close(found.detach(), torch.tensor(expected, dtype=torch.float64))
+    found = loss(coarse, fine, **switches).tolist()
+    expected = equation_2(coarse.tolist(), fine.tolist(), **switches)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert expected[0] > 0
     assert found[1] == found[3] == 0
 
 
+@pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("num_logits", [1, 3])
-def test_only_coarse_tiles_with_children_learn(num_logits: int) -> None:
-    """d/d z = 2 (z - mean of the children) / number of tiles with children in the bag."""
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(s.values()))
+def test_equation_2_slopes_for_parents_and_children(
+    num_logits: int, switches: dict, detach: bool
+) -> None:
+    """Tiles without children, and orphans, learn nothing."""
     coarse, fine = make_scores(num_logits)
-    loss(coarse, fine).sum().backward()
+    loss(coarse, fine, **switches, detach_teacher=detach).sum().backward()
+    z1, z2 = coarse.detach().numpy(), fine.detach().numpy()
+    of_coarse = slope(lambda z: sum(equation_2(z.tolist(), z2.tolist(), **switches)), z1)
+    of_fine = slope(lambda z: sum(equation_2(z1.tolist(), z.tolist(), **switches)), z2)
+    np.testing.assert_allclose(coarse.grad, of_coarse, atol=1e-8)
+    assert not of_coarse[[1, 5]].any() and not of_fine[[0, 8]].any()
+    assert of_coarse[[0, 2, 3, 4]].all() and of_fine[1:8].any()
+    if detach:
+        assert fine.grad is None
+    else:
+        np.testing.assert_allclose(fine.grad, of_fine, atol=1e-8)
+
+
+def test_equation_2_in_figures() -> None:
+    """Parents 1 and 4, their children (0, 4) and 1: distances 1 and 3 by mean, 3 and 3 by max."""
+    coarse = torch.tensor([[1.0], [4.0]])
+    fine = torch.tensor([[0.0], [4.0], [1.0]])
+    graph = (torch.tensor([0, 0, 1]), torch.tensor([0, 2]))
+    found = {
+        (pooling, reduction): criticality_loss(
+            coarse, fine, *graph, children_pooling=pooling, reduction=reduction
+        ).item()
+        for pooling, reduction in product(("mean", "max"), ("mean", "sum"))
+    }
+    assert found == {
+        ("mean", "mean"): 5.0,
+        ("mean", "sum"): 10.0,
+        ("max", "mean"): 9.0,
+        ("max", "sum"): 18.0,
+    }
+
+
+def test_the_largest_of_negative_children_is_taken_and_not_zero() -> None:
+    found = criticality_loss(
+        torch.tensor([[0.0]]),
+        torch.tensor([[-3.0], [-2.0]]),
+        torch.tensor([0, 0]),
+        torch.tensor([0, 1]),
+        children_pooling="max",
+    )
+    assert found.tolist() == [4.0]
+
+
+def test_the_defaults_are_those_of_the_documented_choice() -> None:
+    coarse, fine = make_scores(3)
+    found = loss(coarse, fine)
+    expected = equation_2(coarse.tolist(), fine.tolist(), "mean", "mean")
+    np.testing.assert_allclose(found.detach(), expected, rtol=1e-12)
+    found.sum().backward()
     assert fine.grad is None
-    for row, in_bag in ((0, 2), (1, None), (2, 2), (3, 2), (4, 2), (5, None)):
-        slope = [2 * d / in_bag for d in differences(coarse, fine, row)] if in_bag else 0.0
-        expected = torch.tensor(slope, dtype=torch.float64).expand(num_logits)
-        torch.testing.assert_close(coarse.grad[row], expected)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(s.values()))
+def test_orphans_change_nothing(switches: dict) -> None:
+    coarse, fine = make_scores(3)
+    held = torch.tensor(PARENT) >= 0
+    without = criticality_loss(
+        coarse, fine[held], torch.tensor(PARENT)[held], torch.tensor(PTR), **switches
+    )
+    torch.testing.assert_close(loss(coarse, fine, **switches), without, rtol=0, atol=0)
+
+
+def test_a_bag_of_orphans_alone_costs_nothing_and_teaches_nothing() -> None:
+    coarse = torch.ones(2, 1, requires_grad=True)
+    found = criticality_loss(
+        coarse, torch.zeros(3, 1), torch.full((3,), -1), torch.tensor([0, 2]), reduction="sum"
+    )
+    found.sum().backward()
+    assert found.tolist() == [0.0]
+    assert not coarse.grad.any()
 
 
 def test_scores_equal_to_their_childrens_mean_cost_nothing() -> None:
@@ -71,16 +151,23 @@ def test_scores_equal_to_their_childrens_mean_cost_nothing() -> None:
     assert found.tolist() == [0.0]
 
 
-def test_it_does_not_grow_with_the_bag() -> None:
+def test_the_mean_does_not_grow_with_the_bag_and_the_sum_does() -> None:
     coarse, fine, parent = torch.ones(50, 1), torch.zeros(100, 1), torch.arange(100) // 2
-    small = criticality_loss(coarse[:1], fine[:2], parent[:2], torch.tensor([0, 1]))
-    large = criticality_loss(coarse, fine, parent, torch.tensor([0, 50]))
-    assert small.tolist() == large.tolist() == [1.0]
+
+    def both(count: int, reduction: str) -> float:
+        rows = (coarse[:count], fine[: 2 * count], parent[: 2 * count])
+        ends = torch.tensor([0, count])
+        return criticality_loss(*rows, ends, reduction=reduction).item()  # type: ignore[arg-type]
+
+    assert both(1, "mean") == both(50, "mean") == 1.0
+    assert (both(1, "sum"), both(50, "sum")) == (1.0, 50.0)
 
 
-def test_bags_without_tiles_cost_nothing_and_teach_nothing() -> None:
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(s.values()))
+def test_bags_without_tiles_cost_nothing_and_teach_nothing(switches: dict) -> None:
     coarse = torch.empty(0, 2, requires_grad=True)
     none = torch.empty(0, dtype=torch.int64)
-    found = criticality_loss(coarse, torch.empty(0, 2), none, torch.tensor([0, 0, 0]))
+    ends = torch.tensor([0, 0, 0])
+    found = criticality_loss(coarse, torch.empty(0, 2), none, ends, **switches)
     assert found.tolist() == [0.0, 0.0]
     found.sum().backward()

@@ -1,6 +1,10 @@
+import inspect
+from dataclasses import asdict, fields
+from itertools import product
+
 import pytest
 import torch
-from bag_factory import make_bag, make_graphs
+from bag_factory import make_bag, make_graphs, write_bags
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -8,7 +12,10 @@ import dasmil
 from dasmil.bags import Bag, bag_graph, bag_path, join_graphs, read_bag, write_bag
 from dasmil.data import BagDataModule
 from dasmil.errors import InputError
-from dasmil.modules import DASMILModule
+from dasmil.lightning_cli import _evaluation_defaults
+from dasmil.losses import ObjectiveOptions
+from dasmil.modules import DASMILModule, mil
+from dasmil.nn import DASMIL
 
 SMALL = {"hidden_dim": 8, "out_dim": 8, "query_dim": 4}
 
@@ -189,3 +196,161 @@ def test_the_split_of_a_checkpoint_wins_over_a_new_draw(tmp_path):
     later.setup("validate")
     assert later.split == drawn.split
     assert BagDataModule(folder, ["normal", "tumour"])._parts(later.rows) != drawn.split
+
+
+# Switches, and models of some scales
+
+OTHER_OPTIONS = {
+    "distillation": 0.3,
+    "criticality": 0.4,
+    "instance": 0.6,
+    "temperature": 2.5,
+    "discounted": "fine",
+    "distillation_pairs": "finest",
+    "kl_direction": "student_teacher",
+    "squared_temperature": False,
+    "class_distribution": "per_class",
+    "epsilon": True,
+    "criticality_scores": "attention",
+    "children_pooling": "max",
+    "criticality_reduction": "sum",
+    "detach_teacher": False,
+}
+OTHER_NETWORK = {
+    "hidden_dim": 6,
+    "out_dim": 6,
+    "heads": 2,
+    "attention_dropout": 0.1,
+    "node_dropout": 0.3,
+    "residual": "glu",
+    "query_dim": 5,
+    "contextualize": False,
+    "concatenate_parents": True,
+    "coarse_instances": "parents",
+}
+
+
+def defaults_of(function):
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def test_every_option_of_the_objective_reaches_it():
+    assert set(OTHER_OPTIONS) == {field.name for field in fields(ObjectiveOptions)}
+    assert asdict(small_module(**OTHER_OPTIONS).options) == OTHER_OPTIONS
+    for name, value in OTHER_OPTIONS.items():
+        assert asdict(small_module(**{name: value}).options) == {
+            **asdict(ObjectiveOptions()),
+            name: value,
+        }
+
+
+def test_every_option_of_the_network_reaches_it(monkeypatch):
+    given = {}
+    monkeypatch.setattr(mil, "DASMIL", lambda *_, **options: given.update(options) or DASMIL({}))
+    small_module(**OTHER_NETWORK)
+    assert given == OTHER_NETWORK
+    assert {"num_logits", *OTHER_NETWORK} == set(defaults_of(DASMIL.__init__))
+
+
+def test_the_defaults_are_said_once_and_the_same():
+    module, network = defaults_of(DASMILModule.__init__), defaults_of(DASMIL.__init__)
+    assert {name: module[name] for name in OTHER_NETWORK} == {
+        name: network[name] for name in OTHER_NETWORK
+    }
+    assert {name: module[name] for name in OTHER_OPTIONS} == asdict(ObjectiveOptions())
+    assert all(module[name] != value for name, value in (OTHER_NETWORK | OTHER_OPTIONS).items())
+
+
+def pyramid_bags(folder, scales=("x5", "x10", "x20")):
+    """Bags of three scales; each part holds both labels."""
+    parts = ("train", "train", "train", "train", "val", "val", "test", "test")
+    labels = {f"s{n}": ["normal", "tumour"][n % 2] for n in range(8)}
+    split = {f"s{n}": part for n, part in enumerate(parts)}
+    return write_bags(folder, labels, split, scales=scales)
+
+
+def fit_once(folder, scales=None, val_part="val", **options):
+    """A model after one epoch, its data, and the path of its checkpoint."""
+    data = BagDataModule(
+        folder, ["normal", "tumour"], scales, num_workers=0, batch_size=2, val_part=val_part
+    )
+    keeper = ModelCheckpoint(folder / "kept", save_last=True)
+    trainer = quiet_trainer(folder, max_epochs=1, callbacks=[keeper])
+    module = DASMILModule(**{**SMALL, **options})
+    trainer.fit(module, datamodule=data)
+    return module, data, keeper.last_model_path
+
+
+def test_a_checkpoint_remembers_every_switch(tmp_path):
+    network = {**OTHER_NETWORK, "contextualize": True}
+    module, data, path = fit_once(pyramid_bags(tmp_path), **network, **OTHER_OPTIONS)
+    again = dasmil.load(path)
+    for name, value in (network | OTHER_OPTIONS).items():
+        assert again.hparams[name] == value
+    assert again.options == module.options
+    (batch,) = data.test_dataloader()
+    with torch.inference_mode():
+        ours, theirs = module.eval()(batch), again(batch)
+    for scale in ours:
+        assert torch.equal(ours[scale].bag_logits, theirs[scale].bag_logits)
+        assert torch.equal(ours[scale].shown, theirs[scale].shown)
+
+
+@pytest.mark.parametrize(
+    ("scales", "options"),
+    list(
+        product(
+            (["x20"], ["x10", "x20"], ["x5", "x20"], None),
+            ({}, {"contextualize": False, "concatenate_parents": True}),
+        )
+    ),
+)
+def test_a_model_of_any_scales_is_trained_and_tested(tmp_path, scales, options):
+    module, data, path = fit_once(
+        pyramid_bags(tmp_path), scales, standardize=True, coarse_instances="parents", **options
+    )
+    expected = tuple(scales or ("x5", "x10", "x20"))
+    assert module.scales == expected == tuple(dasmil.load(path).scales)
+    figures = quiet_trainer(tmp_path).test(module, datamodule=data, verbose=False)[0]
+    assert {f"test/{scale}/auroc" for scale in expected} <= set(figures)
+    taught = {name.split("/")[2] for name in figures if name.startswith("test/distillation/")}
+    assert taught == set(expected[:-1])
+    assert torch.isfinite(torch.tensor(figures["test/loss"]))
+
+
+def test_other_scales_than_the_models_are_refused(tmp_path):
+    module, _, _ = fit_once(pyramid_bags(tmp_path), ["x10", "x20"])
+    for scales, words in ((["x5", "x20"], "x5, x20"), (None, "x5, x10, x20"), (["x20"], "x20")):
+        data = BagDataModule(tmp_path, ["normal", "tumour"], scales, num_workers=0)
+        data.setup("test")
+        with pytest.raises(InputError, match=rf"the bags hold scales {words} instead of x10, x20"):
+            DASMILModule._refuse_other_data(module.hparams, data)
+
+
+@pytest.mark.filterwarnings("ignore:.*D17")
+@pytest.mark.parametrize("val_part", ["val", "test"])
+def test_a_checkpoint_knows_on_which_part_it_was_chosen_and_which_scales_it_reads(
+    tmp_path, val_part
+):
+    _, _, path = fit_once(pyramid_bags(tmp_path), ["x5", "x20"], val_part)
+    arguments = _evaluation_defaults(["--ckpt_path", path])["data"]["init_args"]
+    assert arguments["val_part"] == val_part
+    assert arguments["scales"] == ["x5", "x20"]
+    data = BagDataModule(tmp_path, num_workers=0, **arguments)
+    data.setup("validate")
+    seen = [slide_id for graph in data.val_dataloader() for slide_id in graph.slide_ids]
+    assert seen == (["s4", "s5"] if val_part == "val" else ["s6", "s7"])
+
+
+def test_predictions_of_a_checkpoint_of_before_the_switches_have_their_defaults(tmp_path):
+    """Hyperparameters that an older checkpoint does not hold."""
+    _, _, path = fit_once(pyramid_bags(tmp_path))
+    content = torch.load(path, weights_only=True)
+    for name in (*OTHER_OPTIONS, "residual", "contextualize", "val_part"):
+        if name not in ("distillation", "criticality", "instance", "temperature"):
+            content["hyper_parameters"].pop(name)
+    torch.save(content, tmp_path / "old.ckpt")
+    assert dasmil.load(tmp_path / "old.ckpt").options == ObjectiveOptions()
+    arguments = _evaluation_defaults(["--ckpt_path", str(tmp_path / "old.ckpt")])
+    assert arguments["data"]["init_args"]["val_part"] == "val"

@@ -1,13 +1,16 @@
-"""GAT on a hand-made graph of 4 nodes against its formula in plain loops."""
+"""GAT on a hand-made graph of 4 nodes against its formula in plain loops, and against PyG's."""
 
 from itertools import combinations
 from math import exp
 
 import pytest
 import torch
+from bag_factory import make_graphs
 from torch import Tensor
+from torch_geometric.nn import GATConv
 
-from dasmil.nn import GAT
+from dasmil.errors import InputError
+from dasmil.nn import GAT, PGNN
 
 X = [[1.0, 2.0], [-1.0, 0.5], [0.0, -2.0], [3.0, 1.0]]
 EDGES = [(0, 1), (1, 0), (1, 2), (2, 0)]  # source, target; node 3 stands alone
@@ -134,3 +137,139 @@ def test_an_edge_survives_when_both_its_ends_do(
         gat.conv.att_dst.zero_()
         changed = (gat(x, pairs) != x)[1::2].float().mean()  # a target that sees its source too
     assert low < changed < high
+
+
+# Against torch_geometric, with every residual form written out (D15)
+
+RESIDUALS = ("none", "plain", "glu")
+WIDTH, NODES = 6, 30
+
+
+def make_pair(residual: str, **options: float) -> tuple[GAT, GATConv]:
+    """A layer of ours, and PyG's as the method has it with the same weights."""
+    torch.manual_seed(0)
+    ours = GAT(
+        WIDTH,
+        WIDTH,
+        HEADS,
+        **{"attention_dropout": 0.0, "node_dropout": 0.0, **options},
+        residual=residual,
+    ).double()  # type: ignore[arg-type]
+    for parameter in ours.parameters():  # a bias is zero at the start
+        torch.nn.init.normal_(parameter, std=0.5)
+    theirs = GATConv(
+        WIDTH,
+        WIDTH,
+        HEADS,
+        concat=False,
+        negative_slope=0.2,
+        add_self_loops=True,
+        dropout=ours.conv.dropout,
+    ).double()
+    theirs.load_state_dict(ours.conv.state_dict())
+    return ours, theirs
+
+
+def random_graph() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(NODES, WIDTH, dtype=torch.float64, generator=generator)
+    edges = (torch.rand(NODES, NODES, generator=generator) < 0.1).fill_diagonal_(False)
+    return x, edges.nonzero().T
+
+
+def gate_by_hand(h: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """h · σ(W2 ELU(W1 h + b1) + b2)."""
+    inner = h @ weights["gate.mlp.0.weight"].T + weights["gate.mlp.0.bias"]
+    inner = torch.where(inner > 0, inner, inner.clamp(max=0).exp() - 1)
+    outer = inner @ weights["gate.mlp.2.weight"].T + weights["gate.mlp.2.bias"]
+    return h / (1 + (-outer).exp())
+
+
+def with_residual(x: Tensor, h: Tensor, residual: str, weights: dict[str, Tensor]) -> Tensor:
+    if residual == "none":
+        return h
+    return x + (h if residual == "plain" else gate_by_hand(h, weights))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_outputs_and_gradients_are_those_of_torch_geometric(residual: str) -> None:
+    ours, theirs = make_pair(residual)
+    x, edges = random_graph()
+    x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    copies = {n: p.detach().clone().requires_grad_() for n, p in ours.named_parameters()}
+
+    found = ours(x_ours, edges)
+    expected = with_residual(x_theirs, theirs(x_theirs, edges), residual, copies)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+    (found.sin() * found).sum().backward()
+    (expected.sin() * expected).sum().backward()
+    torch.testing.assert_close(x_ours.grad, x_theirs.grad, rtol=0, atol=1e-10)
+    for name, parameter in ours.named_parameters():
+        inner = name.startswith("conv.")
+        other = theirs.get_parameter(name[5:]) if inner else copies[name]
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=1e-10)
+        assert parameter.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_attention_dropout_is_that_of_torch_geometric(residual: str) -> None:
+    """The same seed drops the same coefficients."""
+    ours, theirs = make_pair(residual, attention_dropout=0.4)
+    x, edges = random_graph()
+    torch.manual_seed(5)
+    found = ours.train()(x, edges)
+    torch.manual_seed(5)
+    h = theirs.train()(x, edges)
+    expected = with_residual(x, h, residual, dict(ours.named_parameters()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(found, ours.eval()(x, edges))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_dropped_node_keeps_its_residual(residual: str) -> None:
+    ours, theirs = make_pair(residual, node_dropout=1.0)
+    x, edges = random_graph()
+    h = theirs(x, edges[:, :0])
+    expected = with_residual(x, h, residual, dict(ours.named_parameters()))
+    torch.testing.assert_close(ours.train()(x, edges), expected, rtol=0, atol=1e-12)
+
+
+def test_only_the_gated_form_has_weights_of_its_own() -> None:
+    """An MLP F → F/2 → F beside the layer."""
+    counts = [sum(p.numel() for p in make_pair(r)[0].parameters()) for r in RESIDUALS]
+    half = WIDTH // 2
+    assert counts[0] == counts[1]
+    assert counts[2] - counts[0] == WIDTH * half + half + half * WIDTH + WIDTH
+
+
+@pytest.mark.parametrize("residual", ["plain", "glu"])
+def test_a_residual_needs_equal_widths(residual: str) -> None:
+    with pytest.raises(InputError, match=rf"residual '{residual}': .*width 4 to 5; give"):
+        GAT(4, 5, residual=residual)  # type: ignore[arg-type]
+    GAT(4, 5)
+
+
+@pytest.mark.parametrize("residual", ["plain", "glu"])
+@pytest.mark.parametrize("widths", [(5, 6, 6), (6, 6, 5)], ids=["input", "output"])
+def test_every_layer_of_the_pgnn_has_the_residual(
+    residual: str, widths: tuple[int, int, int]
+) -> None:
+    in_dim, hidden, out = widths
+    with pytest.raises(InputError, match="residual"):
+        PGNN({"x10": in_dim, "x20": in_dim}, hidden, out, residual=residual)  # type: ignore[arg-type]
+    pgnn = PGNN({"x10": 6, "x20": 6}, 6, 6, residual=residual)  # type: ignore[arg-type]
+    gats = [*pgnn.scale_gats.values(), pgnn.union_gat]
+    assert [gat.residual for gat in gats] == [residual] * 3
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_the_pgnn_is_its_layers_with_their_residuals(residual: str) -> None:
+    """With all weights of the graph attention zero, x + h is x twice over, and h is zero."""
+    (graph,) = make_graphs([12])
+    pgnn = PGNN({"x10": 6, "x20": 6}, 6, 6, node_dropout=0.0, residual=residual).eval()  # type: ignore[arg-type]
+    for parameter in pgnn.parameters():
+        torch.nn.init.zeros_(parameter)
+    for scale, h in pgnn(graph).items():
+        expected = torch.zeros_like(h) if residual == "none" else graph.features[scale]
+        assert torch.equal(h, expected)

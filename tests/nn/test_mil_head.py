@@ -1,7 +1,8 @@
 """The MIL head against DSMIL's dual stream in plain loops, bag by bag."""
 
+from collections.abc import Iterable
 from itertools import pairwise
-from math import exp, sqrt, tanh
+from math import exp, sin, sqrt, tanh
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dasmil.nn import MILHead, ScaleOutput
 
 WIDTH, QUERY = 5, 4
 SIZES = (6, 0, 1, 9)
+PARTS = ("bag_logits", "instance_logits", "attention")
 
 
 def make_head(num_logits: int) -> MILHead:
@@ -165,6 +167,140 @@ def test_gradients_are_those_of_finite_differences(num_logits: int) -> None:
 
     query_weight = head.query[0].weight.detach().clone()
     assert torch.autograd.gradcheck(outputs, (h.requires_grad_(), query_weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_gradients_are_the_slopes_of_the_plain_loops(num_logits: int) -> None:
+    """Of every feature and every weight: a step to either side in the loops above."""
+    head, (h, ptr) = make_head(num_logits), make_rows((3, 0, 1))
+
+    def figure(found: Iterable[list[float]]) -> float:
+        values = [value for row in found for value in row]
+        return sum((1 + 0.1 * k) * sin(value) for k, value in enumerate(values))
+
+    def by_loops() -> float:
+        total = 0.0
+        for start, end in pairwise(ptr.tolist()):
+            bag, instance, attention = dual_stream(head, h[start:end].tolist())
+            total += figure([bag]) + figure(instance) + figure(attention)
+        return total
+
+    output, total = head(h.requires_grad_(), ptr), 0.0
+    for number, (start, end) in enumerate(pairwise(ptr.tolist())):
+        parts = (
+            output.bag_logits[number],
+            output.instance_logits[start:end].flatten(),
+            output.attention[start:end].flatten(),
+        )
+        total += sum(((1 + 0.1 * torch.arange(len(p)).to(p)) * p.sin()).sum() for p in parts)
+    total.backward()
+    with torch.no_grad():
+        for tensor in (h, *head.parameters()):
+            flat = tensor.view(-1)
+            for entry, found in enumerate(tensor.grad.flatten().tolist()):
+                value, step = flat[entry].item(), 1e-5
+                around = []
+                for moved in (value + step, value - step):
+                    flat[entry] = moved
+                    around.append(by_loops())
+                flat[entry] = value
+                assert found == pytest.approx((around[0] - around[1]) / (2 * step), abs=1e-7)
+
+
+# Tiles that the head is not shown (D12)
+
+# Of the last bag nothing is shown.
+SHOWN = (1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 0, 0)
+SHOWN_SIZES = (6, 0, 1, 6, 3)
+
+
+def hide_some(num_logits: int) -> tuple[MILHead, Tensor, Tensor, Tensor]:
+    head = make_head(num_logits)
+    h, ptr = make_rows(SHOWN_SIZES)
+    shown = torch.tensor(SHOWN, dtype=torch.bool)
+    h[~shown] *= 5  # a hidden tile would matter, were it seen
+    return head, h, ptr, shown
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_a_bag_is_what_the_head_says_of_its_shown_tiles_alone(num_logits: int) -> None:
+    head, h, ptr, shown = hide_some(num_logits)
+    output = head(h, ptr, shown)
+    for bag, (start, end) in enumerate(pairwise(ptr.tolist())):
+        seen = h[start:end][shown[start:end]]
+        bag_logits, _, attention = dual_stream(head, seen.tolist())
+        assert output.bag_logits[bag].tolist() == pytest.approx(bag_logits, abs=1e-12)
+        found = output.attention[start:end][shown[start:end]].tolist()
+        assert found == [pytest.approx(row, abs=1e-12) for row in attention]
+    assert not torch.allclose(head(h, ptr).bag_logits[0], output.bag_logits[0])
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_a_hidden_tile_has_an_instance_logit_and_no_attention(num_logits: int) -> None:
+    head, h, ptr, shown = hide_some(num_logits)
+    output = head(h, ptr, shown)
+    everything = head(h, ptr)
+    torch.testing.assert_close(output.instance_logits, everything.instance_logits)
+    assert output.attention.shape == everything.attention.shape
+    assert not output.attention[~shown].any()
+    assert output.attention[shown].all()
+    assert torch.equal(output.bag_index, everything.bag_index)
+    assert torch.equal(output.shown, shown)
+    assert everything.shown.all() and everything.shown.dtype == torch.bool
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_a_bag_of_which_nothing_is_shown_is_as_one_without_tiles(num_logits: int) -> None:
+    head, h, ptr, shown = hide_some(num_logits)
+    bag_logits = head(h, ptr, shown).bag_logits
+    assert torch.equal(bag_logits[1], head.bag_classifier.bias)
+    assert torch.equal(bag_logits[4], head.bag_classifier.bias)
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_with_all_shown_nothing_changes(num_logits: int) -> None:
+    head = make_head(num_logits)
+    h, ptr = make_rows(SIZES)
+    output, everything = head(h, ptr, torch.ones(len(h), dtype=torch.bool)), head(h, ptr)
+    for name in PARTS:
+        assert torch.equal(getattr(output, name), getattr(everything, name))
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_hidden_tiles_teach_the_bag_nothing(num_logits: int) -> None:
+    """Gradients of features and weights are those of the shown rows alone."""
+    head, h, ptr, shown = hide_some(num_logits)
+    ends = torch.tensor([0, *(int(shown[:end].sum()) for end in ptr[1:])])
+    whole, part = h.clone().requires_grad_(), h[shown].clone().requires_grad_()
+
+    def loss(output: ScaleOutput) -> Tensor:
+        return (output.bag_logits.sin() ** 2).sum() + (output.attention.sin() ** 2).sum()
+
+    loss(head(whole, ptr, shown)).backward()
+    found = {name: p.grad for name, p in head.named_parameters()}
+    head.zero_grad()
+    loss(head(part, ends)).backward()
+    torch.testing.assert_close(whole.grad[shown], part.grad, rtol=0, atol=1e-12)
+    assert not whole.grad[~shown].any() and part.grad.any()
+    for name, parameter in head.named_parameters():
+        expected = parameter.grad
+        if expected is None:
+            assert found[name] is None or not found[name].any()
+        else:
+            torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_shown_bags_in_one_pass_equal_bags_one_by_one(num_logits: int) -> None:
+    head, h, ptr, shown = hide_some(num_logits)
+    together = head(h, ptr, shown)
+    alone = [
+        head(rows, torch.tensor([0, len(rows)]), seen)
+        for rows, seen in zip(h.split(SHOWN_SIZES), shown.split(SHOWN_SIZES))
+    ]
+    for name in PARTS:
+        expected = torch.cat([getattr(single, name) for single in alone])
+        torch.testing.assert_close(getattr(together, name), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("num_logits", [1, 3])

@@ -1,0 +1,200 @@
+"""Weights of facebookresearch/dino (Caron et al. 2021) in, an extractor checkpoint out."""
+
+import math
+from argparse import Namespace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from dasmil.embedding.extractor import BACKBONE_PREFIX, ExtractorRecord, vit_backbone
+from dasmil.errors import InputError
+from dasmil.files import atomic_path
+from dasmil.interop.restricted import load_restricted
+from dasmil.units import Scale
+
+NAMES = {  # by width; timm's ViT has the original's keys
+    192: "vit_tiny_patch16_224",
+    384: "vit_small_patch16_224",
+    768: "vit_base_patch16_224",
+}
+SHOWN_KEYS = 5
+
+
+class NumpyScalar:
+    """Stands in for NumPy's: the optimizer's rates are such, and nothing here needs them."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+ALLOWED = (
+    Namespace,
+    (NumpyScalar, "numpy.dtype"),
+    (NumpyScalar, "numpy.core.multiarray.scalar"),  # NumPy 1
+    (NumpyScalar, "numpy._core.multiarray.scalar"),  # NumPy 2
+)
+
+
+def dino_checkpoint(
+    file: Path,
+    out: Path,
+    network: Literal["teacher", "student"] = "teacher",
+    image_size: int = 256,
+    normalize: bool = True,
+    scale: str | None = None,
+    tile_px: int | None = None,
+) -> int:
+    """Turn a checkpoint of facebookresearch/dino into an extractor checkpoint for `embed`.
+
+    Parameters
+    ----------
+    file:
+        checkpoint of a ViT-T, ViT-S or ViT-B, or its backbone alone; gzip-compressed or not.
+    out:
+        the checkpoint to write.
+    network:
+        which of the two to take; DINO itself is evaluated by its teacher.
+    image_size:
+        side in pixels at which tiles are to be embedded, a multiple of the ViT's patch;
+        the position embedding is resampled to it here, in the original's way.
+    normalize:
+        ImageNet's mean and std before the network, as DINO was trained; false for features
+        like the released ones of mil4wsi, which were made without (D19).
+    scale:
+        the scale of the tiles the weights were trained on, for example x20; if not given, tiles
+        of any scale are embedded.
+    tile_px:
+        side in pixels of the tiles the weights were trained on; likewise.
+
+    Returns
+    -------
+    The exit code, 0.
+    """
+    if out.is_dir() or out.resolve() == file.resolve():
+        raise InputError(f"{out}: a folder or the imported file itself; name another file to write")
+    mpp = None if scale is None else Scale.parse(scale).mpp
+    content = load_restricted(file, ALLOWED, "checkpoint of DINO")
+    weights = _backbone_weights(content, network, file)
+    name, patch = _architecture(weights, file)
+    if image_size < patch or image_size % patch:
+        raise InputError(
+            f"image_size: {image_size} is not a multiple of {patch}, the patch of {file}"
+        )
+    if "pos_embed" in weights:
+        weights["pos_embed"] = _resample(weights["pos_embed"].float(), image_size // patch)
+    options = {} if patch == 16 else {"patch_size": patch}
+    with torch.device("meta"):
+        shapes = {
+            key: tuple(weight.shape)
+            for key, weight in vit_backbone(name, image_size, **options).state_dict().items()
+        }
+    _check_fit(weights, shapes, f"{name} with patch {patch}", file)
+
+    record = ExtractorRecord(
+        name=name,
+        options=options,
+        image_size=image_size,
+        mean=IMAGENET_DEFAULT_MEAN if normalize else (0.0, 0.0, 0.0),
+        std=IMAGENET_DEFAULT_STD if normalize else (1.0, 1.0, 1.0),
+        scale=scale,
+        mpp=mpp,
+        tile_px=tile_px,
+        trained_on=None,
+    )
+    # clones: a view would be written with all that it is a view of
+    state = {f"{BACKBONE_PREFIX}{key}": weights[key].detach().float().clone() for key in shapes}
+    with atomic_path(out) as temporary:
+        torch.save({"extractor": asdict(record), "state_dict": state}, temporary)
+
+    print(
+        "which slides these weights have seen is not known: `fit` cannot tell whether held-out "
+        "slides are among them, and will say so"
+    )
+    epoch = f", epoch {content['epoch']}" if isinstance(content.get("epoch"), int) else ""
+    print(
+        f"imported {name} with patch {patch} ({network if network in content else 'backbone'} of "
+        f"{file}{epoch}) for images of {image_size} px "
+        f"{'with' if normalize else 'without'} ImageNet's normalisation; "
+        f"use it with: embed --extractors.{scale or 'SCALE'} {out}"
+    )
+    return 0
+
+
+def _backbone_weights(content: Any, network: str, file: Path) -> dict[str, Tensor]:
+    """The backbone's weights under timm's keys."""
+    content = content if isinstance(content, dict) else {}
+    weights = content.get(network)
+    if network == "teacher" and _is_state_dict(content):
+        weights = content  # the backbone alone, as DINO's authors publish it: the teacher's
+    if not _is_state_dict(weights):
+        raise InputError(
+            f"{file}: not a checkpoint of DINO with a {network}; "
+            f"it holds {_some(list(map(str, content))) or 'no keys'}"
+        )
+    named = {
+        str(key).removeprefix("module.").removeprefix("backbone."): weight
+        for key, weight in weights.items()
+    }
+    return {key: weight for key, weight in named.items() if not key.startswith("head.")}
+
+
+def _is_state_dict(value: Any) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(weight, Tensor) for weight in value.values())
+
+
+def _architecture(weights: Mapping[str, Tensor], file: Path) -> tuple[str, int]:
+    """Timm name and side of the ViT's patch in pixels."""
+    patches = weights.get("patch_embed.proj.weight", torch.empty(0))
+    if patches.ndim != 4 or len(patches) not in NAMES:
+        raise InputError(
+            f"{file}: not a ViT-T, ViT-S or ViT-B of DINO, whose patch_embed.proj.weight is "
+            f"{', '.join(map(str, NAMES))} wide; it holds {_some(weights)}"
+        )
+    return NAMES[len(patches)], patches.shape[-1]
+
+
+def _resample(position: Tensor, size: int) -> Tensor:
+    """Position embedding (1, 1 + g², D) → (1, 1 + size², D), as DINO does in every forward pass.
+
+    The 0.1 is the original's: the scale factor, not the size, sets where the grid is sampled.
+    What is no square grid stays as it is.
+    """
+    grid = math.isqrt(max(0, position.shape[1] - 1)) if position.ndim == 3 else 0
+    if grid in (0, size) or position.shape[1] != 1 + grid**2:
+        return position
+    patches = position[:, 1:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (1, D, g, g)
+    factor = (size + 0.1) / grid
+    patches = F.interpolate(patches, scale_factor=(factor, factor), mode="bicubic")
+    return torch.cat([position[:, :1], patches.flatten(2).mT], dim=1)
+
+
+def _check_fit(
+    weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], name: str, file: Path
+) -> None:
+    found = {key: tuple(weight.shape) for key, weight in weights.items()}
+    wrong = [f"{key} is missing" for key in shapes if key not in found]
+    wrong += [f"{key} has no place" for key in found if key not in shapes]
+    wrong += [
+        f"{key} is {found[key]}, not {shape}"
+        for key, shape in shapes.items()
+        if found.get(key, shape) != shape
+    ]
+    if wrong:
+        raise InputError(f"{file}: does not fit {name}: {_some(wrong)}")
+
+
+def _some(texts: Collection[str]) -> str:
+    """The first few of them, and how many more there are."""
+    shown = ", ".join(list(texts)[:SHOWN_KEYS])
+    return shown + (f" and {len(texts) - SHOWN_KEYS} more" if len(texts) > SHOWN_KEYS else "")

@@ -1,0 +1,284 @@
+"""The kind ``mil4wsi-checkpoint`` of the verb ``import``: released weights → a checkpoint of ours.
+
+mil4wsi (https://github.com/aimagelab/mil4wsi) releases bare state dicts. Theirs on the left, ours
+on the right, below ``network.``::
+
+    gnn1.layers.0.*, glu1.mlp.mlp.*        pgnn.scale_gats.<coarse>.conv.*, .gate.mlp.*
+    gnn2.layers.0.*, glu2.mlp.mlp.*        pgnn.scale_gats.<fine>.conv.*, .gate.mlp.*
+    GNNlast.layers.0.*, glulast.mlp.mlp.*  pgnn.union_gat.conv.*, .gate.mlp.*
+    mil2.*, mil3.*                         heads.<coarse>.*, heads.<fine>.*
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from torch import Tensor
+
+from dasmil.bags import BagHeader
+from dasmil.embedding.extractor import load_extractor
+from dasmil.errors import InputError
+from dasmil.files import atomic_path, configs_folder
+from dasmil.interop.mil4wsi_bags import extractor_card
+from dasmil.interop.restricted import load_restricted
+from dasmil.modules.mil import DASMILModule
+from dasmil.nn.gat import Residual
+from dasmil.nn.pgnn import module_key
+from dasmil.units import Mpp, Scale, TilePx, parse_scales
+
+GATS = ("gnn1", "gnn2", "GNNlast")
+GATES = ("glu1", "glu2", "glulast")
+CONV_KEYS = ("att_src", "att_dst", "bias", "lin.weight")
+GATE_KEYS = ("0.weight", "0.bias", "2.weight", "2.bias")
+HEAD_KEYS = {
+    "instance_classifier": "i_classifier.fc.0",
+    "transform.0": "b_classifier.lin.0",
+    "query.0": "b_classifier.q.0",
+    "value": "b_classifier.v.1",
+    "bag_classifier": "b_classifier.fcc",
+}
+MAX_KEYS = 5  # that a message names
+
+
+def mil4wsi_checkpoint(
+    file: Path,
+    out: Path,
+    classes: tuple[str, ...] = ("0", "1"),
+    scales: tuple[str, ...] | None = None,
+    residual: Residual | None = None,
+    extractors: dict[str, str] | None = None,
+    tile_px: int = 256,
+) -> int:
+    """Weights that mil4wsi trained → a checkpoint for validate, test, predict and dasmil.load.
+
+    Its objective and optimisation are those of configs/preset/mil4wsi.yaml, or mil4wsi_lung.yaml
+    for a model with residuals. Which slides it was trained on is not known: validation reads the
+    test part, as in the release.
+
+    Parameters
+    ----------
+    file:
+        state dict of mil4wsi, such as model_cam.pt or Lung.pt.
+    out:
+        checkpoint to write.
+    classes:
+        names of the labels 0, 1, ...; for two classes the second is the positive one.
+    scales:
+        the coarse and the fine one; x5 and x20 for a model with residuals, else x10 and x20.
+    residual:
+        none, plain or glu. Weights with gates are glu; equal widths are taken for plain.
+    extractors:
+        per scale the extractor whose features it is to read: one of `import dino-checkpoint`, or
+        whatever else `embed` takes. Without: the features that `import mil4wsi-bags` brings.
+    tile_px:
+        side of a tile as the extractors saw it.
+
+    Raises
+    ------
+    InputError
+        when the file cannot be loaded safely, or its weights are not those of mil4wsi.
+    """
+    if out.is_dir() or out.resolve() == file.resolve():
+        raise InputError(f"{out}: a folder or the imported file itself; name another file to write")
+    weights = _read_weights(file)
+    has_gates = residual == "glu" if residual else any(key.startswith("glu") for key in weights)
+    _require_keys(file, weights, released_names("coarse", "fine", has_gates).values())
+    widths = _widths(file, weights)
+    if residual is None:
+        residual = "glu" if has_gates else _guess_residual(file, widths)
+    if residual != "none" and not _are_equal(widths):
+        raise InputError(
+            f"{file}: with the widths {_describe(widths)} there are no residuals; give --residual "
+            "none"
+        )
+    if scales is None:
+        scales = ("x10", "x20") if residual == "none" else ("x5", "x20")
+        print(f"{file}: taken for a model of {' and '.join(scales)}; --scales says otherwise")
+    hparams = _hyper_parameters(file, widths, residual, classes)
+    hparams["bag_format"] = _bag_format(file, widths, parse_scales(scales), extractors, tile_px)
+
+    with torch.device("meta"):  # shapes alone
+        model = DASMILModule(**hparams)
+    coarse, fine = model.scales
+    names = released_names(coarse, fine, has_gates)
+    state = {f"network.{ours}": weights[theirs] for ours, theirs in names.items()}
+    _require_shapes(file, model.state_dict(), state, names)
+    model.load_state_dict(state, assign=True)
+    content = {
+        "state_dict": state,
+        "hyper_parameters": dict(model.hparams),
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+    }
+    with atomic_path(out) as temporary:
+        torch.save(content, temporary)
+    print(
+        f"import: {out}: {sum(tensor.numel() for tensor in state.values()):,} parameters, scales "
+        f"{' and '.join(model.scales)}, residual {residual}, widths {_describe(widths)}"
+    )
+    return 0
+
+
+def released_names(coarse: str, fine: str, has_gates: bool) -> dict[str, str]:
+    """Our name of each weight, in :class:`dasmil.nn.DASMIL`, and theirs."""
+    coarse, fine = module_key(coarse), module_key(fine)
+    gats = (f"pgnn.scale_gats.{coarse}", f"pgnn.scale_gats.{fine}", "pgnn.union_gat")
+    names: dict[str, str] = {}
+    for ours, gat, gate in zip(gats, GATS, GATES, strict=True):
+        names |= {f"{ours}.conv.{key}": f"{gat}.layers.0.{key}" for key in CONV_KEYS}
+        if has_gates:
+            names |= {f"{ours}.gate.mlp.{key}": f"{gate}.mlp.mlp.{key}" for key in GATE_KEYS}
+    for scale, head in ((coarse, "mil2"), (fine, "mil3")):
+        for ours, theirs in HEAD_KEYS.items():
+            for kind in ("weight", "bias"):
+                names[f"heads.{scale}.{ours}.{kind}"] = f"{head}.{theirs}.{kind}"
+    return names
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """The state dict under the names of today's torch_geometric, without what no one uses."""
+    content = load_restricted(file, kind="state dict of mil4wsi")
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
+        for key, value in content.items()
+    ):
+        raise InputError(f"{file}: no state dict (names of weights → tensors) of mil4wsi")
+    weights = {key.removeprefix("module."): value.detach() for key, value in content.items()}
+    weights = {key: w.float() for key, w in weights.items() if not key.startswith("millast.")}
+    for gat in GATS:  # up to PyG 2.4 the one weight has two names
+        source, target = (f"{gat}.layers.0.{kind}.weight" for kind in ("lin_src", "lin_dst"))
+        if source in weights and target in weights:
+            if not torch.equal(weights[source], weights[target]):
+                raise InputError(
+                    f"{file}: {source} and {target} differ; a model of mil4wsi has one weight there"
+                )
+            weights[f"{gat}.layers.0.lin.weight"] = weights.pop(source)
+            del weights[target]
+    return weights
+
+
+def _require_keys(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
+    missing = sorted(set(wanted) - set(found))
+    unknown = sorted(set(found) - set(wanted))
+    parts = [f"lacks {_some(missing)}"] * bool(missing)
+    parts += [f"has the unknown {_some(unknown)}"] * bool(unknown)
+    if parts:
+        raise InputError(
+            f"{file}: no DAS-MIL model of mil4wsi with two scales, it {', '.join(parts)}"
+        )
+
+
+def _require_shapes(
+    file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Mapping[str, str]
+) -> None:
+    wrong = [
+        f"{names[key.removeprefix('network.')]} is {tuple(found[key].shape)} instead of "
+        f"{tuple(tensor.shape)}"
+        for key, tensor in wanted.items()
+        if tensor.shape != found[key].shape
+    ]
+    if wrong:
+        raise InputError(f"{file}: its weights do not fit each other: {_some(wrong)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_KEYS} more" if len(names) > MAX_KEYS else ""
+    return ", ".join(names[:MAX_KEYS]) + more
+
+
+def _widths(file: Path, weights: Mapping[str, Tensor]) -> dict[str, int]:
+    def size(key: str, axis: int, num_axes: int) -> int:
+        shape = weights[key].shape
+        if len(shape) != num_axes or 0 in shape:
+            raise InputError(f"{file}: {key} has the impossible shape {tuple(shape)}")
+        return shape[axis]
+
+    return {
+        "coarse_dim": size("gnn1.layers.0.lin.weight", 1, 2),
+        "fine_dim": size("gnn2.layers.0.lin.weight", 1, 2),
+        "hidden_dim": size("gnn1.layers.0.bias", 0, 1),
+        "out_dim": size("GNNlast.layers.0.bias", 0, 1),
+        "heads": size("gnn1.layers.0.att_src", 1, 3),
+        "query_dim": size("mil3.b_classifier.q.0.weight", 0, 2),
+        "num_logits": size("mil3.i_classifier.fc.0.weight", 0, 2),
+    }
+
+
+def _are_equal(widths: Mapping[str, int]) -> bool:
+    return len({widths[name] for name in ("coarse_dim", "fine_dim", "hidden_dim", "out_dim")}) == 1
+
+
+def _describe(widths: Mapping[str, int]) -> str:
+    features = dict.fromkeys((widths["coarse_dim"], widths["fine_dim"]))
+    return " → ".join(
+        ["/".join(map(str, features)), str(widths["hidden_dim"]), str(widths["out_dim"])]
+    )
+
+
+def _guess_residual(file: Path, widths: Mapping[str, int]) -> Residual:
+    if not _are_equal(widths):
+        return "none"
+    print(
+        f"{file}: its widths are equal and it has no gates; taken for a model with plain "
+        "residuals, which the weights do not tell: --residual none is the other possibility"
+    )
+    return "plain"
+
+
+def _hyper_parameters(
+    file: Path, widths: Mapping[str, int], residual: Residual, classes: Sequence[str]
+) -> dict[str, Any]:
+    """All but the bag format."""
+    num_classes = max(2, widths["num_logits"])
+    if len(classes) != num_classes or len(set(classes)) != num_classes:
+        raise InputError(
+            f"--classes: names {', '.join(classes)}, but {file} tells {num_classes} classes apart; "
+            "name each of them once"
+        )
+    preset_name = "mil4wsi.yaml" if residual == "none" else "mil4wsi_lung.yaml"
+    preset = yaml.safe_load((configs_folder() / "preset" / preset_name).read_text())
+    return {
+        **preset["model"]["init_args"],
+        **{name: widths[name] for name in ("hidden_dim", "out_dim", "heads", "query_dim")},
+        "residual": residual,
+        "one_logit": widths["num_logits"] == 1,
+        "classes": list(classes),
+        "split": {},
+        "val_part": preset["data"]["init_args"]["val_part"],
+    }
+
+
+def _bag_format(
+    file: Path,
+    widths: Mapping[str, int],
+    scales: tuple[Scale, ...],
+    sources: Mapping[str, str] | None,
+    tile_px: int,
+) -> dict[str, Any]:
+    """What the bags must hold that the model reads, as :meth:`BagHeader.bag_format` says it."""
+    if len(scales) != 2:
+        raise InputError(f"--scales: {file} is a model of two scales, {len(scales)} are named")
+    names = [scale.name for scale in scales]
+    sources = sources or {}
+    if sources and set(sources) != set(names):
+        raise InputError(
+            f"--extractors: given for {', '.join(sources)}, the model reads {', '.join(names)}; "
+            "give one for each of them"
+        )
+    cards = {}
+    for scale, dim in zip(scales, (widths["coarse_dim"], widths["fine_dim"]), strict=True):
+        card = extractor_card(scale.name, dim)
+        if sources:
+            card = load_extractor(sources[scale.name], scale, tile_px).card
+        if card.feature_dim != dim:
+            raise InputError(
+                f"{sources[scale.name]}: its features are {card.feature_dim} wide, {file} reads "
+                f"{dim} at {scale.name}; give the extractor that the model was trained with"
+            )
+        cards[scale.name] = card
+    header = BagHeader("", scales, TilePx(tile_px), Mpp(1.0), (0, 0), "", cards, 0)
+    return header.bag_format()
