@@ -10,15 +10,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from road import CONF, CONFIGS, REPOSITORY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dasmil.cli import main
 from dasmil.errors import InputError
 from dasmil.files import write_text
+from dasmil.sweep.figure import draw
 from dasmil.sweep.processes import gpu_slots, gpus, last_error
 from dasmil.sweep.runs import SweepRow, find_config, plan, refuse_other_runs
 from dasmil.sweep.sweep import sweep
@@ -98,6 +101,17 @@ def test_without_paper_and_with_one_seed_the_table_is_plain():
     text = markdown("T", Path("B"), (3,), [SweepRow("a")], [{"auroc": Cell((0.9,))}])
     assert "test slides of B, seed 3\n\n|  | auroc |\n" in text
     assert "paper" not in text
+
+
+def test_the_picture_marks_seeds_and_the_papers_figures(tmp_path):
+    def pixels_near(colour, values, paper):
+        draw(tmp_path / "t.png", "T", [SweepRow("a", (), paper)], [{"auroc": Cell(values)}])
+        picture = np.asarray(Image.open(tmp_path / "t.png").convert("RGB")).astype(int)
+        return int((np.abs(picture - colour).max(axis=2) < 30).sum())
+
+    blue, orange = (31, 119, 180), (255, 127, 14)
+    assert pixels_near(orange, (0.9, 1.0), {}) == 0 < pixels_near(orange, (0.9, 1.0), {"auroc": 1})
+    assert pixels_near(blue, (None, None), {}) == 0 < pixels_near(blue, (0.9, None), {})
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dasmil.errors import InputError
 from dasmil.files import write_csv, write_text
+from dasmil.sweep.figure import draw
 from dasmil.sweep.processes import fit_and_test, gpu_slots, gpus
 from dasmil.sweep.runs import SweepRow, plan, refuse_other_runs
 from dasmil.sweep.table import CSV_COLUMNS, Cell, csv_rows, markdown
@@ -22,7 +23,7 @@ def sweep(
     name: str = "sweep",
     jobs: int = 1,
 ) -> int:
-    """Fit and test each row's configs with each seed, and print the table of the test figures.
+    """Fit and test each row's configs with each seed; print, write and draw the test figures.
 
     A run that is done is not done again, one that was broken off goes on from its last epoch; rows
     of several tables with the same configs share their runs in one output folder. A run that fails
@@ -78,5 +79,6 @@ def sweep(
     text = markdown(title or name, bags, seeds, rows, cells)
     write_text(output / f"{name}.md", text)
     write_csv(output / f"{name}.csv", CSV_COLUMNS, csv_rows(rows, cells))
-    print(f"\n{text}\ntable {output / f'{name}.md'}", flush=True)
+    draw(output / f"{name}.png", title or name, rows, cells)
+    print(f"\n{text}\ntable {output / f'{name}.md'}, picture {output / f'{name}.png'}", flush=True)
     return int(not well)

@@ -147,6 +147,11 @@ BROKEN: list[tuple[str, Callable[[Bag], Bag], str]] = [
         lambda b: changed(b, "grid", "x10", (3, 0), b.grid["x10"][3, 0] + 2),
         "x10: a tile does not lie inside its parent",
     ),
+    (
+        "a child of the first tile outside it",
+        lambda b: changed(b, "grid", "x20", (0, 1), b.grid["x20"][0, 1] + 2),
+        "x20: a tile does not lie inside its parent",
+    ),
     ("one place twice", lambda b: twice(b, "x20"), "x20: two tiles lie in the same place"),
     (
         "nan",

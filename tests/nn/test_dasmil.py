@@ -116,9 +116,9 @@ def rows_by_hand(graph: BagGraph, h: dict[str, Tensor], scale: str) -> Tensor:
     if scale == graph.scales[0]:
         return h[scale]
     coarser = h[graph.scales[graph.scales.index(scale) - 1]]
-    none = [0.0] * coarser.shape[1]
-    above = [none if row < 0 else coarser[row].tolist() for row in graph.parent[scale].tolist()]
-    return torch.cat([torch.tensor(above, dtype=torch.float64).reshape(-1, len(none)), h[scale]], 1)
+    none = coarser.new_zeros(coarser.shape[1])
+    above = [none if row < 0 else coarser[row] for row in graph.parent[scale].tolist()]
+    return torch.stack([torch.cat(pair) for pair in zip(above, h[scale], strict=True)])
 
 
 def parents_by_hand(graph: BagGraph, scale: str) -> Tensor:
@@ -135,9 +135,13 @@ def parents_by_hand(graph: BagGraph, scale: str) -> Tensor:
 def test_each_scale_has_a_head_of_its_own_on_what_is_meant_for_it(
     scales: tuple[str, ...], variant: dict[str, Any]
 ) -> None:
-    """Rows of the PGNN or of the extractor, its parents' before them, and D12, all by hand."""
+    """Rows of the PGNN or of the extractor, its parents' before them, and D12, all by hand.
+
+    The gradients of the features too: also parents learn from their children's head.
+    """
     model = make_model(1, scales, **variant).eval()
     graph = join_graphs(graphs_of((9, 0, 4, 1), scales))
+    leaves = [features.requires_grad_() for features in graph.features.values()]
     h = dict(graph.features) if model.pgnn is None else model.pgnn(graph)
     assert (model.pgnn is None) is not variant["contextualize"]
     for number, (scale, found) in enumerate(model(graph).items()):
@@ -153,10 +157,18 @@ def test_each_scale_has_a_head_of_its_own_on_what_is_meant_for_it(
         assert torch.equal(found.shown, shown)
         head = head_of(model, scale, width)
         expected = head(rows, graph.ptr[scale], shown)
+        slopes = []
+        for output in (found, expected):
+            loss = sum((getattr(output, part).sin() ** 2).sum() for part in PARTS)
+            slopes.append(
+                torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True)
+            )
         for part in PARTS:
             torch.testing.assert_close(
                 getattr(found, part), getattr(expected, part), rtol=0, atol=1e-12
             )
+        for ours, by_hand in zip(*slopes, strict=True):
+            torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-10)
 
 
 def test_without_the_graph_there_are_no_weights_of_it_and_no_neighbours() -> None:

@@ -1,0 +1,42 @@
+"""The table of a sweep as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dasmil.files import atomic_path
+from dasmil.sweep.runs import SweepRow
+from dasmil.sweep.table import Cell
+
+ROW_INCHES = 0.34
+PANEL_INCHES = 3.4
+
+
+def draw(
+    path: Path, title: str, rows: Sequence[SweepRow], cells: Sequence[Mapping[str, Cell]]
+) -> None:
+    """One panel a column, one line a row: a dot a seed, a bar at their mean; ◇ is the paper's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = list(cells[0])
+    height = 1.3 + ROW_INCHES * len(rows)
+    figure = Figure((1.8 + PANEL_INCHES * len(columns), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for panel, column in zip(panels, columns):
+        for y, (row, cells_of_row) in enumerate(zip(rows, cells)):
+            cell = cells_of_row[column]
+            panel.plot(cell.known, [y] * len(cell.known), "o", color="C0", alpha=0.5, mew=0)
+            if cell.mean is not None:
+                panel.plot(cell.mean, y, "|", color="C0", markersize=16, markeredgewidth=2)
+            if column in row.paper:
+                panel.plot(row.paper[column], y, "D", color="C1", markerfacecolor="none")
+        panel.set_xlabel(column)
+        panel.grid(axis="x", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(rows)), [row.label for row in rows])
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    paper = "; ◇ the paper, on its own data" if any(row.paper for row in rows) else ""
+    figure.suptitle(f"{title}\n● a seed, | their mean{paper}", fontsize=10)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
