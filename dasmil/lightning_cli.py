@@ -65,6 +65,10 @@ class DasmilCLI(LightningCLI):
         """Without Lightning's warning that ``sys.argv`` is set too."""
         self.config = parser.parse_args(args)
         given = self.config[self.verb]
+        if "://" in str(given.get("ckpt_path")):
+            raise InputError(
+                f"{given.ckpt_path}: a checkpoint is read from a file alone; download it first"
+            )
         if (
             self.verb != "fit"
             and not self.defaults

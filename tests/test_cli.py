@@ -295,3 +295,13 @@ def test_a_slide_file_that_is_gone_leaves_an_empty_canvas_and_says_so(
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
     assert f"overlay of {row.slide_id} on an empty canvas" in capsys.readouterr().out
     assert (tmp_path / "out" / "overlays" / f"{row.slide_id}_x20.png").exists()
+
+
+@pytest.mark.parametrize("verb", LIGHTNING_VERBS)
+def test_a_checkpoint_is_never_loaded_from_a_url(road, verb, capsys):
+    """From one, Lightning would unpickle whatever it holds."""
+    arguments = fit_dasmil(road.bags, road.root / "runs")[1:] if verb == "fit" else []
+    arguments += [] if verb == "fit" else ["--bags", str(road.bags)]
+    assert main([verb, *arguments, "--ckpt_path", "http://localhost:1/model.ckpt"]) == 2
+    said = capsys.readouterr().err
+    assert "localhost:1/model.ckpt" in said and said.startswith("error: ")

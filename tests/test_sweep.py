@@ -173,10 +173,15 @@ def test_a_folder_without_bags_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, {"configs": ("x.yaml",), "jobs": 0}, {"configs": ("x.yaml",), "seeds": ()}]
+    ("wrong", "words"),
+    [
+        ({}, "sweep: nothing to run"),
+        ({"configs": ("x.yaml",), "jobs": 0}, "sweep: --jobs must be at least one"),
+        ({"configs": ("x.yaml",), "seeds": ()}, "sweep: --seeds must be at least one"),
+    ],
 )
-def test_nothing_to_do_is_said(tmp_path, bags, wrong):
-    with pytest.raises(InputError, match="sweep: give rows"):
+def test_nothing_to_do_is_said(tmp_path, bags, wrong, words):
+    with pytest.raises(InputError, match=words):
         sweep(tmp_path, bags, **wrong)
 
 

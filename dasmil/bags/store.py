@@ -65,7 +65,10 @@ def read_bag(path: Path) -> Bag:
 
 
 def _header(path: Path, metadata: dict[str, str] | None) -> BagHeader:
-    entries = unpack_metadata(metadata)
+    try:
+        entries = unpack_metadata(metadata)
+    except ValueError as error:
+        raise _unreadable(path, error) from error
     found = entries.get("format")
     if found != FORMAT:
         raise InputError(

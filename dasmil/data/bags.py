@@ -129,10 +129,12 @@ class BagDataModule(LightningDataModule):
         self.split = self._parts(cohort)
         if stage == "fit":
             self._refuse_missing_classes("train", self.val_part)
-        if stage in ("fit", "validate") and self.val_part == "test":
+        if stage != "predict" and self.val_part == "test":
+            unused = sum(part == "val" for part in self.split.values())
             warnings.warn(
                 f"{self.folder}: the validation slides are the test slides (data.val_part: test, "
-                "D17); figures on them are no test figures",
+                "D17); figures on them are no test figures"
+                + (f"; {unused} slide(s) of the part 'val' are not used" if unused else ""),
                 stacklevel=2,
             )
         if stage != "predict" and not self.allow_seen_slides:

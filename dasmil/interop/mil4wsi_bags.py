@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from dasmil.bags import Bag, BagHeader, ExtractorCard, bag_graph, bag_path, write_bag
 from dasmil.errors import InputError
-from dasmil.files import write_csv
+from dasmil.files import write_csv, write_text
 from dasmil.interop.mil4wsi_graph import SCALES, PreparedGraph, read_prepared
 from dasmil.interop.mil4wsi_grid import IntArray, finest_side, place_on_grid, require_nested
 from dasmil.slides.cohort import SlideRow, write_cohort
@@ -37,8 +38,10 @@ def mil4wsi_bags(
     """Graph features that mil4wsi prepared → a folder of bags.
 
     The tiles of mil4wsi lie on one grid for every piece of tissue, those of a bag on one for the
-    slide: some have to be moved. DEST/import.csv says of every slide how many, by how many level-0
-    pixels at most, and which entries of its edge_index the bag's graph lacks and adds. A slide that
+    slide: some have to be moved. Their level 3 is taken for x20, 0.5 µm/px, as mil4wsi calls it;
+    the slides' own mpp is not in the files (D20). DEST/import.csv says of every slide how many
+    were moved, by how many level-0 pixels at most, and how many entries of its edge_index the bag's
+    graph lacks and adds. A slide that
     cannot be imported costs one row there. DEST/cohort.csv names the files where it should name
     the slides: put those in to have overlays drawn on them.
 
@@ -82,7 +85,7 @@ def mil4wsi_bags(
         try:
             bag, figures = make_bag(graph, tile_px)
             write_bag(bag_path(dest, row.slide_id), bag)
-            record |= {"state": "done", **figures}
+            record |= {"state": "done", "extractors": bag.header.extractors, **figures}
         except InputError as error:
             record["message"] = f"{path}: {error}"
     _fail_unlike_the_rest(records)
@@ -90,6 +93,10 @@ def mil4wsi_bags(
         if record["state"] == "failed" and "slide_id" in record:
             bag_path(dest, record["slide_id"]).unlink(missing_ok=True)  # of an import before
     write_cohort(dest / "cohort.csv", slides.values())
+    for record in records:
+        if record["state"] == "done":
+            _write_extractors(dest / "extractors.json", record["extractors"], src)
+            break
     return _report(dest / "import.csv", records)
 
 
@@ -108,6 +115,13 @@ def _cohort_row(path: Path, graph: PreparedGraph, classes: Sequence[str]) -> Sli
             f"{len(classes)} ({', '.join(classes)}); name one class for each label from 0 on"
         )
     return SlideRow(graph.slide_id, path, classes[graph.label], split=path.parent.name)
+
+
+def _write_extractors(path: Path, cards: Mapping[str, ExtractorCard], src: Path) -> None:
+    """Which slides the extractors have seen is not known; `fit` says so."""
+    unknown = {"source": str(src), "trained_on": None}
+    records = {scale: {**asdict(card), **unknown} for scale, card in cards.items()}
+    write_text(path, json.dumps(records, indent=2))
 
 
 def _fail_unlike_the_rest(records: Sequence[dict[str, Any]]) -> None:
@@ -141,6 +155,12 @@ def _report(path: Path, records: Sequence[Mapping[str, Any]]) -> int:
         print(line)
     if len(lines) > MAX_LINES:
         print(f"... and {len(lines) - MAX_LINES} more")
+    orphaned = sum(record["orphans"] > 0 for record in done)
+    if orphaned:
+        print(
+            f"{orphaned} slide(s) have tiles without a parent: there mil4wsi itself shows its "
+            "coarse head the last tile of the file as well, so its coarse logits differ from ours"
+        )
     num_equal = sum(not record["edges_missing"] and not record["edges_added"] for record in done)
     print(
         f"import: {len(done)} done{kind}, {num_equal} of them with the very graph of their file, "

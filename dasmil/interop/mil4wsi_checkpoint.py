@@ -148,7 +148,13 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     ):
         raise InputError(f"{file}: no state dict (names of weights → tensors) of mil4wsi")
     weights = {key.removeprefix("module."): value.detach() for key, value in content.items()}
-    weights = {key: w.float() for key, w in weights.items() if not key.startswith("millast.")}
+    if len(weights) < len(content):
+        raise InputError(f"{file}: holds some weights twice, with and without the prefix module.")
+    # clones: a view would be written with all that it is a view of
+    weights = {k: w.float().clone() for k, w in weights.items() if not k.startswith("millast.")}
+    broken = [key for key, weight in weights.items() if not bool(weight.isfinite().all())]
+    if broken:
+        raise InputError(f"{file}: some values are not finite in {_some(broken)}")
     for gat in GATS:  # up to PyG 2.4 the one weight has two names
         source, target = (f"{gat}.layers.0.{kind}.weight" for kind in ("lin_src", "lin_dst"))
         if source in weights and target in weights:

@@ -98,8 +98,13 @@ def read_prepared(path: Path) -> PreparedGraph:
 
 
 def _is_dense(value: Any) -> bool:
-    is_tensor = isinstance(value, Tensor)
-    return is_tensor and value.layout == torch.strided and value.device.type == "cpu"
+    """A tensor on the CPU with all its values in the file, not one value shown a billion times."""
+    is_tensor = isinstance(value, Tensor) and value.layout == torch.strided
+    return (
+        is_tensor
+        and value.device.type == "cpu"
+        and value.untyped_storage().nbytes() >= value.nbytes
+    )
 
 
 def _is_file_name(name: str) -> bool:

@@ -2,10 +2,10 @@
 
 import gzip
 import re
-import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +14,8 @@ import torch
 from dasmil.errors import InputError
 
 GZIP_MAGIC = b"\x1f\x8b"
+MAX_UNPACKED_BYTES = 16 * 2**30
+BLOCK_BYTES = 2**20
 
 
 def load_restricted(
@@ -34,10 +36,12 @@ def load_restricted(
         with (
             open(path, "rb") as file,
             tempfile.TemporaryFile() as unpacked,
-            torch.serialization.safe_globals(list(allowed)),
+            _only(allowed),
             warnings.catch_warnings(action="ignore"),
         ):
             return torch.load(_unpacked(file, unpacked), map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # torch and gzip raise many kinds for a file that is none of theirs
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked:
@@ -48,6 +52,19 @@ def load_restricted(
         raise InputError(f"{path}: truncated, or no {kind} at all ({_reason(error)})") from error
 
 
+@contextmanager
+def _only(allowed: Iterable[type | tuple[Any, str]]) -> Iterator[None]:
+    """Allow these classes, and none that other libraries have allowed in this process."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(allowed))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def _unpacked(file: IO[bytes], unpacked: IO[bytes]) -> IO[bytes]:
     """``file`` itself, or where it is gzip-compressed its content, written to ``unpacked``."""
     is_compressed = file.read(2) == GZIP_MAGIC
@@ -55,7 +72,13 @@ def _unpacked(file: IO[bytes], unpacked: IO[bytes]) -> IO[bytes]:
     if not is_compressed:
         return file
     with gzip.open(file) as content:
-        shutil.copyfileobj(content, unpacked, 2**20)
+        while block := content.read(BLOCK_BYTES):
+            unpacked.write(block)
+            if unpacked.tell() > MAX_UNPACKED_BYTES:
+                raise InputError(
+                    f"{file.name}: unpacks to more than {MAX_UNPACKED_BYTES // 2**30} GiB; "
+                    "no checkpoint is that large"
+                )
     unpacked.seek(0)
     return unpacked
 

@@ -40,6 +40,8 @@ def criticality_loss(
     """
     if detach_teacher:
         fine = fine.detach()
+    precision = torch.promote_types(coarse.dtype, torch.float32)  # half ones cannot count tiles
+    coarse, fine = coarse.to(precision), fine.to(precision)
     held = parent >= 0
     parent = parent[held]
     pooled = scatter(fine[held], parent, dim_size=len(coarse), reduce=children_pooling)  # (N_1, C)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dasmil.bags import ancestor_rows
+from dasmil.errors import InputError
 from dasmil.losses.classification import bag_loss, max_instance_loss
 from dasmil.losses.criticality import ChildrenPooling, Reduction, criticality_loss
 from dasmil.losses.distillation import ClassDistribution, Direction, distillation_loss
@@ -21,8 +22,8 @@ from dasmil.output import ScaleOutput
 class ObjectiveOptions:
     """The scalars of Eq. 3, and a switch for each way in which paper and released code differ.
 
-    The scalars' defaults are the paper's (section 4, "Optimization"); the README says why each
-    switch stands as it does.
+    The scalars' defaults are the paper's (section 4, "Optimization"); ``.github/paper.md`` says why
+    each switch stands as it does.
 
     Parameters
     ----------
@@ -56,6 +57,14 @@ class ObjectiveOptions:
     criticality_reduction: Reduction = "mean"
     detach_teacher: bool = True
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.distillation <= 1:
+            raise InputError(f"distillation: λ = {self.distillation} is not between 0 and 1")
+        if min(self.criticality, self.instance) < 0:
+            raise InputError("criticality, instance: a weight of a loss cannot be negative")
+        if self.temperature <= 0:
+            raise InputError(f"temperature: τ = {self.temperature} is not positive")
+
 
 def objective(
     output: Mapping[str, ScaleOutput],
@@ -74,6 +83,7 @@ def objective(
     parent: per scale but the coarsest (N_s,) row in the next coarser scale, -1 for none.
     ptr: per scale (B + 1,) boundaries of the bags.
     labels: (B,) int64 class index.
+    options: weights and switches.
 
     Returns
     -------

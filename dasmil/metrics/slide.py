@@ -12,7 +12,11 @@ from torchmetrics.functional.classification import (
 
 
 def class_probabilities(logits: Tensor) -> Tensor:
-    """(B, C) logits → (B, P) probabilities of the classes; one logit stands for two classes."""
+    """(B, C) logits → (B, P) probabilities of the classes; one logit stands for two classes.
+
+    In float64: in float32 all logits above 17 would have the same probability, and no order.
+    """
+    logits = logits.double()
     if logits.shape[1] == 1:
         positive = logits.sigmoid()
         return torch.cat([1 - positive, positive], dim=1)

@@ -71,7 +71,9 @@ class DINOModule(LightningModule):
     student_temperature:
         τ_s, temperature of the student network.
     teacher_temperature:
-        τ_t, of the teacher network, from and to, over ``teacher_temperature_epochs``.
+        τ_t, of the teacher network, from and to.
+    teacher_temperature_epochs:
+        over how many epochs τ_t rises.
     center_momentum:
         of the teacher's centre.
     teacher_momentum:

@@ -104,16 +104,16 @@ class DASMILModule(LightningModule):
     weight_decay:
         of Adam (D16).
     classes:
-        taken from the datamodule in ``fit`` and kept in the checkpoint, as all that follows.
+        no option: ``fit`` takes it from data.classes, and the checkpoint keeps it.
     bag_format:
-        scales, tile size and extractors of the bags.
+        no option: scales, tile size and extractors of the bags, likewise.
     split:
-        part of each slide.
+        no option: the part of each slide, likewise.
     val_part:
-        the part that was validated on.
+        no option: data.val_part, likewise.
     thresholds:
-        per scale the probability from which on a slide is called positive, chosen on the
-        validation slides (D18).
+        no option: per scale the probability from which on a slide is called positive; ``fit``
+        chooses it on the validation slides (D18), unless they are the test slides.
     """
 
     def __init__(
@@ -367,7 +367,7 @@ class DASMILModule(LightningModule):
             return {}
         positive = probabilities[:, 1]
         own = youden_threshold(positive, labels)
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self.trainer.state.fn == TrainerFn.FITTING and self.hparams["val_part"] != "test":
             self.hparams["thresholds"] = {**(self.hparams["thresholds"] or {}), scale: own}
         figures = {}
         if self.hparams["thresholds"] is not None:

@@ -127,7 +127,7 @@ class PredictionWriter(Callback):
             weight = attention[scale][:, number]
             scores = {
                 f"instance probability: {name}": probability.numpy(),
-                "attention / largest attention": (weight / weight.max()).numpy()
+                "attention / largest attention": (weight / weight.max().clamp(min=1e-30)).numpy()
                 if len(weight)
                 else np.zeros(0),
             }

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dasmil import __version__
 from dasmil.errors import InputError
 from dasmil.files import configs_folder
@@ -93,7 +95,19 @@ class Run:
 
     def test(self) -> list[str]:
         best = ["--ckpt_path", str(self.checkpoints / "best.ckpt"), "--bags", str(self.bags)]
-        return ["test", *best, "--output", str(self.metrics.parent), *QUIET]
+        return ["test", *best, "--output", str(self.metrics.parent), *QUIET, *self._as_fitted()]
+
+    def _as_fitted(self) -> list[str]:
+        """What ``test`` must do as ``fit`` did, and a checkpoint does not say."""
+        config = self.folder / "config.yaml"
+        if not config.is_file():
+            return []
+        fitted = yaml.safe_load(config.read_text(encoding="utf-8"))
+        allowed = fitted["data"]["init_args"]["allow_seen_slides"]
+        return [
+            *("--data.allow_seen_slides", str(allowed).lower()),
+            *("--trainer.accelerator", str(fitted["trainer"]["accelerator"])),
+        ]
 
     def figure(self, column: str) -> float | None:
         """A test figure; None where there is none, or where it is not defined."""

@@ -59,11 +59,13 @@ def sweep(
     """
     rows = (*rows, *(SweepRow(Path(config).stem, (config,)) for config in configs))
     seeds = tuple(dict.fromkeys(seeds))
-    if not (rows and columns and seeds and jobs > 0):
+    if not rows:
         raise InputError(
-            "sweep: give rows (--config configs/sweep/table2.yaml, or --configs), and at least one "
-            "of --columns, --seeds and --jobs"
+            "sweep: nothing to run; give --configs, or rows by --config configs/sweep/table2.yaml"
         )
+    for option, value in (("columns", columns), ("seeds", seeds), ("jobs", jobs > 0)):
+        if not value:
+            raise InputError(f"sweep: --{option} must be at least one")
     table = plan(rows, base, seeds, output.resolve(), bags.resolve())
     runs = list(dict.fromkeys(run for runs_of_row in table for run in runs_of_row))
     refuse_other_runs(runs)

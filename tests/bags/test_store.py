@@ -171,3 +171,11 @@ def test_what_could_not_be_read_again_is_not_written(
 def test_single_precision_holds_what_half_precision_cannot(tmp_path: Path) -> None:
     write_bag(bag_path(tmp_path, "slide"), with_feature(make_bag(), 70_000.0, torch.float32))
     assert read_bag(bag_path(tmp_path, "slide")).features["x20"][0, 0] == 70_000.0
+
+
+def test_metadata_that_are_no_json_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "slide.safetensors"
+    save_file({"features/x10": torch.zeros(1, 2)}, path, {"dasmil": "[1,2"})
+    for read in (read_bag, read_header):
+        with pytest.raises(InputError, match="cannot be read as a bag"):
+            read(path)

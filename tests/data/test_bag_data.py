@@ -420,16 +420,15 @@ def test_only_the_extractors_of_chosen_scales_matter(tmp_path: Path) -> None:
 
 def test_validation_on_the_test_part_is_said_and_changes_nothing_else(tmp_path: Path) -> None:
     folder = write_bags(tmp_path, LABELS, SPLIT)
-    for stage in ("fit", "validate"):
-        with pytest.warns(UserWarning, match=r"validation slides are the test slides .*D17"):
+    for stage in ("fit", "validate", "test"):
+        with pytest.warns(UserWarning, match=r"validation slides are the test .*D17.*; 2 slide"):
             data = make_data(folder, stage, val_part="test")
         assert seen(data.val_dataloader()) == seen(data.test_dataloader()) == ["n3", "t3"]
         assert sorted(seen(data.train_dataloader())) == ["n0", "n1", "t0", "t1"]
         assert data.split == SPLIT
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for stage in ("test", "predict"):
-            make_data(folder, stage, val_part="test")
+        make_data(folder, "predict", val_part="test")
         for stage in ("fit", "validate", "test", "predict"):
             make_data(folder, stage)
 

@@ -337,3 +337,14 @@ def test_what_is_no_state_dict_is_refused(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
     assert import_checkpoint(path, path) == 2
     assert "the imported file itself" in capsys.readouterr().err
+
+
+def test_a_weight_twice_and_a_weight_that_is_no_number_are_refused(tmp_path, capsys):
+    twice = released_weights()
+    twice["module.mil2.i_classifier.fc.0.bias"] = torch.zeros(1)
+    assert import_checkpoint(save(tmp_path, twice), tmp_path / "out.ckpt") == 2
+    assert "holds some weights twice" in capsys.readouterr().err
+    broken = released_weights()
+    broken["mil3.i_classifier.fc.0.bias"][:] = torch.nan
+    assert import_checkpoint(save(tmp_path, broken), tmp_path / "out.ckpt") == 2
+    assert "not finite in mil3.i_classifier.fc.0.bias" in capsys.readouterr().err

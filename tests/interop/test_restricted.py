@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from torch_geometric import EdgeIndex
 
 from dasmil.errors import InputError
 from dasmil.interop.restricted import load_restricted
@@ -90,3 +91,21 @@ def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path):
         assert len(str(refused.value)) - len(str(tmp_path)) < 200
     with pytest.raises(InputError, match=r"gone\.pth: no such file"):
         load_restricted(tmp_path / "gone.pth")
+
+
+def test_what_other_libraries_allow_is_not_allowed_here(tmp_path):
+    """Importing torch_geometric puts its classes on the list of the whole process."""
+    path = saved(tmp_path / "edges.pth", EdgeIndex(torch.zeros(2, 3, dtype=torch.int64)))
+    before = torch.serialization.get_safe_globals()
+    assert EdgeIndex in before
+    with pytest.raises(InputError, match="it asks for torch_geometric"):
+        load_restricted(path)
+    assert set(torch.serialization.get_safe_globals()) == set(before)
+
+
+def test_a_compressed_file_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("dasmil.interop.restricted.MAX_UNPACKED_BYTES", 1000)
+    path = tmp_path / "zeros.pth.gz"
+    path.write_bytes(gzip.compress(bytes(5000)))
+    with pytest.raises(InputError, match=r"zeros.pth.gz: unpacks to more than"):
+        load_restricted(path)

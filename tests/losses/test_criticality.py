@@ -171,3 +171,12 @@ def test_bags_without_tiles_cost_nothing_and_teach_nothing(switches: dict) -> No
     found = criticality_loss(coarse, torch.empty(0, 2), none, ends, **switches)
     assert found.tolist() == [0.0, 0.0]
     found.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_tiles_are_counted_right_in_half_precision(dtype: torch.dtype) -> None:
+    """Sums of thousands of ones stall in half precision."""
+    parent, ptr = torch.arange(5000), torch.tensor([0, 5000])
+    coarse, fine = torch.full((5000, 1), 2.0, dtype=dtype), torch.zeros(5000, 1, dtype=dtype)
+    assert criticality_loss(coarse, fine, parent, ptr).item() == 4
+    assert criticality_loss(coarse, fine, parent, ptr, reduction="sum").item() == 20_000

@@ -11,6 +11,7 @@ import torch
 from losses.numeric import slope
 from torch import Tensor
 
+from dasmil.errors import InputError
 from dasmil.losses import ObjectiveOptions, objective
 from dasmil.output import ScaleOutput
 
@@ -364,3 +365,12 @@ def test_the_terms_come_unweighted() -> None:
     _, plain = run(inputs, ObjectiveOptions(1.0, 1.0, 1.0))
     _, weighted = run(inputs, ObjectiveOptions(0.2, 0.0, 0.1))
     assert {n: t.tolist() for n, t in plain.items()} == {n: t.tolist() for n, t in weighted.items()}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"distillation": 1.2}, {"criticality": -0.1}, {"instance": -1.0}, {"temperature": 0.0}],
+)
+def test_weights_without_meaning_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        ObjectiveOptions(**wrong)

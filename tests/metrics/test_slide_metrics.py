@@ -76,3 +76,9 @@ def test_more_logits_are_a_softmax() -> None:
     logits = 3 * np.random.default_rng(0).standard_normal((5, 3))
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(class_probabilities(torch.from_numpy(logits)), expected, rtol=1e-12)
+
+
+def test_sure_slides_keep_their_order():
+    """In float32 the probability is 1 from a logit of 17 on."""
+    probabilities = class_probabilities(torch.tensor([[18.0], [20.0]]))
+    assert slide_metrics(probabilities, torch.tensor([0, 1]))["auroc"] == 1.0
