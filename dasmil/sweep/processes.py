@@ -75,7 +75,8 @@ class Children:
 
     def __enter__(self) -> "Children":
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is as Ctrl-C
+            # `kill` is as Ctrl-C
+            self.before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,6 +90,8 @@ class Children:
                 child.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 child.kill()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.before)
 
     def call(self, arguments: Sequence[str], log: Path, gpu: str | None) -> str:
         """Run a verb, its output at the end of the log; what went wrong, or nothing."""
