@@ -2,7 +2,7 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from torch import Tensor
 from dasmil.embedding.extractor import BACKBONE_PREFIX, ExtractorRecord, vit_backbone
 from dasmil.errors import InputError
 from dasmil.files import atomic_path
-from dasmil.interop.restricted import load_restricted
+from dasmil.interop.restricted import load_restricted, some_of
 from dasmil.units import Scale
 
 NAMES = {  # by width; timm's ViT has the original's keys
@@ -23,7 +23,6 @@ NAMES = {  # by width; timm's ViT has the original's keys
     384: "vit_small_patch16_224",
     768: "vit_base_patch16_224",
 }
-SHOWN_KEYS = 5
 
 
 class NumpyScalar:
@@ -138,7 +137,7 @@ def _backbone_weights(content: Any, network: str, file: Path) -> dict[str, Tenso
     if not _is_state_dict(weights):
         raise InputError(
             f"{file}: not a checkpoint of DINO with a {network}; "
-            f"it holds {_some(list(map(str, content))) or 'no keys'}"
+            f"it holds {some_of(list(map(str, content))) or 'no keys'}"
         )
     named = {
         str(key).removeprefix("module.").removeprefix("backbone."): weight
@@ -159,7 +158,7 @@ def _architecture(weights: Mapping[str, Tensor], file: Path) -> tuple[str, int]:
     if patches.ndim != 4 or len(patches) not in NAMES:
         raise InputError(
             f"{file}: not a ViT-T, ViT-S or ViT-B of DINO, whose patch_embed.proj.weight is "
-            f"{', '.join(map(str, NAMES))} wide; it holds {_some(weights)}"
+            f"{', '.join(map(str, NAMES))} wide; it holds {some_of(weights)}"
         )
     return NAMES[len(patches)], patches.shape[-1]
 
@@ -191,10 +190,4 @@ def _check_fit(
         if found.get(key, shape) != shape
     ]
     if wrong:
-        raise InputError(f"{file}: does not fit {name}: {_some(wrong)}")
-
-
-def _some(texts: Collection[str]) -> str:
-    """The first few of them, and how many more there are."""
-    shown = ", ".join(list(texts)[:SHOWN_KEYS])
-    return shown + (f" and {len(texts) - SHOWN_KEYS} more" if len(texts) > SHOWN_KEYS else "")
+        raise InputError(f"{file}: does not fit {name}: {some_of(wrong)}")

@@ -23,7 +23,7 @@ from dasmil.embedding.extractor import load_extractor
 from dasmil.errors import InputError
 from dasmil.files import atomic_path, configs_folder
 from dasmil.interop.mil4wsi_bags import extractor_card
-from dasmil.interop.restricted import load_restricted
+from dasmil.interop.restricted import load_restricted, some_of
 from dasmil.modules.mil import DASMILModule
 from dasmil.nn.gat import Residual
 from dasmil.nn.pgnn import module_key
@@ -40,7 +40,6 @@ HEAD_KEYS = {
     "value": "b_classifier.v.1",
     "bag_classifier": "b_classifier.fcc",
 }
-MAX_KEYS = 5  # that a message names
 
 
 def mil4wsi_checkpoint(
@@ -154,7 +153,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     weights = {k: w.float().clone() for k, w in weights.items() if not k.startswith("millast.")}
     broken = [key for key, weight in weights.items() if not bool(weight.isfinite().all())]
     if broken:
-        raise InputError(f"{file}: some values are not finite in {_some(broken)}")
+        raise InputError(f"{file}: some values are not finite in {some_of(broken)}")
     for gat in GATS:  # up to PyG 2.4 the one weight has two names
         source, target = (f"{gat}.layers.0.{kind}.weight" for kind in ("lin_src", "lin_dst"))
         if source in weights and target in weights:
@@ -170,8 +169,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 def _require_keys(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
     missing = sorted(set(wanted) - set(found))
     unknown = sorted(set(found) - set(wanted))
-    parts = [f"lacks {_some(missing)}"] * bool(missing)
-    parts += [f"has the unknown {_some(unknown)}"] * bool(unknown)
+    parts = [f"lacks {some_of(missing)}"] * bool(missing)
+    parts += [f"has the unknown {some_of(unknown)}"] * bool(unknown)
     if parts:
         raise InputError(
             f"{file}: no DAS-MIL model of mil4wsi with two scales, it {', '.join(parts)}"
@@ -188,12 +187,7 @@ def _require_shapes(
         if tensor.shape != found[key].shape
     ]
     if wrong:
-        raise InputError(f"{file}: its weights do not fit each other: {_some(wrong)}")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_KEYS} more" if len(names) > MAX_KEYS else ""
-    return ", ".join(names[:MAX_KEYS]) + more
+        raise InputError(f"{file}: its weights do not fit each other: {some_of(wrong)}")
 
 
 def _widths(file: Path, weights: Mapping[str, Tensor]) -> dict[str, int]:
