@@ -203,6 +203,20 @@ def test_a_run_made_otherwise_is_refused_and_says_in_what(tmp_path, bags, own, m
         refuse_other_runs([run])
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_run_is_tested_as_it_was_fitted(tmp_path, bags, allowed):
+    [[run]] = plan([SweepRow("a")], [], [0], tmp_path / "out", bags)
+    fitted = {
+        "data": {"init_args": {"allow_seen_slides": allowed}},
+        "trainer": {"accelerator": "cpu"},
+    }
+    write_text(run.folder / "config.yaml", yaml.safe_dump(fitted))
+    arguments = run.test()
+    seen = arguments.index("--data.allow_seen_slides")
+    assert arguments[seen + 1] == ("true" if allowed else "false")
+    assert arguments[-2:] == ["--trainer.accelerator", "cpu"]
+
+
 def test_the_order_of_configs_matters(tmp_path, bags, own):
     run = plan_one(tmp_path, own)
     write_text(run.folder / "run.json", json.dumps(run.record()))

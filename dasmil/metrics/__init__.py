@@ -1,5 +1,5 @@
 """Slide-level figures."""
 
-from dasmil.metrics.slide import accuracy_at, class_probabilities, slide_metrics, youden_threshold
+from dasmil.metrics.slide import class_probabilities, slide_metrics, youden_threshold
 
-__all__ = ["accuracy_at", "class_probabilities", "slide_metrics", "youden_threshold"]
+__all__ = ["class_probabilities", "slide_metrics", "youden_threshold"]

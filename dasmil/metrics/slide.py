@@ -67,14 +67,3 @@ def youden_threshold(probabilities: Tensor, labels: Tensor) -> float:
     below = probabilities.double()[probabilities.double() < lowest_positive]
     next_lower = below.max() if len(below) else torch.zeros(())
     return float((lowest_positive + next_lower) / 2)
-
-
-def accuracy_at(probabilities: Tensor, labels: Tensor, threshold: float) -> float:
-    """Share of slides on the right side of the threshold.
-
-    Parameters
-    ----------
-    probabilities: (n,) of the positive class.
-    labels: (n,) 0 or 1.
-    """
-    return float(((probabilities.double() >= threshold) == (labels == 1)).double().mean())

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torchmetrics.functional.classification import binary_accuracy
 
 from dasmil.bags import BagGraph, describe_difference
 from dasmil.data.bags import BagDataModule
@@ -17,7 +18,7 @@ from dasmil.distributed import gather_lists
 from dasmil.errors import InputError
 from dasmil.files import write_csv
 from dasmil.losses import ObjectiveOptions, objective
-from dasmil.metrics import accuracy_at, class_probabilities, slide_metrics, youden_threshold
+from dasmil.metrics import class_probabilities, slide_metrics, youden_threshold
 from dasmil.nn import DASMIL, ScaleOutput, Standardize
 from dasmil.reports.curves import roc_figure
 
@@ -372,10 +373,10 @@ class DASMILModule(LightningModule):
         figures = {}
         if self.hparams["thresholds"] is not None:
             chosen = self.hparams["thresholds"][scale]
-            figures["accuracy_at_val_threshold"] = accuracy_at(positive, labels, chosen)
+            figures["accuracy_at_val_threshold"] = binary_accuracy(positive, labels, chosen)
         if stage == "test":
-            figures["accuracy_at_test_threshold"] = accuracy_at(positive, labels, own)
-        return figures
+            figures["accuracy_at_test_threshold"] = binary_accuracy(positive, labels, own)
+        return {name: value.item() for name, value in figures.items()}
 
     def _log_figures(self, figures: dict[str, float], prog_bar: bool = False) -> None:
         """Values that are the same in every process already."""

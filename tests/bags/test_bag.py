@@ -202,6 +202,8 @@ def test_an_orphan_may_lie_anywhere_but_a_child_only_in_its_parent() -> None:
 def test_features_of_both_precisions_are_accepted(dtype: torch.dtype) -> None:
     bag = make_bag()
     replace(bag, features={n: t.to(dtype) for n, t in bag.features.items()}).validate()
+    with pytest.raises(InputError, match="features must be float16 or float32"):
+        replace(bag, features={n: t.double() for n, t in bag.features.items()}).validate()
 
 
 def test_boxes_follow_from_the_grid() -> None:
