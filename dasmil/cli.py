@@ -4,6 +4,7 @@ import inspect
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dasmil.errors import InputError
@@ -20,8 +21,9 @@ slides → predictions
   test      the test figures of a checkpoint
   predict   scores, instance tables and overlays for a folder of bags
 
-  import    files of other tools → ours: weights of DINO; graphs and models of mil4wsi
+  import    files of others → ours: weights of DINO, mil4wsi's graphs and models, CRCHisto
   sweep     fit and test configs × seeds, and the table of their figures (configs/sweep/)
+  compare   tested runs side by side: intervals, and paired tests against the first
   demo      the whole road on a small synthetic cohort, no download
 
 `python -m dasmil VERB --help` shows the options of a verb, --print_config a complete YAML.
@@ -57,6 +59,8 @@ def main(args: Sequence[str] | None = None) -> int:
             from dasmil.sweep.sweep import sweep
 
             return int(auto_cli(sweep, as_positional=False, args=rest))
+        if verb == "compare":
+            return _compare(rest)
         if verb == "demo":
             from jsonargparse import auto_cli
 
@@ -103,14 +107,31 @@ def _embed(args: Sequence[str]) -> int:
     return embed(**values.as_dict())
 
 
+def _compare(args: Sequence[str]) -> int:
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    from dasmil.compare.compare import compare
+
+    about = (inspect.getdoc(compare) or "").split("\n\nParameters")[0]
+    parser = ArgumentParser(prog="dasmil compare", description=about)
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="one a method")
+    parser.add_function_arguments(compare, skip={"run_dirs"}, as_positional=False)
+    values = parser.instantiate(parser.parse_args(list(args))).as_dict()
+    values.pop("config", None)
+    return compare(tuple(values.pop("run_dirs")), **values)
+
+
 def _import(args: Sequence[str]) -> int:
     from jsonargparse import auto_cli
 
+    from dasmil.interop.crchisto import crchisto
     from dasmil.interop.dino import dino_checkpoint
     from dasmil.interop.mil4wsi_bags import mil4wsi_bags
     from dasmil.interop.mil4wsi_checkpoint import mil4wsi_checkpoint
 
     kinds: dict[str, Any] = {
+        "crchisto": crchisto,
         "dino-checkpoint": dino_checkpoint,
         "mil4wsi-bags": mil4wsi_bags,
         "mil4wsi-checkpoint": mil4wsi_checkpoint,

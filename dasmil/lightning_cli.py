@@ -1,20 +1,29 @@
 """LightningCLI as dasmil uses it: ``fit`` from YAML, evaluation from a checkpoint alone."""
 
 import argparse
-import json
+import hashlib
+import warnings
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from dasmil.checkpoint import read_checkpoint
 from dasmil.errors import InputError
-from dasmil.files import write_text
+from dasmil.modules import DASMILModule
+from dasmil.modules.evaluation import mean_losses
+from dasmil.reports.evaluation import write_evaluation
+from dasmil.reports.figures import evaluation_figures, save_figures, show_in_tensorboard
+from dasmil.reports.history import History, run_folder
+from dasmil.reports.instances import InstanceTruth
 from dasmil.reports.predictions import PredictionWriter
+from dasmil.run_folder import RunFolder, run_folder_of, split_resume
+
+DRAWS = 1000
+STAGES = {"fit": "val", "validate": "val", "test": "test"}  # the part whose figures a verb gives
 
 
 def run(verb: str, args: Sequence[str]) -> int:
@@ -32,6 +41,12 @@ class DasmilCLI(LightningCLI):
 
     def __init__(self, verb: str, args: list[str]):
         self.verb = verb
+        self.command = [verb, *args]
+        self.resume_from: Path | None = None
+        if verb == "fit":
+            args, self.resume_from = split_resume(args)
+        else:  # evaluation saves no checkpoints, wherever the one it reads has been saved
+            warnings.filterwarnings("ignore", "The dirpath has changed from")
         self.defaults = {} if verb == "fit" else _evaluation_defaults(args)
         super().__init__(
             LightningModule,
@@ -53,10 +68,25 @@ class DasmilCLI(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand != "fit":
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume",
+                type=str | None,
+                help="folder of a fit that was broken off: go on there, with its config.yaml",
+            )
+        else:
             parser.add_argument("--bags", type=str | None, help="folder of bags (as --data.bags)")
             parser.add_argument("--output", type=str | None, help="folder for what is written")
             parser.set_defaults({"trainer.logger": False, **self.defaults})
+        if subcommand in ("validate", "test"):
+            parser.add_argument(
+                "--truth",
+                type=str | None,
+                help="folder of annotations, one file a slide: judge instances and lesions too",
+            )
+            parser.add_argument(
+                "--draws", type=int, default=DRAWS, help="of the bootstrap that gives intervals"
+            )
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
         return parser
@@ -82,34 +112,91 @@ class DasmilCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint override YAML and command line; here it is the other way."""
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if self.resume_from is not None:
+            kwargs["ckpt_path"] = kwargs["ckpt_path"] or str(self.resume_from)
+        return kwargs
+
     @property
     def output(self) -> Path | None:
-        folder = self._get(self.config, "output")
-        return Path(folder) if folder else None
+        """The folder for what is written: as given, or inside the run that the checkpoint is of."""
+        given, checkpoint = self._get(self.config, "output"), self._get(self.config, "ckpt_path")
+        if given or not checkpoint or self.verb not in STAGES:
+            return Path(given) if given else None
+        run = run_folder_of(Path(checkpoint))
+        return None if run is None else run / STAGES[self.verb]
+
+    def before_fit(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        self._add_callbacks(RunFolder(self.command, seed), History())
+
+    def before_validate(self) -> None:
+        self._judge_instances()
+
+    def before_test(self) -> None:
+        self._judge_instances()
 
     def before_predict(self) -> None:
         if self.output is None:
             raise InputError("predict: give --output, the folder for predictions and overlays")
-        self.trainer.callbacks.append(PredictionWriter(self.output))  # type: ignore[attr-defined]
+        self._add_callbacks(PredictionWriter(self.output))
+
+    def _judge_instances(self) -> None:
+        truth = self._get(self.config, "truth")
+        if truth:
+            self._add_callbacks(InstanceTruth(Path(truth), output=self.output))
+
+    def _add_callbacks(self, *callbacks: Callback) -> None:
+        """Before those that save checkpoints, which Lightning wants last."""
+        self.trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
 
     def after_validate(self) -> None:
-        self._write_metrics()
+        self._write_evaluation(self.output, self._get(self.config, "ckpt_path"))
 
     def after_test(self) -> None:
-        self._write_metrics()
-
-    def _write_metrics(self) -> None:
-        if self.output is not None and self.trainer.is_global_zero:
-            figures = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-            metrics = {name: value if isfinite(value) else None for name, value in figures.items()}
-            write_text(self.output / f"{self.verb}_metrics.json", json.dumps(metrics, indent=2))
+        self._write_evaluation(self.output, self._get(self.config, "ckpt_path"))
 
     def after_fit(self) -> None:
-        keeper = self.trainer.checkpoint_callback
-        if isinstance(keeper, ModelCheckpoint) and self.trainer.is_global_zero:
+        """Says where the checkpoint is, and evaluates DAS-MIL's on the validation slides."""
+        keeper, folder = self.trainer.checkpoint_callback, run_folder(self.trainer)
+        if not isinstance(keeper, ModelCheckpoint):
+            return
+        best = keeper.best_model_path or keeper.last_model_path
+        if self.trainer.is_global_zero:
             score = keeper.best_model_score
             name = "" if score is None else f" ({keeper.monitor} {float(score):.4f})"
-            print(f"fit: checkpoint {keeper.best_model_path or keeper.last_model_path}{name}")
+            print(f"fit: checkpoint {best}{name}")
+        if isinstance(self.model, DASMILModule) and keeper.best_model_path and folder is not None:
+            loggers, self.trainer.loggers = self.trainer.loggers, []  # its curves have ended
+            self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
+            self.trainer.loggers = loggers
+            self._write_evaluation(folder / STAGES["fit"], best)
+
+    def _write_evaluation(self, folder: Path | None, checkpoint: str | None) -> None:
+        """Tables, intervals and figures of the last evaluation, by one process."""
+        evaluation = getattr(self.model, "evaluation", None)
+        if folder is None or evaluation is None or not self.trainer.is_global_zero:
+            return
+        stage = STAGES[self.verb]
+        more = mean_losses(self.model.results)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, InstanceTruth):
+                more |= {
+                    name.removeprefix(f"{stage}/"): figure
+                    for name, figure in callback.figures.items()
+                }
+        about: dict[str, str | None] = {"checkpoint": None, "checkpoint_sha256": None}
+        if checkpoint:
+            digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+            about = {"checkpoint": Path(checkpoint).name, "checkpoint_sha256": digest}
+        draws = self._get(self.config, "draws", DRAWS)
+        pooling = self.model.hparams["patient_pooling"]
+        write_evaluation(folder, stage, evaluation, more, about, pooling=pooling, draws=draws)
+        figures = evaluation_figures(evaluation, stage, draws)
+        save_figures(folder / "figures", figures)
+        show_in_tensorboard(folder, stage, figures)
+        print(f"{self.verb}: figures {folder / f'{stage}_metrics.csv'}, {folder / 'figures'}")
 
 
 def _evaluation_defaults(args: Sequence[str]) -> dict[str, Any]:

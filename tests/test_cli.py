@@ -14,8 +14,8 @@ from dasmil.bags import bag_path, read_bag
 from dasmil.cli import LIGHTNING_VERBS, main
 from dasmil.slides.cohort import read_cohort
 
-VERBS = ("tile", "embed", "sweep", "demo", *LIGHTNING_VERBS)
-KINDS = ("dino-checkpoint", "mil4wsi-bags", "mil4wsi-checkpoint")
+VERBS = ("tile", "embed", "compare", "sweep", "demo", *LIGHTNING_VERBS)
+KINDS = ("crchisto", "dino-checkpoint", "mil4wsi-bags", "mil4wsi-checkpoint")
 YAMLS = sorted(CONFIGS.rglob("*.yaml")) + sorted(CONF.glob("*.yaml"))
 
 
@@ -175,7 +175,11 @@ def test_tensorboard_shows_curves_roc_and_hyperparameters(trained):
     for tag in ("train/loss", "train/criticality/x10", "val/loss", "val/x10/auroc", "val/auroc"):
         assert len(scalars[tag]) == 2, tag  # one an epoch
     assert scalars["hp/val_auroc"][-1] == max(scalars["val/auroc"])
-    assert len(events.Images("val/roc")) == 2
+    pictures = EventAccumulator(str(trained.parents[1] / "val"))
+    pictures.Reload()
+    for name in ("roc", "precision_recall", "calibration", "confusion", "scores"):
+        assert len(pictures.Images(f"val/{name}")) == 1
+        assert (trained.parents[1] / "val" / "figures" / f"{name}.png").is_file()
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert b"learning_rate" in str(events.summary_metadata).encode()
 

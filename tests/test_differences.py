@@ -6,6 +6,7 @@ And what the presets `paper`, `mil4wsi` and `mil4wsi_lung` set each of them to.
 import csv
 import inspect
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from math import cos, exp, log, pi
 from pathlib import Path
@@ -461,7 +462,8 @@ def test_d17_fitting_opens_no_test_slide_unless_by_switch(
 
 
 def test_d17_the_best_epoch_is_that_of_the_validation_slides() -> None:
-    (keeper,) = yaml.safe_load((CONFIGS / "dasmil.yaml").read_text())["trainer"]["callbacks"]
+    keeper, last = yaml.safe_load((CONFIGS / "dasmil.yaml").read_text())["trainer"]["callbacks"]
+    assert last["init_args"]["filename"] == "last" and "monitor" not in last["init_args"]
     assert keeper["class_path"].endswith(".ModelCheckpoint")
     assert (keeper["init_args"]["monitor"], keeper["init_args"]["mode"]) == ("val/auroc", "max")
 
@@ -495,7 +497,8 @@ def test_d18_the_other_threshold_is_chosen_on_validation_and_kept(tmp_path: Path
     keeper, data, _ = fit_one_epoch(tmp_path, "t4", "t5")
     chosen = dasmil.load(keeper.best_model_path).hparams["thresholds"]
     assert set(chosen) == {"x10", "x20"}
-    for scale, threshold in chosen.items():
+    for scale, points in chosen.items():
+        threshold = points["youden"]
         normal, tumour = (positive_of(keeper.best_model_path, data, s)[scale] for s in ("n2", "t2"))
         upper = tumour if tumour > normal else 1.0  # else no threshold parts the two
         expected = (upper + (normal if tumour > normal else max(normal, tumour))) / 2
@@ -506,9 +509,9 @@ def test_d18_the_other_threshold_is_chosen_on_validation_and_kept(tmp_path: Path
     for second in "tn":  # which of the two kinds is called tumour in the table
         labels = {row.slide_id: CLASSES[row.slide_id[0] == second] for row in data.rows}
         write_bags(tmp_path, labels, data.split)
-        for given in (chosen, {"x10": 0.0, "x20": 0.0}, {"x10": 1.0, "x20": 1.0}):
+        for given in (chosen, *({s: {"youden": t} for s in chosen} for t in (0.0, 1.0))):
             module = dasmil.load(keeper.best_model_path)
-            module.hparams["thresholds"] = dict(given)
+            module.hparams["thresholds"] = deepcopy(given)
             (found,) = quiet_trainer(tmp_path).test(
                 module, datamodule=make_data(tmp_path, "test"), verbose=False
             )
@@ -521,7 +524,7 @@ def test_d18_the_other_threshold_is_chosen_on_validation_and_kept(tmp_path: Path
 
             assert found["test/x20/accuracy"] == pytest.approx(accuracy(0.5))
             at_given = found["test/x20/accuracy_at_val_threshold"]
-            assert at_given == pytest.approx(accuracy(given["x20"]))
+            assert at_given == pytest.approx(accuracy(given["x20"]["youden"]))
 
 
 def test_d18_the_threshold_that_suits_the_test_slides_is_named_for_it(tmp_path: Path) -> None:
@@ -704,7 +707,11 @@ NO_DIFFERENCE = {
     "query_dim",
     "contextualize",
     "concatenate_parents",
+    "pooling",
     "distillation_pairs",
+    "class_weights",
+    "specificity",
+    "patient_pooling",
     "classes",
     "bag_format",
     "split",
@@ -718,6 +725,10 @@ DATA_NO_DIFFERENCE = {
     "num_workers",
     "test_fraction",
     "split_seed",
+    "num_folds",
+    "fold",
+    "split_table",
+    "weighted_sampling",
     "split",
     "allow_seen_slides",
 }

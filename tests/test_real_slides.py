@@ -10,7 +10,8 @@ from road import CONF, CONFIGS, embed_command, log_to
 
 from dasmil.bags import bag_path, read_bag
 from dasmil.cli import main
-from dasmil.slides.cohort import read_cohort, split_cohort
+from dasmil.slides.cohort import read_cohort
+from dasmil.slides.splits import split_cohort
 
 RANDOM = "random:test_vit"
 

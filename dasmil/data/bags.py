@@ -1,10 +1,10 @@
 """Cached bags as graphs, in parts: what DAS-MIL is trained and tested on."""
 
 import json
-import os
 import warnings
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,13 @@ from dasmil.bags import (
     read_bag,
     read_header,
 )
+from dasmil.data.sampler import TrainingLoader, TrainingSampler, class_weights_of, go_on
 from dasmil.errors import InputError
-from dasmil.slides.cohort import SlideRow, read_cohort, split_cohort
+from dasmil.seeds import training_seed
+from dasmil.slides.cohort import SlideRow, read_cohort
+from dasmil.slides.splits import SPLIT_COLUMNS, refuse_overlap, split_cohort
+
+LEFT_OUT = "left out"  # what the parts say of a labelled slide that a split table does not name
 
 
 class BagDataset(Dataset[BagGraph]):
@@ -56,7 +61,7 @@ class BagDataModule(LightningDataModule):
     """Bags of a cohort, divided into train, val and test.
 
     The parts are the cohort table's ``split`` column; what it leaves open is drawn by patient and
-    stratified by label (:func:`dasmil.slides.cohort.split_cohort`).
+    stratified by label (:func:`dasmil.slides.splits.split_cohort`).
 
     Parameters
     ----------
@@ -67,7 +72,8 @@ class BagDataModule(LightningDataModule):
     scales:
         those of the bags' scales that the model reads; all where None.
     batch_size:
-        slides a step; evaluation gives the same result at any size.
+        slides a step in training. Evaluation takes one at a time: its figures depend neither on
+        this nor on the number of processes, to the last digit.
     num_workers:
         reading processes of each device.
     val_fraction:
@@ -76,9 +82,19 @@ class BagDataModule(LightningDataModule):
         part of the patients drawn for the test where the table gives no parts at all.
     split_seed:
         of these draws.
+    num_folds:
+        K of a K-fold cross-validation, drawn by patient and stratified by label.
+    fold:
+        which of them, 0 to K - 1: the test part, or where the table has one already, the
+        validation part.
+    split_table:
+        CSV with the part of each slide, instead of the cohort table's: a run's split.csv, or an
+        official list such as splits/camelyon16.csv.
+    weighted_sampling:
+        draw training slides with replacement, of each class equally often.
     split:
-        part of each slide as a checkpoint remembers it; a slide that it does not know has the
-        part of the table, else is a test slide.
+        part of each slide as a checkpoint remembers it, also that it was left out; a slide that
+        it does not know has the part of the table, else is a test slide.
     val_part:
         the part on which the checkpoint is chosen and that ``validate`` reads. ``test`` is
         what the released code does (D17): its figures are then no test figures.
@@ -96,6 +112,10 @@ class BagDataModule(LightningDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         split_seed: int = 0,
+        num_folds: int | None = None,
+        fold: int | None = None,
+        split_table: str | None = None,
+        weighted_sampling: bool = False,
         split: dict[str, str] | None = None,
         val_part: Literal["val", "test"] = "val",
         allow_seen_slides: bool = False,
@@ -111,22 +131,27 @@ class BagDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.split_seed = split_seed
+        self.num_folds = num_folds
+        self.fold = fold
+        self.split_table = split_table
+        self.weighted_sampling = weighted_sampling
         self.given_split = split
         self.val_part = val_part
         self.allow_seen_slides = allow_seen_slides
-        self.rows: list[SlideRow] = []
+        self.cohort: list[SlideRow] = []  # all slides of the table
+        self.rows: list[SlideRow] = []  # those with a bag
         self.split: dict[str, str] = {}
         self.bag_format: dict[str, Any] = {}
         self.empty: set[str] = set()
 
     def setup(self, stage: str) -> None:
-        cohort = self._read_cohort()
+        cohort = self.cohort = self._read_cohort()
         self.rows = [r for r in cohort if bag_path(self.folder, r.slide_id).exists()]
         say_missing(self.folder, "bag file", [r.slide_id for r in cohort if r not in self.rows])
         if not self.rows:
             raise InputError(f"{self.folder}: no bag file for any slide of its cohort.csv")
         self._read_headers()
-        self.split = self._parts(cohort)
+        self.split = self._parts(cohort, stage)
         if stage == "fit":
             self._refuse_missing_classes("train", self.val_part)
         if stage != "predict" and self.val_part == "test":
@@ -170,17 +195,47 @@ class BagDataModule(LightningDataModule):
             statistics[scale] = (mean.float(), variance.sqrt().float())
         return statistics
 
+    def split_rows(self) -> Iterator[dict[str, str | None]]:
+        """Rows of ``split.csv``, in the order of the cohort."""
+        for row in self.cohort:
+            part = self.split.get(row.slide_id, LEFT_OUT)
+            if part != LEFT_OUT:
+                yield dict(zip(SPLIT_COLUMNS, (row.slide_id, row.patient_id, row.label, part)))
+
+    def class_counts(self) -> list[int]:
+        """Training slides of each class, in the order of the classes."""
+        counts = Counter(row.label for row in self.part("train"))
+        return [counts[name] for name in self.classes]
+
     def train_dataloader(self) -> DataLoader[BagGraph]:
-        return self._loader(self.part("train"), shuffle=True)
+        dataset = self._dataset(self.part("train"))
+        world, rank = self._processes()
+        accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        weights = None
+        if self.weighted_sampling:
+            weights = class_weights_of(dataset.labels, len(self.classes))
+        sampler = TrainingSampler(
+            len(dataset),
+            world,
+            rank,
+            training_seed(),
+            batch_size=self.batch_size,
+            accumulated=accumulated,
+            weights=weights,
+        )
+        go_on(sampler, self.trainer, self.batch_size)
+        return TrainingLoader(
+            dataset, batch_size=self.batch_size, sampler=sampler, **self._loader_options()
+        )
 
     def val_dataloader(self) -> DataLoader[BagGraph]:
-        return self._loader(self._evaluated(self.val_part))
+        return self._evaluation_loader(self._evaluated(self.val_part))
 
     def test_dataloader(self) -> DataLoader[BagGraph]:
-        return self._loader(self._evaluated("test"))
+        return self._evaluation_loader(self._evaluated("test"))
 
     def predict_dataloader(self) -> DataLoader[BagGraph]:
-        return self._loader(self.rows)
+        return self._evaluation_loader(self.rows)
 
     def _evaluated(self, name: str) -> list[SlideRow]:
         rows = self.part(name)
@@ -188,24 +243,33 @@ class BagDataModule(LightningDataModule):
             raise InputError(f"{self.folder}: no labelled slide is in the part {name!r}")
         return rows
 
-    def _loader(self, rows: Sequence[SlideRow], shuffle: bool = False) -> DataLoader[BagGraph]:
-        """Every process gets the same number of batches.
+    def _evaluation_loader(self, rows: Sequence[SlideRow]) -> DataLoader[BagGraph]:
+        """One slide a batch, and the same number of batches in every process.
 
-        In evaluation some slides may so come twice; the module counts each slide once.
+        Some slides may so come twice; the module counts each slide once.
         """
-        world, rank = 1, 0
-        if self.trainer is not None:
-            world, rank = self.trainer.world_size, self.trainer.global_rank
-        dataset = BagDataset(self.folder, rows, self.classes, self.scales)
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=DistributedSampler(dataset, world, rank, shuffle=shuffle, seed=order_seed()),
-            collate_fn=join_graphs,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+        dataset = self._dataset(rows)
+        sampler: DistributedSampler[BagGraph] = DistributedSampler(
+            dataset, *self._processes(), shuffle=False
         )
+        return DataLoader(dataset, batch_size=1, sampler=sampler, **self._loader_options())
+
+    def _dataset(self, rows: Sequence[SlideRow]) -> BagDataset:
+        return BagDataset(self.folder, rows, self.classes, self.scales)
+
+    def _processes(self) -> tuple[int, int]:
+        """How many there are, and which one this is."""
+        if self.trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "collate_fn": join_graphs,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
     def _read_cohort(self) -> list[SlideRow]:
         cohort = read_cohort(self.folder / "cohort.csv")
@@ -246,18 +310,31 @@ class BagDataModule(LightningDataModule):
             if header.num_tiles == 0:
                 self.empty.add(slide_id)
 
-    def _parts(self, cohort: Sequence[SlideRow]) -> dict[str, str]:
+    def _parts(self, cohort: Sequence[SlideRow], stage: str) -> dict[str, str]:
+        labelled = [row for row in cohort if row.label is not None]
         if self.given_split is not None:
-            labelled = [row for row in cohort if row.label is not None]
-            return {
+            parts = {
                 r.slide_id: self.given_split.get(r.slide_id, r.split or "test") for r in labelled
             }
-        return split_cohort(
+            if stage != "predict":  # a new slide of a patient that was trained on is no test slide
+                refuse_overlap(
+                    [
+                        replace(r, split=parts[r.slide_id])
+                        for r in labelled
+                        if parts[r.slide_id] != LEFT_OUT
+                    ]
+                )
+            return parts
+        drawn = split_cohort(
             cohort,
             val_fraction=self.val_fraction,
             test_fraction=self.test_fraction,
             seed=self.split_seed,
+            num_folds=self.num_folds,
+            fold=self.fold,
+            split_table=self.split_table,
         )
+        return {row.slide_id: drawn.get(row.slide_id, LEFT_OUT) for row in labelled}
 
     def _refuse_missing_classes(self, *parts: str) -> None:
         for part in parts:
@@ -303,11 +380,6 @@ def read_scales(folder: Path, slide_id: str, scales: Sequence[str] | None) -> Ba
     """A slide's bag with these of its scales; all where None."""
     bag = read_bag(bag_path(folder, slide_id))
     return bag if scales is None else bag.select(scales)
-
-
-def order_seed() -> int:
-    """Seed of the order in training: that of ``seed_everything``, the same in every process."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def say_missing(folder: Path, what: str, slide_ids: Sequence[str]) -> None:

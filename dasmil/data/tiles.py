@@ -1,5 +1,6 @@
 """Pixels for self-supervision: augmented crops of tiles, read straight from the slides."""
 
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from dasmil.data.bags import order_seed, say_missing
+from dasmil.data.bags import say_missing
+from dasmil.data.sampler import TrainingLoader, go_on
 from dasmil.errors import InputError
-from dasmil.slides.cohort import SlideRow, read_cohort, split_cohort
+from dasmil.seeds import training_seed
+from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.reader import Slide
+from dasmil.slides.splits import placed, split_cohort
 from dasmil.slides.tile import tiles_path
 from dasmil.slides.tiling import read_tiles
 
@@ -25,7 +29,9 @@ MAX_OPEN_SLIDES = 32  # of each reading process
 
 
 class TileDataset(Dataset[list[Tensor]]):
-    """Views of single tiles; an item is named by (number of the slide, row of the tile).
+    """Views of single tiles; an item is named by (number of the slide, row of the tile, seed).
+
+    The seed decides what the transform draws, in whatever process that is.
 
     Parameters
     ----------
@@ -48,8 +54,11 @@ class TileDataset(Dataset[list[Tensor]]):
         self.transform = transform
         self._open: dict[int, Slide] = {}
 
-    def __getitem__(self, index: tuple[int, int]) -> list[Tensor]:
-        number, row = index
+    def __getitem__(self, index: tuple[int, int, int]) -> list[Tensor]:
+        number, row, seed = index
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - lightly's transforms draw from it
+        torch.manual_seed(seed)
         pixels = self._slide(number).read(self.boxes_px0[number][row], (self.tile_px,) * 2)
         views: list[Tensor] = self.transform(Image.fromarray(pixels))  # type: ignore[assignment]
         return views
@@ -69,8 +78,8 @@ class TileDataset(Dataset[list[Tensor]]):
 class EvenSlideSampler(DistributedSampler[list[Tensor]]):
     """The same number of tiles from every slide, however many it has, in random order.
 
-    A slide's tiles come without repetition until it has no more. The epoch number decides the draw,
-    so every process draws the same and takes its own share.
+    A slide's tiles come without repetition until it has no more. The epoch number decides the draw
+    and the seed of each tile's views, so every process draws the same and takes its own share.
 
     Parameters
     ----------
@@ -81,9 +90,10 @@ class EvenSlideSampler(DistributedSampler[list[Tensor]]):
     def __init__(self, sizes: Sequence[int], num_samples: int, world: int, rank: int, seed: int):
         self.sizes = sizes
         self.draws = num_samples
+        self.skipped = 0  # of this process, in the epoch that a resumed training goes on in
         super().__init__(range(num_samples), world, rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:  # type: ignore[override]
         generator = np.random.default_rng((self.seed, self.epoch))
         rounds = -(-self.draws // len(self.sizes))
         slides = np.concatenate([generator.permutation(len(self.sizes)) for _ in range(rounds)])
@@ -94,8 +104,11 @@ class EvenSlideSampler(DistributedSampler[list[Tensor]]):
         rows = np.empty_like(slides)
         for number, order in enumerate(orders):
             rows[slides == number] = order[:rounds]
+        seeds = generator.integers(2**63, size=len(slides))
         mine = slice(self.rank, self.total_size, self.num_replicas)
-        return iter(list(zip(slides[mine].tolist(), rows[mine].tolist(), strict=True)))
+        items = zip(slides[mine].tolist(), rows[mine].tolist(), seeds[mine].tolist(), strict=True)
+        start, self.skipped = self.skipped, 0
+        return iter(list(items)[start:])
 
 
 class TileDataModule(LightningDataModule):
@@ -134,6 +147,12 @@ class TileDataModule(LightningDataModule):
         part drawn for the test, likewise.
     split_seed:
         of that draw, likewise.
+    num_folds:
+        K of a K-fold cross-validation, likewise.
+    fold:
+        which of them, likewise: its slides are held out.
+    split_table:
+        CSV with the part of each slide, likewise.
     """
 
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
@@ -156,6 +175,9 @@ class TileDataModule(LightningDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         split_seed: int = 0,
+        num_folds: int | None = None,
+        fold: int | None = None,
+        split_table: str | None = None,
     ):
         super().__init__()
         self.folder = Path(tiles)
@@ -166,6 +188,9 @@ class TileDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.split_seed = split_seed
+        self.num_folds = num_folds
+        self.fold = fold
+        self.split_table = split_table
         self.transform = DINOTransform(
             global_crop_size=global_crop_px,
             global_crop_scale=global_crop_scale,
@@ -183,11 +208,15 @@ class TileDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         cohort = read_cohort(self.folder / "cohort.csv")
+        if self.split_table is not None:
+            cohort = placed(cohort, self.split_table)
         split = split_cohort(
             cohort,
             val_fraction=self.val_fraction,
             test_fraction=self.test_fraction,
             seed=self.split_seed,
+            num_folds=self.num_folds,
+            fold=self.fold,
         )
         held_out = {
             row.patient for row in cohort if split.get(row.slide_id, row.split) in EVALUATED
@@ -218,14 +247,15 @@ class TileDataModule(LightningDataModule):
             self.tiles_per_epoch or len(dataset),
             self.trainer.world_size if self.trainer else 1,
             self.trainer.global_rank if self.trainer else 0,
-            order_seed(),
+            training_seed(),
         )
+        go_on(sampler, self.trainer, self.batch_size)
         if len(sampler) < self.batch_size:
             raise InputError(
                 f"{self.folder}: {len(sampler)} tiles an epoch and process do not fill one batch "
                 f"of {self.batch_size}; lower data.batch_size"
             )
-        return DataLoader(
+        return TrainingLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,

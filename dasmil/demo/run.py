@@ -6,14 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torchmetrics.functional.classification import binary_auroc
-
-from dasmil.demo.slides import TRUTH_DOWNSAMPLE, write_cohort
+from dasmil.demo.slides import write_cohort
 from dasmil.errors import InputError
-from dasmil.files import configs_folder, read_csv, write_text
+from dasmil.files import configs_folder, write_text
 from dasmil.slides.cohort import read_cohort
 from dasmil.units import parse_scales
 
@@ -93,7 +88,8 @@ def _road(output: Path, cohort: Path, seed: int, names: Sequence[str]) -> Iterat
     ]
     checkpoint = output / "runs" / "dasmil" / "checkpoints" / "best.ckpt"
     model = ["--ckpt_path", str(checkpoint), "--bags", bags]
-    yield ["test", *model, "--output", str(output / "test")]
+    truth = ["--truth", str(cohort.parent / "truth")]
+    yield ["test", *model, *truth]
     yield ["predict", *model, "--output", str(output / "predictions")]
 
 
@@ -103,34 +99,18 @@ def _log_to(runs: str, name: str) -> list[str]:
 
 
 def _summary(output: Path, cohort: Path, names: Sequence[str], seconds: float) -> None:
-    metrics = json.loads((output / "test" / "test_metrics.json").read_text())
+    test = output / "runs" / "dasmil" / "test"
+    metrics = json.loads((test / "test_metrics.json").read_text())
     num_test = sum(row.split == "test" for row in read_cohort(cohort))
     print(f"\n{num_test} test slides, seen by nothing before:")
     for scale in names:
         auroc, accuracy = (metrics[f"test/{scale}/{name}"] for name in ("auroc", "accuracy"))
         print(f"  {scale:>4}  AUROC {auroc:.3f}  accuracy at 0.5 {accuracy:.3f}")
     finest = names[-1]
-    instance = instance_auroc(output / "predictions", cohort, finest)
+    instance = metrics[f"test/{finest}/instance_auroc"]
     print(f"  {finest:>4}  instance AUROC {instance:.3f} (tile at least half lesion, test slides)")
+    print(f"all figures   {test / 'test_metrics.csv'}, {test / 'figures'}")
     print(f"overlays      {output / 'predictions' / 'overlays'}")
     print(f"tile pictures {output / 'tiles' / 'qc'}")
     print(f"curves        tensorboard --logdir {output / 'runs'}")
     print(f"took {seconds / 60:.1f} minutes")
-
-
-def instance_auroc(predictions: Path, cohort: Path, finest: str) -> float:
-    """AUROC of the finest tiles' logits over all test slides; positive: at least half lesion."""
-    scores, truth = [], []
-    for row in read_cohort(cohort):
-        if row.split != "test":
-            continue
-        mask = np.asarray(Image.open(cohort.parent / "truth" / f"{row.slide_id}.png")) > 0
-        _, tiles = read_csv(predictions / "instances" / f"{row.slide_id}.csv")
-        for tile in tiles:
-            if tile["scale"] != finest:
-                continue
-            place_px0 = (int(tile[name]) for name in ("x0_px0", "y0_px0", "size_px0"))
-            left, top, size = (length // TRUTH_DOWNSAMPLE for length in place_px0)
-            scores.append(float(tile["logit/tumour"]))
-            truth.append(int(mask[top : top + size, left : left + size].mean() >= 0.5))
-    return float(binary_auroc(torch.tensor(scores), torch.tensor(truth)))

@@ -3,7 +3,7 @@
 Paper: Bontempo et al. 2023, section 3, "Overall Objective".
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +72,7 @@ def objective(
     ptr: Mapping[str, Tensor],
     labels: Tensor,
     options: ObjectiveOptions,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 3 for M scales, each but the finest taught by a finer one.
 
@@ -84,6 +85,8 @@ def objective(
     ptr: per scale (B + 1,) boundaries of the bags.
     labels: (B,) int64 class index.
     options: weights and switches.
+    class_weights: (P,) by which the label losses of a slide of each class count in the total; 1
+        where None. What a scale is taught by another needs no label and is not weighted.
 
     Returns
     -------
@@ -94,6 +97,7 @@ def objective(
     finest = scales[-1]
     terms: dict[str, Tensor] = {}
     total = torch.zeros_like(labels, dtype=output[finest].bag_logits.dtype)
+    weight = 1.0 if class_weights is None else class_weights[labels]  # (B,)
     for scale in scales:
         says = output[scale]
         is_discounted = (scale == finest) == (options.discounted == "fine") and len(scales) > 1
@@ -101,7 +105,7 @@ def objective(
         label_loss = bag_loss(says.bag_logits, labels)
         top_loss = max_instance_loss(says.instance_logits, ptr[scale], labels, says.shown)
         terms[f"bag/{scale}"], terms[f"instance/{scale}"] = label_loss, top_loss
-        total = total + discount * label_loss + options.instance * top_loss
+        total = total + weight * (discount * label_loss + options.instance * top_loss)
 
     for number, coarse in enumerate(scales[:-1]):
         fine = finest if options.distillation_pairs == "finest" else scales[number + 1]
@@ -111,6 +115,11 @@ def objective(
         terms[f"distillation/{coarse}"], terms[f"criticality/{coarse}"] = kd, crit
         total = total + options.distillation * kd + options.criticality * crit
     return total, terms
+
+
+def balanced_weights(counts: Sequence[int]) -> list[float]:
+    """n / (P · n_c) for each of P classes of n_c slides: as if all were equally frequent."""
+    return [sum(counts) / (len(counts) * count) for count in counts]
 
 
 def _teach(

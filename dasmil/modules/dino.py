@@ -24,6 +24,7 @@ from torchvision.utils import make_grid
 from dasmil.data.tiles import TileDataModule
 from dasmil.embedding.extractor import ExtractorRecord, vit_backbone
 from dasmil.errors import InputError
+from dasmil.seeds import seed_step
 
 SHOWN_TILES = 8
 
@@ -152,6 +153,14 @@ class DINOModule(LightningModule):
             )
             self.record = asdict(record)
 
+    def on_train_start(self) -> None:
+        self._teacher_step = self.global_step  # of a training that goes on, not 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """What stochastic depth draws depends on seed, epoch and place alone."""
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        seed_step(self.current_epoch, batch_idx * world + rank)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["extractor"] = self.record
 
@@ -166,7 +175,9 @@ class DINOModule(LightningModule):
             student_out += self.student(torch.cat(small)).chunk(len(small))
         self._log_teacher(teacher_out)
         loss = self.dino_loss(list(teacher_out.chunk(2)), student_out, epoch=self.current_epoch)
-        self.log("train/loss", loss, prog_bar=True)
+        size = len(crops[0])
+        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+        self.log("train/loss_step", loss, prog_bar=True)
         if batch_idx == 0 and self.current_epoch == 0:
             self._show(crops)
         return loss

@@ -1,8 +1,7 @@
 """Training and evaluation of DAS-MIL."""
 
 import warnings
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
@@ -10,33 +9,24 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torchmetrics.functional.classification import binary_accuracy
 
 from dasmil.bags import BagGraph, describe_difference
 from dasmil.data.bags import BagDataModule
-from dasmil.distributed import gather_lists
 from dasmil.errors import InputError
 from dasmil.files import write_csv
-from dasmil.losses import ObjectiveOptions, objective
-from dasmil.metrics import class_probabilities, slide_metrics, youden_threshold
+from dasmil.losses import ObjectiveOptions, balanced_weights, objective
+from dasmil.metrics.evaluation import Evaluation
+from dasmil.modules.evaluation import (
+    SlideResult,
+    evaluation_of,
+    gather_results,
+    mean_losses,
+    slide_results,
+)
 from dasmil.nn import DASMIL, ScaleOutput, Standardize
-from dasmil.reports.curves import roc_figure
-
-
-@dataclass(frozen=True)
-class SlideResult:
-    """What evaluation keeps of one slide; tensors on the CPU.
-
-    Parameters
-    ----------
-    logits: per scale (C,).
-    losses: the terms of the objective and their weighted ``total``.
-    """
-
-    slide_id: str
-    label: int
-    logits: dict[str, Tensor]
-    losses: dict[str, float]
+from dasmil.reports.history import run_folder
+from dasmil.seeds import seed_step
+from dasmil.slides.splits import SPLIT_COLUMNS
 
 
 class DASMILModule(LightningModule):
@@ -68,6 +58,8 @@ class DASMILModule(LightningModule):
         a head sees each tile's vector with its parent's, [10x ‖ 20x] (Table 4).
     coarse_instances:
         the coarse heads see all tiles, or only parents of tiles (D12).
+    pooling:
+        of the heads: the paper's attention, or for comparison the mean or max of instance logits.
     distillation:
         λ of Eq. 3.
     criticality:
@@ -104,6 +96,13 @@ class DASMILModule(LightningModule):
         of Adam (D16).
     weight_decay:
         of Adam (D16).
+    class_weights:
+        of the label losses, one a class in the order of data.classes; ``balanced`` is inverse to
+        the classes' frequencies among the training slides.
+    specificity:
+        for which a second threshold is chosen on the validation slides.
+    patient_pooling:
+        of the slides' probabilities where a patient has several slides.
     classes:
         no option: ``fit`` takes it from data.classes, and the checkpoint keeps it.
     bag_format:
@@ -113,8 +112,9 @@ class DASMILModule(LightningModule):
     val_part:
         no option: data.val_part, likewise.
     thresholds:
-        no option: per scale the probability from which on a slide is called positive; ``fit``
-        chooses it on the validation slides (D18), unless they are the test slides.
+        no option: per scale and operating point the probability from which on a slide is called
+        positive; ``fit`` chooses them on the validation slides (D18), unless they are the test
+        slides.
     """
 
     def __init__(
@@ -131,6 +131,7 @@ class DASMILModule(LightningModule):
         contextualize: bool = True,
         concatenate_parents: bool = False,
         coarse_instances: Literal["all", "parents"] = "all",
+        pooling: Literal["attention", "mean", "max"] = "attention",
         distillation: float = 1.0,
         criticality: float = 1.0,
         instance: float = 1.0,
@@ -149,11 +150,14 @@ class DASMILModule(LightningModule):
         min_learning_rate: float = 1e-5,
         betas: tuple[float, float] = (0.5, 0.9),
         weight_decay: float = 5e-3,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        specificity: float = 0.9,
+        patient_pooling: Literal["mean", "max"] = "mean",
         classes: list[str] | None = None,
         bag_format: dict[str, Any] | None = None,
         split: dict[str, str] | None = None,
         val_part: str = "val",
-        thresholds: dict[str, float] | None = None,
+        thresholds: dict[str, dict[str, float]] | None = None,
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -161,7 +165,10 @@ class DASMILModule(LightningModule):
         self.options = ObjectiveOptions(
             **{field.name: self.hparams[field.name] for field in fields(ObjectiveOptions)}
         )
+        if not 0 < specificity < 1:
+            raise InputError(f"specificity: {specificity} is not between 0 and 1")
         self.results: list[SlideResult] = []
+        self.evaluation: Evaluation | None = None  # of the last part that was evaluated
         self.network: DASMIL
         self.standardize: Standardize | None
         if bag_format is not None:
@@ -185,6 +192,7 @@ class DASMILModule(LightningModule):
             contextualize=hp["contextualize"],
             concatenate_parents=hp["concatenate_parents"],
             coarse_instances=hp["coarse_instances"],
+            pooling=hp["pooling"],
         )
 
     @property
@@ -221,15 +229,26 @@ class DASMILModule(LightningModule):
             self._refuse_other_data(self.hparams, data)
         if stage == "fit":
             self.hparams["split"], self.hparams["val_part"] = data.split, data.val_part
+            self._set_class_weights(data.class_counts())
             if self.standardize is not None:
                 for scale, (mean, std) in data.train_statistics().items():
                     self.standardize.set_statistics(scale, mean, std)
-            log_dir = self.trainer.log_dir
-            if log_dir is not None and self.trainer.is_global_zero:
-                rows = ({"slide_id": s, "split": part} for s, part in data.split.items())
-                write_csv(Path(log_dir) / "split.csv", ("slide_id", "split"), rows)
+            folder = run_folder(self.trainer)
+            if folder is not None and self.trainer.is_global_zero:
+                write_csv(folder / "split.csv", SPLIT_COLUMNS, data.split_rows())
+
+    def _set_class_weights(self, counts: list[int]) -> None:
+        weights = self.hparams["class_weights"]
+        if weights == "balanced":
+            self.hparams["class_weights"] = balanced_weights(counts)
+        elif weights is not None and (len(weights) != len(counts) or min(weights) < 0):
+            raise InputError(
+                f"model.class_weights: {weights} must be {len(counts)} weights of 0 or more, one "
+                f"for each of {', '.join(self.classes)}"
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.hparams["thresholds"] = checkpoint["hyper_parameters"].get("thresholds")
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         if not isinstance(data, BagDataModule):
             return
@@ -262,7 +281,15 @@ class DASMILModule(LightningModule):
         self, output: dict[str, ScaleOutput], graph: BagGraph
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 3 a bag (B,), and its terms."""
-        return objective(output, graph.parent, graph.ptr, graph.labels, self.options)
+        weights = self.hparams["class_weights"]
+        if weights is not None:
+            weights = torch.tensor(weights, device=graph.labels.device)
+        return objective(output, graph.parent, graph.ptr, graph.labels, self.options, weights)
+
+    def on_train_batch_start(self, batch: BagGraph, batch_idx: int) -> None:
+        """What dropout draws depends on seed, epoch and place alone; see :mod:`dasmil.seeds`."""
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        seed_step(self.current_epoch, batch_idx * world + rank)
 
     def training_step(self, graph: BagGraph, batch_idx: int) -> Tensor:
         total, terms = self.objective(self(graph), graph)
@@ -292,20 +319,17 @@ class DASMILModule(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    # Evaluation: every process keeps its slides, all are gathered at the end of the epoch, and each
-    # slide counts once, however often the sampler had to repeat it.
-
     def on_validation_epoch_start(self) -> None:
         self.results = []
 
     def on_test_epoch_start(self) -> None:
         self.results = []
 
-    def validation_step(self, graph: BagGraph, batch_idx: int) -> None:
-        self._keep(graph)
+    def validation_step(self, graph: BagGraph, batch_idx: int) -> dict[str, ScaleOutput]:
+        return self._evaluate(graph)
 
-    def test_step(self, graph: BagGraph, batch_idx: int) -> None:
-        self._keep(graph)
+    def test_step(self, graph: BagGraph, batch_idx: int) -> dict[str, ScaleOutput]:
+        return self._evaluate(graph)
 
     def on_validation_epoch_end(self) -> None:
         self._log_results("val")
@@ -316,71 +340,42 @@ class DASMILModule(LightningModule):
     def predict_step(self, graph: BagGraph, batch_idx: int) -> dict[str, ScaleOutput]:
         return self(graph)
 
-    def _keep(self, graph: BagGraph) -> None:
+    def _evaluate(self, graph: BagGraph) -> dict[str, ScaleOutput]:
         output = self(graph)
         total, terms = self.objective(output, graph)
-        losses = {**terms, "total": total}
-        for bag, slide_id in enumerate(graph.slide_ids):
-            self.results.append(
-                SlideResult(
-                    slide_id,
-                    int(graph.labels[bag]),
-                    {name: out.bag_logits[bag].float().cpu() for name, out in output.items()},
-                    {name: float(term[bag]) for name, term in losses.items()},
-                )
-            )
+        data = getattr(self.trainer, "datamodule", None)
+        rows = data.rows if isinstance(data, BagDataModule) else ()
+        patients = {row.slide_id: row.patient for row in rows if row.slide_id in graph.slide_ids}
+        self.results += slide_results(graph, output, {**terms, "loss": total}, patients)
+        return output
 
     def _log_results(self, stage: str) -> None:
-        unique = {result.slide_id: result for result in gather_lists(self.results)}
-        self.results = [unique[slide_id] for slide_id in sorted(unique)]
-        labels = torch.tensor([result.label for result in self.results])
-        probabilities = {
-            scale: class_probabilities(torch.stack([r.logits[scale] for r in self.results]))
-            for scale in self.scales
-        }
+        self.results = gather_results(self.results)
+        found = evaluation_of(self.results, self.classes, None, self.hparams["specificity"])
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and self.hparams["val_part"] != "test" and len(self.classes) == 2:
+            self.hparams["thresholds"] = found.operating_points()
+        self.evaluation = replace(found, thresholds=self.hparams["thresholds"])
         for scale in self.scales:
-            figures = slide_metrics(probabilities[scale], labels)
-            figures |= self._threshold_metrics(stage, scale, probabilities[scale], labels)
+            figures = self.evaluation.figures(scale)
+            if stage == "test":
+                figures |= self.evaluation.test_chosen_figures(scale)
             self._log_figures({f"{stage}/{scale}/{k}": value for k, value in figures.items()})
-        self._log_figures({f"{stage}/{k}": value for k, value in figures.items()}, prog_bar=True)
-        for name in self.results[0].losses:
-            mean = sum(result.losses[name] for result in self.results) / len(self.results)
-            self._log_figures({f"{stage}/{'loss' if name == 'total' else name}": mean})
-        if len(labels.unique()) < len(self.classes) and stage == "test":
+        self._log_figures({f"{stage}/{k}": value for k, value in figures.items()})
+        self._log_figures({f"{stage}/{k}": v for k, v in mean_losses(self.results).items()})
+        present = len(self.evaluation.labels.unique())
+        if present < len(self.classes) and stage == "test":
             warnings.warn(
-                f"AUROC is not defined: the {stage} slides hold "
-                f"{len(labels.unique())} of {len(self.classes)} classes",
+                f"AUROC is not defined: the {stage} slides hold {present} of "
+                f"{len(self.classes)} classes",
                 stacklevel=2,
             )
-        if isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero:
-            figure = roc_figure(probabilities, labels, self.classes)
-            self.logger.experiment.add_figure(f"{stage}/roc", figure, self.current_epoch)
 
-    def _threshold_metrics(
-        self, stage: str, scale: str, probabilities: Tensor, labels: Tensor
-    ) -> dict[str, float]:
-        """Accuracies of a two-class task at thresholds other than 0.5 (D18).
-
-        At the threshold of the validation slides; and, as much of the literature reports it, at the
-        one that suits the test slides best, which is no honest figure and is named for what it is.
-        """
-        if probabilities.shape[1] != 2:
-            return {}
-        positive = probabilities[:, 1]
-        own = youden_threshold(positive, labels)
-        if self.trainer.state.fn == TrainerFn.FITTING and self.hparams["val_part"] != "test":
-            self.hparams["thresholds"] = {**(self.hparams["thresholds"] or {}), scale: own}
-        figures = {}
-        if self.hparams["thresholds"] is not None:
-            chosen = self.hparams["thresholds"][scale]
-            figures["accuracy_at_val_threshold"] = binary_accuracy(positive, labels, chosen)
-        if stage == "test":
-            figures["accuracy_at_test_threshold"] = binary_accuracy(positive, labels, own)
-        return {name: value.item() for name, value in figures.items()}
-
-    def _log_figures(self, figures: dict[str, float], prog_bar: bool = False) -> None:
+    def _log_figures(self, figures: dict[str, float]) -> None:
         """Values that are the same in every process already."""
-        self.log_dict(figures, prog_bar=prog_bar, rank_zero_only=False, sync_dist=False)
+        for name, value in figures.items():
+            shown = name in ("val/auroc", "val/loss", "test/auroc")
+            self.log(name, value, prog_bar=shown, sync_dist=False)
 
     @property
     def _selection(self) -> tuple[str, Tensor | None]:

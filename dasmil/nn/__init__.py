@@ -4,7 +4,8 @@ from dasmil.nn.dasmil import DASMIL
 from dasmil.nn.gat import GAT
 from dasmil.nn.mil_head import MILHead
 from dasmil.nn.pgnn import PGNN
+from dasmil.nn.pooling_head import PoolingHead
 from dasmil.nn.standardize import Standardize
 from dasmil.output import ScaleOutput
 
-__all__ = ["DASMIL", "GAT", "PGNN", "MILHead", "ScaleOutput", "Standardize"]
+__all__ = ["DASMIL", "GAT", "PGNN", "MILHead", "PoolingHead", "ScaleOutput", "Standardize"]

@@ -14,6 +14,7 @@ from dasmil.bags.graph import BagGraph
 from dasmil.nn.gat import Residual
 from dasmil.nn.mil_head import MILHead
 from dasmil.nn.pgnn import PGNN, module_key
+from dasmil.nn.pooling_head import PoolingHead
 from dasmil.output import ScaleOutput
 
 
@@ -31,6 +32,8 @@ class DASMIL(nn.Module):
         (Table 4, [10x ‖ 20x]); the coarsest scale has no parents.
     coarse_instances: what the heads of all scales but the finest are shown: ``all`` tiles, or
         those that are ``parents`` of a tile (D12).
+    pooling: of a head: ``attention`` is the paper's; ``mean`` and ``max`` are :class:`PoolingHead`,
+        to compare with.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class DASMIL(nn.Module):
         contextualize: bool = True,
         concatenate_parents: bool = False,
         coarse_instances: Literal["all", "parents"] = "all",
+        pooling: Literal["attention", "mean", "max"] = "attention",
     ):
         super().__init__()
         self.concatenate_parents = concatenate_parents
@@ -62,9 +66,13 @@ class DASMIL(nn.Module):
         if concatenate_parents:
             for coarse, fine in pairwise(widths):
                 targets[fine] = widths[coarse] + widths[fine]
-        self.heads = nn.ModuleDict(
-            {module_key(s): MILHead(width, num_logits, query_dim) for s, width in targets.items()}
-        )
+
+        def head(width: int) -> nn.Module:
+            if pooling == "attention":
+                return MILHead(width, num_logits, query_dim)
+            return PoolingHead(width, num_logits, pooling)
+
+        self.heads = nn.ModuleDict({module_key(s): head(width) for s, width in targets.items()})
 
     def forward(self, graph: BagGraph) -> dict[str, ScaleOutput]:
         """What each scale says, coarse to fine."""

@@ -38,14 +38,14 @@ class MILHead(nn.Module):
         if shown is not None:
             return self._forward_shown(h, ptr, shown)
         sizes = ptr.diff().tolist()
-        bag_index = _bag_index(ptr)
+        bag_index = bag_rows(ptr)
 
         z = self.instance_classifier(h)  # (N, C)
         f = self.transform(h)  # (N, K)
         q = self.query(f)  # (N, Q)
         v = self.value(f)  # (N, K)
 
-        critical = _first_argmax(z, ptr, bag_index)  # (B, C)
+        critical = first_argmax(z, ptr, bag_index)  # (B, C)
         q_critical = torch.cat([q, q.new_zeros(1, q.shape[1])])[critical]  # (B, C, Q)
         attention, embedding = [], []
         for q_bag, v_bag, q_top in zip(q.split(sizes), v.split(sizes), q_critical, strict=True):
@@ -64,15 +64,15 @@ class MILHead(nn.Module):
         logits = self.instance_classifier(h)  # (N, C)
         attention = torch.zeros_like(logits, dtype=part.attention.dtype)
         attention[shown] = part.attention
-        return ScaleOutput(part.bag_logits, logits, attention, _bag_index(ptr), shown)
+        return ScaleOutput(part.bag_logits, logits, attention, bag_rows(ptr), shown)
 
 
-def _bag_index(ptr: Tensor) -> Tensor:
+def bag_rows(ptr: Tensor) -> Tensor:
     """(N,) the bag of each row."""
     return torch.repeat_interleave(torch.arange(len(ptr) - 1, device=ptr.device), ptr.diff())
 
 
-def _first_argmax(z: Tensor, ptr: Tensor, bag_index: Tensor) -> Tensor:
+def first_argmax(z: Tensor, ptr: Tensor, bag_index: Tensor) -> Tensor:
     """(B, C) row of each bag's largest logit per class; N for a bag without tiles."""
     z = z.detach()
     is_top = z == segment(z, ptr, reduce="max")[bag_index]

@@ -1,9 +1,7 @@
 """The table of slides: where each lies, its label, its patient and the part it plays."""
 
-import random
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -142,72 +140,3 @@ def _number(record: Mapping[str, str], column: str, where: str) -> float | None:
     if not 0 < value < float("inf"):
         raise InputError(f"{where}: {column} {text!r} is not a positive number")
     return value
-
-
-def split_cohort(
-    rows: Sequence[SlideRow],
-    *,
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-) -> dict[str, str]:
-    """Part (train, val or test) of every labelled slide.
-
-    A split column is obeyed. What it leaves open is drawn by patient and stratified by label: a
-    cohort without any part is divided into all three; a cohort with test but no val slides gives
-    ``val_fraction`` of its train patients to validation (paper, section 4: 9:1).
-    Only the rows and the seed decide, so every verb that calls this sees the same parts.
-
-    Raises
-    ------
-    InputError
-        when a patient has slides in two parts, or only some labelled slides have a part.
-    """
-    labelled = [row for row in rows if row.label is not None]
-    given = {row.slide_id: row.split for row in labelled if row.split is not None}
-    if given and len(given) < len(labelled):
-        names = ", ".join(sorted(row.slide_id for row in labelled if row.split is None)[:5])
-        raise InputError(f"split: it is filled for some slides only; fill it for {names} too")
-    if not given:
-        by_patient = [replace(row, split="train") for row in labelled]
-        by_patient = _move(by_patient, "test", test_fraction, seed)
-        by_patient = _move(by_patient, "val", val_fraction, seed + 1)
-    elif "val" not in given.values():
-        _refuse_shared_patients(labelled)  # before a patient is moved with all his slides
-        by_patient = _move(labelled, "val", val_fraction, seed + 1)
-    else:
-        by_patient = labelled
-    _refuse_shared_patients(by_patient)
-    return {row.slide_id: row.split for row in by_patient if row.split is not None}
-
-
-def _move(rows: Sequence[SlideRow], part: str, fraction: float, seed: int) -> list[SlideRow]:
-    """Move ``fraction`` of the train patients of each label to ``part``."""
-    labels: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        if row.split == "train":
-            labels[row.patient].add(row.label or "")
-    strata: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for patient in sorted(labels):  # a patient with two labels is a stratum of its own kind
-        strata[tuple(sorted(labels[patient]))].append(patient)
-    chosen: set[str] = set()
-    for stratum in sorted(strata):
-        patients = strata[stratum]
-        random.Random(f"{seed} {stratum}").shuffle(patients)
-        if len(patients) > 1 and fraction > 0:
-            wanted = max(1, round(fraction * len(patients)))
-            chosen.update(patients[: min(wanted, len(patients) - 1)])  # one stays to learn from
-    return [replace(r, split=part) if r.patient in chosen else r for r in rows]
-
-
-def _refuse_shared_patients(rows: Iterable[SlideRow]) -> None:
-    parts: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        if row.split is not None:
-            parts[row.patient].add(row.split)
-    shared = sorted(patient for patient, found in parts.items() if len(found) > 1)
-    if shared:
-        raise InputError(
-            f"split: patient {', '.join(shared[:5])} has slides in more than one part; "
-            "keep all slides of a patient together"
-        )

@@ -1,4 +1,4 @@
-"""Configs × seeds: runs of ``fit`` and ``test``, and the table of their test figures.
+"""Configs × folds × seeds: the road to the bags, runs of ``fit`` and ``test``, and their table.
 
-Nothing here imports torch: the runs are processes of their own.
+Nothing here imports torch: every step is a process of its own.
 """

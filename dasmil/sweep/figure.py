@@ -14,7 +14,7 @@ PANEL_INCHES = 3.4
 def draw(
     path: Path, title: str, rows: Sequence[SweepRow], cells: Sequence[Mapping[str, Cell]]
 ) -> None:
-    """One panel a column, one line a row: a dot a seed, a bar at their mean; ◇ is the paper's."""
+    """One panel a column, one line a row: a dot a run, a bar at their mean; ◇ is the paper's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -37,6 +37,6 @@ def draw(
     panels[0].set_yticks(range(len(rows)), [row.label for row in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     paper = "; ◇ the paper, on its own data" if any(row.paper for row in rows) else ""
-    figure.suptitle(f"{title}\n● a seed, | their mean{paper}", fontsize=10)
+    figure.suptitle(f"{title}\n● a run, | their mean{paper}", fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)

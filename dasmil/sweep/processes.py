@@ -1,8 +1,8 @@
-"""Runs as processes: one after another or in parallel, ended together."""
+"""Steps as processes: one after another or in parallel, ended together."""
 
 import json
 import os
-import queue
+import re
 import shlex
 import shutil
 import signal
@@ -10,59 +10,85 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import takewhile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from dasmil.files import write_text
-from dasmil.sweep.runs import Run
+from dasmil.sweep.steps import LOCK, Step
 
-Slots = queue.SimpleQueue[str | None]
+Slot = Mapping[str, str]  # environment variables of a process, beside those of the sweep
 
 
-def fit_and_test(runs: Sequence[Run], column: str, slots: Sequence[str | None]) -> bool:
-    """Whether all runs are done; prints a line a run, with its figure of this column."""
-    done = [run for run in runs if run.done]
-    todo = [run for run in runs if run not in done]
-    for count, run in enumerate(done, 1):
-        print(f"[{count}/{len(runs)}] {run.name}: done before", flush=True)
-    free: Slots = queue.SimpleQueue()
-    for slot in slots:
-        free.put(slot)
+def do_steps(steps: Sequence[Step], column: str, slots: Sequence[Slot]) -> None:
+    """Do what is not done, each step as soon as what it needs is; prints a line a step.
+
+    A step that fails takes those along that need it, with its reason; the others go on.
+
+    Parameters
+    ----------
+    steps: each after what it needs; of those that could begin, the first one does.
+    column: whose figure of each run is printed.
+    slots: as many steps are done at the same time.
+    """
+    waiting = [step for step in steps if not step.done]
+    num_said = 0
+
+    def say(step: Step, what: str) -> None:
+        nonlocal num_said
+        num_said += 1
+        print(f"[{num_said}/{len(steps)}] {step.name}: {what}", flush=True)
+
+    for step in steps:
+        if step not in waiting:
+            say(step, "done before")
+    free = list(slots)
+    running: dict[Future[str], tuple[Step, Slot, float]] = {}
+    failed: dict[Step, str] = {}
     with ThreadPoolExecutor(len(slots)) as pool, Children() as children:
-        futures = [pool.submit(_fit_and_test, run, column, free, children) for run in todo]
-        try:
-            for count, future in enumerate(as_completed(futures), len(done) + 1):
-                print(f"[{count}/{len(runs)}] {future.result()}", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return all(run.done for run in runs)
+        while True:
+            for step in list(waiting):
+                reason = next((failed[need] for need in step.needs if need in failed), "")
+                if reason:
+                    waiting.remove(step)
+                    failed[step] = reason
+                    say(step, f"failed: {reason}")
+                elif free and all(need.done for need in step.needs):
+                    waiting.remove(step)
+                    slot = free.pop(0)
+                    future = pool.submit(_do, step, slot, children)
+                    running[future] = step, slot, time.monotonic()
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                step, slot, start = running.pop(future)
+                free.append(slot)
+                wrong = future.result()
+                if wrong:
+                    failed[step] = f"{step.name}: {wrong}"
+                    say(step, f"failed: {wrong}")
+                else:
+                    say(step, f"{step.outcome(column)}, {time.monotonic() - start:.0f} s")
 
 
-def _fit_and_test(run: Run, column: str, free: Slots, children: "Children") -> str:
-    """The line that says what became of the run."""
-    start = time.monotonic()
-    log = run.folder / "log.txt"
-    run.folder.mkdir(parents=True, exist_ok=True)
-    slot = free.get()
+def _do(step: Step, slot: Slot, children: "Children") -> str:
+    """What went wrong, or nothing."""
+    log = step.folder / "log.txt"
+    step.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(run.folder / "run.lock", timeout=0):
-            fit = [*run.fit(), *run.resume()]
-            write_text(run.folder / "run.json", json.dumps(run.record(), indent=2))
-            wrong = children.call(fit, log, slot) or children.call(run.test(), log, slot)
+        with FileLock(step.folder / LOCK, timeout=0):
+            write_text(step.folder / "run.json", json.dumps(step.record(), indent=2))
+            for arguments in step.commands():
+                wrong = children.call(arguments, log, slot)
+                if wrong:
+                    return f"{wrong}; see {log}"
+            write_text(step.mark, "all its processes have ended well\n")
     except Timeout:
-        wrong = "another sweep is at this run"
-    finally:
-        free.put(slot)
-    if wrong:
-        return f"{run.name}: failed: {wrong}; see {log}"
-    value = run.figure(column)
-    figure = "not defined" if value is None else f"{value:.3f}"
-    return f"{run.name}: {column} {figure}, {time.monotonic() - start:.0f} s"
+        return "another sweep is at this"
+    return ""
 
 
 class Children:
@@ -93,9 +119,8 @@ class Children:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.before)
 
-    def call(self, arguments: Sequence[str], log: Path, gpu: str | None) -> str:
+    def call(self, arguments: Sequence[str], log: Path, slot: Slot) -> str:
         """Run a verb, its output at the end of the log; what went wrong, or nothing."""
-        environment = {**os.environ, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})}
         with open(log, "ab") as file:
             file.write(f"$ python -m dasmil {shlex.join(arguments)}\n".encode())
             file.flush()
@@ -108,7 +133,7 @@ class Children:
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    env=environment,
+                    env={**os.environ, **slot},
                 )
                 self.running.add(child)
             code = child.wait()
@@ -118,10 +143,13 @@ class Children:
 
 
 def last_error(said: str, code: int) -> str:
-    """The last line that names an error, with the indented lines that belong to it."""
+    """The last line that names an error, with the indented lines that belong to it.
+
+    ``tile`` and ``embed`` name a slide that failed so: ``failed: <slide_id>: <why>``.
+    """
     lines = said.splitlines()
     for index in reversed(range(len(lines))):
-        if "error:" in lines[index].lower():
+        if re.search("error:|^failed: ", lines[index], re.IGNORECASE):
             more = takewhile(lambda line: line.startswith(" "), lines[index + 1 :])
             return " ".join(line.strip() for line in (lines[index], *more))
     return f"exit code {code}"
@@ -138,8 +166,17 @@ def gpus() -> list[str]:
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in said.splitlines()))]
 
 
-def gpu_slots(jobs: int, gpus: Sequence[str]) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each parallel run; None leaves the environment as it is."""
-    if jobs == 1 or len(gpus) < 2:
-        return [None] * jobs
-    return [gpus[slot % len(gpus)] for slot in range(jobs)]
+def make_slots(jobs: int, gpus: Sequence[str], num_cores: int) -> list[Slot]:
+    """The environment of each parallel step: a GPU of its own, its share of the cores.
+
+    Without a share, each process would start a thread for every core, and they would wait for each
+    other. OMP_NUM_THREADS is left as it is where it is set; one step at a time may use everything.
+    """
+    if jobs == 1:
+        return [{}]
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, num_cores // jobs)))
+    slots = [{"OMP_NUM_THREADS": threads} for _ in range(jobs)]
+    if len(gpus) > 1:
+        for number, slot in enumerate(slots):
+            slot["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    return list(slots)

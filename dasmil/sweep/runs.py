@@ -1,20 +1,27 @@
 """What a sweep is made of: rows, and the runs that they ask for."""
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from dasmil import __version__
 from dasmil.errors import InputError
-from dasmil.files import configs_folder
+from dasmil.sweep.road import Embedding
+from dasmil.sweep.steps import (
+    QUIET,
+    Fold,
+    Step,
+    config_arguments,
+    find_config,
+    fold_folder,
+    log_to,
+    name_of,
+    sha256,
+)
 
-QUIET = ("--trainer.enable_progress_bar", "false")
-RESUME = "resume"  # the checkpoint of the last epoch
+OF_THE_ROAD = ("tiles", "extractors", "bags")  # no folders of rows
 
 
 @dataclass(frozen=True)
@@ -37,25 +44,27 @@ class SweepRow:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One seed of one row; rows with the same configs have the same runs.
+class Run(Step):
+    """``fit`` and ``test`` with one seed, of one row and fold, in ``<row>/fold_<k>/seed_<n>``.
+
+    Rows with the same configs have the same runs.
 
     Parameters
     ----------
-    folder: for everything that the run writes; absolute, as all paths here.
+    row: folder of the row.
     seed: of ``fit``.
-    configs: later ones win.
     bags: folder of bags.
+    truth: folder of annotations for ``test``, or None.
     """
 
-    folder: Path
+    row: Path
     seed: int
-    configs: tuple[Path, ...]
     bags: Path
+    truth: Path | None
 
     @property
     def name(self) -> str:
-        return f"{self.folder.parent.name} seed {self.seed}"
+        return name_of(self.row.name, self.fold, "seed", self.seed)
 
     @property
     def checkpoints(self) -> Path:
@@ -63,39 +72,28 @@ class Run:
 
     @property
     def metrics(self) -> Path:
-        """Written by ``test``, whole: where it is, the run is done."""
         return self.folder / "test" / "test_metrics.json"
 
-    @property
-    def done(self) -> bool:
-        return self.metrics.is_file()
+    def commands(self) -> Iterator[list[str]]:
+        if not (self.folder / "val" / "val_evaluation.json").is_file():  # the end of a ``fit``
+            yield self.fit()
+        yield self.test()
 
     def fit(self) -> list[str]:
-        logger, keeper = "--trainer.logger.init_args.", "--trainer.callbacks"
+        """Goes on after the last epoch where ``fit`` was broken off."""
+        if (self.folder / "config.yaml").is_file():
+            return ["fit", "--resume", str(self.folder), "--data.bags", str(self.bags)]
         return [
-            *("fit", *(text for config in self.configs for text in ("--config", str(config)))),
-            *("--seed_everything", str(self.seed), "--data.bags", str(self.bags)),
-            *(f"{logger}save_dir", str(self.folder.parent)),
-            *(f"{logger}name", self.folder.name, f"{logger}version", "", *QUIET),
-            # of every epoch: Lightning 2.6 writes last.ckpt at improvements only
-            f"{keeper}+=lightning.pytorch.callbacks.ModelCheckpoint",
-            *(f"{keeper}.filename={RESUME}", f"{keeper}.enable_version_counter=false"),
-            f"{keeper}.mode=max",  # without a monitor it only tells it from the config's own
+            *("fit", *config_arguments(self.configs), "--seed_everything", str(self.seed)),
+            *("--data.bags", str(self.bags), *(self.fold.arguments() if self.fold else ())),
+            *(*log_to(self.folder), *QUIET),
         ]
-
-    def resume(self) -> list[str]:
-        """Lets ``fit`` go on after its last epoch; dropout is drawn anew from there.
-
-        Not in a folder that was moved: by another path Lightning does not know ``best.ckpt`` again
-        and would overwrite it with a worse epoch. There ``fit`` starts anew.
-        """
-        last = self.checkpoints / f"{RESUME}.ckpt"
-        here = self.recorded().get("folder") == str(self.folder)
-        return ["--ckpt_path", str(last)] if last.is_file() and here else []
 
     def test(self) -> list[str]:
         best = ["--ckpt_path", str(self.checkpoints / "best.ckpt"), "--bags", str(self.bags)]
-        return ["test", *best, "--output", str(self.metrics.parent), *QUIET, *self._as_fitted()]
+        truth = [] if self.truth is None else ["--truth", str(self.truth)]
+        output = ["--output", str(self.metrics.parent)]
+        return ["test", *best, *truth, *output, *QUIET, *self._as_fitted()]
 
     def _as_fitted(self) -> list[str]:
         """What ``test`` must do as ``fit`` did, and a checkpoint does not say."""
@@ -109,41 +107,50 @@ class Run:
             *("--trainer.accelerator", str(fitted["trainer"]["accelerator"])),
         ]
 
+    def contents(self) -> dict[str, tuple[Path, str]]:
+        found = {}
+        if not self.needs:  # else the records of the road say what the bags are
+            tables = (self.bags / name for name in ("cohort.csv", "extractors.json"))
+            found["bags"] = (self.bags, sha256(path for path in tables if path.is_file()))
+        if self.truth is not None:
+            files = sorted(path for path in self.truth.iterdir() if path.is_file())
+            found["annotations"] = (self.truth, sha256(files))
+        return found
+
     def figure(self, column: str) -> float | None:
-        """A test figure; None where there is none, or where it is not defined."""
-        if not self.done:
+        """A test figure, of the finest scale where the column names none.
+
+        None where there is none (a row may lack a scale), or where it is not defined.
+        """
+        if not self.done or not self.metrics.is_file():
             return None
-        value: float | None = json.loads(self.metrics.read_text()).get(f"test/{column}")
-        return value
+        figures: dict[str, float | None] = json.loads(self.metrics.read_text(encoding="utf-8"))
+        if "/" in column or f"test/{column}" in figures:
+            return figures.get(f"test/{column}")
+        scales = (key.split("/")[1] for key in figures if key.count("/") == 2)
+        finest_first = sorted({s for s in scales if s[:1] == "x"}, key=lambda s: -float(s[1:]))
+        keys = (f"test/{scale}/{column}" for scale in finest_first)
+        return next((figures[key] for key in keys if key in figures), None)
 
-    def recorded(self) -> dict[str, Any]:
-        path = self.folder / "run.json"
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-
-    def record(self) -> dict[str, Any]:
-        """What the run is made of, by place and by content; ``run.json``."""
-        tables = [self.bags / name for name in ("cohort.csv", "extractors.json")]
-        return {
-            "dasmil": __version__,
-            "fit": self.fit(),
-            "seed": self.seed,
-            "folder": str(self.folder),
-            "configs": [[str(path), _sha256(path)] for path in self.configs],
-            "bags": str(self.bags),
-            "bags_sha256": {path.name: _sha256(path) for path in tables if path.is_file()},
-        }
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    def outcome(self, column: str) -> str:
+        value = self.figure(column)
+        return f"{column} " + ("not defined" if value is None else f"{value:.3f}")
 
 
 def plan(
-    rows: Sequence[SweepRow], base: Sequence[str], seeds: Sequence[int], output: Path, bags: Path
+    rows: Sequence[SweepRow],
+    base: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    bags: Mapping[Fold | None, Path | Embedding],
+    truth: Path | None = None,
 ) -> list[list[Run]]:
-    """The runs of each row, one a seed, in folders that are named by the row's configs."""
-    if not (bags / "cohort.csv").is_file():
-        raise InputError(f"{bags}: it has no cohort.csv; give --bags the folder that embed wrote")
+    """The runs of each row, one a fold and seed, in folders that are named by the row's configs.
+
+    Parameters
+    ----------
+    bags: of each fold, a folder or the step that makes it; the key is None without folds.
+    """
     below = [find_config(config) for config in base]
     folders: dict[Path, list[Path]] = {}
     table = []
@@ -155,43 +162,25 @@ def plan(
                 f"{folder}: the row {row.label!r} and another one with other configs would both "
                 "write here; give their files different names"
             )
-        configs = (*below, *above)
-        table.append([Run(folder / f"seed_{seed}", seed, configs, bags) for seed in seeds])
-    return table
-
-
-def find_config(name: str) -> Path:
-    """A config where it is given, else in dasmil's own folder ``configs/``."""
-    for path in (Path(name), configs_folder() / name.removeprefix("configs/")):
-        if path.is_file():
-            return path.resolve()
-    raise InputError(f"{name}: no such config, neither here nor in {configs_folder()}")
-
-
-def refuse_other_runs(runs: Sequence[Run]) -> None:
-    """A folder that holds another run than is asked for now is left alone."""
-    for run in runs:
-        before = run.recorded()
-        if before:
-            other = differences(before, run.record())
-        else:
-            other = "something that is not of a sweep" if run.checkpoints.exists() else ""
-        if other:
+        if folder.name in OF_THE_ROAD:
             raise InputError(
-                f"{run.folder}: made with {other}; choose another --output, or delete that folder "
-                "to start over"
+                f"{above[0]}: the row {row.label!r} would write into {folder}, which is of the "
+                "sweep itself; give the file another name"
             )
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What two records differ in; the same content in another place is no difference."""
-    different = []
-    old, new = ([(Path(path).name, digest) for path, digest in r["configs"]] for r in (before, now))
-    if old != new:
-        names = sorted({name for name, _ in set(old) ^ set(new)}) or ["another order"]
-        different.append(f"other configs ({', '.join(names)})")
-    if before["bags_sha256"] != now["bags_sha256"]:
-        different.append(f"other bags (those of {before['bags']} as they were then)")
-    if before["dasmil"] != now["dasmil"]:
-        different.append(f"dasmil {before['dasmil']}")
-    return " and ".join(different)
+        table.append(
+            [
+                Run(
+                    fold_folder(folder, fold) / f"seed_{seed}",
+                    (*below, *above),
+                    fold,
+                    (source,) if isinstance(source, Embedding) else (),
+                    folder,
+                    seed,
+                    source.folder if isinstance(source, Embedding) else source,
+                    truth,
+                )
+                for fold, source in bags.items()
+                for seed in seeds
+            ]
+        )
+    return table

@@ -1,40 +1,67 @@
-"""The verb ``sweep``: rows of a table, each fitted and tested with several seeds."""
+"""The verb ``sweep``: rows of a table, each fitted and tested with several seeds and folds."""
 
+import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dasmil.errors import InputError
 from dasmil.files import write_csv, write_text
 from dasmil.sweep.figure import draw
-from dasmil.sweep.processes import fit_and_test, gpu_slots, gpus
-from dasmil.sweep.runs import SweepRow, plan, refuse_other_runs
-from dasmil.sweep.table import CSV_COLUMNS, Cell, csv_rows, markdown
+from dasmil.sweep.processes import do_steps, gpus, make_slots
+from dasmil.sweep.road import Embedding, plan_road
+from dasmil.sweep.runs import Run, SweepRow, plan
+from dasmil.sweep.steps import Fold, in_order, refuse_other_steps
+from dasmil.sweep.table import CSV_COLUMNS, Cell, csv_rows, describe_figures, markdown
 
 
 def sweep(
     output: Path,
-    bags: Path,
+    bags: Path | None = None,
+    cohort: Path | None = None,
+    scales: tuple[str, ...] = ("x10", "x20"),
+    tile: tuple[str, ...] = ("configs/tile.yaml",),
+    extractor: tuple[str, ...] = ("configs/dino.yaml",),
+    embed: tuple[str, ...] = (),
+    truth: Path | None = None,
     rows: tuple[SweepRow, ...] = (),
     configs: tuple[str, ...] = (),
     base: tuple[str, ...] = ("configs/dasmil.yaml",),
     columns: tuple[str, ...] = ("auroc", "accuracy"),
     seeds: tuple[int, ...] = (0, 1, 2),
+    folds: int | None = None,
     title: str = "",
     name: str = "sweep",
     jobs: int = 1,
 ) -> int:
-    """Fit and test each row's configs with each seed; print, write and draw the test figures.
+    """Fit and test each row's configs with each seed in each fold; write and draw the test figures.
 
-    A run that is done is not done again, one that was broken off goes on from its last epoch; rows
-    of several tables with the same configs share their runs in one output folder. A run that fails
-    costs one line and the others go on.
+    The bags are given, or made from the cohort first: tiles once, then per fold one DINO extractor
+    a scale on the training slides of that fold alone, and the fold's bags.
+
+    A step that is done is not done again, a fit that was broken off goes on from its last epoch;
+    rows of several tables with the same configs share their runs in one output folder. A step that
+    fails costs one line, and one for each that needs it, and the others go on.
 
     Parameters
     ----------
     output:
-        folder for the runs, ``<configs>/seed_<n>/`` each, and for the table.
+        folder for tiles/, extractors/, bags/, the runs, <configs>/fold_<k>/seed_<n>/ each, and the
+        table.
     bags:
         folder of bags, as for fit.
+    cohort:
+        cohort table, as for tile, to make the bags from; in place of bags.
+    scales:
+        of the tiles, one extractor each; with a cohort.
+    tile:
+        configs of the verb tile; with a cohort.
+    extractor:
+        configs of fit for an extractor; with a cohort.
+    embed:
+        configs of the verb embed; with a cohort.
+    truth:
+        folder of annotations, as for test: figures of instances and lesions too.
     rows:
         of the table, see configs/sweep/.
     configs:
@@ -43,19 +70,23 @@ def sweep(
         configs below those of every row. A config that is not at hand is looked for in dasmil's
         own configs.
     columns:
-        figures of test_metrics.json without their leading test/, for example x20/auroc.
+        figures of test_metrics.json without their leading test/, for example x20/auroc; without a
+        scale they are the finest scale's.
     seeds:
         each row is fitted with every seed.
+    folds:
+        number of folds of a cross-validation: each row is fitted once a fold and seed.
     title:
         of the table.
     name:
         of the table's files in the output folder.
     jobs:
-        runs at the same time; each has a GPU of its own as far as there are several.
+        steps at the same time; each has a GPU of its own as far as there are several, and its
+        share of the cores.
 
     Returns
     -------
-    The exit code: 1 when a run failed, 130 when stopped by Ctrl-C, else 0.
+    The exit code: 1 when a step failed, 130 when stopped by Ctrl-C, else 0.
     """
     rows = (*rows, *(SweepRow(Path(config).stem, (config,)) for config in configs))
     seeds = tuple(dict.fromkeys(seeds))
@@ -66,21 +97,67 @@ def sweep(
     for option, value in (("columns", columns), ("seeds", seeds), ("jobs", jobs > 0)):
         if not value:
             raise InputError(f"sweep: --{option} must be at least one")
-    table = plan(rows, base, seeds, output.resolve(), bags.resolve())
-    runs = list(dict.fromkeys(run for runs_of_row in table for run in runs_of_row))
-    refuse_other_runs(runs)
+    if folds is not None and folds < 2:
+        raise InputError(f"sweep: --folds {folds} must be at least two, or not be given")
+    if truth is not None and not truth.is_dir():
+        raise InputError(f"{truth}: no such folder; give --truth a folder of annotations")
+
+    all_folds = [None] if folds is None else [Fold(number, folds) for number in range(folds)]
+    sources: Mapping[Fold | None, Path | Embedding]
+    if bags is not None and cohort is None:
+        if not (bags / "cohort.csv").is_file():
+            raise InputError(
+                f"{bags}: it has no cohort.csv; give --bags the folder that embed wrote"
+            )
+        source, sources = bags, dict.fromkeys(all_folds, bags.resolve())
+    elif cohort is not None and bags is None:
+        made_by = {"tile": tile, "extractor": extractor, "embed": embed}
+        road = plan_road(output.resolve(), cohort.resolve(), scales, all_folds, **made_by)
+        source, sources = cohort, road
+    else:
+        raise InputError(
+            "sweep: give either --bags, the folder that embed wrote, or --cohort, the table of "
+            "slides to make the bags from"
+        )
+    truth = truth.resolve() if truth is not None else None
+    table = plan(rows, base, seeds, output.resolve(), sources, truth)
+    runs = [run for runs_of_row in table for run in runs_of_row]
+    steps = in_order(sorted(runs, key=lambda run: run.fold.number if run.fold else 0))
+    refuse_other_steps(steps)
     try:
-        well = fit_and_test(runs, columns[0], gpu_slots(jobs, gpus()))
+        do_steps(steps, columns[0], make_slots(jobs, gpus(), os.cpu_count() or 1))
     except KeyboardInterrupt:
         print("sweep: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+
     cells = [
         {column: Cell(tuple(run.figure(column) for run in runs_of_row)) for column in columns}
         for runs_of_row in table
     ]
-    text = markdown(title or name, bags, seeds, rows, cells)
+    text = markdown(title or name, source, describe_figures(seeds, folds), rows, cells)
     write_text(output / f"{name}.md", text)
     write_csv(output / f"{name}.csv", CSV_COLUMNS, csv_rows(rows, cells))
     draw(output / f"{name}.png", title or name, rows, cells)
     print(f"\n{text}\ntable {output / f'{name}.md'}, picture {output / f'{name}.png'}", flush=True)
-    return int(not well)
+    if not all(run.done for run in runs):
+        return 1
+    compare_rows(rows, table, output / f"{name}_compare")
+    return 0
+
+
+def compare_rows(rows: Sequence[SweepRow], table: Sequence[Sequence[Run]], stem: Path) -> None:
+    """Intervals, and a paired test of each row against the first: ``<stem>.md``, .csv and .png."""
+    from dasmil.compare.compare import compare  # it needs torch
+
+    labels: dict[Path, str] = {}
+    for row, runs in zip(rows, table):
+        labels.setdefault(runs[0].row, row.label)  # rows with the same configs are one
+    planned = {run.folder for runs in table for run in runs}
+    found = {path.parent for folder in labels for path in folder.rglob("run.json")}
+    if found - planned:
+        print(
+            f"sweep: no {stem.name}.md, for {min(found - planned)} is a run of another seed or "
+            "division than those of this table; choose another --output to compare its rows"
+        )
+        return
+    compare(tuple(labels), labels=tuple(labels.values()), output=stem)

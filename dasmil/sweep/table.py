@@ -13,7 +13,7 @@ CSV_COLUMNS = ("label", "column", "paper", "mean", "sd", "n", "values")
 
 @dataclass(frozen=True)
 class Cell:
-    """A row's figures in one column: one a seed, None for a run that has none."""
+    """A row's figures in one column: one a run, None for a run that has none."""
 
     values: tuple[float | None, ...]
 
@@ -38,18 +38,31 @@ class Cell:
         return f"{self.mean:.3f}{spread}" + (f" ({num} of {num_all})" if num < num_all else "")
 
 
+def describe_figures(seeds: Sequence[int], num_folds: int | None) -> str:
+    """What a cell is the mean of: ``mean ± sd over 5 folds × 1 seed (0)``."""
+    numbers = ", ".join(str(seed) for seed in seeds)
+    if num_folds is not None:
+        num_seeds = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        return f"mean ± sd over {num_folds} folds × {num_seeds} ({numbers})"
+    return f"mean ± sd over seeds {numbers}" if len(seeds) > 1 else f"seed {numbers}"
+
+
 def markdown(
     title: str,
-    bags: Path,
-    seeds: Sequence[int],
+    source: Path,
+    figures: str,
     rows: Sequence[SweepRow],
     cells: Sequence[Mapping[str, Cell]],
 ) -> str:
-    """The table as text; a column has the paper's figures beside it where there are any."""
+    """The table as text; a column has the paper's figures beside it where there are any.
+
+    Parameters
+    ----------
+    source: the bags, or the cohort that they were made of.
+    figures: what :func:`describe_figures` says.
+    """
     columns = list(cells[0])
     in_paper = [column for column in columns if any(column in row.paper for row in rows)]
-    numbers = ", ".join(str(seed) for seed in seeds)
-    figures = f"mean ± sd over seeds {numbers}" if len(seeds) > 1 else f"seed {numbers}"
     paper = "; paper: the paper's figures on its own data, not comparable" if in_paper else ""
 
     header = [""]
@@ -64,13 +77,15 @@ def markdown(
                 line.append(f"{row.paper[column]:.3f}" if column in row.paper else "–")
         lines.append(line)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"# {title}\n\ntest slides of {bags}, {figures}{paper}\n\n{table}\n"
+    return f"# {title}\n\ntest slides of {source}, {figures}{paper}\n\n{table}\n"
 
 
 def csv_rows(
     rows: Sequence[SweepRow], cells: Sequence[Mapping[str, Cell]]
 ) -> Iterator[dict[str, Any]]:
-    """One a row and column; ``values`` are in the order of the seeds, a missing one is empty."""
+    """One a row and column; ``values`` are fold by fold in the order of the seeds, a missing one
+    is empty.
+    """
     for row, cells_of_row in zip(rows, cells):
         for column, cell in cells_of_row.items():
             yield {

@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 
 from dasmil.bags import BagGraph, bag_graph, bag_path, join_graphs, read_bag, write_bag
 from dasmil.data import BagDataModule
+from dasmil.data.bags import SPLIT_COLUMNS
 from dasmil.errors import InputError
+from dasmil.files import write_csv
 
 SPLIT = {
     "n0": "train",
@@ -73,9 +75,10 @@ def test_loaders_give_the_slides_of_their_part_with_their_labels(tmp_path: Path)
 
 
 def test_a_batch_holds_the_bags_as_they_lie_on_disk(tmp_path: Path) -> None:
-    data = make_data(write_bags(tmp_path, LABELS, SPLIT), batch_size=2)
-    (batch,) = data.val_dataloader()
-    graphs = [bag_graph(read_bag(bag_path(tmp_path, slide_id))) for slide_id in ("n2", "t2")]
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT), batch_size=4)
+    (batch,) = data.train_dataloader()
+    graphs = [bag_graph(read_bag(bag_path(tmp_path, slide_id))) for slide_id in batch.slide_ids]
+    assert sorted(batch.slide_ids) == ["n0", "n1", "t0", "t1"]
     for scale in ("x10", "x20"):
         expected = torch.cat([graph.features[scale] for graph in graphs])
         assert torch.equal(batch.features[scale], expected)
@@ -165,15 +168,162 @@ def test_predicting_needs_no_label_at_all(tmp_path: Path) -> None:
     assert seen(data.predict_dataloader()) == ["a", "b"]
 
 
+def trainer(world: int = 1, rank: int = 0, accumulated: int = 1) -> Any:
+    """As much of a trainer as decides which slides come when."""
+    none = SimpleNamespace(processed=0, started=0)
+    progress = SimpleNamespace(is_last_batch=False, current=none, total=none)
+    epoch_loop = SimpleNamespace(batch_progress=progress)
+    fit_loop = SimpleNamespace(epoch_loop=epoch_loop, epoch_progress=progress)
+    return SimpleNamespace(
+        world_size=world,
+        global_rank=rank,
+        accumulate_grad_batches=accumulated,
+        fit_loop=fit_loop,
+    )
+
+
 def test_processes_share_a_part(tmp_path: Path) -> None:
     """Two processes: each slide once in training, and as many batches for each."""
     data = make_data(write_bags(tmp_path, LABELS, SPLIT))
     shares = []
     for rank in range(2):
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)  # type: ignore[assignment]
+        data.trainer = trainer(2, rank)
         shares.append(seen(data.train_dataloader()))
     assert [len(share) for share in shares] == [2, 2]
     assert sorted(shares[0] + shares[1]) == ["n0", "n1", "t0", "t1"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_processes_see_in_a_step_what_one_process_accumulates(
+    tmp_path: Path, batch_size: int
+) -> None:
+    """Also where the slides do not divide: 5 slides, two processes or two batches a step."""
+    labels = {name: LABELS[name] for name in ("n0", "n1", "t0", "t1", "n2", "n3")} | {
+        "n9": "normal"
+    }
+    split = {**dict.fromkeys(labels, "train"), "n2": "val", "n3": "test"}
+    folder = write_bags(tmp_path, labels, split)
+    data = BagDataModule(folder, CLASSES, batch_size=batch_size, num_workers=0)
+    data.setup("predict")
+
+    def batches(world: int, rank: int, accumulated: int) -> list[list[str]]:
+        data.trainer = trainer(world, rank, accumulated)
+        return [sorted(graph.slide_ids) for graph in data.train_dataloader()]
+
+    alone = batches(1, 0, 2)
+    steps = [sorted(alone[i] + alone[i + 1]) for i in range(0, len(alone), 2)]
+    shares = [batches(2, rank, 1) for rank in range(2)]
+    assert [sorted(one + two) for one, two in zip(*shares, strict=True)] == steps
+    assert {len(batch) for batch in alone} == {batch_size}  # every step is full
+    assert set().union(*alone) == {"n0", "n1", "t0", "t1", "n9"}
+    seen_alone = [slide_id for graph in batches(1, 0, 1) for slide_id in graph]
+    assert sorted(seen_alone) == ["n0", "n1", "n9", "t0", "t1"]  # nothing comes twice
+
+
+def test_evaluation_takes_one_slide_at_a_time_whatever_the_batch_size(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT), batch_size=3)
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        assert {graph.num_bags for graph in loader} == {1}
+
+
+def test_fewer_slides_than_processes_are_all_evaluated(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT))
+    shares = []
+    for rank in range(5):
+        data.trainer = trainer(5, rank)
+        shares.append(seen(data.test_dataloader()))
+    assert {len(share) for share in shares} == {1}
+    assert {slide_id for share in shares for slide_id in share} == {"n3", "t3"}
+
+
+def test_weighted_sampling_draws_each_class_equally_often(tmp_path: Path) -> None:
+    labels = {f"s{n}": CLASSES[n < 3] for n in range(18)}  # 3 tumour, 15 normal
+    labels["held out"] = "normal"
+    split = {**dict.fromkeys(labels, "train"), "held out": "val"}
+    folder = write_bags(tmp_path, labels, split)
+    data = BagDataModule(folder, CLASSES, num_workers=0, weighted_sampling=True)
+    data.setup("predict")
+    assert data.class_counts() == [15, 3]
+    loader = data.train_dataloader()
+    drawn = []
+    for epoch in range(100):
+        loader.sampler.set_epoch(epoch)
+        drawn += list(loader.sampler)
+    assert len(drawn) == 100 * 18
+    share = sum(index < 3 for index in drawn) / len(drawn)
+    assert abs(share - 0.5) < 4 * (0.25 / len(drawn)) ** 0.5
+    plain = BagDataModule(folder, CLASSES, num_workers=0)
+    plain.setup("predict")
+    assert sorted(plain.train_dataloader().sampler) == list(range(18))
+
+
+def test_a_permuted_table_gives_each_slide_the_same_label(tmp_path: Path) -> None:
+    """The classes' order is the caller's, not that of their first appearance."""
+    folder = write_bags(tmp_path, LABELS, SPLIT)
+    table = (folder / "cohort.csv").read_text().splitlines()
+
+    def labels_of() -> dict[str, int]:
+        loader = make_data(folder).predict_dataloader()
+        return {graph.slide_ids[0]: graph.labels.item() for graph in loader}
+
+    before = labels_of()
+    (folder / "cohort.csv").write_text("\n".join([table[0], *table[:0:-1]]))
+    assert labels_of() == before
+    assert before["t3"] == 1 and before["n3"] == 0
+
+
+def test_a_new_slide_of_a_patient_that_was_trained_on_is_no_test_slide(tmp_path: Path) -> None:
+    labels = {"old": "tumour", "new": "tumour", "other": "normal"}
+    folder = write_bags(tmp_path, labels, patients={"old": "Mustermann", "new": "Mustermann"})
+    data = BagDataModule(folder, CLASSES, split={"old": "train", "other": "test"})
+    with pytest.raises(InputError, match="patient Mustermann has slides in more than one part"):
+        data.setup("test")
+    data.setup("predict")  # nothing is measured there
+    assert seen(data.predict_dataloader()) == ["old", "new", "other"]
+
+
+def test_what_a_split_table_leaves_out_stays_out_when_the_checkpoint_is_tested(
+    tmp_path: Path,
+) -> None:
+    """A duplicate that the official list does not name is no test slide afterwards either."""
+    folder = write_bags(tmp_path, LABELS)
+    table = tmp_path / "list.csv"
+    table.write_text(
+        "\n".join(["slide_id,split", *(f"{s},{p}" for s, p in SPLIT.items() if s != "t3")])
+    )
+    with pytest.warns(UserWarning, match=r"does not name 1 slide\(s\) .*: t3"):
+        fitted = make_data(folder, split_table=str(table))
+    tested = make_data(folder, "test", split=fitted.split)
+    for data in (fitted, tested):
+        assert {s: data.split[s] for s in SPLIT if s != "t3"} == {
+            s: part for s, part in SPLIT.items() if s != "t3"
+        }
+        assert seen(data.test_dataloader()) == ["n3"]
+        assert "t3" not in [row["slide_id"] for row in data.split_rows()]
+    assert "t3" in seen(tested.predict_dataloader())
+
+
+def test_a_run_s_split_table_gives_its_parts_again(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path / "bags", many(20))
+    first = make_data(folder, split_seed=5)
+    write_csv(tmp_path / "split.csv", SPLIT_COLUMNS, first.split_rows())
+    again = make_data(folder, split_table=str(tmp_path / "split.csv"))
+    assert again.split == first.split != make_data(folder).split
+
+
+@pytest.mark.parametrize("fold", range(4))
+def test_a_fold_is_the_test_part_and_gives_up_none_to_validation(tmp_path: Path, fold: int) -> None:
+    folder = write_bags(tmp_path, many(40))
+    data = make_data(folder, num_folds=4, fold=fold, val_fraction=0.2)
+    assert Counter(data.split.values()) == {"train": 24, "val": 6, "test": 10}
+    rows = list(data.split_rows())
+    assert {row["slide_id"]: row["split"] for row in rows} == data.split
+    assert rows[1] == {
+        "slide_id": "t00",
+        "patient_id": None,
+        "label": "tumour",
+        "split": data.split["t00"],
+    }
 
 
 # What is refused or said
@@ -334,7 +484,7 @@ CHOICES = [["x20"], ["x10", "x20"], ["x5", "x20"], list(PYRAMID), None]
 def test_a_model_reads_the_scales_that_are_chosen(tmp_path: Path, scales: list[str] | None) -> None:
     """Format, bags, batches and statistics hold these and no other; ancestors are parents."""
     folder = write_bags(tmp_path, LABELS, SPLIT, scales=PYRAMID)
-    data = make_data(folder, scales=scales, batch_size=2)
+    data = make_data(folder, scales=scales, batch_size=4)
     chosen = tuple(scales or PYRAMID)
     assert tuple(data.bag_format["scales"]) == chosen
     assert data.bag_format == make_bag(scales=PYRAMID).header.bag_format(chosen)
@@ -345,8 +495,8 @@ def test_a_model_reads_the_scales_that_are_chosen(tmp_path: Path, scales: list[s
     assert bag.scales == chosen
     expected = whole.select(chosen)
     assert all(torch.equal(bag.parent[s], expected.parent[s]) for s in chosen[1:])
-    (batch,) = data.val_dataloader()
-    alone = [bag_graph(read_bag(bag_path(folder, s)).select(chosen)) for s in ("n2", "t2")]
+    (batch,) = data.train_dataloader()
+    alone = [bag_graph(read_bag(bag_path(folder, s)).select(chosen)) for s in batch.slide_ids]
     joined = join_graphs(alone)
     assert batch.scales == chosen
     for scale in chosen:

@@ -1,11 +1,13 @@
 """Even draws of tiles over slides, and the slides and pixels that self-supervision sees."""
 
+import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from bag_factory import CLASSES, write_bags, write_cohort_csv
 from PIL import Image
 
@@ -27,7 +29,7 @@ def draw(
     sampler.set_epoch(epoch)
     drawn = list(sampler)
     assert len(drawn) == len(sampler)
-    return drawn
+    return [(number, row) for number, row, _ in drawn]
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 12, 50, 101])
@@ -86,6 +88,22 @@ def test_processes_get_as_many_when_the_draws_do_not_divide() -> None:
     assert Counter(tile for share in shares for tile in share) == Counter(whole[:9])
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_seed_of_a_tile_s_views_depends_on_its_place_in_the_epoch_alone(world: int) -> None:
+    whole = EvenSlideSampler([40, 50], 20, 1, 0, seed=3)
+    whole.set_epoch(5)
+    items = list(whole)
+    for rank in range(world):
+        share = EvenSlideSampler([40, 50], 20, world, rank, seed=3)
+        share.set_epoch(5)
+        assert list(share) == items[rank::world]
+        share.skipped = 4  # a training that goes on in the middle of the epoch
+        assert list(share) == items[rank::world][4:]
+        assert list(share) == items[rank::world]  # and in the next epoch has all again
+    whole.set_epoch(6)
+    assert not {seed for *_, seed in whole} & {seed for *_, seed in items}
+
+
 # TileDataModule
 
 
@@ -129,7 +147,7 @@ def write_tables(
 
 
 def make_data(folder: Path, scale: str = "x20", **arguments: object) -> TileDataModule:
-    data = TileDataModule(folder, scale, num_workers=0, **arguments)  # type: ignore[arg-type]
+    data = TileDataModule(folder, scale, **{"num_workers": 0, **arguments})  # type: ignore[arg-type]
     data.setup("fit")
     return data
 
@@ -166,6 +184,30 @@ def test_a_drawn_split_is_the_one_that_the_bags_are_trained_on(tmp_path: Path) -
         trained = BagDataModule(bags, CLASSES, split_seed=seed)
         trained.setup("fit")
         assert seen == [row.slide_id for row in trained.part("train")]
+
+
+@pytest.mark.parametrize("fold", range(3))
+def test_a_fold_holds_out_the_same_slides_from_extractor_and_model(
+    tmp_path: Path, fold: int
+) -> None:
+    labels: dict[str, str | None] = {f"{c}{n}": CLASSES[c == "t"] for n in range(9) for c in "nt"}
+    folder, bags = write_tables(tmp_path / "tiles", labels), write_bags(tmp_path / "bags", labels)
+    seen = ids(make_data(folder, num_folds=3, fold=fold))
+    trained = BagDataModule(bags, CLASSES, num_folds=3, fold=fold)
+    trained.setup("fit")
+    assert seen == [row.slide_id for row in trained.part("train")]
+    assert len(trained.part("test")) == 6
+
+
+def test_a_split_table_decides_also_for_slides_without_label(tmp_path: Path) -> None:
+    """What is not in it is not seen: an official list leaves out duplicates of test slides."""
+    folder = write_tables(tmp_path, {**LABELS, "e": None, "f": None, "g": None})
+    parts = {**SPLIT, "e": "train", "f": "test"}
+    table = tmp_path / "list.csv"
+    table.write_text("\n".join(["slide_id,split", *(f"{s},{p}" for s, p in parts.items())]))
+    with pytest.warns(UserWarning, match=r"does not name 1 slide\(s\) .*: g"):
+        data = make_data(folder, split_table=str(table))
+    assert ids(data) == ["a", "d", "e"]
 
 
 def test_the_boxes_are_those_of_the_scale(tmp_path: Path) -> None:
@@ -211,9 +253,19 @@ def test_a_tile_is_read_where_it_lies(picture: SlideRow) -> None:
     dataset = TileDataset([picture, picture], [boxes[:1], boxes], 8, lambda view: [view])
     assert len(dataset) == 3
     for index, colour in (((0, 0), (0, 0, 77)), ((1, 0), (0, 0, 77)), ((1, 1), (120, 150, 77))):
-        (view,) = dataset[index]
+        (view,) = dataset[*index, 0]
         assert view.size == (8, 8)
         assert np.array_equal(np.unique(np.asarray(view).reshape(-1, 3), axis=0), [colour])
+
+
+def test_the_seed_of_an_item_decides_whatever_a_transform_draws_from(picture: SlideRow) -> None:
+    def transform(_: Image.Image) -> list[float]:
+        return [random.random(), np.random.random_sample(), torch.rand(()).item()]  # noqa: NPY002
+
+    dataset = TileDataset([picture], [np.array([[0, 0, 8, 8]])], 8, transform)  # type: ignore[arg-type]
+    first, other, again = dataset[0, 0, 2**62], dataset[0, 0, 2**62 + 1], dataset[0, 0, 2**62]
+    assert first == again
+    assert all(one != two for one, two in zip(first, other, strict=True))
 
 
 def test_a_batch_holds_every_view_of_as_many_tiles(tmp_path: Path, picture: SlideRow) -> None:
@@ -225,3 +277,20 @@ def test_a_batch_holds_every_view_of_as_many_tiles(tmp_path: Path, picture: Slid
     assert len(batches) == 2
     for views in batches:
         assert [tuple(view.shape) for view in views] == [(2, 3, 16, 16)] * 2 + [(2, 3, 8, 8)] * 3
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_views_do_not_depend_on_who_reads_them(
+    tmp_path: Path, picture: SlideRow, num_workers: int
+) -> None:
+    folder = write_tables(tmp_path, {"a": None}, num_tiles=4)
+    (folder / "cohort.csv").write_text("slide_id,path,mpp\na,a.png,0.5\n")
+    crops = {"global_crop_px": 16, "local_crop_px": 8, "num_local_crops": 1}
+
+    def views(workers: int) -> list[torch.Tensor]:
+        torch.manual_seed(workers)  # must not matter
+        data = make_data(folder, batch_size=2, tiles_per_epoch=4, num_workers=workers, **crops)
+        return [view for batch in data.train_dataloader() for view in batch]
+
+    for one, other in zip(views(0), views(num_workers), strict=True):
+        assert torch.equal(one, other)

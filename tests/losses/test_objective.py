@@ -12,7 +12,7 @@ from losses.numeric import slope
 from torch import Tensor
 
 from dasmil.errors import InputError
-from dasmil.losses import ObjectiveOptions, objective
+from dasmil.losses import ObjectiveOptions, balanced_weights, objective
 from dasmil.output import ScaleOutput
 
 # Three bags, the second without tiles. -1 are orphans; row 2 of x5 and row 3 of x10 have no
@@ -365,6 +365,38 @@ def test_the_terms_come_unweighted() -> None:
     _, plain = run(inputs, ObjectiveOptions(1.0, 1.0, 1.0))
     _, weighted = run(inputs, ObjectiveOptions(0.2, 0.0, 0.1))
     assert {n: t.tolist() for n, t in plain.items()} == {n: t.tolist() for n, t in weighted.items()}
+
+
+@pytest.mark.parametrize("discounted", SWITCHES["discounted"])
+@pytest.mark.parametrize(("num_logits", "weights"), [(1, [0.5, 3.0]), (3, [0.5, 2.0, 3.0])])
+def test_a_slides_class_weighs_its_label_losses_and_nothing_else(
+    num_logits: int, weights: list[float], discounted: Any
+) -> None:
+    """In the total; the terms are those without weights."""
+    inputs = make_inputs(num_logits)
+    options = ObjectiveOptions(0.3, 0.8, 0.6, 1.5, discounted=discounted)
+    arguments = (inputs.output, inputs.parent, inputs.ptr, inputs.labels, options)
+    plain, terms = objective(*arguments)
+    total, weighted_terms = objective(*arguments, torch.tensor(weights, dtype=torch.float64))
+    assert {n: t.tolist() for n, t in weighted_terms.items()} == {
+        n: t.tolist() for n, t in terms.items()
+    }
+    for bag, label in enumerate(LABELS[num_logits]):
+        label_losses = 0.0
+        for scale in SCALES:
+            undiscounted = (scale == "x20") == (discounted == "coarse")
+            label_losses += (1.0 if undiscounted else 0.7) * terms[f"bag/{scale}"][bag].item()
+            label_losses += 0.6 * terms[f"instance/{scale}"][bag].item()
+        more = (weights[label] - 1) * label_losses
+        assert total[bag].item() - plain[bag].item() == pytest.approx(more)
+
+
+def test_balanced_weights_give_each_class_the_same_say() -> None:
+    """n / (P n_c): 12 slides in 3 classes; the weights of all slides add up to their number."""
+    counts = [2, 4, 6]
+    weights = balanced_weights(counts)
+    assert weights == [2.0, 1.0, 12 / 18]
+    assert [w * c for w, c in zip(weights, counts)] == pytest.approx([4.0] * 3)
 
 
 @pytest.mark.parametrize(

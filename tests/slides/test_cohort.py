@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dasmil.errors import InputError
-from dasmil.slides.cohort import SlideRow, read_cohort, split_cohort, write_cohort
+from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
+from dasmil.slides.splits import split_cohort
 
 
 def write_table(folder: Path, text: str) -> Path:
@@ -38,7 +39,9 @@ def make_rows(
     label: str, num_patients: int, *, slides_each: int = 1, split: str | None = None
 ) -> list[SlideRow]:
     return [
-        SlideRow(f"{label}{p}_{s}", Path("x.svs"), label, f"patient_{label}{p}", split)
+        SlideRow(
+            f"{label}{p}_{s}", Path(f"{label}{p}_{s}.svs"), label, f"patient_{label}{p}", split
+        )
         for p in range(num_patients)
         for s in range(slides_each)
     ]
@@ -199,7 +202,7 @@ def test_a_written_table_reads_back_from_anywhere(
 
 def test_a_given_split_is_obeyed() -> None:
     given = ["train", "val", "test", "test", "train", "val"]
-    rows = [SlideRow(f"s{i}", Path("x.svs"), "a", split=part) for i, part in enumerate(given)]
+    rows = [SlideRow(f"s{i}", Path(f"s{i}.svs"), "a", split=part) for i, part in enumerate(given)]
     for seed in range(5):
         assert split_cohort(rows, seed=seed, val_fraction=0.5, test_fraction=0.5) == {
             f"s{i}": part for i, part in enumerate(given)
@@ -261,8 +264,9 @@ def test_parts_depend_on_the_seed_alone_and_not_on_the_order_of_rows() -> None:
 
 def test_parts_are_the_same_in_every_process() -> None:
     script = (
-        "from pathlib import Path; from dasmil.slides.cohort import SlideRow, split_cohort;"
-        "rows = [SlideRow(f's{i}', Path('x'), 'ab'[i % 2], f'p{i // 3}') for i in range(60)];"
+        "from pathlib import Path; from dasmil.slides.cohort import SlideRow; "
+        "from dasmil.slides.splits import split_cohort;"
+        "rows = [SlideRow(f's{i}', Path(f'{i}'), 'ab'[i % 2], f'p{i // 3}') for i in range(60)];"
         "print(sorted(split_cohort(rows, seed=1).items()))"
     )
     outputs = [
@@ -281,7 +285,7 @@ def test_parts_are_the_same_in_every_process() -> None:
 
 def test_another_slide_of_a_patient_changes_no_part() -> None:
     rows = make_rows("a", 30) + make_rows("b", 30)
-    more = SlideRow("new", Path("x.svs"), "a", rows[7].patient_id)
+    more = SlideRow("new", Path("new.svs"), "a", rows[7].patient_id)
     parts = split_cohort(rows)
     assert split_cohort([more, *rows]) == {**parts, "new": parts[rows[7].slide_id]}
 
@@ -303,7 +307,7 @@ def test_fraction_zero_takes_nothing() -> None:
 
 def test_a_patient_with_slides_of_two_labels_is_kept_together() -> None:
     mixed = [
-        SlideRow(f"m{p}_{label}", Path("x.svs"), label, f"mixed{p}")
+        SlideRow(f"m{p}_{label}", Path(f"m{p}_{label}.svs"), label, f"mixed{p}")
         for p in range(10)
         for label in ("a", "b")
     ]

@@ -1,0 +1,1 @@
+"""Finished runs side by side: figures with intervals, and paired tests against the first."""

@@ -1,0 +1,55 @@
+"""A comparison as a picture."""
+
+import textwrap
+from math import isnan
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dasmil.compare.table import Comparison, direction
+from dasmil.files import atomic_path
+
+ROW_INCHES = 0.42
+PANEL_INCHES = 2.9
+LABEL_WIDTH = 30  # characters of a method's label in one line
+
+
+def draw(path: Path, comparison: Comparison) -> None:
+    """One panel a metric, one line a method: the mean with its 95 % interval, and a dot a run."""
+    methods = comparison.methods
+    height = 1.5 + ROW_INCHES * len(methods)
+    width = 2.2 + PANEL_INCHES * len(comparison.results)
+    figure = Figure((width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(comparison.results), sharey=True, squeeze=False)[0]
+    for panel, (metric, results) in zip(panels, comparison.results.items()):
+        for y, result in enumerate(results):
+            colour = "0.25" if y == 0 else "C0"
+            panel.plot(
+                result.values, [y + 0.22] * len(result.values), "o", color="C1", alpha=0.6, mew=0
+            )
+            if not isnan(result.mean):
+                low, high = result.interval
+                panel.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
+                panel.plot(result.mean, y, "|", color=colour, markersize=15, markeredgewidth=2.5)
+            else:
+                panel.text(
+                    0.5, y, "not defined", transform=panel.get_yaxis_transform(), ha="center"
+                )
+        if not isnan(results[0].mean):
+            panel.axvline(results[0].mean, color="0.25", linestyle=":", linewidth=1, zorder=0)
+        panel.set_xlabel(direction(metric))
+        panel.grid(axis="x", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    several = len({method.scale for method in methods}) > 1
+    names = [method.label + (f" at {method.scale}" if several else "") for method in methods]
+    panels[0].set_yticks(range(len(names)), [textwrap.fill(name, LABEL_WIDTH) for name in names])
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.suptitle(
+        f"{comparison.num_slides} test slides of {comparison.num_patients} patients\n"
+        "● a run, | the mean with its 95 % interval, ┊ the first method's mean",
+        fontsize=10,
+    )
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)

@@ -1,0 +1,152 @@
+"""The kind ``crchisto`` of the verb ``import``: CRCHistoPhenotypes → a cohort table and its truth.
+
+100 pictures of colon, 500 x 500 px at 0.55 µm/px, in which four types of nuclei are marked by their
+centres (Sirinukunwattana et al., IEEE Transactions on Medical Imaging 35(5), 2016). As a task for
+multiple-instance learning: does a picture hold epithelial nuclei? (Ilse, Tomczak and Welling, ICML
+2018)
+"""
+
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
+
+from dasmil.errors import InputError
+from dasmil.files import read_csv, write_csv
+from dasmil.slides.cohort import SlideRow, write_cohort
+
+FloatArray = npt.NDArray[np.float64]
+
+MPP = 0.55
+TYPES = ("epithelial", "fibroblast", "inflammatory", "others")
+POSITIVE, NEGATIVE = "epithelial", "none"
+
+
+def crchisto(folder: Path, output: Path) -> int:
+    """Pictures of colon with annotated nuclei → OUTPUT/cohort.csv and OUTPUT/truth/.
+
+    A picture has the label ``epithelial`` where it holds an epithelial nucleus, else ``none``. Its
+    epithelial nuclei, and no others, are points in truth/<slide_id>.csv. Pictures stay where they
+    are.
+
+    Parameters
+    ----------
+    folder:
+        the unpacked download (CRCHistoPhenotypes_2016_04_28), or a folder with bags.csv,
+        nuclei.csv and the pictures as PNG.
+    output:
+        folder for the table and the truth.
+
+    Returns
+    -------
+    The exit code, 0.
+
+    Raises
+    ------
+    InputError
+        when neither is there, a file is missing, or labels and nuclei contradict each other.
+    """
+    read = _read_tables if (folder / "bags.csv").is_file() else _read_download
+    pictures = read(folder)
+    rows = []
+    for slide_id, (path, nuclei) in sorted(pictures.items()):
+        write_csv(
+            output / "truth" / f"{slide_id}.csv",
+            ("x", "y", "type"),
+            ({"x": x, "y": y, "type": POSITIVE} for x, y in nuclei.tolist()),
+        )
+        rows.append(SlideRow(slide_id, path, POSITIVE if len(nuclei) else NEGATIVE, mpp=MPP))
+    write_cohort(output / "cohort.csv", rows)
+    num_positive = sum(row.label == POSITIVE for row in rows)
+    num_nuclei = sum(len(nuclei) for _, nuclei in pictures.values())
+    print(
+        f"import: {len(rows)} pictures, {num_positive} of them with epithelial nuclei "
+        f"({num_nuclei}); see {output / 'cohort.csv'}"
+    )
+    return 0
+
+
+def _read_tables(folder: Path) -> dict[str, tuple[Path, FloatArray]]:
+    """slide_id → picture and (n, 2) x, y of its epithelial nuclei, of a folder with two tables."""
+    bags = _rows(folder / "bags.csv", ("image", "label_epithelial_present"))
+    nuclei: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    names = {row["image"] for row in bags}
+    for line, row in enumerate(_rows(folder / "nuclei.csv", ("image", "type", "x", "y")), start=2):
+        where = f"{folder / 'nuclei.csv'} line {line}"
+        if row["type"] not in TYPES:
+            raise InputError(f"{where}: type {row['type']!r} is none of {', '.join(TYPES)}")
+        if row["image"] not in names:
+            raise InputError(f"{where}: image {row['image']!r} does not stand in bags.csv")
+        try:
+            place = float(row["x"]), float(row["y"])
+        except ValueError:
+            raise InputError(f"{where}: x and y must be numbers") from None
+        if row["type"] == POSITIVE:
+            nuclei[row["image"]].append(place)
+    pictures = {}
+    for row in bags:
+        name, present = row["image"], row["label_epithelial_present"]
+        if present != str(int(name in nuclei)):
+            raise InputError(
+                f"{folder / 'bags.csv'}: label_epithelial_present of {name} is {present!r}, but "
+                f"nuclei.csv holds {len(nuclei.get(name, ()))} epithelial nuclei of it"
+            )
+        pictures[name] = _present(folder / f"{name}.png"), _points(nuclei.get(name, ()))
+    return pictures
+
+
+def _rows(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
+    columns, rows = read_csv(path)
+    missing = [column for column in needed if column not in columns]
+    if missing:
+        raise InputError(f"{path}: column {' and '.join(missing)} is missing")
+    return rows
+
+
+def _read_download(folder: Path) -> dict[str, tuple[Path, FloatArray]]:
+    """The same of the unpacked download; img7 becomes img007, so that names sort as numbers."""
+    found = {}
+    for path in folder.glob("Classification/img*/img*.bmp"):
+        number = re.fullmatch(r"img(\d+)", path.stem)
+        if number is None:
+            continue
+        nuclei = {name: _read_nuclei(path.with_name(f"{path.stem}_{name}.mat")) for name in TYPES}
+        found[f"img{int(number[1]):03d}"] = path, nuclei[POSITIVE]
+    if not found:
+        raise InputError(
+            f"{folder}: neither bags.csv nor Classification/img*/img*.bmp in it; give the unpacked "
+            "download CRCHistoPhenotypes_2016_04_28"
+        )
+    return found
+
+
+def _read_nuclei(path: Path) -> FloatArray:
+    """(n, 2) x, y of the variable ``detection``."""
+    _present(path)
+    try:
+        return _points(loadmat(path)["detection"])
+    except (MatReadError, OSError, ValueError, LookupError, TypeError, zlib.error) as error:
+        raise InputError(
+            f"{path}: not the nuclei of a picture, a MATLAB file with the variable detection "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    except NotImplementedError as error:
+        raise InputError(f"{path}: a file of MATLAB 7.3; save it again with -v7") from error
+
+
+def _points(values: npt.ArrayLike) -> FloatArray:
+    """(n, 2); MATLAB writes no points as an empty matrix of any shape."""
+    points = np.asarray(values, dtype=np.float64)
+    return points.reshape(0, 2) if points.size == 0 else points.reshape(len(points), 2)
+
+
+def _present(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; is the folder complete?")
+    return path

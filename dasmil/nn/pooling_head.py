@@ -1,0 +1,51 @@
+"""The plain MIL heads that others are measured against: the mean or the largest instance logit.
+
+Paper: Ilse et al., ICML 2018, section 2.2 and Table 1 ("Instance+mean", "Instance+max").
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.utils import segment
+
+from dasmil.nn.mil_head import bag_rows, first_argmax
+from dasmil.output import ScaleOutput
+
+
+class PoolingHead(nn.Module):
+    """One hidden layer, a logit for each tile, and their mean or maximum for the bag.
+
+    Parameters
+    ----------
+    in_dim: width K of the tile features.
+    num_logits: C; 1 for a binary task with one logit.
+    pooling: of the instance logits over the tiles of a bag.
+    """
+
+    def __init__(self, in_dim: int, num_logits: int, pooling: Literal["mean", "max"]):
+        super().__init__()
+        self.pooling = pooling
+        self.transform = nn.Sequential(nn.Linear(in_dim, in_dim), nn.ReLU())
+        self.instance_classifier = nn.Linear(in_dim, num_logits)
+
+    def forward(self, h: Tensor, ptr: Tensor, shown: Tensor | None = None) -> ScaleOutput:
+        """(N, K) features of B bags and their (B + 1,) boundaries; a bag without tiles gets 0.
+
+        The attention is each tile's share in the bag logit: alike for all, or the largest's alone.
+        ``shown``, (N,) bool, leaves tiles out: they have an instance logit, and nothing else.
+        """
+        bag_index = bag_rows(ptr)
+        if shown is None:
+            shown = torch.ones_like(bag_index, dtype=torch.bool)
+        z = self.instance_classifier(self.transform(h))  # (N, C)
+        if self.pooling == "mean":
+            counted = shown[:, None].to(z.dtype)
+            count = segment(counted, ptr, reduce="sum").clamp(min=1)  # (B, 1)
+            attention = (counted / count[bag_index]).expand_as(z)
+        else:
+            top = first_argmax(z.masked_fill(~shown[:, None], -torch.inf), ptr, bag_index)  # (B, C)
+            rows = torch.arange(len(z), device=z.device)[:, None]
+            attention = ((top[bag_index] == rows) & shown[:, None]).to(z.dtype)  # (N, C)
+        bag_logits = segment(attention * z, ptr, reduce="sum")  # (B, C)
+        return ScaleOutput(bag_logits, z, attention, bag_index, shown)

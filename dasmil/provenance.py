@@ -1,0 +1,113 @@
+"""Where a run came from: each start of it, in ``provenance.json`` of its folder."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any
+
+from dasmil.errors import InputError
+from dasmil.files import write_text
+
+FILE = "provenance.json"
+PACKAGES = (
+    *("dasmil", "torch", "torchvision", "lightning", "torch-geometric", "torchmetrics", "lightly"),
+    *("timm", "jsonargparse", "openslide-python", "numpy", "safetensors"),
+)
+
+
+def record_start(folder: Path, seed: int | None, command: Sequence[str], world_size: int) -> None:
+    """Add a start to the folder's list; a run that was broken off and goes on has several.
+
+    Parameters
+    ----------
+    seed: of ``seed_everything``.
+    command: verb and arguments, as they were typed.
+    world_size: number of processes.
+    """
+    path = folder / FILE
+    start = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python -m dasmil " + shlex.join(command),
+        "seed": seed,
+        "processes": world_size,
+        "git_revision": git_revision(),
+        "versions": versions(),
+        "devices": _devices(),
+    }
+    write_text(path, json.dumps([*_starts(path), start], indent=2) + "\n")
+
+
+def _starts(path: Path) -> list[Any]:
+    """So far; none where there is no file yet."""
+    if not path.is_file():
+        return []
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        starts = None
+    if not isinstance(starts, list):
+        raise InputError(f"{path}: not the list of a run's starts; move it away")
+    return starts
+
+
+def git_revision() -> str | None:
+    """Of dasmil's source, with ``-dirty`` where tracked files differ; None where nothing tells.
+
+    An installed package tells it when it was installed from a git address.
+    """
+    package = Path(__file__).parent
+    tracked = _git(package, "ls-files", "--error-unmatch", Path(__file__).name)
+    revision = _git(package, "rev-parse", "HEAD") if tracked else None
+    if revision is not None:
+        changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", ".")
+        return revision + ("-dirty" if changed else "")
+    try:
+        text = distribution("dasmil").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    commit: str | None = json.loads(text or "{}").get("vcs_info", {}).get("commit_id")
+    return commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says of a folder; None where there is no git or no repository.
+
+    Of that folder also where a git hook has set ``GIT_DIR``; and without the lock that ``status``
+    takes, since many runs may start at once.
+    """
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    except OSError:  # not installed
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of what computes; None for a package that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _devices() -> dict[str, Any]:
+    """Processor and GPUs; GPUs only where torch is there already."""
+    torch = sys.modules.get("torch")
+    gpus = [] if torch is None else range(torch.cuda.device_count())
+    return {
+        "machine": platform.machine(),
+        "cuda": None if torch is None else torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(number) for number in gpus] if torch else [],
+    }

@@ -1,0 +1,279 @@
+"""Instances against what was marked on the slides: AUROC of the tiles, FROC of the lesions."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dasmil.bags import Bag, BagGraph
+from dasmil.data.bags import BagDataModule
+from dasmil.distributed import gather_lists
+from dasmil.errors import InputError
+from dasmil.files import atomic_path, write_csv, write_text
+from dasmil.metrics import class_probabilities
+from dasmil.metrics.froc import (
+    FALSE_POSITIVES,
+    NMS_RADIUS_UM,
+    Detections,
+    Froc,
+    Lesions,
+    SlideHits,
+    detections,
+    evaluation_downsample,
+    evaluation_lesions,
+    froc,
+    slide_hits,
+)
+from dasmil.metrics.instance import instance_auroc, instance_auroc_per_slide
+from dasmil.slides.annotation import (
+    FILE_NAMES,
+    Areas,
+    Points,
+    Polygons,
+    find_truth,
+    read_annotation,
+)
+
+MAX_NAMED = 10  # slides that a warning names
+
+
+@dataclass(frozen=True)
+class SlideTruth:
+    """What one slide adds to the figures, per scale.
+
+    Parameters
+    ----------
+    scores: (N_s,) probabilities of the positive class.
+    truth: (N_s,) bool.
+    hits: of the slide's detections; nothing where there is no FROC.
+    """
+
+    slide_id: str
+    scores: Mapping[str, Tensor]
+    truth: Mapping[str, Tensor]
+    hits: Mapping[str, SlideHits]
+
+
+class InstanceTruth(Callback):
+    """Figures of the instances where it is known which tiles are positive; of two classes.
+
+    ``test/x20/instance_auroc`` over all tiles, ``test/x20/instance_auroc_per_slide`` (mean over the
+    slides with tiles of both kinds) and, where all annotations are areas, ``test/x20/froc``: the
+    mean sensitivity of Camelyon16 (:mod:`dasmil.metrics.froc`).
+
+    A slide of the first (negative) class without an annotation is negative everywhere. Where a
+    slide of the positive class has none, its truth is not known: it is left out, and named.
+
+    Parameters
+    ----------
+    truth:
+        folder with one annotation a slide (:mod:`dasmil.slides.annotation`).
+    min_share:
+        a tile is positive when at least this share of it is marked; or one point lies in it.
+    output:
+        folder for froc.csv, froc.png and detections/<scale>/<slide_id>.csv, which the challenge's
+        own script reads; nothing is written where None.
+    froc:
+        whether to compute the FROC.
+    """
+
+    def __init__(
+        self,
+        truth: Path,
+        min_share: float = 0.5,
+        output: Path | None = None,
+        froc: bool = True,
+    ):
+        if not 0 < min_share <= 1:
+            raise InputError(f"min_share: {min_share} is outside 0..1 (0 excluded)")
+        self.truth = Path(truth)
+        self.min_share = min_share
+        self.output = None if output is None else Path(output)
+        self.froc = froc
+        self.figures: dict[str, float] = {}
+        self.curves: dict[str, Froc] = {}
+        self._files: dict[str, Path] = {}
+        self._negative: set[str] = set()
+        self._has_froc = False
+        self._slides: list[SlideTruth] = []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: BagDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        self._find_files(data, data.val_part)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._find_files(trainer.datamodule, "test")  # type: ignore[attr-defined]
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: BagGraph,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._judge_batch(trainer, outputs, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: BagGraph,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._judge_batch(trainer, outputs, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._conclude(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._conclude(trainer, pl_module, "test")
+
+    def _find_files(self, data: BagDataModule, part: str) -> None:
+        """Before anything is computed: which slides have which annotation."""
+        if len(data.classes) != 2:
+            raise InputError(
+                f"{self.truth}: figures of instances are of two classes, the model has "
+                f"{len(data.classes)} ({', '.join(data.classes)}); leave the truth out"
+            )
+        rows = data.part(part)
+        found = {row.slide_id: find_truth(self.truth, row.slide_id) for row in rows}
+        self._files = {slide_id: path for slide_id, path in found.items() if path is not None}
+        if not self._files:
+            some = rows[0].slide_id if rows else "<slide_id>"
+            names = ", ".join(name.format(slide_id=some) for name in FILE_NAMES)
+            raise InputError(
+                f"{self.truth}: no annotation of any of the {len(rows)} {part} slides; for {some} "
+                f"it would be one of {names}"
+            )
+        self._negative = {row.slide_id for row in rows if row.label == data.classes[0]}
+        self._has_froc = self.froc and all(p.suffix != ".csv" for p in self._files.values())
+        self._slides, self.figures, self.curves = [], {}, {}
+        unknown = sorted(found.keys() - self._files.keys() - self._negative)
+        if unknown:
+            warnings.warn(
+                f"{self.truth}: {len(unknown)} {part} slide(s) of class {data.classes[1]} have no "
+                "annotation and are left out of the figures of instances: "
+                f"{', '.join(unknown[:MAX_NAMED])}{' …' if len(unknown) > MAX_NAMED else ''}",
+                stacklevel=2,
+            )
+
+    def _judge_batch(self, trainer: Trainer, outputs: Any, batch: BagGraph) -> None:
+        for number, slide_id in enumerate(batch.slide_ids):
+            if slide_id not in self._files and slide_id not in self._negative:
+                continue
+            bag = trainer.datamodule.read_bag(slide_id)  # type: ignore[attr-defined]
+            scores = {}
+            for scale, output in outputs.items():
+                rows = slice(*batch.ptr[scale][number : number + 2].tolist())
+                scores[scale] = class_probabilities(output.instance_logits[rows].cpu())[:, 1]
+            self._slides.append(self._judge(bag, scores))
+
+    def _judge(self, bag: Bag, scores: Mapping[str, Tensor]) -> SlideTruth:
+        annotation = self._annotation(bag)
+        boxes_px0 = {scale: bag.boxes_px0(scale).numpy() for scale in scores}
+        truth = {
+            scale: torch.from_numpy(annotation.positive_tiles(boxes, self.min_share))
+            for scale, boxes in boxes_px0.items()
+        }
+        hits = {}
+        if self._has_froc:
+            lesions = self._lesions(annotation, bag.header.slide_mpp)
+            radius_px0 = NMS_RADIUS_UM / bag.header.slide_mpp
+            for scale, boxes in boxes_px0.items():
+                found = detections(scores[scale].numpy(), boxes, radius_px0)
+                hits[scale] = slide_hits(found, lesions)
+                self._write_detections(scale, bag.slide_id, found)
+        return SlideTruth(bag.slide_id, scores, truth, hits)
+
+    def _annotation(self, bag: Bag) -> Points | Areas:
+        """Nothing marked on a negative slide; what its file says of any other."""
+        path, size_px0 = self._files.get(bag.slide_id), bag.header.size_px0
+        if path is None:
+            return Polygons(size_px0)
+        annotation = read_annotation(path, size_px0)
+        if bag.slide_id in self._negative and not annotation.is_empty:
+            raise InputError(
+                f"{path}: it marks something on a slide of the negative class; correct the label, "
+                "or the annotation (in a mask only what is positive differs from 0)"
+            )
+        return annotation
+
+    @staticmethod
+    def _lesions(annotation: Points | Areas, mpp: float) -> Lesions | None:
+        if isinstance(annotation, Points) or annotation.is_empty:
+            return None
+        downsample = evaluation_downsample(mpp)
+        return evaluation_lesions(annotation.mask(downsample), downsample)
+
+    def _write_detections(self, scale: str, slide_id: str, found: Detections) -> None:
+        """Confidence, x and y in level-0 pixels, without a header."""
+        if self.output is not None:
+            rows = zip(found.scores.tolist(), found.xy_px0.tolist(), strict=True)
+            lines = [f"{score!r},{x},{y}\n" for score, (x, y) in rows]
+            write_text(self.output / "detections" / scale / f"{slide_id}.csv", "".join(lines))
+
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Figures of all slides, each once, the same in every process."""
+        unique = {slide.slide_id: slide for slide in gather_lists(self._slides)}
+        slides = [unique[slide_id] for slide_id in sorted(unique)]
+        for scale in slides[0].scores if slides else ():
+            scores, truth = [s.scores[scale] for s in slides], [s.truth[scale] for s in slides]
+            name = f"{stage}/{scale}"
+            self.figures[f"{name}/instance_auroc"] = instance_auroc(scores, truth)
+            per_slide = instance_auroc_per_slide(scores, truth)
+            self.figures[f"{name}/instance_auroc_per_slide"] = per_slide
+            if self._has_froc:
+                self.curves[scale] = froc([slide.hits[scale] for slide in slides])
+                self.figures[f"{name}/froc"] = self.curves[scale].score
+        for name, value in self.figures.items():
+            pl_module.log(name, value, sync_dist=False)
+        num_lesions = sum(hits.num_lesions for slide in slides for hits in slide.hits.values())
+        if self.curves and num_lesions == 0:
+            warnings.warn(
+                f"{self.truth}: FROC is not defined: the {stage} slides hold no lesion longer than "
+                "isolated tumour cells (200 µm)",
+                stacklevel=2,
+            )
+        elif self.curves and trainer.is_global_zero and self.output is not None:
+            _write_curves(self.output, self.curves)
+
+
+def _write_curves(folder: Path, curves: Mapping[str, Froc]) -> None:
+    rows = [
+        {"scale": scale, "false_positives_per_slide": fps, "sensitivity": sensitivity}
+        for scale, curve in curves.items()
+        for fps, sensitivity in curve.at.items()
+    ]
+    write_csv(folder / "froc.csv", list(rows[0]), rows)
+    with atomic_path(folder / "froc.png") as temporary:
+        froc_figure(curves).savefig(temporary, dpi=150)
+
+
+def froc_figure(curves: Mapping[str, Froc]) -> Figure:
+    """Curve of every scale, with dots where the score is read; false positives on a log axis."""
+    figure = Figure(figsize=(5.5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    low, high = FALSE_POSITIVES[0] / 2, FALSE_POSITIVES[-1] * 2
+    for scale, curve in curves.items():
+        at = np.geomspace(low, high, 500)
+        ascending = curve.false_positives[::-1], curve.sensitivity[::-1]
+        (line,) = axes.plot(at, np.interp(at, *ascending), label=f"{scale}: {curve.score:.3f}")
+        axes.plot(list(curve.at), list(curve.at.values()), "o", color=line.get_color())
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(FALSE_POSITIVES, [f"{value:g}" for value in FALSE_POSITIVES])
+    axes.set(xlim=(low, high), ylim=(-0.01, 1.01))
+    axes.set(xlabel="false positives per slide (mean)", ylabel="sensitivity (lesions found)")
+    axes.set_title("FROC as in Camelyon16; mean sensitivity at the dots")
+    axes.legend(loc="best")
+    return figure

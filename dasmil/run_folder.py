@@ -1,0 +1,109 @@
+"""The folder of a ``fit``: how it came to be, and how one that was broken off goes on in it."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dasmil.errors import InputError
+from dasmil.provenance import record_start
+from dasmil.reports.history import run_folder
+
+CHECKPOINTS = "checkpoints"
+LAST = "last.ckpt"
+
+
+def split_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Arguments of a ``fit`` that goes on in the folder that ``--resume`` names.
+
+    Its ``config.yaml`` comes first, so that what is on the command line still comes on top.
+
+    Returns
+    -------
+    The arguments, and the checkpoint to go on from; none where there is none (yet): ``fit`` then
+    starts anew, and draws what it drew before.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    given, rest = parser.parse_known_args(list(args))
+    if given.resume is None:
+        return list(args), None
+    folder = Path(given.resume)
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise InputError(f"{folder}: holds no config.yaml; give --resume the folder of a fit")
+    logger = yaml.safe_load(config.read_text(encoding="utf-8"))["trainer"]["logger"]
+    kind = logger["class_path"].rsplit(".", 1)[-1] if isinstance(logger, dict) else "none"
+    if kind not in ("TensorBoardLogger", "CSVLogger"):
+        raise InputError(
+            f"{config}: it has the logger {kind}, and only runs of TensorBoardLogger or CSVLogger "
+            "know their folder; go on with --config and --ckpt_path"
+        )
+    place = "--trainer.logger.init_args."
+    here = [f"{place}save_dir", str(folder.parent), f"{place}name", folder.name]
+    last = folder / CHECKPOINTS / LAST
+    arguments = ["--config", str(config), *here, f"{place}version", "", *rest]
+    return arguments, last if last.is_file() else None
+
+
+def run_folder_of(checkpoint: Path) -> Path | None:
+    """The folder of the ``fit`` that wrote a checkpoint; None where it lies elsewhere by now."""
+    folder = checkpoint.parent.parent
+    written_there = checkpoint.parent.name == CHECKPOINTS and (folder / "config.yaml").is_file()
+    return folder if written_there else None
+
+
+class RunFolder(Callback):
+    """Notes in ``provenance.json`` each start of a ``fit``; knows its checkpoints again.
+
+    Parameters
+    ----------
+    command: the verb and its arguments as they were typed.
+    seed: of ``seed_everything``.
+    """
+
+    def __init__(self, command: Sequence[str], seed: int | None):
+        self.command = command
+        self.seed = seed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = run_folder(trainer)
+        if stage == "fit" and folder is not None and trainer.is_global_zero:
+            record_start(folder, self.seed, self.command, trainer.world_size)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A folder may be named in another way now, or have been moved.
+
+        Lightning goes by the name alone, and would take the next epoch for the best one.
+        """
+        for keeper in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(keeper.state_key)
+            if state is None or not isinstance(keeper, ModelCheckpoint) or keeper.dirpath is None:
+                continue
+            folder = Path(keeper.dirpath)
+            if (
+                state["best_model_path"]
+                and (folder / Path(state["best_model_path"]).name).is_file()
+            ):
+                checkpoint["callbacks"][keeper.state_key] = _moved(state, folder)
+
+
+def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The state of a ModelCheckpoint with its files in another folder."""
+
+    def there(path: str) -> str:
+        return str(folder / Path(path).name) if path else path
+
+    names = ("best_model_path", "kth_best_model_path", "last_model_path")
+    return {
+        **state,
+        "dirpath": str(folder),
+        **{name: there(state[name]) for name in names},
+        "best_k_models": {there(path): value for path, value in state["best_k_models"].items()},
+    }

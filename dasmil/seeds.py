@@ -1,0 +1,30 @@
+"""Random numbers that depend on where in the training they are drawn, and on nothing before.
+
+So a training that was broken off and goes on draws what it would have drawn, and several processes
+draw together what one draws alone.
+"""
+
+import os
+
+import numpy as np
+import torch
+
+
+def training_seed() -> int:
+    """Seed of ``seed_everything``, the same in every process; 0 where none was set."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def draw_seed(*place: int) -> int:
+    """A seed of 64 bits for a place in the training, such as (seed, epoch, step)."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
+
+
+def seed_step(epoch: int, position: int) -> None:
+    """Seed torch for one training step.
+
+    Parameters
+    ----------
+    position: of the batch in its epoch, over all processes.
+    """
+    torch.manual_seed(draw_seed(training_seed(), epoch, position))

@@ -1,0 +1,157 @@
+"""The figures of a part: which threshold they are at, patients, and intervals."""
+
+from math import isnan
+
+import pytest
+import torch
+
+from dasmil.errors import InputError
+from dasmil.metrics import Evaluation
+
+
+def evaluation(
+    positive: list[float],
+    labels: list[int],
+    patients: list[str] | None = None,
+    thresholds: dict[str, float] | None = None,
+) -> Evaluation:
+    """Of two classes; at x10 every slide has 0.5."""
+    scores = torch.tensor(positive, dtype=torch.float64)
+    even = torch.full_like(scores, 0.5)
+    names = [f"slide_{number}" for number in range(len(labels))]
+    return Evaluation(
+        classes=("normal", "tumor"),
+        slide_ids=tuple(names),
+        patients=tuple(patients or names),
+        labels=torch.tensor(labels),
+        probabilities={
+            "x10": torch.stack([even, even], 1),
+            "x20": torch.stack([1 - scores, scores], 1),
+        },
+        thresholds=None if thresholds is None else {"x10": thresholds, "x20": thresholds},
+    )
+
+
+def of_three_classes(probabilities: list[list[float]], labels: list[int], patients: str):
+    return Evaluation(
+        classes=("luad", "lusc", "normal"),
+        slide_ids=tuple(f"slide_{number}" for number in range(len(labels))),
+        patients=tuple(patients),
+        labels=torch.tensor(labels),
+        probabilities={"x20": torch.tensor(probabilities, dtype=torch.float64)},
+    )
+
+
+def test_figures_at_the_thresholds_of_the_validation_slides() -> None:
+    """Above 0.2: both positive slides and one of two negative; above 0.7: one positive slide."""
+    points = {"youden": 0.2, "specificity_0.9": 0.7}
+    figures = evaluation([0.1, 0.4, 0.6, 0.8], [0, 0, 1, 1], thresholds=points).figures("x20")
+    assert figures["accuracy"] == 1.0
+    at_thresholds = {name: value for name, value in figures.items() if "_at_val_" in name}
+    assert at_thresholds == pytest.approx(
+        {
+            "accuracy_at_val_threshold": 3 / 4,
+            "balanced_accuracy_at_val_threshold": 3 / 4,
+            "f1_at_val_threshold": 4 / 5,
+            "sensitivity_at_val_threshold": 1,
+            "specificity_at_val_threshold": 1 / 2,
+            "sensitivity_at_val_specificity_0.9": 1 / 2,
+            "specificity_at_val_specificity_0.9": 1,
+        }
+    )
+
+
+def test_only_the_figures_and_slides_that_are_asked_for() -> None:
+    points = {"youden": 0.2, "specificity_0.9": 0.7}
+    whole = evaluation([0.1, 0.4, 0.6, 0.8], [0, 0, 1, 1], thresholds=points)
+    names = ["auroc", "f1_at_val_threshold", "sensitivity_at_val_specificity_0.9"]
+    index = torch.tensor([0, 2, 2, 1])
+    figures = whole.figures("x20", names, index)
+    assert list(figures) == names
+    everything = whole.select(index).figures("x20")
+    assert figures == {name: everything[name] for name in names}
+    assert whole.select(index).slide_ids == ("slide_0", "slide_2", "slide_2", "slide_1")
+
+
+def test_without_thresholds_there_is_no_figure_at_one() -> None:
+    figures = evaluation([0.1, 0.8], [0, 1]).figures("x20")
+    assert not [name for name in figures if "_at_val_" in name]
+
+
+def test_operating_points_are_chosen_scale_by_scale() -> None:
+    points = evaluation([0.1, 0.4, 0.6, 0.8], [0, 0, 1, 1]).operating_points()
+    assert points["x20"] == pytest.approx({"youden": 0.5, "specificity_0.9": 0.5})
+    assert points["x10"] == pytest.approx({"youden": 0.75, "specificity_0.9": 0.75})
+
+
+def test_the_threshold_of_the_test_slides_is_named_as_such() -> None:
+    """At 0.5 one slide of four is right, and between 0.1 and 0.2 all are."""
+    found = evaluation([0.05, 0.1, 0.2, 0.3], [0, 0, 1, 1]).test_chosen_figures("x20")
+    assert found == {"accuracy_at_test_threshold": 1.0}
+
+
+def test_a_patients_probability_is_the_mean_or_the_maximum_of_its_slides() -> None:
+    """Patient a has a tumour slide and a normal one: it has a tumour."""
+    slides = evaluation([0.9, 0.1, 0.4, 0.6], [1, 0, 0, 0], ["b", "a", "b", "a"])
+    by_mean, by_max = slides.by_patient(), slides.by_patient("max")
+    assert by_mean.slide_ids == by_mean.patients == ("a", "b")
+    assert by_mean.labels.tolist() == [0, 1]
+    torch.testing.assert_close(
+        by_mean.probabilities["x20"][:, 1], torch.tensor([0.35, 0.65]).double()
+    )
+    torch.testing.assert_close(by_max.probabilities["x20"][:, 1], torch.tensor([0.6, 0.9]).double())
+    torch.testing.assert_close(by_max.probabilities["x20"].sum(1), torch.ones(2).double())
+
+
+def test_patients_of_three_classes() -> None:
+    rows = [[0.8, 0.1, 0.1], [0.2, 0.2, 0.6], [0.0, 1.0, 0.0]]
+    slides = of_three_classes(rows, [0, 0, 1], "aab")
+    found = slides.by_patient()
+    assert found.labels.tolist() == [0, 1]
+    expected = torch.tensor([[0.5, 0.15, 0.35], [0, 1, 0]]).double()
+    torch.testing.assert_close(found.probabilities["x20"], expected)
+    expected = torch.tensor([[0.5, 0.125, 0.375], [0, 1, 0]]).double()  # 0.8, 0.2, 0.6 over 1.6
+    torch.testing.assert_close(slides.by_patient("max").probabilities["x20"], expected)
+
+
+def test_a_patient_of_two_of_three_classes_is_refused_by_name() -> None:
+    slides = of_three_classes([[0.8, 0.1, 0.1]] * 2, [0, 2], "aa")
+    with pytest.raises(InputError, match=r"patient a: has slides of luad and normal"):
+        slides.by_patient()
+
+
+def test_intervals_hold_their_figure_and_depend_on_the_seed_alone() -> None:
+    positive = [((7 * number) % 31) / 31 for number in range(60)]
+    labels = [int(score > 0.4) if number % 4 else 1 for number, score in enumerate(positive)]
+    slides = evaluation(positive, labels, thresholds={"youden": 0.4})
+    figures, intervals = slides.figures("x20"), slides.intervals("x20", num=200)
+    assert intervals.keys() == figures.keys()
+    for name in ("auroc", "accuracy", "brier", "f1_at_val_threshold"):
+        low, high = intervals[name]
+        assert low < figures[name] < high
+    assert intervals == slides.intervals("x20", num=200)
+    assert intervals != slides.intervals("x20", num=200, seed=1)
+
+
+def test_intervals_of_patients_are_wider_than_of_so_many_slides() -> None:
+    """Ten equal slides a patient: nothing is known beyond one of them."""
+    positive = [score for score in [0.1, 0.3, 0.7, 0.2, 0.6, 0.8] for _ in range(10)]
+    labels = [label for label in [0, 0, 0, 1, 1, 1] for _ in range(10)]
+    patients = [f"patient_{number // 10}" for number in range(60)]
+    grouped = evaluation(positive, labels, patients)
+    one_each = evaluation(positive[::10], labels[::10])
+    assert grouped.intervals("x20", 300)["auroc"] == one_each.intervals("x20", 300)["auroc"]
+    low, high = evaluation(positive, labels).intervals("x20", 300)["auroc"]
+    wide_low, wide_high = grouped.intervals("x20", 300)["auroc"]
+    assert high - low < (wide_high - wide_low) / 2
+
+
+def test_every_draw_has_both_classes_however_rare_one_is() -> None:
+    low, high = evaluation([0.1] * 30 + [0.9], [0] * 30 + [1]).intervals("x20", 200)["auroc"]
+    assert (low, high) == (1.0, 1.0)
+
+
+def test_an_undefined_figure_has_no_interval() -> None:
+    intervals = evaluation([0.1, 0.4], [0, 0]).intervals("x20", 20)
+    assert all(isnan(end) for end in intervals["auroc"])
+    assert intervals["accuracy"] == (1.0, 1.0)

@@ -1,0 +1,87 @@
+"""One process and two give the same figures to the last digit, and learn the same."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bag_factory import write_bags
+from road import CONF, CONFIGS, log_to
+from test_two_processes import run
+
+from dasmil.cli import main
+from dasmil.slides.cohort import read_cohort
+
+# 5 training slides, 3 for validation and 7 for the test: no part divides by two
+PARTS = {"train": 5, "val": 3, "test": 7}
+
+
+@pytest.fixture(scope="module")
+def bags(tmp_path_factory) -> Path:
+    names = [(f"{part}{number}", part) for part, count in PARTS.items() for number in range(count)]
+    labels = {name: ["normal", "tumour"][number % 2] for number, (name, _) in enumerate(names)}
+    patients = {"test0": "p", "test2": "p"}  # two slides of a patient
+    return write_bags(tmp_path_factory.mktemp("exact") / "bags", labels, dict(names), patients)
+
+
+def fit(bags: Path, runs: Path, name: str) -> list[str]:
+    configs = ["--config", str(CONFIGS / "dasmil.yaml"), "--config", str(CONF / "dasmil.yaml")]
+    return ["fit", *configs, "--data.bags", str(bags), *log_to(runs, name)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(bags) -> Path:
+    """Of one process that puts the gradients of two slides together."""
+    runs = bags.parent / "runs"
+    assert main([*fit(bags, runs, "one"), "--trainer.accumulate_grad_batches", "2"]) == 0
+    return runs / "one" / "checkpoints" / "best.ckpt"
+
+
+def test_two_processes_learn_what_one_learns_from_two_slides_a_step(bags, checkpoint):
+    """The same slides in the same steps, the same dropout, and the last step is full in both."""
+    runs = checkpoint.parents[2]
+    run(fit(bags, runs, "two"))
+    one, two = (
+        torch.load(runs / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("one", "two")
+    )
+    assert one["global_step"] == two["global_step"] == 2 * 3  # 2 epochs of 5 slides, in pairs
+    start = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, weights in one["state_dict"].items():
+        torch.testing.assert_close(weights, two["state_dict"][name], atol=1e-6, rtol=1e-5)
+    assert list(start) == list(one["state_dict"])
+
+
+def test_figures_are_the_same_to_the_last_digit(bags, checkpoint, tmp_path):
+    arguments = ["test", "--ckpt_path", str(checkpoint), "--bags", str(bags), "--draws", "50"]
+    assert main([*arguments, "--data.batch_size", "4", "--output", str(tmp_path / "one")]) == 0
+    run([*arguments, "--output", str(tmp_path / "two")])
+    for name in ("test_metrics.json", "test_metrics.csv", "test_slides.csv"):
+        one, two = ((tmp_path / part / name).read_text() for part in ("one", "two"))
+        assert one == two
+    assert (tmp_path / "one" / "test_slides.csv").read_text().count("\n") == 1 + PARTS["test"]
+
+
+def test_fewer_slides_than_processes(bags, checkpoint, tmp_path):
+    """One test slide: one of two processes has nothing of its own to do."""
+    few = tmp_path / "bags"
+    shutil.copytree(bags, few)
+    for row in read_cohort(bags / "cohort.csv"):
+        if row.split == "test" and row.slide_id != "test3":
+            (few / f"{row.slide_id}.safetensors").unlink()
+    arguments = ["test", "--ckpt_path", str(checkpoint), "--bags", str(few), "--draws", "50"]
+    with pytest.warns(UserWarning, match=r"6 slide\(s\) of cohort.csv have no bag file"):
+        assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
+    run([*arguments, "--output", str(tmp_path / "two")])
+    one, two = (
+        json.loads((tmp_path / part / "test_metrics.json").read_text()) for part in ("one", "two")
+    )
+    assert one == two
+    assert one["test/auroc"] is None  # one class alone
+    assert one["test/accuracy"] in (0.0, 1.0)
+
+    output = tmp_path / "predictions"
+    run(["predict", "--ckpt_path", checkpoint, "--bags", few, "--output", output])
+    table = (output / "predictions.csv").read_text().splitlines()
+    assert len(table) == 1 + PARTS["train"] + PARTS["val"] + 1

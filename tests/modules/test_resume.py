@@ -1,0 +1,135 @@
+"""A training that is killed and goes on ends as one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from road import fit_dasmil, fit_dino
+
+from dasmil.cli import main
+
+TESTS = Path(__file__).parents[1]
+
+
+def fit_until_killed(arguments, marker, **when):
+    """The fit in a process of its own, which must end by SIGKILL."""
+    kill = ["--trainer.callbacks+=kill.KillOnce", f"--trainer.callbacks.marker={marker}"]
+    kill += [f"--trainer.callbacks.{name}={value}" for name, value in when.items()]
+    command = [sys.executable, "-m", "dasmil", *map(str, arguments), *kill]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    assert marker.exists()
+
+
+def assert_same(one, two):
+    """Equal to the last bit, whatever they are made of."""
+    assert type(one) is type(two)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert list(one) == list(two)
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two)
+        for first, second in zip(one, two):
+            assert_same(first, second)
+    else:
+        assert one == two
+
+
+def assert_same_end(whole, resumed, names):
+    """Weights, the optimiser's state and the schedule of two runs."""
+    for name in names:
+        one, two = (
+            torch.load(run / "checkpoints" / name, weights_only=True) for run in (whole, resumed)
+        )
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+            assert_same(one[part], two[part])
+    assert (whole / "history.csv").read_text() == (resumed / "history.csv").read_text()
+
+
+@pytest.fixture(autouse=True)
+def tests_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(TESTS))
+
+
+def test_dasmil_killed_three_times_ends_as_if_never_killed(road, tmp_path):
+    """Before the first checkpoint, in the middle of an epoch, and while it is validated.
+
+    With dropout of edges and attention, shuffled slides, and a process that reads them.
+    """
+    options = ["--trainer.max_epochs", "4", "--data.num_workers", "1"]
+    assert main([*fit_dasmil(road.bags, tmp_path, "whole"), *options]) == 0
+
+    run = tmp_path / "killed"  # 6 training slides: 6 steps an epoch
+    fit = [*fit_dasmil(road.bags, tmp_path, "killed"), *options]
+    fit_until_killed(fit, tmp_path / "first", step=4)
+    assert not list(run.glob("checkpoints/*.ckpt"))
+    fit_until_killed(["fit", "--resume", run], tmp_path / "second", step=9)
+    fit_until_killed(["fit", "--resume", run], tmp_path / "third", validation_epoch=2)
+    assert main(["fit", "--resume", str(run)]) == 0
+    assert_same_end(tmp_path / "whole", run, ["last.ckpt", "best.ckpt"])
+
+
+def test_dino_killed_goes_on_with_the_same_crops(road, tmp_path):
+    options = ["--trainer.max_epochs", "3", "--data.num_workers", "1"]
+    options += ["--model.drop_path", "0.3"]
+    assert main([*fit_dino(road.tiles, "x20", tmp_path / "whole"), *options]) == 0
+    run = tmp_path / "killed" / "dino_x20"  # 16 tiles an epoch: 4 steps
+    fit = [*fit_dino(road.tiles, "x20", tmp_path / "killed"), *options]
+    fit_until_killed(fit, tmp_path / "once", step=6)
+    assert main(["fit", "--resume", str(run)]) == 0
+    assert_same_end(tmp_path / "whole" / "dino_x20", run, ["last.ckpt"])
+
+
+def test_a_run_that_was_moved_knows_its_best_checkpoint(road, tmp_path):
+    """Lightning goes by the folder's name, and would overwrite best.ckpt with any later epoch."""
+    options = ["--trainer.max_epochs", "2"]
+    assert main([*fit_dasmil(road.bags, tmp_path, "run"), *options]) == 0
+    best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    more = ["--trainer.max_epochs", "3", "--model.learning_rate", "0", "--model.min_lea", "0"]
+    more[-2] = "--model.min_learning_rate"
+    assert main(["fit", "--resume", str(moved), *more]) == 0
+    last = torch.load(moved / "checkpoints/last.ckpt", weights_only=True)
+    (keeper,) = (
+        state for key, state in last["callbacks"].items() if "'monitor': 'val/auroc'" in key
+    )
+    assert Path(keeper["best_model_path"]) == moved / "checkpoints/best.ckpt"
+    assert last["epoch"] == 2
+    again = torch.load(moved / "checkpoints/best.ckpt", weights_only=True)
+    assert_same(best["state_dict"], again["state_dict"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(road, tmp_path):
+    for name, seed in (("one", "3"), ("two", "3"), ("other", "4")):
+        assert main([*fit_dasmil(road.bags, tmp_path, name), "--seed_everything", seed]) == 0
+    one, two, other = (
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("one", "two", "other")
+    )
+    assert_same(one, two)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda folder: None, "holds no config.yaml"),
+        (
+            lambda folder: (folder / "config.yaml").write_text("trainer: {logger: false}"),
+            "it has the logger none",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path, capsys, prepare, words):
+    prepare(tmp_path)
+    assert main(["fit", "--resume", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,186 @@
+"""The files of an evaluation: read back to the last digit, and what they say of each figure."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dasmil.errors import InputError
+from dasmil.metrics import Evaluation
+from dasmil.reports.evaluation import read_evaluation, write_evaluation
+
+THRESHOLDS = {
+    "x10": {"youden": 0.5, "specificity_0.9": 0.75},
+    "x20": {"youden": 0.1 + 0.2, "specificity_0.9": 0.7},
+}
+
+
+def evaluation(patients: str = "abcd", thresholds=THRESHOLDS) -> Evaluation:
+    """Four slides; three of four pairs are in order at x10, all at x20."""
+    coarse = torch.tensor([0.1, 0.6, 0.3, 0.8], dtype=torch.float64)
+    fine = torch.tensor([1e-17, 0.1, 1 / 3, 1 - 2**-53], dtype=torch.float64)
+    return Evaluation(
+        classes=("normal", "tumor"),
+        slide_ids=("slide_0", "slide_1", "slide_2", "slide, 3"),
+        patients=tuple(patients),
+        labels=torch.tensor([0, 0, 1, 1]),
+        probabilities={
+            "x10": torch.stack([1 - coarse, coarse], 1),
+            "x20": torch.stack([1 - fine, fine], 1),
+        },
+        thresholds=thresholds,
+        specificity=0.9,
+    )
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def metrics_of(folder: Path, stage: str = "test") -> dict[tuple[str, str, str], dict[str, str]]:
+    rows = rows_of(folder / f"{stage}_metrics.csv")
+    return {(row["scale"], row["level"], row["metric"]): row for row in rows}
+
+
+@pytest.mark.parametrize("thresholds", [THRESHOLDS, None])
+def test_read_back_to_the_last_digit(tmp_path: Path, thresholds) -> None:
+    written = evaluation(thresholds=thresholds)
+    write_evaluation(tmp_path, "val", written, about={"checkpoint": "best.ckpt"}, draws=10)
+    found = read_evaluation(tmp_path, "val")
+    for name in ("classes", "slide_ids", "patients", "thresholds", "specificity", "scales"):
+        assert getattr(found, name) == getattr(written, name), name
+    assert torch.equal(found.labels, written.labels)
+    for scale, probabilities in written.probabilities.items():
+        assert found.probabilities[scale].dtype == torch.float64
+        assert torch.equal(found.probabilities[scale], probabilities)
+    assert json.loads((tmp_path / "val_evaluation.json").read_text())["checkpoint"] == "best.ckpt"
+
+
+def test_the_json_is_flat_and_the_finest_scale_stands_without_its_name(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, "test", evaluation(), {"loss": 0.5, "x20/froc": 0.25}, draws=10)
+    figures = json.loads((tmp_path / "test_metrics.json").read_text())
+    assert (figures["test/x10/auroc"], figures["test/x20/auroc"]) == (0.75, 1.0)
+    assert figures["test/auroc"] == 1.0
+    assert figures["test/x20/sensitivity_at_val_specificity_0.9"] == 0.5
+    assert (figures["test/loss"], figures["test/x20/froc"]) == (0.5, 0.25)
+    assert not [name for name in figures if "patient" in name]
+
+
+def test_the_table_says_interval_number_and_threshold(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, "test", evaluation(), {"x20/instance_auroc": 0.75}, draws=50, seed=3)
+    table = metrics_of(tmp_path)
+    low, high = evaluation().intervals("x10", 50, 3)["auroc"]
+    row = table["x10", "slide", "auroc"]
+    assert (float(row["value"]), float(row["low"]), float(row["high"])) == (0.75, low, high)
+    assert (row["n"], row["draws"], row["note"]) == ("4", "50", "")
+    note = table["x20", "slide", "accuracy_at_val_threshold"]["note"]
+    assert note == "above 0.3000, chosen on the validation slides (youden)"
+    note = table["x20", "slide", "sensitivity_at_val_specificity_0.9"]["note"]
+    assert note == "above 0.7000, chosen on the validation slides (specificity_0.9)"
+    assert table["x20", "instance", "instance_auroc"]["value"] == "0.75"
+
+
+def test_the_threshold_of_the_test_slides_stands_in_tests_alone_and_is_no_honest_figure(
+    tmp_path: Path,
+) -> None:
+    for stage in ("val", "test"):
+        write_evaluation(tmp_path, stage, evaluation(), draws=10)
+    name = "accuracy_at_test_threshold"
+    row = metrics_of(tmp_path)["x20", "slide", name]
+    assert (row["value"], row["low"]) == ("1.0", "")
+    assert "no honest figure" in row["note"]
+    assert json.loads((tmp_path / "test_metrics.json").read_text())[f"test/x20/{name}"] == 1.0
+    assert name not in (tmp_path / "val_metrics.json").read_text()
+    assert name not in (tmp_path / "val_metrics.csv").read_text()
+
+
+def test_patients_with_several_slides_have_figures_of_their_own(tmp_path: Path) -> None:
+    """Patient a: slides of 0.1 and 0.6 at x10; b and c are positive with 0.3 and 0.8."""
+    write_evaluation(tmp_path, "test", evaluation("aabc"), draws=10)
+    figures = json.loads((tmp_path / "test_metrics.json").read_text())
+    assert (figures["test/x10/auroc"], figures["test/x10/patient_auroc"]) == (0.75, 0.5)
+    assert figures["test/patient_auroc"] == 1.0
+    assert metrics_of(tmp_path)["x10", "patient", "auroc"]["n"] == "3"
+    write_evaluation(tmp_path, "test", evaluation("abab"), pooling="max", draws=10)
+    figures = json.loads((tmp_path / "test_metrics.json").read_text())
+    assert figures["test/x10/patient_auroc"] is None  # both patients are positive
+
+
+def test_a_patient_without_one_label_costs_the_figures_of_patients_alone(tmp_path: Path) -> None:
+    slides = Evaluation(
+        classes=("luad", "lusc", "normal"),
+        slide_ids=("s0", "s1", "s2"),
+        patients=("a", "a", "b"),
+        labels=torch.tensor([0, 1, 2]),
+        probabilities={"x20": torch.eye(3).double()},
+    )
+    with pytest.warns(UserWarning, match="no figures of patients: patient a: has slides of luad"):
+        write_evaluation(tmp_path, "test", slides, draws=10)
+    figures = json.loads((tmp_path / "test_metrics.json").read_text())
+    assert figures["test/auroc"] == 1.0
+    assert read_evaluation(tmp_path, "test").thresholds is None
+
+
+def test_a_figure_that_is_not_defined_is_null_and_an_empty_cell(tmp_path: Path) -> None:
+    one_class = evaluation().select(torch.tensor([0, 1]))
+    write_evaluation(tmp_path, "test", one_class, {"x20/froc": float("nan")}, draws=10)
+    figures = json.loads((tmp_path / "test_metrics.json").read_text())
+    assert (figures["test/x20/auroc"], figures["test/x20/froc"]) == (None, None)
+    row = metrics_of(tmp_path)["x20", "slide", "auroc"]
+    assert (row["value"], row["low"], row["high"]) == ("", "", "")
+
+
+def test_an_evaluation_that_is_broken_off_does_not_pass_for_a_finished_one(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, "test", evaluation(), draws=10)
+    (tmp_path / "test_metrics.csv").unlink()
+    (tmp_path / "test_metrics.csv").mkdir()  # the table cannot be written
+    with pytest.raises(OSError):
+        write_evaluation(tmp_path, "test", evaluation("aabc"), draws=10)
+    with pytest.raises(InputError, match="no such file"):
+        read_evaluation(tmp_path, "test")
+
+
+def break_json(folder: Path) -> None:
+    (folder / "test_evaluation.json").write_text("{", encoding="utf-8")
+
+
+def forget_classes(folder: Path) -> None:
+    (folder / "test_evaluation.json").write_text('{"scales": ["x20"]}', encoding="utf-8")
+
+
+def drop_table(folder: Path) -> None:
+    (folder / "test_slides.csv").unlink()
+
+
+def replace(old: str, new: str):
+    def edit(folder: Path) -> None:
+        path = folder / "test_slides.csv"
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "test_evaluation.json").unlink(), "dasmil test --ckpt_path"),
+        (break_json, "not the description of an evaluation"),
+        (forget_classes, "KeyError: 'classes'"),
+        (drop_table, "no such table"),
+        (replace("prob/x10/tumor", "prob/x10/cancer"), "lacks column prob/x10/tumor"),
+        (replace("slide_1", "slide_0"), "slide slide_0 stands in it twice"),
+        (replace("normal,0.9", "healthy,0.9"), "line 2: label 'healthy' is none of normal, tumor"),
+        (replace("normal,0.9", "normal,high"), "could not convert string to float: 'high'"),
+        (replace("normal,0.9", "normal,1.9"), "no probabilities"),
+    ],
+)
+def test_files_that_are_not_ours_are_refused(tmp_path: Path, damage, message: str) -> None:
+    write_evaluation(tmp_path, "test", evaluation(), draws=10)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message):
+        read_evaluation(tmp_path, "test")

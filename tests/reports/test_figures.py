@@ -1,0 +1,312 @@
+"""What the pictures of an evaluation show, read off their lines, bars and words."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dasmil.metrics import Evaluation
+from dasmil.reports.figures import (
+    GRID,
+    calibration_figure,
+    confusion_figure,
+    evaluation_figures,
+    precision_recall_figure,
+    roc_figure,
+    save_figures,
+    scale_colours,
+    scores_figure,
+    show_in_tensorboard,
+    wilson_interval,
+)
+
+SCORES = [0.12, 0.42, 0.36, 0.83]  # three of the four pairs are in order
+LABELS = [0, 0, 1, 1]
+
+
+def evaluation(scores=SCORES, labels=LABELS, thresholds=None, patients=None) -> Evaluation:
+    positive = torch.tensor(scores, dtype=torch.float64)
+    names = tuple(f"s{number}" for number in range(len(scores)))
+    return Evaluation(
+        classes=("normal", "tumour"),
+        slide_ids=names,
+        patients=patients or names,
+        labels=torch.tensor(labels),
+        probabilities={"x20": torch.stack([1 - positive, positive], dim=1)},
+        thresholds=thresholds and {"x20": thresholds},
+    )
+
+
+def three_classes() -> Evaluation:
+    probabilities = torch.eye(3, dtype=torch.float64)[[0, 1, 2, 0, 1, 1]] * 0.4 + 0.2
+    return replace(
+        evaluation(),
+        classes=("a", "b", "c"),
+        slide_ids=tuple("123456"),
+        patients=tuple("123456"),
+        labels=torch.tensor([0, 1, 2, 0, 1, 2]),
+        probabilities={"x20": probabilities},
+    )
+
+
+def line(figure: Figure, name: str):
+    """x and y of the one line whose label begins with ``name``, or whose name it is."""
+    (found,) = (
+        item
+        for axes in figure.axes
+        for item in axes.lines
+        if str(item.get_label()).startswith(name) or item.get_gid() == name
+    )
+    return np.asarray(found.get_xdata()), np.asarray(found.get_ydata())
+
+
+def drawstyle(figure: Figure) -> str:
+    return str(figure.axes[0].lines[-1].get_drawstyle())
+
+
+def band(figure: Figure):
+    """Lower and upper end of the one band at each x of the grid."""
+    (found,) = figure.axes[0].collections
+    vertices = found.get_paths()[0].vertices
+    heights = [vertices[np.isclose(vertices[:, 0], x, atol=1e-9), 1] for x in GRID]
+    return np.array([(each.min(), each.max()) for each in heights]).T
+
+
+def words(figure: Figure) -> str:
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    texts += titles(figure)
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    texts += [text.get_text() for legend in legends for text in legend.get_texts()]
+    return "\n".join(texts)
+
+
+def titles(figure: Figure) -> list[str]:
+    panels = [axes.get_title(loc) for axes in figure.axes for loc in ("center", "left")]
+    return [figure.get_suptitle(), *panels]
+
+
+def test_the_roc_has_the_corners_of_the_four_slides_and_says_its_area():
+    x, y = line(roc_figure(evaluation(), "test", draws=20), "x20: AUROC 0.750")
+    assert list(zip(x, y)) == [(0, 0), (0, 0.5), (0.5, 0.5), (0.5, 1), (1, 1)]
+
+
+def test_slides_with_one_score_are_a_diagonal_as_the_area_counts_them():
+    """One normal and one tumour slide of 0.5: half a pair in order, and no corner between."""
+    x, y = line(roc_figure(evaluation([0.5, 0.5], [0, 1]), "test", draws=0), "x20: AUROC 0.500")
+    assert list(zip(x, y)) == [(0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("made", [roc_figure, precision_recall_figure])
+def test_the_drawn_area_is_the_figure_that_is_said(made):
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.rand(50, generator=generator) * 20).round() / 20  # with ties
+    labels = (torch.rand(50, generator=generator) < scores).long()
+    shown = evaluation(scores.tolist(), labels.tolist())
+    figure, figures = made(shown, "test", draws=0), shown.figures("x20")
+    x, y = line(figure, "x20")
+    if made is roc_figure:
+        assert drawstyle(figure) == "default"
+        assert np.trapezoid(y, x) == pytest.approx(figures["auroc"], abs=1e-6)
+    else:
+        assert drawstyle(figure) == "steps-pre"  # each y from the x before it
+        assert (np.diff(x) * y[1:]).sum() == pytest.approx(figures["average_precision"], abs=1e-6)
+
+
+def test_the_interval_is_that_of_the_table():
+    shown = evaluation()
+    low, high = shown.intervals("x20", num=50, seed=3)["auroc"]
+    assert f"AUROC 0.750 [{low:.3f}, {high:.3f}]" in words(roc_figure(shown, "test", 50, seed=3))
+    low, high = shown.intervals("x20", num=50, seed=3)["average_precision"]
+    assert f"[{low:.3f}, {high:.3f}]" in words(precision_recall_figure(shown, "test", 50, seed=3))
+    without = roc_figure(shown, "test", draws=0)
+    assert "[" not in words(without) and not without.axes[0].collections
+
+
+def test_operating_points_lie_where_their_thresholds_call_the_slides():
+    """Above 0.38 one of two normal and one of two tumour slides; above 0.5 none and one."""
+    shown = evaluation(thresholds={"youden": 0.38, "specificity_0.9": 0.5})
+    roc, precision_recall = (
+        roc_figure(shown, "test", draws=0),
+        precision_recall_figure(shown, "test", draws=0),
+    )
+    assert line(roc, "x20 youden") == ([0.5], [0.5])
+    assert line(roc, "x20 specificity_0.9") == ([0.0], [0.5])
+    assert line(precision_recall, "x20 youden") == ([0.5], [0.5])
+    assert line(precision_recall, "x20 specificity_0.9") == ([0.5], [1.0])
+    assert {
+        "threshold of validation: Youden's",
+        "threshold of validation: specificity 0.9",
+    } <= set(words(roc).split("\n"))
+
+
+def test_a_threshold_that_calls_no_slide_has_no_precision():
+    shown = evaluation(thresholds={"youden": 0.95})
+    marks = [item for item in precision_recall_figure(shown, "test", draws=0).axes[0].lines]
+    assert not [item for item in marks if item.get_gid()]
+    assert line(roc_figure(shown, "test", draws=0), "x20 youden") == ([0.0], [0.0])
+
+
+def test_the_band_is_as_wide_as_the_draws():
+    """Slides in perfect order: every draw has the same curve, and the band no width."""
+    low, high = band(roc_figure(evaluation([0.1, 0.2, 0.8, 0.9]), "test", draws=30))
+    assert (low == 1).all() and (high == 1).all()
+    low, high = band(roc_figure(evaluation(), "test", draws=200))
+    # of two tumour slides drawn, none, one or both may lie above all the normal ones drawn
+    assert (low[50], high[50]) == (0, 1)
+
+
+def test_the_slides_of_a_patient_are_drawn_together():
+    """One patient a class: every draw is the cohort itself, so there is nothing to be unsure of."""
+    shown = evaluation(patients=("a", "a", "b", "b"))
+    figure = roc_figure(shown, "test", draws=40)
+    low, high = band(figure)
+    assert (low == high).all()
+    assert "AUROC 0.750 [0.750, 0.750]" in words(figure)
+    assert "4 slides of 2 patients (2 normal, 2 tumour)" in words(figure)
+    assert "95 % of 40 draws of patients" in words(figure)
+
+
+def test_precision_and_recall_by_hand():
+    """Called in turn: 0.8 (hit), 0.4 (miss), 0.35 (hit), 0.1 (miss)."""
+    figure = precision_recall_figure(evaluation(), "test", draws=0)
+    recall, precision = line(figure, "x20: AP 0.833")  # (1 + 2 / 3) / 2
+    assert recall == pytest.approx([0, 0.5, 1])
+    assert precision == pytest.approx([1, 1, 2 / 3])
+    low, high = band(precision_recall_figure(evaluation([0.1, 0.2, 0.8, 0.9]), "test", draws=9))
+    assert (low == 1).all() and (high == 1).all()
+
+
+def test_of_more_than_two_classes_each_is_told_from_the_rest():
+    """Of b: both slides of b have 0.6, and of the rest one has 0.6 and three 0.2."""
+    text = words(roc_figure(three_classes(), "test", draws=30)).split("\n")
+    (of_b,) = (item for item in text if item.startswith("b: AUROC"))
+    assert of_b.startswith("b: AUROC 0.875 [")  # 8 pairs: 6 in order, 2 ties
+    assert "test: ROC at x20" in text
+
+
+def test_calibration_is_the_share_of_the_class_in_each_bin():
+    """Bins of 1/15: two slides between 0.333 and 0.4, one of them tumour, and one elsewhere."""
+    scores, labels = [0.05, 0.34, 0.38, 0.95], [0, 0, 1, 1]
+    figure = calibration_figure(evaluation(scores, labels), "val")
+    above, below = figure.axes
+    (points,) = above.containers
+    x, y = points.lines[0].get_data()
+    assert x == pytest.approx([0.05, 0.36, 0.95])
+    assert y == pytest.approx([0, 0.5, 1])
+    heights = [bar.get_height() for bar in below.patches]
+    assert heights == [1, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    # sum of share of slides · |share − mean|: (0.05 + 2 · 0.14 + 0.05) / 4
+    assert "x20: Brier 0.126, ECE 0.095" in words(figure)
+
+
+def test_the_interval_of_a_bin_is_wilson_s():
+    """None of one slide: 0 to z² / (1 + z²); 5 of 10: Newcombe (1998) gives 0.2366 to 0.7634."""
+    low, high = wilson_interval(np.array([0, 0.5]), np.array([1, 10]))
+    assert low == pytest.approx([0, 0.2366], abs=1e-4)
+    assert high == pytest.approx([0.7935, 0.7634], abs=1e-4)
+
+
+def test_calibration_of_three_classes_is_that_of_the_most_probable_one():
+    """All six have 0.6 of their most probable class, and five are of it."""
+    (points,) = calibration_figure(three_classes(), "test").axes[0].containers
+    assert points.lines[0].get_data() == (pytest.approx([0.6]), pytest.approx([5 / 6]))
+
+
+def test_confusion_counts_at_one_half_and_at_the_thresholds_of_validation():
+    figure = confusion_figure(
+        evaluation(thresholds={"youden": 0.38, "specificity_0.9": 0.9}), "test"
+    )
+    half, youden, specific = ([text.get_text() for text in axes.texts] for axes in figure.axes)
+    assert half == ["2\n100%", "0\n0%", "1\n50%", "1\n50%"]
+    assert youden == ["1\n50%", "1\n50%", "1\n50%", "1\n50%"]
+    assert specific == ["2\n100%", "0\n0%", "2\n100%", "0\n0%"]
+    assert "x20, above 0.38\n(validation, Youden's)" in words(figure)
+
+
+def test_confusion_of_three_classes_is_that_of_the_most_probable_one():
+    (axes,) = confusion_figure(three_classes(), "test").axes
+    counts = [int(text.get_text().split()[0]) for text in axes.texts]
+    assert counts == [2, 0, 0, 0, 2, 0, 0, 1, 1]
+
+
+def test_scores_are_counted_by_label():
+    """Tumour slides upwards, normal ones downwards; bins of 0.05."""
+    figure = scores_figure(evaluation(thresholds={"youden": 0.42}), "test")
+    axes = figure.axes[0]
+    up, down = ([bar.get_height() for bar in bars] for bars in axes.containers)
+    assert {number: height for number, height in enumerate(up) if height} == {7: 1, 16: 1}
+    assert {number: height for number, height in enumerate(down) if height} == {2: -1, 8: -1}
+    assert up[7] and axes.containers[0][7].get_x() == pytest.approx(0.352)  # 0.35 to 0.4
+    assert line(figure, "youden")[0].tolist() == [0.42, 0.42]
+    assert "x20   dashed: Youden's, 0.42" in words(figure)
+    assert {"↑ 2", "↓ 2", "tumour", "normal"} <= set(words(figure).split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"), [([1] * 4, "every slide is tumour"), ([0] * 4, "no slide is tumour")]
+)
+def test_what_is_not_defined_is_said_in_the_picture(labels, reason):
+    shown = evaluation(labels=labels, thresholds={"youden": 0.4})
+    figures = evaluation_figures(shown, "test", draws=20)
+    for name in ("roc", "precision_recall"):
+        assert f"x20: not defined, {reason}" in words(figures[name])
+    assert words(figures["confusion"]).count("no slide") == 4  # 2 cells at 2 thresholds
+    for figure in figures.values():
+        figure.draw_without_rendering()
+
+
+def test_a_class_without_slides_is_said_and_the_others_are_drawn():
+    shown = three_classes()
+    shown = replace(shown, labels=shown.labels.clamp(max=1))
+    text = words(roc_figure(shown, "test", draws=20))
+    assert "c: not defined, no slide is c" in text
+    assert "a: AUROC 1.000" in text and "b: AUROC" in text
+
+
+def test_a_probability_that_is_no_number_is_said_and_the_other_scale_is_drawn():
+    shown = evaluation(thresholds={"youden": 0.38})
+    fine = shown.probabilities["x20"]
+    broken = fine.clone()
+    broken[2] = float("nan")
+    shown = replace(shown, probabilities={"x10": broken, "x20": fine})
+    figures = evaluation_figures(shown, "test", draws=20)
+    assert "x20: AUROC 0.750" in words(figures["roc"])
+    for figure in figures.values():
+        assert "a probability is not a number" in " ".join(words(figure).split())
+        figure.draw_without_rendering()
+
+
+def test_a_scale_has_its_colour_whatever_stands_beside_it():
+    three = scale_colours(["x5", "x10", "x20"])
+    assert scale_colours(["x10"])["x10"] == three["x10"]
+    assert len(set(scale_colours(["x1.25", "x2.5", "x5", "x10", "x20", "x40"]).values())) == 6
+
+
+@pytest.mark.parametrize("made", [evaluation, three_classes])
+def test_all_pictures_are_files_that_say_what_they_are_of(tmp_path, made):
+    shown = made()
+    figures = evaluation_figures(shown, "test", draws=20)
+    save_figures(tmp_path, figures)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(figures)
+    n = len(shown.slide_ids)
+    for name, figure in figures.items():
+        first, second = next(
+            text.split("\n") for text in titles(figure) if text.startswith("test: ")
+        )
+        assert first.removeprefix("test: ").split()[0].lower() == name.replace("_", "-")
+        assert second.startswith(f"{n} slides of {n} patients (2 ")
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width > 500
+
+
+def test_tensorboard_shows_each_picture_once_however_often_it_is_asked(tmp_path):
+    figures = {"roc": roc_figure(evaluation(), "test", draws=0)}
+    for _ in range(2):
+        show_in_tensorboard(tmp_path, "test", figures)
+    assert len(list(tmp_path.iterdir())) == 1
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["images"] == ["test/roc"]

@@ -1,0 +1,291 @@
+"""The figures of instances, by a model whose tile scores are known: each tile's first feature."""
+
+import csv
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bag_factory import CLASSES, write_bags
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dasmil.bags import Bag, BagHeader, bag_path, join_graphs, read_bag, write_bag
+from dasmil.data import BagDataModule
+from dasmil.demo.slides import TRUTH_DOWNSAMPLE, write_cohort
+from dasmil.errors import InputError
+from dasmil.metrics.froc import FALSE_POSITIVES
+from dasmil.output import ScaleOutput
+from dasmil.reports import instances
+from dasmil.reports.instances import InstanceTruth
+from dasmil.slides.cohort import read_cohort
+
+SIZE_PX0 = (4096, 4096)  # 8 x 8 tiles of x20, 512 px wide
+
+
+class FirstFeature(LightningModule):
+    """The instance logit of a tile is its first feature."""
+
+    def _outputs(self, graph):
+        outputs = {}
+        for scale, features in graph.features.items():
+            logits, rows = features[:, :1], torch.zeros(len(features), dtype=torch.int64)
+            bag = torch.zeros(graph.num_bags, 1)
+            outputs[scale] = ScaleOutput(bag, logits, logits, rows, rows == 0)
+        return outputs
+
+    def test_step(self, graph, batch_idx):
+        return self._outputs(graph)
+
+    def validation_step(self, graph, batch_idx):
+        return self._outputs(graph)
+
+
+def set_logits(folder: Path, slide_id: str, logit) -> None:
+    """A bag of all tiles of the slide, with ``logit(scale, row, column)`` as features."""
+    old = read_bag(bag_path(folder, slide_id))
+    grid, features, parent = {}, {}, {}
+    for number, scale in enumerate(old.scales):
+        side = 4 * 2**number
+        cells = list(product(range(side), repeat=2))
+        if number:  # in the order of the parents
+            cells.sort(key=lambda cell: (cell[0] // 2, cell[1] // 2))
+            parent[scale] = torch.tensor([r // 2 * 4 + c // 2 for r, c in cells]).int()
+        grid[scale] = torch.tensor(cells).int()
+        values = torch.tensor([float(logit(scale, r, c)) for r, c in cells])
+        features[scale] = values[:, None].expand(-1, 6).half().contiguous()
+    header = BagHeader(**{**vars(old.header), "size_px0": SIZE_PX0, "num_tiles": 64})
+    write_bag(bag_path(folder, slide_id), Bag(header, features, grid, parent))
+
+
+def box_xml(left, top, right, bottom) -> str:
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+    text = "".join(f'<Coordinate Order="{n}" X="{x}" Y="{y}"/>' for n, (x, y) in enumerate(corners))
+    return (
+        '<ASAP_Annotations><Annotations><Annotation Name="a" Type="Polygon" PartOfGroup="_0">'
+        f"<Coordinates>{text}</Coordinates></Annotation></Annotations></ASAP_Annotations>"
+    )
+
+
+@pytest.fixture
+def bags(tmp_path):
+    """Two tumour slides whose upper left quarter is the lesion, one normal slide.
+
+    In slide t1 the lesion's tiles score highest; in t2 one tile outside scores higher still. The
+    normal slide scores as t1 does outside, but for one tile.
+    """
+    labels = {"t1": "tumour", "t2": "tumour", "n1": "normal"}
+    folder = write_bags(tmp_path / "bags", labels, dict.fromkeys(labels, "test"))
+
+    def lesion(row, column, side):
+        return row < side // 2 and column < side // 2
+
+    def side(scale):
+        return {"x10": 4, "x20": 8}[scale]
+
+    set_logits(folder, "t1", lambda s, r, c: 2 if lesion(r, c, side(s)) else -1)
+    corner = {"x10": (3, 3), "x20": (7, 7)}
+    set_logits(
+        folder, "t2", lambda s, r, c: 3 if (r, c) == corner[s] else 2 * lesion(r, c, side(s)) - 1
+    )
+    set_logits(folder, "n1", lambda s, r, c: 1.5 if (r, c) == corner[s] else -1)
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    for name in ("t1", "t2"):
+        (truth / f"{name}.xml").write_text(box_xml(0, 0, 2048, 2048))
+    return folder
+
+
+def run(folder, callback, stage="test", classes=CLASSES, batch_size=2):
+    data = BagDataModule(folder, classes, num_workers=0)
+    loader = data.test_dataloader
+    data.test_dataloader = lambda: DataLoader(  # its own has one slide a batch
+        loader().dataset, batch_size, collate_fn=join_graphs
+    )
+    if stage == "validate":
+        data.val_part = "test"
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder.parent,
+    )
+    getattr(trainer, stage)(FirstFeature(), datamodule=data, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_figures_of_areas(bags, tmp_path):
+    """x20: 16 tiles of the lesion against 48 in t1 and t2, and 64 negative ones in n1.
+
+    Of the 32 x 160 pairs are not in order: t2's corner beats all 32; the normal slide's 1.5 beats
+    t2's 16 of logit 1.
+    """
+    callback = InstanceTruth(tmp_path / "truth", output=tmp_path / "out")
+    logged = run(bags, callback)
+    wrong = 32 + 16
+    assert logged["test/x20/instance_auroc"] == pytest.approx(1 - wrong / (32 * 160))
+    assert logged["test/x20/instance_auroc_per_slide"] == pytest.approx((1 + 47 / 48) / 2)
+    # 4 tiles of the lesion against 12
+    assert logged["test/x10/instance_auroc"] == pytest.approx(1 - (8 + 4) / (8 * 40))
+    assert logged["test/x10/instance_auroc_per_slide"] == pytest.approx((1 + 11 / 12) / 2)
+    assert logged == pytest.approx(callback.figures)
+
+
+def test_froc_of_areas(bags, tmp_path):
+    """Scores in order: 3 false (t2), 2 hit (t1), 1.5 false (n1), 1 hit (t2), and many of -1 false.
+
+    False positives of three slides: both lesions are found at 2/3 a slide, one at 1/3.
+    """
+    callback = InstanceTruth(tmp_path / "truth", output=tmp_path / "out")
+    logged = run(bags, callback)
+    at = callback.curves["x20"].at
+    assert at[0.25] == 0 and at[0.5] == 0.5 and at[1] == 1 and at[8] == 1
+    assert logged["test/x20/froc"] == pytest.approx((0 + 0.5 + 4) / 6)
+    with open(tmp_path / "out" / "froc.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    written = {
+        float(row["false_positives_per_slide"]): float(row["sensitivity"])
+        for row in rows
+        if row["scale"] == "x20"
+    }
+    assert written == at and len(rows) == 2 * len(FALSE_POSITIVES)
+    assert Image.open(tmp_path / "out" / "froc.png").size == (825, 750)
+
+
+def test_detections_are_written_as_the_challenge_reads_them(bags, tmp_path):
+    """No header; confidence, x and y of the tile's centre, best first."""
+    run(bags, InstanceTruth(tmp_path / "truth", output=tmp_path / "out"))
+    folder = tmp_path / "out" / "detections"
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.csv")) == [
+        f"{scale}/{slide_id}.csv" for scale in ("x10", "x20") for slide_id in ("n1", "t1", "t2")
+    ]
+    lines = (folder / "x20" / "t2.csv").read_text().splitlines()
+    confidence, x, y = lines[0].split(",")
+    assert float(confidence) == pytest.approx(1 / (1 + np.exp(-3)), abs=1e-12)
+    assert (int(x), int(y)) == (7 * 512 + 256, 7 * 512 + 256)
+    confidences = [float(line.split(",")[0]) for line in lines]
+    assert confidences == sorted(confidences, reverse=True)
+    # 187 µm are 748 px0: side and corner neighbours (724 px0) of a detection are none
+    places = np.array([[int(value) for value in line.split(",")[1:]] for line in lines])
+    apart = np.hypot(*(places[:, None] - places[None]).transpose(2, 0, 1))
+    assert apart[apart > 0].min() >= 1024
+
+
+def test_validation_and_nothing_written_without_an_output(bags, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    logged = run(bags, InstanceTruth(tmp_path / "truth"), "validate")
+    assert logged["val/x20/instance_auroc"] == pytest.approx(1 - 48 / (32 * 160))
+    assert logged["val/x20/froc"] == pytest.approx(0.75)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_slide_that_comes_twice_counts_once(bags, tmp_path, monkeypatch, batch_size):
+    """As a sampler repeats slides for several processes, whatever rank has them."""
+    once = InstanceTruth(tmp_path / "truth")
+    run(bags, once)
+    monkeypatch.setattr(instances, "gather_lists", lambda items: [*items[::-1], items[0]])
+    twice = InstanceTruth(tmp_path / "truth")
+    run(bags, twice, batch_size=batch_size)
+    assert twice.figures == once.figures and len(once.figures) == 6
+
+
+def test_points_have_no_froc(bags, tmp_path):
+    """t1 has one point in a tile of the lesion: 1 of 64 tiles; t2's lies in its highest tile."""
+    for path in (tmp_path / "truth").iterdir():
+        path.unlink()
+    (tmp_path / "truth" / "t1.csv").write_text("x,y,type\n5,5,epithelial\n6,6,epithelial\n")
+    (tmp_path / "truth" / "t2.csv").write_text("x,y\n4000,4000\n")
+    (tmp_path / "truth" / "n1.csv").write_text("x,y\n")
+    callback = InstanceTruth(tmp_path / "truth", output=tmp_path / "out")
+    logged = run(bags, callback)
+    per_slide = (1 + (48 + 15 / 2) / 63) / 2
+    assert logged["test/x20/instance_auroc_per_slide"] == pytest.approx(per_slide)
+    assert not [name for name in logged if "froc" in name]
+    assert not (tmp_path / "out").exists()
+
+
+def test_froc_can_be_left_out(bags, tmp_path):
+    logged = run(bags, InstanceTruth(tmp_path / "truth", output=tmp_path / "out", froc=False))
+    assert "test/x20/instance_auroc" in logged and "test/x20/froc" not in logged
+    assert not (tmp_path / "out").exists()
+
+
+def test_min_share_decides_which_tiles_are_positive(bags, tmp_path):
+    """The lesion of t1 now covers half of a column of tiles more; of t2 nothing changes."""
+    (tmp_path / "truth" / "t1.xml").write_text(box_xml(0, 0, 2048 + 256, 2048))
+    half, more = InstanceTruth(tmp_path / "truth"), InstanceTruth(tmp_path / "truth", min_share=0.6)
+    run(bags, half)
+    run(bags, more)
+    name = "test/x20/instance_auroc_per_slide"
+    # half: 4 of 20 positive tiles score as the 44 negative ones
+    assert half.figures[name] == pytest.approx((16 / 20 + 4 / 20 / 2 + 47 / 48) / 2)
+    assert more.figures[name] == pytest.approx((1 + 47 / 48) / 2)
+
+
+def test_a_positive_slide_without_annotation_is_left_out_and_named(bags, tmp_path):
+    (tmp_path / "truth" / "t2.xml").unlink()
+    callback = InstanceTruth(tmp_path / "truth")
+    with pytest.warns(UserWarning, match=r"1 test slide\(s\) of class tumour .* figures .*: t2$"):
+        logged = run(bags, callback)
+    assert logged["test/x20/instance_auroc"] == 1
+    assert logged["test/x20/froc"] == 1  # t2's corner is no false positive either
+
+
+def test_a_part_without_any_annotation_is_refused(bags, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        InputError, match=r"no annotation of any of the 3 test slides; for t1 it wo"
+    ):
+        run(bags, InstanceTruth(tmp_path / "empty"))
+
+
+def test_a_lesion_on_a_negative_slide_is_refused(bags, tmp_path):
+    """As with Camelyon17's masks, which mark the tissue of normal slides."""
+    (tmp_path / "truth" / "n1.xml").write_text(box_xml(0, 0, 512, 512))
+    with pytest.raises(InputError, match=r"n1\.xml: it marks something on a slide of the negative"):
+        run(bags, InstanceTruth(tmp_path / "truth"))
+
+
+def test_more_than_two_classes_are_refused(bags, tmp_path):
+    with pytest.raises(InputError, match="of two classes, the model has 3"):
+        run(bags, InstanceTruth(tmp_path / "truth"), classes=[*CLASSES, "other"])
+
+
+def test_min_share_is_a_share(tmp_path):
+    with pytest.raises(InputError, match="min_share: 0 is outside"):
+        InstanceTruth(tmp_path, min_share=0)
+
+
+def test_froc_is_not_defined_where_all_lesions_are_isolated_tumour_cells(bags, tmp_path):
+    """512 px of 0.25 µm: 128 µm. There is no curve then, and no file of one."""
+    for name in ("t1", "t2"):
+        (tmp_path / "truth" / f"{name}.xml").write_text(box_xml(0, 0, 512, 512))
+    callback = InstanceTruth(tmp_path / "truth", output=tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"FROC is not defined: .* \(200 µm\)"):
+        logged = run(bags, callback)
+    assert np.isnan(logged["test/x20/froc"]) and not np.isnan(logged["test/x20/instance_auroc"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detections"]
+
+
+def test_the_truth_of_the_demo(tmp_path):
+    """Its masks are drawn at a quarter: as many tiles are at least half lesion as counted there."""
+    table = write_cohort(tmp_path, num_slides={"test": 4}, size_px0=(1024, 1024), seed=1)
+    counted = 0
+    for row in read_cohort(table):
+        path = tmp_path / "truth" / f"{row.slide_id}.png"
+        annotation = instances.read_annotation(path, (1024, 1024))
+        corners = np.array(list(product(range(0, 1024, 64), repeat=2)))
+        positive = annotation.positive_tiles(np.concatenate([corners, corners + 64], axis=1))
+        mask, side = np.asarray(Image.open(path)) > 0, 64 // TRUTH_DOWNSAMPLE
+        wanted = [
+            mask[y // 4 : y // 4 + side, x // 4 : x // 4 + side].mean() >= 0.5 for x, y in corners
+        ]
+        assert positive.tolist() == wanted
+        assert annotation.is_empty == (row.label == "normal")
+        counted += positive.sum()
+    assert counted > 20
