@@ -13,9 +13,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from dasmil.checkpoint import read_checkpoint
 from dasmil.errors import InputError
+from dasmil.metrics import Evaluation
 from dasmil.modules import DASMILModule
 from dasmil.modules.evaluation import mean_losses
-from dasmil.reports.evaluation import write_evaluation
+from dasmil.reports.evaluation import evaluation_file, read_evaluation, write_evaluation
 from dasmil.reports.figures import evaluation_figures, save_figures, show_in_tensorboard
 from dasmil.reports.history import History, run_folder
 from dasmil.reports.instances import InstanceTruth
@@ -179,6 +180,8 @@ class DasmilCLI(LightningCLI):
         if folder is None or evaluation is None or not self.trainer.is_global_zero:
             return
         stage = STAGES[self.verb]
+        if not self._get(self.config, "output"):
+            _refuse_other_slides(folder, stage, evaluation)
         more = mean_losses(self.model.results)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, InstanceTruth):
@@ -197,6 +200,19 @@ class DasmilCLI(LightningCLI):
         save_figures(folder / "figures", figures)
         show_in_tensorboard(folder, stage, figures)
         print(f"{self.verb}: figures {folder / f'{stage}_metrics.csv'}, {folder / 'figures'}")
+
+
+def _refuse_other_slides(folder: Path, stage: str, evaluation: Evaluation) -> None:
+    """A run's own folder keeps the figures of its own slides."""
+    if not evaluation_file(folder, stage).is_file():
+        return
+    before = read_evaluation(folder, stage).slide_ids
+    if before != evaluation.slide_ids:
+        other = sorted(set(before) ^ set(evaluation.slide_ids))
+        raise InputError(
+            f"{folder}: holds the figures of other {stage} slides (the two differ in "
+            f"{', '.join(other[:3])}); give --output to keep both"
+        )
 
 
 def _evaluation_defaults(args: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What ``predict`` leaves on disk: one table of slides, and per slide its tiles and pictures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dasmil.data.bags import BagDataModule
 from dasmil.distributed import gather_lists
 from dasmil.files import write_csv
 from dasmil.metrics import class_probabilities
+from dasmil.metrics.evaluation import YOUDEN
 from dasmil.reports.heatmap import draw_heatmap, slide_canvas
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.qc import write_png
@@ -34,6 +35,7 @@ class PredictionWriter(Callback):
         self.rows: dict[str, SlideRow] = {}
         self.classes: tuple[str, ...] = ()
         self.logit_classes: tuple[str, ...] = ()
+        self.thresholds: Mapping[str, Mapping[str, float]] = {}
         self._slides: list[dict[str, Any]] = []
         self._notes: list[str] = []
 
@@ -41,6 +43,7 @@ class PredictionWriter(Callback):
         data: BagDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.rows = {row.slide_id: row for row in data.rows}
         self.classes, self.logit_classes = pl_module.classes, pl_module.logit_classes
+        self.thresholds = pl_module.hparams["thresholds"] or {}
 
     def on_predict_batch_end(
         self,
@@ -82,7 +85,17 @@ class PredictionWriter(Callback):
         probabilities = class_probabilities(bag_logits[finest][None])[0]
         for name, probability in zip(self.classes, probabilities.tolist(), strict=True):
             row[f"prob/{name}"] = probability
-        return row
+        return row | self._called(probabilities, self.thresholds.get(finest, {}))
+
+    def _called(self, probabilities: Tensor, thresholds: Mapping[str, float]) -> dict[str, str]:
+        """The class that a slide (P,) is called: at 0.5, and at each threshold of validation."""
+        if len(self.classes) > 2:
+            return {"called": self.classes[int(probabilities.argmax())]}
+        points = {"called_at_0.5": 0.5}
+        for point, threshold in thresholds.items():
+            points[f"called_at_val_{'threshold' if point == YOUDEN else point}"] = threshold
+        positive = float(probabilities[1])
+        return {name: self.classes[positive > threshold] for name, threshold in points.items()}
 
     def _write_instances(
         self, bag: Bag, instance_logits: dict[str, Tensor], attention: dict[str, Tensor]

@@ -85,3 +85,17 @@ def test_fewer_slides_than_processes(bags, checkpoint, tmp_path):
     run(["predict", "--ckpt_path", checkpoint, "--bags", few, "--output", output])
     table = (output / "predictions.csv").read_text().splitlines()
     assert len(table) == 1 + PARTS["train"] + PARTS["val"] + 1
+
+
+def test_other_slides_do_not_take_the_place_of_a_run_s_own_figures(checkpoint, bags, capsys):
+    """Without --output the figures go to the run's folder; those of another cohort do not."""
+    arguments = ["test", "--ckpt_path", str(checkpoint), "--draws", "0", "--bags"]
+    assert main([*arguments, str(bags)]) == 0
+    written = checkpoint.parents[1] / "test" / "test_slides.csv"
+    before = written.read_text()
+    assert before.count("\n") == 1 + PARTS["test"]
+    other = write_bags(bags.parent / "other", {"new0": "normal", "new1": "tumour"})
+    assert main([*arguments, str(other)]) == 2
+    assert "holds the figures of other test slides" in capsys.readouterr().err
+    assert written.read_text() == before
+    assert main([*arguments, str(other), "--output", str(bags.parent / "external")]) == 0

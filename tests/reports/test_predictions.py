@@ -42,12 +42,19 @@ def predicted(tmp_path_factory):
 def test_columns_name_scale_and_class_and_an_unknown_label_is_empty(predicted):
     rows = read_rows(predicted[0] / "predictions.csv")
     logits = [f"logit/{scale}/{name}" for scale in ("x10", "x20") for name in CLASSES]
-    assert list(rows[0]) == ["slide_id", "label", *logits, *(f"prob/{n}" for n in CLASSES)]
+    assert list(rows[0]) == [
+        "slide_id",
+        "label",
+        *logits,
+        *(f"prob/{n}" for n in CLASSES),
+        "called",
+    ]
     assert [row["label"] for row in rows] == ["benign", "invasive", "", "in situ"]
     for row in rows:
         fine = torch.tensor([float(row[f"logit/x20/{name}"]) for name in CLASSES])
         found = torch.tensor([float(row[f"prob/{name}"]) for name in CLASSES])
         assert torch.allclose(fine.softmax(0), found, atol=1e-6)
+        assert row["called"] == CLASSES[int(found.argmax())]
 
 
 def test_a_slide_without_tiles_gets_the_bias_and_an_empty_table(predicted):
@@ -66,3 +73,30 @@ def test_tiles_of_a_batch_go_to_their_own_slides(predicted):
         assert len(fine) == 8
         for name in CLASSES:
             assert sum(float(r[f"attention/{name}"]) for r in fine) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_slide_is_called_at_the_thresholds_of_the_checkpoint(tmp_path):
+    """Of a threshold below every probability all are called positive, of one above none."""
+    bags = write_bags(tmp_path / "bags", {"a": "benign", "b": "invasive"})
+    data = BagDataModule(bags, ["benign", "invasive"], num_workers=0)
+    data.setup("predict")
+    thresholds = {"x10": {}, "x20": {"youden": 0.0, "specificity_0.9": 1.0}}
+    module = DASMILModule(
+        hidden_dim=8,
+        out_dim=8,
+        classes=data.classes,
+        bag_format=data.bag_format,
+        thresholds=thresholds,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[PredictionWriter(tmp_path / "out")],
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    for row in read_rows(tmp_path / "out" / "predictions.csv"):
+        assert row["called_at_val_threshold"] == "invasive"
+        assert row["called_at_val_specificity_0.9"] == "benign"
+        assert (row["called_at_0.5"] == "invasive") == (float(row["prob/invasive"]) > 0.5)
