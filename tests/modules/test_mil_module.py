@@ -195,7 +195,7 @@ def test_the_split_of_a_checkpoint_wins_over_a_new_draw(tmp_path):
     later = BagDataModule(folder, ["normal", "tumour"], split=drawn.split)
     later.setup("validate")
     assert later.split == drawn.split
-    assert BagDataModule(folder, ["normal", "tumour"])._parts(later.rows) != drawn.split
+    assert BagDataModule(folder, ["normal", "tumour"])._parts(later.rows, "fit") != drawn.split
 
 
 # Switches, and models of some scales
@@ -355,3 +355,49 @@ def test_predictions_of_a_checkpoint_of_before_the_switches_have_their_defaults(
     assert dasmil.load(tmp_path / "old.ckpt").options == ObjectiveOptions()
     arguments = _evaluation_defaults(["--ckpt_path", str(tmp_path / "old.ckpt")])
     assert arguments["data"]["init_args"]["val_part"] == "val"
+
+
+def uneven_bags(folder):
+    """Three normal and one tumour slide to train on."""
+    parts = dict.fromkeys(("n0", "n1", "n2", "t0"), "train") | {"n3": "val", "t3": "val"}
+    labels = {name: "tumour" if name[0] == "t" else "normal" for name in parts}
+    return write_bags(folder, labels, parts)
+
+
+def test_balanced_weights_are_those_of_the_training_slides_and_weigh_the_label_losses(tmp_path):
+    """4 / (2 · 3) for each normal slide, 4 / (2 · 1) for the tumour slide; the checkpoint knows."""
+    data = BagDataModule(uneven_bags(tmp_path), ["normal", "tumour"], num_workers=0)
+    keeper = ModelCheckpoint(tmp_path / "kept")
+    module = DASMILModule(**SMALL, class_weights="balanced")
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[keeper]).fit(module, datamodule=data)
+    assert module.hparams["class_weights"] == pytest.approx([2 / 3, 2])
+    assert dasmil.load(keeper.best_model_path).hparams["class_weights"] == pytest.approx([2 / 3, 2])
+
+    module.eval()
+    for graph in data.val_dataloader():
+        output = module(graph)
+        total, terms = module.objective(output, graph)
+        labels = terms["bag/x20"] + terms["instance/x10"] + terms["instance/x20"]  # λ is 1
+        taught = terms["distillation/x10"] + terms["criticality/x10"]
+        weight = [2 / 3, 2][int(graph.labels)]
+        torch.testing.assert_close(total, weight * labels + taught)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [1.0, -1.0]])
+def test_class_weights_must_be_one_a_class_and_not_negative(tmp_path, weights):
+    data = BagDataModule(uneven_bags(tmp_path), ["normal", "tumour"], num_workers=0)
+    module = DASMILModule(**SMALL, class_weights=weights)
+    with pytest.raises(InputError, match=r"model.class_weights: .* must be 2 weights of 0 or more"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, datamodule=data)
+
+
+def test_an_evaluation_knows_the_patients_of_its_slides(tmp_path):
+    labels = {f"s{n}": ["normal", "tumour"][n % 2] for n in range(4)}
+    folder = write_bags(tmp_path, labels, dict.fromkeys(labels, "test"), {"s0": "p", "s2": "p"})
+    data = BagDataModule(folder, ["normal", "tumour"], num_workers=0)
+    data.setup("test")
+    module = small_module(bag_format=data.bag_format)
+    quiet_trainer(tmp_path).test(module, datamodule=data, verbose=False)
+    assert module.evaluation.slide_ids == ("s0", "s1", "s2", "s3")
+    assert module.evaluation.patients == ("p", "s1", "p", "s3")
+    assert module.evaluation.labels.tolist() == [0, 1, 0, 1]

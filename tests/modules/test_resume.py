@@ -1,5 +1,6 @@
 """A training that is killed and goes on ends as one that was not."""
 
+import json
 import os
 import signal
 import subprocess
@@ -76,6 +77,13 @@ def test_dasmil_killed_three_times_ends_as_if_never_killed(road, tmp_path):
     assert main(["fit", "--resume", str(run)]) == 0
     assert_same_end(tmp_path / "whole", run, ["last.ckpt", "best.ckpt"])
 
+    starts = json.loads((run / "provenance.json").read_text())
+    assert [start["seed"] for start in starts] == [0] * 4
+    assert starts[0]["command"].startswith("python -m dasmil fit --config ")
+    assert {start["command"] for start in starts[1:]} == {f"python -m dasmil fit --resume {run}"}
+    for name in ("config.yaml", "split.csv", "history.csv", "curves.png", "val/val_metrics.csv"):
+        assert (run / name).is_file()
+
 
 def test_dino_killed_goes_on_with_the_same_crops(road, tmp_path):
     options = ["--trainer.max_epochs", "3", "--data.num_workers", "1"]
@@ -94,8 +102,8 @@ def test_a_run_that_was_moved_knows_its_best_checkpoint(road, tmp_path):
     assert main([*fit_dasmil(road.bags, tmp_path, "run"), *options]) == 0
     best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
-    more = ["--trainer.max_epochs", "3", "--model.learning_rate", "0", "--model.min_lea", "0"]
-    more[-2] = "--model.min_learning_rate"
+    more = ["--trainer.max_epochs", "3", "--model.learning_rate", "0"]
+    more += ["--model.min_learning_rate", "0"]
     assert main(["fit", "--resume", str(moved), *more]) == 0
     last = torch.load(moved / "checkpoints/last.ckpt", weights_only=True)
     (keeper,) = (
