@@ -85,6 +85,7 @@ class DasmilCLI(LightningCLI):
                 type=str | None,
                 help="folder of annotations, one file a slide: judge instances and lesions too",
             )
+        if subcommand != "predict":
             parser.add_argument(
                 "--draws", type=int, default=DRAWS, help="of the bootstrap that gives intervals"
             )

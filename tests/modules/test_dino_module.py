@@ -68,7 +68,7 @@ def watched(road, tmp_path_factory):
     module = DINOModule(**SMALL, warmup_epochs=1, learning_rate=0.064, weight_decay=(0.1, 0.3))
     trainer.fit(module, datamodule=small_data(road))
     with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
-        logged = [row for row in csv.DictReader(file) if row["train/loss"]]
+        logged = [row for row in csv.DictReader(file) if row["train/loss_step"]]
     return watch, logged, module
 
 

@@ -80,7 +80,7 @@ def test_dasmil_killed_three_times_ends_as_if_never_killed(road, tmp_path):
     starts = json.loads((run / "provenance.json").read_text())
     assert [start["seed"] for start in starts] == [0] * 4
     assert starts[0]["command"].startswith("python -m dasmil fit --config ")
-    assert {start["command"] for start in starts[1:]} == {f"python -m dasmil fit --resume {run}"}
+    assert starts[-1]["command"] == f"python -m dasmil fit --resume {run}"
     for name in ("config.yaml", "split.csv", "history.csv", "curves.png", "val/val_metrics.csv"):
         assert (run / name).is_file()
 
