@@ -199,7 +199,9 @@ def test_predict_writes_every_slide_with_its_logits(road, trained, predicted):
     rows = read_rows(predicted / "predictions.csv")
     assert [row["slide_id"] for row in rows] == [r.slide_id for r in read_cohort(road.cohort)]
     logits = ["logit/x10/tumour", "logit/x20/tumour"]
-    assert list(rows[0]) == ["slide_id", "label", *logits, "prob/normal", "prob/tumour"]
+    points = ("0.5", "val_threshold", "val_specificity_0.9")
+    called = [f"called_at_{point}" for point in points]
+    assert list(rows[0]) == ["slide_id", "label", *logits, "prob/normal", "prob/tumour", *called]
     model = dasmil.load(trained)
     for row in rows:
         graph = dasmil.bags.bag_graph(read_bag(bag_path(road.bags, row["slide_id"])))
@@ -238,7 +240,7 @@ def test_test_and_validate_take_the_same_arguments(road, trained, predicted, tmp
     for verb, part, stage in (("test", "test", "test"), ("validate", "val", "val")):
         folder = tmp_path / verb
         assert main([verb, *evaluation(road, trained), "--output", str(folder)]) == 0
-        metrics = json.loads((folder / f"{verb}_metrics.json").read_text())
+        metrics = json.loads((folder / f"{stage}_metrics.json").read_text())
         ids = [row.slide_id for row in read_cohort(road.cohort) if row.split == part]
         right = [
             (float(rows[i]["prob/tumour"]) > 0.5) == (rows[i]["label"] == "tumour") for i in ids
