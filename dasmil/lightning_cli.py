@@ -186,10 +186,7 @@ class DasmilCLI(LightningCLI):
         more = mean_losses(self.model.results)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, InstanceTruth):
-                more |= {
-                    name.removeprefix(f"{stage}/"): figure
-                    for name, figure in callback.figures.items()
-                }
+                more |= callback.figures
         about: dict[str, str | None] = {"checkpoint": None, "checkpoint_sha256": None}
         if checkpoint:
             digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()

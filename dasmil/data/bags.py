@@ -25,7 +25,7 @@ from dasmil.bags import (
     read_bag,
     read_header,
 )
-from dasmil.data.sampler import TrainingLoader, TrainingSampler, class_weights_of, go_on
+from dasmil.data.sampler import TrainingLoader, TrainingSampler, go_on, sampling_weights
 from dasmil.errors import InputError
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
@@ -213,7 +213,7 @@ class BagDataModule(LightningDataModule):
         accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         weights = None
         if self.weighted_sampling:
-            weights = class_weights_of(dataset.labels, len(self.classes))
+            weights = sampling_weights(dataset.labels, len(self.classes))
         sampler = TrainingSampler(
             len(dataset),
             world,

@@ -99,7 +99,7 @@ def go_on(sampler: Any, trainer: Trainer | None, batch_size: int) -> None:
         sampler.skipped = batches.current.processed * batch_size
 
 
-def class_weights_of(labels: Sequence[int], num_classes: int) -> Tensor:
+def sampling_weights(labels: Sequence[int], num_classes: int) -> Tensor:
     """(n,) weights with which slides of each class are drawn equally often."""
     counts = torch.bincount(torch.tensor(labels), minlength=num_classes)
     return 1.0 / counts[torch.tensor(labels)].double()

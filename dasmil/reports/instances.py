@@ -229,15 +229,14 @@ class InstanceTruth(Callback):
         slides = [unique[slide_id] for slide_id in sorted(unique)]
         for scale in slides[0].scores if slides else ():
             scores, truth = [s.scores[scale] for s in slides], [s.truth[scale] for s in slides]
-            name = f"{stage}/{scale}"
-            self.figures[f"{name}/instance_auroc"] = instance_auroc(scores, truth)
+            self.figures[f"{scale}/instance_auroc"] = instance_auroc(scores, truth)
             per_slide = instance_auroc_per_slide(scores, truth)
-            self.figures[f"{name}/instance_auroc_per_slide"] = per_slide
+            self.figures[f"{scale}/instance_auroc_per_slide"] = per_slide
             if self._has_froc:
                 self.curves[scale] = froc([slide.hits[scale] for slide in slides])
-                self.figures[f"{name}/froc"] = self.curves[scale].score
+                self.figures[f"{scale}/froc"] = self.curves[scale].score
         for name, value in self.figures.items():
-            pl_module.log(name, value, sync_dist=False)
+            pl_module.log(f"{stage}/{name}", value, sync_dist=False)
         num_lesions = sum(hits.num_lesions for slide in slides for hits in slide.hits.values())
         if self.curves and num_lesions == 0:
             warnings.warn(

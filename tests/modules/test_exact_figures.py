@@ -47,10 +47,8 @@ def test_two_processes_learn_what_one_learns_from_two_slides_a_step(bags, checkp
         for name in ("one", "two")
     )
     assert one["global_step"] == two["global_step"] == 2 * 3  # 2 epochs of 5 slides, in pairs
-    start = torch.load(checkpoint, weights_only=True)["state_dict"]
     for name, weights in one["state_dict"].items():
         torch.testing.assert_close(weights, two["state_dict"][name], atol=1e-6, rtol=1e-5)
-    assert list(start) == list(one["state_dict"])
 
 
 def test_figures_are_the_same_to_the_last_digit(bags, checkpoint, tmp_path):
