@@ -9,7 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dasmil.bags import Bag, BagGraph, BagHeader, ExtractorCard, bag_graph, bag_path, write_bag
+from dasmil.bags import (
+    Bag,
+    BagGraph,
+    BagHeader,
+    ExtractorCard,
+    Neighbours,
+    bag_graph,
+    bag_path,
+    write_bag,
+)
 from dasmil.units import Mpp, Scale, TilePx
 
 CLASSES = ["normal", "tumour"]
@@ -165,6 +174,18 @@ def union_by_search(bag: Bag) -> list[tuple[int, int]]:
 def _contains(outer: Sequence[int], inner: Sequence[int]) -> bool:
     left, top, right, bottom = inner
     return outer[0] <= left and outer[1] <= top and right <= outer[2] and bottom <= outer[3]
+
+
+def neighbours_of(edges: Tensor, num_nodes: int) -> Neighbours:
+    """The lists of a symmetric (2, E) edge_index without repetitions; every node sees itself."""
+    loops = torch.arange(num_nodes).expand(2, -1)
+    seen, seer = torch.cat([edges[:, edges[0] != edges[1]], loops], dim=1)
+    order = torch.argsort(seer * num_nodes + seen)
+    seen, seer = seen[order], seer[order]
+    reverse = torch.searchsorted(seer * num_nodes + seen, seen * num_nodes + seer)
+    assert torch.equal(seen[reverse], seer), "an edge goes one way only"
+    ptr = torch.searchsorted(seer, torch.arange(num_nodes + 1))
+    return Neighbours(ptr.int(), seen.int(), reverse.int())
 
 
 def as_pairs(edge_index: Tensor) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from dasmil.bags.bag import Bag, BagHeader, ExtractorCard, ancestor_rows, describe_difference
 from dasmil.bags.graph import UNKNOWN, BagGraph, bag_graph, join_graphs
+from dasmil.bags.neighbours import Neighbours, grid_neighbours
 from dasmil.bags.store import bag_path, read_bag, read_header, write_bag
 
 __all__ = [
@@ -10,10 +11,12 @@ __all__ = [
     "BagGraph",
     "BagHeader",
     "ExtractorCard",
+    "Neighbours",
     "ancestor_rows",
     "bag_graph",
     "bag_path",
     "describe_difference",
+    "grid_neighbours",
     "join_graphs",
     "read_bag",
     "read_header",

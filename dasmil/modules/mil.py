@@ -58,6 +58,8 @@ class DASMILModule(LightningModule):
         a head sees each tile's vector with its parent's, [10x ‖ 20x] (Table 4).
     coarse_instances:
         the coarse heads see all tiles, or only parents of tiles (D12).
+    gat_backend:
+        how a GAT sums over neighbours: gather, or PyG's GATConv, which is equal, slower and larger.
     pooling:
         of the heads: the paper's attention, or for comparison the mean or max of instance logits.
     distillation:
@@ -131,6 +133,7 @@ class DASMILModule(LightningModule):
         contextualize: bool = True,
         concatenate_parents: bool = False,
         coarse_instances: Literal["all", "parents"] = "all",
+        gat_backend: Literal["gather", "gatconv"] = "gather",
         pooling: Literal["attention", "mean", "max"] = "attention",
         distillation: float = 1.0,
         criticality: float = 1.0,
@@ -192,6 +195,7 @@ class DASMILModule(LightningModule):
             contextualize=hp["contextualize"],
             concatenate_parents=hp["concatenate_parents"],
             coarse_instances=hp["coarse_instances"],
+            gat_backend=hp["gat_backend"],
             pooling=hp["pooling"],
         )
 

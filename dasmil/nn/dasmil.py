@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dasmil.bags.graph import BagGraph
-from dasmil.nn.gat import Residual
+from dasmil.nn.gat import Backend, Residual
 from dasmil.nn.mil_head import MILHead
 from dasmil.nn.pgnn import PGNN, module_key
 from dasmil.nn.pooling_head import PoolingHead
@@ -32,6 +32,7 @@ class DASMIL(nn.Module):
         (Table 4, [10x ‖ 20x]); the coarsest scale has no parents.
     coarse_instances: what the heads of all scales but the finest are shown: ``all`` tiles, or
         those that are ``parents`` of a tile (D12).
+    gat_backend: ``backend`` of :class:`GAT`.
     pooling: of a head: ``attention`` is the paper's; ``mean`` and ``max`` are :class:`PoolingHead`,
         to compare with.
     """
@@ -51,6 +52,7 @@ class DASMIL(nn.Module):
         concatenate_parents: bool = False,
         coarse_instances: Literal["all", "parents"] = "all",
         pooling: Literal["attention", "mean", "max"] = "attention",
+        gat_backend: Backend = "gather",
     ):
         super().__init__()
         self.concatenate_parents = concatenate_parents
@@ -58,9 +60,8 @@ class DASMIL(nn.Module):
         self.pgnn: PGNN | None = None
         widths = dict(in_dims)
         if contextualize:
-            self.pgnn = PGNN(
-                in_dims, hidden_dim, out_dim, heads, attention_dropout, node_dropout, residual
-            )
+            dropouts = (attention_dropout, node_dropout)
+            self.pgnn = PGNN(in_dims, hidden_dim, out_dim, heads, *dropouts, residual, gat_backend)
             widths = dict.fromkeys(in_dims, out_dim)
         targets = dict(widths)
         if concatenate_parents:
@@ -76,6 +77,7 @@ class DASMIL(nn.Module):
 
     def forward(self, graph: BagGraph) -> dict[str, ScaleOutput]:
         """What each scale says, coarse to fine."""
+        graph = graph.in_dtype(next(self.parameters()).dtype)
         h = dict(graph.features) if self.pgnn is None else self.pgnn(graph)
         shown: dict[str, Tensor] = {}
         targets = dict(h)

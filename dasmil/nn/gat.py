@@ -7,12 +7,15 @@ those of the released code (D13, D14), and so are the residual forms (D15).
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch_geometric.nn import GATConv
-from torch_geometric.utils import dropout_node
 
+from dasmil.bags.neighbours import Neighbours
 from dasmil.errors import InputError
+from dasmil.nn.neighbour_attention import neighbour_attention
 
+Backend = Literal["gather", "gatconv"]
 Residual = Literal["none", "plain", "glu"]
 
 
@@ -42,6 +45,8 @@ class GAT(nn.Module):
     node_dropout: probability of cutting all edges of a node in training; the node keeps its
         features and still sees itself.
     residual: ``none``: h; ``plain``: x + h; ``glu``: x + GLU(h).
+    backend: ``gather``: :func:`neighbour_attention`; ``gatconv``: PyG's layer, the reference that
+        it equals. Both have the same weights.
 
     Raises
     ------
@@ -57,6 +62,7 @@ class GAT(nn.Module):
         attention_dropout: float = 0.2,
         node_dropout: float = 0.5,
         residual: Residual = "none",
+        backend: Backend = "gather",
     ):
         super().__init__()
         if residual != "none" and in_dim != out_dim:
@@ -66,12 +72,32 @@ class GAT(nn.Module):
             )
         self.node_dropout = node_dropout
         self.residual = residual
+        self.backend = backend
         self.conv = GATConv(in_dim, out_dim, heads, concat=False, dropout=attention_dropout)
         self.gate = GatedLinearUnit(out_dim) if residual == "glu" else nn.Identity()
 
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        """(N, in_dim), (2, E) → (N, out_dim)."""
+    def forward(self, x: Tensor, neighbours: Neighbours) -> Tensor:
+        """(N, in_dim) → (N, out_dim)."""
         if self.training and self.node_dropout > 0:
-            edge_index, _, _ = dropout_node(edge_index, self.node_dropout, len(x))
-        h = self.gate(self.conv(x, edge_index))  # (N, out_dim)
+            dropped = torch.rand(len(x), device=x.device) <= self.node_dropout
+            neighbours = neighbours.without(dropped)
+        if self.backend == "gatconv":
+            h = self.conv(x, neighbours.edge_index())
+        else:
+            h = self._attend(x, neighbours)
+        h = self.gate(h)  # (N, out_dim)
         return h if self.residual == "none" else x + h
+
+    def _attend(self, x: Tensor, neighbours: Neighbours) -> Tensor:
+        """What ``self.conv`` computes."""
+        conv = self.conv
+        projected = conv.lin(x).view(-1, conv.heads, conv.out_channels)  # (N, H, C)
+        # a·W x = (Wᵀ a)·x: the scores need no pass over (N, H, C); they go into an exponential, and
+        # are not rounded by autocast
+        with torch.autocast(x.device.type, enabled=False):
+            weight = conv.lin.weight.view(conv.heads, conv.out_channels, -1)  # (H, C, in)
+            vectors = torch.einsum("ahc,hci->ahi", torch.cat([conv.att_src, conv.att_dst]), weight)
+            scores = x.to(weight.dtype) @ vectors.flatten(0, 1).T  # (N, 2 H)
+            source, target = scores.split(conv.heads, dim=1)
+        dropout = conv.dropout if self.training else 0.0
+        return neighbour_attention(projected, source, target, neighbours, dropout) + conv.bias

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dasmil.bags.graph import BagGraph
-from dasmil.nn.gat import GAT, Residual
+from dasmil.nn.gat import GAT, Backend, Residual
 
 
 def module_key(scale: str) -> str:
@@ -26,7 +26,7 @@ class PGNN(nn.Module):
     in_dims: width of the tile features per scale, coarse to fine; M ≥ 1 scales.
     hidden_dim: width between the two layers.
     out_dim: width of the contextualised features H.
-    heads, attention_dropout, node_dropout, residual: see :class:`GAT`.
+    heads, attention_dropout, node_dropout, residual, backend: see :class:`GAT`.
     """
 
     def __init__(
@@ -38,9 +38,10 @@ class PGNN(nn.Module):
         attention_dropout: float = 0.2,
         node_dropout: float = 0.5,
         residual: Residual = "none",
+        backend: Backend = "gather",
     ):
         super().__init__()
-        rest = (heads, attention_dropout, node_dropout, residual)
+        rest = (heads, attention_dropout, node_dropout, residual, backend)
         self.scale_gats = nn.ModuleDict(
             {module_key(s): GAT(in_dim, hidden_dim, *rest) for s, in_dim in in_dims.items()}
         )
@@ -48,9 +49,10 @@ class PGNN(nn.Module):
 
     def forward(self, graph: BagGraph) -> dict[str, Tensor]:
         """Contextualised features per scale, (N_s, out_dim)."""
+        graph = graph.in_dtype(next(self.parameters()).dtype)
         per_scale = [
-            self.scale_gats[module_key(s)](graph.features[s], graph.edge_index[s])  # (N_s, hidden)
+            self.scale_gats[module_key(s)](graph.features[s], graph.neighbours[s])  # (N_s, hidden)
             for s in graph.scales
         ]
-        h = self.union_gat(torch.cat(per_scale), graph.union_edge_index())  # (Σ N_s, out)
+        h = self.union_gat(torch.cat(per_scale), graph.union)  # (Σ N_s, out)
         return dict(zip(graph.scales, h.split([len(x) for x in per_scale]), strict=True))

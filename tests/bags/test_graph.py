@@ -1,6 +1,6 @@
 """The edges of bags against search by brute force, and bags side by side."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import pairwise
 
 import pytest
@@ -15,8 +15,8 @@ from bag_factory import (
 from bags.orphans import without_first
 from torch import Tensor
 
-from dasmil.bags import UNKNOWN, BagGraph, bag_graph, join_graphs
-from dasmil.bags.graph import neighbour_edges
+from dasmil.bags import UNKNOWN, BagGraph, Neighbours, bag_graph, join_graphs
+from dasmil.bags.neighbours import grid_neighbours
 
 SCALES = ("x2.5", "x5", "x20")  # ratios 2 and 4
 DIMS = {"x2.5": 3, "x5": 4, "x20": 5}
@@ -25,11 +25,15 @@ SIZES = (15, 0, 1, 40)
 
 def tensors(graph: BagGraph) -> dict[str, Tensor]:
     """All tensors of a graph by name."""
-    found = {"labels": graph.labels}
+    found: dict[str, Tensor] = {}
     for field in fields(graph):
         value = getattr(graph, field.name)
-        if isinstance(value, dict):
-            found |= {f"{field.name}/{scale}": tensor for scale, tensor in value.items()}
+        for scale, part in value.items() if isinstance(value, dict) else [("all", value)]:
+            if isinstance(part, Neighbours):
+                kinds = (("ptr", part.ptr), ("index", part.index), ("reverse", part.reverse))
+                found |= {f"{field.name}/{scale}/{kind}": tensor for kind, tensor in kinds}
+            elif isinstance(part, Tensor):
+                found[f"{field.name}/{scale}"] = part
     return found
 
 
@@ -45,27 +49,27 @@ def test_neighbours_are_those_found_by_search(shape: tuple[int, int], share: flo
     generator = torch.Generator().manual_seed(0)
     grid = (torch.rand(shape, generator=generator) <= share).nonzero().int()
     grid = grid[torch.randperm(len(grid), generator=generator)]
-    edges = neighbour_edges(grid)
+    edges = grid_neighbours(grid).edge_index()
     assert edges.dtype == torch.int64
     assert as_pairs(edges) == neighbours_by_search(grid)
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_none_and_one_tile_have_no_edges(count: int) -> None:
-    edges = neighbour_edges(torch.full((count, 2), 5, dtype=torch.int32))
+    edges = grid_neighbours(torch.full((count, 2), 5, dtype=torch.int32)).edge_index()
     assert edges.shape == (2, 0)
     assert edges.dtype == torch.int64
 
 
 def test_a_full_square_joins_every_pair_of_a_two_by_two_block() -> None:
     grid = torch.tensor([[4, 7], [4, 8], [5, 7], [5, 8]], dtype=torch.int32)
-    assert as_pairs(neighbour_edges(grid)) == [(i, j) for i in range(4) for j in range(4) if i != j]
+    assert as_pairs(grid_neighbours(grid).edge_index()) == [(i, j) for i in range(4) for j in range(4) if i != j]
 
 
 def test_the_ends_of_two_lines_are_no_neighbours() -> None:
     """Cells that would follow one another if the grid were one long line."""
     grid = torch.tensor([[0, 0], [0, 3], [1, 0], [1, 3], [2, 0]], dtype=torch.int32)
-    assert as_pairs(neighbour_edges(grid)) == [(0, 2), (1, 3), (2, 0), (2, 4), (3, 1), (4, 2)]
+    assert as_pairs(grid_neighbours(grid).edge_index()) == [(0, 2), (1, 3), (2, 0), (2, 4), (3, 1), (4, 2)]
 
 
 def test_tiles_far_from_the_origin_and_from_one_another() -> None:
@@ -74,13 +78,13 @@ def test_tiles_far_from_the_origin_and_from_one_another() -> None:
         [[far, far + 1500], [far + 1, far + 1501], [far + 1200, far], [far + 1201, far]],
         dtype=torch.int32,
     )
-    assert as_pairs(neighbour_edges(grid)) == [(0, 1), (1, 0), (2, 3), (3, 2)]
+    assert as_pairs(grid_neighbours(grid).edge_index()) == [(0, 1), (1, 0), (2, 3), (3, 2)]
 
 
 @pytest.mark.parametrize("num_tiles", [0, 1, 7, 60])
 def test_the_union_is_that_found_by_search(num_tiles: int) -> None:
     bag = make_bag(scales=SCALES, dims=DIMS, num_tiles=num_tiles, seed=num_tiles)
-    assert as_pairs(bag_graph(bag).union_edge_index()) == union_by_search(bag)
+    assert as_pairs(bag_graph(bag).union.edge_index()) == union_by_search(bag)
 
 
 def test_the_graph_of_a_bag_holds_what_the_bag_holds() -> None:
@@ -91,9 +95,8 @@ def test_the_graph_of_a_bag_holds_what_the_bag_holds() -> None:
     assert graph.num_bags == 1
     assert graph.labels.tolist() == [1]
     for name in SCALES:
-        assert graph.features[name].dtype == torch.float32
-        assert torch.equal(graph.features[name], bag.features[name].float())
-        assert as_pairs(graph.edge_index[name]) == neighbours_by_search(bag.grid[name])
+        assert graph.features[name] is bag.features[name]  # as stored, float16
+        assert as_pairs(graph.neighbours[name].edge_index()) == neighbours_by_search(bag.grid[name])
         assert graph.ptr[name].tolist() == [0, len(bag.grid[name])]
     for name in SCALES[1:]:
         assert graph.parent[name].dtype == torch.int64
@@ -118,7 +121,7 @@ def test_joined_graphs_are_the_single_ones_shifted() -> None:
     for graph in graphs:
         for coarser, name in zip((None, *SCALES), SCALES, strict=False):
             start = offsets[name]
-            edges[name] += [(i + start, j + start) for i, j in as_pairs(graph.edge_index[name])]
+            edges[name] += [(i + start, j + start) for i, j in as_pairs(graph.neighbours[name].edge_index())]
             if coarser is not None:
                 parents[name] += [row + offsets[coarser] for row in graph.parent[name].tolist()]
         for name in SCALES:
@@ -129,7 +132,7 @@ def test_joined_graphs_are_the_single_ones_shifted() -> None:
 
     for name in SCALES:
         assert len(joined.features[name]) == offsets[name]
-        assert as_pairs(joined.edge_index[name]) == sorted(edges[name])
+        assert as_pairs(joined.neighbours[name].edge_index()) == sorted(edges[name])
         assert joined.ptr[name].tolist() == boundaries[name]
     assert {name: rows.tolist() for name, rows in joined.parent.items()} == parents
 
@@ -153,7 +156,7 @@ def test_an_orphan_has_no_edge_to_another_scale() -> None:
         for name in SCALES:
             starts.append(starts[-1] + len(graph.features[name]))
         scale_of = torch.repeat_interleave(torch.arange(3), torch.tensor(starts).diff())
-        source, target = graph.union_edge_index()
+        source, target = graph.union.edge_index()
         across = scale_of[source] != scale_of[target]
         expected = []
         for number, name in enumerate(SCALES[1:], start=1):
@@ -179,10 +182,11 @@ def test_orphans_stay_orphans_when_graphs_are_joined() -> None:
     assert equal(in_steps, joined)
 
 
-def test_features_of_either_precision_become_single() -> None:
-    bag = make_bag("a", SCALES, DIMS)
-    single = replace(bag, features={n: t.float() for n, t in bag.features.items()})
-    assert equal(bag_graph(bag), bag_graph(single))
+def test_a_model_is_given_features_of_its_own_precision() -> None:
+    graph = bag_graph(make_bag("a", SCALES, DIMS)).in_dtype(torch.float32)
+    for name in SCALES:
+        assert graph.features[name].dtype == torch.float32
+        assert graph.parent.get(name, graph.labels).dtype == torch.int64
 
 
 def test_no_edge_joins_two_bags() -> None:
@@ -190,7 +194,7 @@ def test_no_edge_joins_two_bags() -> None:
     bag_of = torch.cat(
         [torch.arange(len(SIZES)).repeat_interleave(joined.ptr[name].diff()) for name in SCALES]
     )
-    source, target = joined.union_edge_index()
+    source, target = joined.union.edge_index()
     assert len(source) > 0
     assert torch.equal(bag_of[source], bag_of[target])
 
@@ -198,8 +202,8 @@ def test_no_edge_joins_two_bags() -> None:
 def test_a_joined_bag_has_the_edges_it_had_alone() -> None:
     graphs = make_graphs(SIZES, scales=SCALES, dims=DIMS)
     joined = join_graphs(graphs)
-    alone = sum(graph.union_edge_index().shape[1] for graph in graphs)
-    assert joined.union_edge_index().shape[1] == alone
+    alone = sum(graph.union.edge_index().shape[1] for graph in graphs)
+    assert joined.union.edge_index().shape[1] == alone
 
 
 def test_joining_in_two_steps_is_joining_at_once() -> None:

@@ -227,6 +227,7 @@ OTHER_NETWORK = {
     "contextualize": False,
     "concatenate_parents": True,
     "coarse_instances": "parents",
+    "gat_backend": "gatconv",
     "pooling": "max",
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bag_factory import make_graphs
+from bag_factory import make_graphs, neighbours_of
 from safetensors.torch import load_file
 from torch import Tensor
 from torch_geometric.data import Data
@@ -17,6 +17,7 @@ from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
 from dasmil.bags import BagGraph, join_graphs
+from dasmil.bags.neighbours import union_neighbours
 from dasmil.errors import InputError
 from dasmil.losses import ObjectiveOptions, objective
 from dasmil.nn import DASMIL, MILHead, ScaleOutput
@@ -62,7 +63,11 @@ def with_orphans(graph: BagGraph) -> BagGraph:
     parent = {name: rows.clone() for name, rows in graph.parent.items()}
     for rows in parent.values():
         rows[::3] = -1
-    return replace(graph, parent=parent)
+    return with_parents(graph, parent)
+
+
+def with_parents(graph: BagGraph, parent: dict[str, Tensor]) -> BagGraph:
+    return replace(graph, parent=parent, union=union_neighbours(graph.neighbours, parent))
 
 
 def graphs_of(sizes: tuple[int, ...], scales: tuple[str, ...] = SCALES) -> list[BagGraph]:
@@ -239,7 +244,7 @@ def test_with_a_residual_bags_in_one_pass_equal_bags_one_by_one(residual: Any) -
 def test_a_bag_of_orphans_alone_passes(variant: dict[str, Any]) -> None:
     """No tile has a parent: the coarse heads are shown nothing, or the fine ones zeros."""
     (graph,) = graphs_of((9,))
-    nobody = replace(graph, parent={s: torch.full_like(p, -1) for s, p in graph.parent.items()})
+    nobody = with_parents(graph, {s: torch.full_like(p, -1) for s, p in graph.parent.items()})
     model = make_model(**variant).eval()
     output = model(nobody)
     if variant["coarse_instances"] == "parents":
@@ -316,10 +321,16 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     rows = {scale: (data.level == level).nonzero()[:, 0] for scale, level in levels.items()}
     local = torch.full((len(data.level),), -1)
     local[rows[coarse]] = torch.arange(len(rows[coarse]))
+    neighbours = {
+        coarse: neighbours_of(data.edge_index_2, len(rows[coarse])),
+        fine: neighbours_of(data.edge_index_3, len(rows[fine])),
+    }
+    parent = {fine: local[data.childof[rows[fine]]]}
     graph = BagGraph(
         features={scale: data.x[index] for scale, index in rows.items()},
-        parent={fine: local[data.childof[rows[fine]]]},
-        edge_index={coarse: data.edge_index_2, fine: data.edge_index_3},
+        parent=parent,
+        neighbours=neighbours,
+        union=union_neighbours(neighbours, parent),
         ptr={scale: torch.tensor([0, len(index)]) for scale, index in rows.items()},
         labels=data.y,
         slide_ids=(data.name,),
@@ -345,7 +356,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 def test_the_union_is_the_released_graph(golden: Golden) -> None:
     numbering = torch.cat(list(golden.rows.values()))
-    ours = numbering[golden.graph.union_edge_index()]
+    ours = numbering[golden.graph.union.edge_index()]
     assert sorted(map(tuple, ours.T.tolist())) == sorted(map(tuple, golden.edges.T.tolist()))
 
 
@@ -426,7 +437,7 @@ def test_one_coarse_tile_without_children_tells_all_from_parents(golden: Golden)
     coarse, fine = graph.scales
     parent = graph.parent[fine].clone()
     parent[parent == 0] = -1
-    changed = replace(graph, parent={fine: parent})
+    changed = with_parents(graph, {fine: parent})
     everything, parents = (
         golden.build(coarse_instances=shown)(changed)[coarse] for shown in ("all", "parents")
     )

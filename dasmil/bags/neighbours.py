@@ -1,0 +1,186 @@
+"""Who sees whom in a bag graph: neighbour lists, all in O(N).
+
+Paper: Bontempo et al. 2023, section 3, "Architecture": :func:`grid_neighbours` is A_1, …, A_M of
+each scale's grid, :func:`union_neighbours` is A with the relation "part of" between the scales.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+OFFSETS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1))  # slot 4: the tile itself
+DENSE_CELLS = 16  # up to that many cells of the bounding box per tile, a table of the box is made
+
+Value = TypeVar("Value")
+
+
+@dataclass  # not frozen: Lightning converts the fields for precisions such as bf16-true
+class Neighbours:
+    """For each of N nodes the nodes that it sees: its neighbours, and itself.
+
+    The relation is symmetric. Entry e of node i says "i sees j"; i's entries are ptr[i] to
+    ptr[i + 1].
+
+    Parameters
+    ----------
+    ptr: (N + 1,) int32, where each node's entries begin.
+    index: (E,) int32, the node that is seen.
+    reverse: (E,) int32, number of the entry that says the same the other way, "j sees i".
+    """
+
+    ptr: Tensor
+    index: Tensor
+    reverse: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ptr) - 1
+
+    def seers(self) -> Tensor:
+        """(E,) int32, the node that sees, of each entry."""
+        nodes = torch.arange(len(self), dtype=torch.int32, device=self.ptr.device)
+        return nodes.repeat_interleave(self.ptr.diff(), output_size=len(self.index))
+
+    def edge_index(self) -> Tensor:
+        """(2, E - N) int64 source and target of each edge, as PyG has it; none to itself."""
+        edges = torch.stack([self.index, self.seers()]).long()
+        return edges[:, edges[0] != edges[1]]
+
+    def without(self, dropped: Tensor) -> "Neighbours":
+        """Cut all edges of the nodes that a (N,) bool mask names; each still sees itself."""
+        seers, seen = self.seers(), self.index
+        cut = (dropped.index_select(0, seers) | dropped.index_select(0, seen)) & (seers != seen)
+        kept = cut.logical_not().nonzero().squeeze(1)
+        before = _starts(~cut)  # number of each entry that is kept, among those
+        return Neighbours(
+            ptr=before.index_select(0, self.ptr),
+            index=seen.index_select(0, kept),
+            reverse=before.index_select(0, self.reverse.index_select(0, kept)),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Neighbours":
+        return Neighbours(
+            self.ptr.to(device, non_blocking=non_blocking),
+            self.index.to(device, non_blocking=non_blocking),
+            self.reverse.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "Neighbours":
+        return Neighbours(
+            self.ptr.pin_memory(), self.index.pin_memory(), self.reverse.pin_memory()
+        )
+
+
+def grid_neighbours(grid: Tensor) -> Neighbours:
+    """8-connectivity of tiles on an integer grid.
+
+    Parameters
+    ----------
+    grid: (N, 2) row, col, no cell twice.
+    """
+    if len(grid) == 0:
+        none = torch.empty(0, dtype=torch.int32)
+        return Neighbours(torch.zeros(1, dtype=torch.int32), none, none)
+    cells = grid.long() - grid.long().amin(0) + 1  # a margin of one: no neighbour lies outside
+    height, width = (cells.amax(0) + 2).tolist()
+    position = cells[:, 0] * width + cells[:, 1]
+    shifts = torch.tensor([row * width + col for row, col in OFFSETS])
+    wanted = (position[:, None] + shifts).view(-1)
+    seen = _tiles_at(position, wanted, height * width).view(-1, len(OFFSETS))  # -1 for none
+    there = seen >= 0
+    number = _starts(there.view(-1))  # of the entry, where there is one
+    # slot k of one tile is slot 8 - k of the other
+    other = seen * len(OFFSETS) + torch.arange(len(OFFSETS) - 1, -1, -1, dtype=torch.int32)
+    return Neighbours(
+        ptr=number[:: len(OFFSETS)].contiguous(),
+        index=seen.masked_select(there),
+        reverse=number.index_select(0, other.masked_select(there)),
+    )
+
+
+def _tiles_at(position: Tensor, wanted: Tensor, num_cells: int) -> Tensor:
+    """Number of the tile at each wanted position, int32, -1 for none."""
+    numbers = torch.arange(len(position), dtype=torch.int32)
+    if num_cells <= DENSE_CELLS * len(position) + 2**16:
+        table = torch.full((num_cells,), -1, dtype=torch.int32)
+        table[position] = numbers
+        return table.index_select(0, wanted)
+    held, order = position.sort()  # tiles few and far between: no table of the whole box
+    place = torch.searchsorted(held, wanted).clamp(max=len(held) - 1)
+    return torch.where(held[place] == wanted, order.int()[place], -1)
+
+
+def union_neighbours(
+    neighbours: Mapping[str, Neighbours], parent: Mapping[str, Tensor]
+) -> Neighbours:
+    """All scales in one numbering, coarse to fine, where parent and child see each other too.
+
+    Parameters
+    ----------
+    neighbours: of each scale, coarse to fine.
+    parent: per scale but the coarsest (N_s,) row in the next coarser scale, -1 for none; those that
+        have one lie in the order of their parents.
+    """
+    if len(neighbours) == 1:
+        return next(iter(neighbours.values()))
+    first_node = dict(zip(neighbours, _sums([len(own) for own in neighbours.values()])))
+    counts = torch.cat([own.ptr.diff() for own in neighbours.values()])  # entries a node, (N,)
+    above: dict[str, tuple[Tensor, Tensor]] = {}  # per scale: nodes of children, of their parents
+    for (coarse, fine), rows in zip(zip(neighbours, parent), parent.values(), strict=False):
+        held = (rows >= 0).nonzero().squeeze(1)
+        above[fine] = (held + first_node[fine], rows[held] + first_node[coarse])
+    num_parents, num_children = torch.zeros_like(counts), torch.zeros_like(counts)
+    for child, of in above.values():
+        num_parents[child] = 1
+        num_children += torch.bincount(of, minlength=len(counts)).int()
+    ptr = _starts(counts + num_parents + num_children)
+
+    index = torch.empty(int(ptr[-1]), dtype=torch.int32, device=ptr.device)
+    reverse = torch.empty_like(index)
+    for name, own in neighbours.items():
+        start = first_node[name]
+        moved = ptr[start : start + len(own)] - own.ptr[:-1]
+        entry = torch.arange(len(own.index), dtype=torch.int32, device=ptr.device)
+        entry += moved.index_select(0, own.seers())
+        index.index_copy_(0, entry.long(), own.index + start)
+        reverse.index_copy_(0, entry.long(), entry.index_select(0, own.reverse))
+    for child, of in above.values():  # after its own scale a node sees its parent, then children
+        siblings = torch.arange(len(of), device=ptr.device) - _first_of_each(of)
+        up = (ptr[child] + counts[child]).long()
+        down = ptr[of] + counts[of] + num_parents[of] + siblings
+        index[up], index[down] = of.int(), child.int()
+        reverse[up], reverse[down] = down.int(), up.int()
+    return Neighbours(ptr, index, reverse)
+
+
+def _first_of_each(values: Tensor) -> Tensor:
+    """For each of sorted values the position of the first that is equal."""
+    return torch.searchsorted(values, values)
+
+
+def join_neighbours(parts: Sequence[Neighbours]) -> Neighbours:
+    """Side by side, without an edge between them."""
+    nodes = _sums([len(part) for part in parts])
+    entries = _sums([len(part.index) for part in parts])
+    ptrs = [part.ptr[:-1] + start for part, start in zip(parts, entries)]
+    return Neighbours(
+        ptr=torch.cat([*ptrs, parts[0].ptr.new_tensor([entries[-1]])]),
+        index=torch.cat([part.index + start for part, start in zip(parts, nodes)]),
+        reverse=torch.cat([part.reverse + start for part, start in zip(parts, entries)]),
+    )
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """(N,) counts → (N + 1,) int32, the sum of all before each, and of all."""
+    starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
+    return starts
+
+
+def _sums(sizes: Sequence[int]) -> list[int]:
+    sums = [0]
+    for size in sizes:
+        sums.append(sums[-1] + size)
+    return sums
