@@ -4,8 +4,8 @@ import inspect
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from dasmil.errors import InputError
 from dasmil.quiet import hush
@@ -29,6 +29,24 @@ slides → predictions
 `python -m dasmil VERB --help` shows the options of a verb, --print_config a complete YAML.
 """
 
+IMPORT_USAGE = """\
+usage: python -m dasmil import KIND [options]
+
+  crchisto            CRCHistoPhenotypes → a cohort of slides, labels and nuclei
+  dino-checkpoint     weights of facebookresearch/dino → an extractor for `embed`
+  mil4wsi-bags        the released code's graphs → a folder of bags
+  mil4wsi-checkpoint  the released code's model → a checkpoint for `predict` and `test`
+
+`python -m dasmil import KIND --help` shows the options of a kind.
+"""
+
+# kind → its module and function; only the one that is asked for is imported
+IMPORTERS = {
+    "crchisto": "crchisto",
+    "dino-checkpoint": "dino_checkpoint",
+    "mil4wsi-bags": "mil4wsi_bags",
+    "mil4wsi-checkpoint": "mil4wsi_checkpoint",
+}
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 
 
@@ -123,20 +141,18 @@ def _compare(args: Sequence[str]) -> int:
 
 
 def _import(args: Sequence[str]) -> int:
+    kind = args[0] if args else "--help"
+    if kind in ("-h", "--help"):
+        print(IMPORT_USAGE)
+        return 0
+    if kind not in IMPORTERS:
+        print(f"error: import: no kind {kind!r}\n\n{IMPORT_USAGE}", file=sys.stderr)
+        return 2
     from jsonargparse import auto_cli
 
-    from dasmil.interop.crchisto import crchisto
-    from dasmil.interop.dino import dino_checkpoint
-    from dasmil.interop.mil4wsi_bags import mil4wsi_bags
-    from dasmil.interop.mil4wsi_checkpoint import mil4wsi_checkpoint
-
-    kinds: dict[str, Any] = {
-        "crchisto": crchisto,
-        "dino-checkpoint": dino_checkpoint,
-        "mil4wsi-bags": mil4wsi_bags,
-        "mil4wsi-checkpoint": mil4wsi_checkpoint,
-    }
-    return int(auto_cli(kinds, as_positional=True, prog="dasmil import", args=list(args)))
+    function = getattr(import_module(f"dasmil.interop.{IMPORTERS[kind]}"), IMPORTERS[kind])
+    prog = f"dasmil import {kind}"
+    return int(auto_cli(function, as_positional=True, prog=prog, args=list(args[1:])))
 
 
 def _keep_whole_numbers() -> None:

@@ -1,6 +1,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,41 @@ def test_every_verb_has_help(verb, capsys):
         main([verb, "--help"])
     assert stop.value.code == 0
     assert "--config" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--help",
+        "--version",
+        "import --help",
+        "import crchisto --help",
+        "sweep --help",
+        "demo --help",
+    ],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(command):
+    assert "torch" not in modules_after(command.split())
+
+
+def test_tile_does_not_wait_for_torch(road, tmp_path):
+    command = ["tile", "--config", str(CONFIGS / "tile.yaml"), "--output", str(tmp_path / "tiles")]
+    command += ["--cohort", str(road.cohort), "--workers", "1"]
+    assert "torch" not in modules_after(command)
+    assert (tmp_path / "tiles" / "status.csv").exists()
+
+
+def modules_after(command):
+    """All that a fresh process has imported when the command is done."""
+    program = (
+        "import sys\nfrom dasmil.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print('modules:', *sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], check=True, capture_output=True, text=True
+    )
+    return done.stdout.rsplit("modules:", 1)[1].split()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 OFFSETS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1))  # slot 4: the tile itself
-DENSE_CELLS = 16  # up to that many cells of the bounding box per tile, a table of the box is made
+DENSE_CELLS = 16  # cells of the bounding box per tile, up to which a table of the box is made
+FREE_CELLS = 2**16  # and a table of that many in any case
 
 Value = TypeVar("Value")
 
@@ -68,9 +69,7 @@ class Neighbours:
         )
 
     def pin_memory(self) -> "Neighbours":
-        return Neighbours(
-            self.ptr.pin_memory(), self.index.pin_memory(), self.reverse.pin_memory()
-        )
+        return Neighbours(self.ptr.pin_memory(), self.index.pin_memory(), self.reverse.pin_memory())
 
 
 def grid_neighbours(grid: Tensor) -> Neighbours:
@@ -103,7 +102,7 @@ def grid_neighbours(grid: Tensor) -> Neighbours:
 def _tiles_at(position: Tensor, wanted: Tensor, num_cells: int) -> Tensor:
     """Number of the tile at each wanted position, int32, -1 for none."""
     numbers = torch.arange(len(position), dtype=torch.int32)
-    if num_cells <= DENSE_CELLS * len(position) + 2**16:
+    if num_cells <= DENSE_CELLS * len(position) + FREE_CELLS:
         table = torch.full((num_cells,), -1, dtype=torch.int32)
         table[position] = numbers
         return table.index_select(0, wanted)

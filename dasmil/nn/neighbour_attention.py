@@ -50,7 +50,7 @@ class Coefficients(Function):
     """α_ij = softmax_j(LeakyReLU_0.2(a_src·W x_j + a_dst·W x_i)), (E, H)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, source_score: Tensor, target_score: Tensor, neighbours: Neighbours
     ) -> Tensor:
         seers = neighbours.seers()
@@ -66,7 +66,7 @@ class Coefficients(Function):
         return alpha
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         alpha, rises, seers = ctx.saved_tensors
         neighbours: Neighbours = ctx.neighbours
         weighted = alpha * grad
@@ -103,7 +103,7 @@ class GatheredGradient(Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, summed: Tensor, projected: Tensor, alpha: Tensor, neighbours: Neighbours
     ) -> Tensor:
         ctx.save_for_backward(alpha)
@@ -111,9 +111,7 @@ class GatheredGradient(Function):
         return summed.view_as(summed)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (alpha,) = ctx.saved_tensors
         neighbours: Neighbours = ctx.neighbours
         heads = alpha.shape[1]

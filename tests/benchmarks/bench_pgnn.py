@@ -1,0 +1,82 @@
+"""The training step of DAS-MIL: gathered neighbour sums against GATConv and against none at all."""
+
+from collections.abc import Iterator
+
+import torch
+from cases import THOUSAND, extra_memory, make_graph, make_model, training_step
+from table import Row, seconds
+
+PEER, LIMIT = "GATConv", "no neighbour sum"
+KINDS = ("gather", "gatconv", "projection")
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        for num_tiles in (THOUSAND,) if quick else (16 * THOUSAND, 64 * THOUSAND):
+            graph = make_graph(num_tiles).to(device)
+            graph = graph.in_dtype(torch.float32)
+            tiles = f"{num_tiles // THOUSAND}k tiles, {device}"
+            for dropout in (False, True):
+                steps = [training_step(make_model(k, dropout, device), graph) for k in KINDS]
+                ours, peer, limit = seconds(*steps, runs=1 if quick else 5)
+                times = "5 ×" if device == "cuda" else "3 ×"
+                yield Row(
+                    "PGNN",
+                    f"training step, {tiles}" + (", default dropout" if dropout else ""),
+                    "ms",
+                    1e3 * ours,
+                    1e3 * peer,
+                    PEER,
+                    1e3 * limit,
+                    LIMIT,
+                    f"≥ {times} peer, ≤ 1.6 of the limit",
+                )
+                if not dropout and not quick:
+                    ours, peer, limit = (extra_memory(step, device) for step in steps)
+                    yield Row(
+                        "PGNN",
+                        f"memory of the step, {tiles}",
+                        "MiB",
+                        ours,
+                        peer,
+                        PEER,
+                        limit,
+                        LIMIT,
+                        "≤ 1/4 of the peer",
+                    )
+    if not quick:
+        yield whole_training(250_000, "16 GiB GPU")
+
+
+def whole_training(num_tiles: int, card: str) -> Row:
+    """All tensors of a training of the default model with Adam on one huge bag, in float32.
+
+    Counted on the CPU where there is no GPU; a GPU adds some hundred MiB for its context.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    graph = make_graph(num_tiles).to(device)
+    model = make_model("gather", dropout=True, device=device)
+    optimizer = torch.optim.Adam(model.parameters())
+    learn = training_step(model, graph)
+
+    def step() -> None:
+        learn()
+        optimizer.step()
+
+    step()
+    held = [*model.parameters(), *graph.features.values()]
+    held += [p.grad for p in model.parameters() if p.grad is not None]
+    held += [t for state in optimizer.state.values() for t in state.values()]
+    for part in (*graph.neighbours.values(), graph.union):
+        held += [part.ptr, part.index, part.reverse]
+    resting = sum(tensor.nbytes for tensor in held) / 2**20
+    return Row(
+        "PGNN",
+        f"memory of training on {num_tiles // 1000}k x20 tiles, float32",
+        "MiB",
+        resting + extra_memory(step, device),
+        limit=16 * 1024,
+        limit_is=card,
+        target="fits",
+    )
