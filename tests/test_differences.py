@@ -455,7 +455,7 @@ def test_d17_fitting_opens_no_test_slide_unless_by_switch(
 ) -> None:
     opened = set()
 
-    def remember(path: Path) -> Any:
+    def remember(path: Path, scales: Any = None) -> Any:
         opened.add(path.stem)
         return read_bag(path)
 

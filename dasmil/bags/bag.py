@@ -167,6 +167,18 @@ class Bag:
         InputError
             naming the slide, the scale and the promise that does not hold.
         """
+        self.validate_structure()
+        self.validate_features()
+
+    def validate_features(self) -> None:
+        """Check that every feature is finite; the one promise that needs all of them looked at."""
+        for name, features in self.features.items():
+            # nan passes through minimum and maximum; isfinite of all takes 20 times as long
+            if features.numel() and not bool(torch.isfinite(torch.stack(features.aminmax())).all()):
+                self._refuse(f"{name}: some features are not finite")
+
+    def validate_structure(self) -> None:
+        """Check every other promise; of features only shape and dtype are looked at."""
         names = self.scales
         if set(self.features) != set(names) or set(self.grid) != set(names):
             self._refuse(f"features or grid of the scales {', '.join(names)} are missing")
@@ -192,9 +204,6 @@ class Bag:
                 self._refuse(f"{name}: two tiles lie in the same place")
             if number > 0:
                 self._validate_parents(number)
-        for name in names:
-            if not bool(torch.isfinite(self.features[name]).all()):
-                self._refuse(f"{name}: some features are not finite")
 
     def _validate_parents(self, number: int) -> None:
         name, coarser = self.scales[number], self.scales[number - 1]

@@ -97,7 +97,7 @@ def join_graphs(graphs: Sequence[BagGraph]) -> BagGraph:
     coarser = None
     for name in graphs[0].scales:
         sizes = torch.cat([graph.ptr[name].diff() for graph in graphs])
-        ptr[name] = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        ptr[name] = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         features[name] = torch.cat([graph.features[name] for graph in graphs])
         neighbours[name] = join_neighbours([graph.neighbours[name] for graph in graphs])
         if coarser is not None:

@@ -1,6 +1,9 @@
 """Bag files: safetensors on disk, written whole or not at all, never unpickled."""
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -11,6 +14,8 @@ from dasmil.errors import InputError
 from dasmil.files import atomic_path, pack_metadata, unpack_metadata
 
 FORMAT = "dasmil-bag-1"
+ITEM_BYTES = {"F16": 2, "F32": 4}
+TILE_BYTES = 184  # of a graph, beside a tile's features: neighbours, parent and children
 
 
 def bag_path(folder: Path, slide_id: str) -> Path:
@@ -30,38 +35,62 @@ def write_bag(path: Path, bag: Bag) -> None:
 
 def read_header(path: Path) -> BagHeader:
     """The header alone; no tensor is read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _header(path, file.metadata())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such bag file") from None
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as (header, _):
+        return header
 
 
-def read_bag(path: Path) -> Bag:
+def read_bag(path: Path, scales: Collection[str] | None = None) -> Bag:
     """Read and validate a bag file.
+
+    Its tensors lie in the file and are read where they are looked at, by all processes from the
+    same pages of memory; a file that is replaced meanwhile stays what it was for who has read it.
+
+    Parameters
+    ----------
+    scales: those wanted, as by :meth:`Bag.select`; features of the others are not looked at. All
+        where None.
 
     Raises
     ------
     InputError
         when the file is missing, truncated, of another format version, or breaks a promise.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = _header(path, file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such bag file") from None
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as (header, file):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     bag = Bag(header, under("features/"), under("grid/"), under("parent/"))
-    bag.validate()
+    bag.validate_structure()
+    if scales is not None:
+        bag = bag.select(scales)
+    bag.validate_features()
     return bag
+
+
+def graph_bytes(path: Path, scales: Collection[str] | None = None) -> int:
+    """Memory that the graph of a bag takes at most; from the file's header, no tensor is read."""
+    with _opened(path) as (header, file):
+        total = 0
+        for scale in header.scales:
+            if scales is None or scale.name in scales:
+                features = file.get_slice(f"features/{scale.name}")
+                num_tiles, width = features.get_shape()
+                total += num_tiles * (width * ITEM_BYTES.get(features.get_dtype(), 4) + TILE_BYTES)
+        return total
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BagHeader, Any]]:
+    """The header, and the file to read tensors from."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield _header(path, file.metadata()), file
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such bag file") from None
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _header(path: Path, metadata: dict[str, str] | None) -> BagHeader:

@@ -3,11 +3,15 @@
 import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import psutil
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -25,17 +29,28 @@ from dasmil.bags import (
     read_bag,
     read_header,
 )
+from dasmil.bags.store import graph_bytes
 from dasmil.data.sampler import TrainingLoader, TrainingSampler, go_on, sampling_weights
 from dasmil.errors import InputError
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.splits import SPLIT_COLUMNS, refuse_overlap, split_cohort
 
+Value = TypeVar("Value")
+
 LEFT_OUT = "left out"  # what the parts say of a labelled slide that a split table does not name
+OPENING_THREADS = 16  # on a network file system each opening waits for an answer
+PINNED_ROUNDING = 1.5  # CUDA's pinned memory comes in powers of two
 
 
 class BagDataset(Dataset[BagGraph]):
-    """One graph a slide, made from its bag file when it is asked for."""
+    """One graph a slide, made from its bag file when it is asked for.
+
+    Parameters
+    ----------
+    kept: graphs by slide_id, filled as they are made; none is kept where None.
+    keep: puts a graph where it is kept.
+    """
 
     def __init__(
         self,
@@ -43,17 +58,29 @@ class BagDataset(Dataset[BagGraph]):
         rows: Sequence[SlideRow],
         classes: Sequence[str],
         scales: Sequence[str] | None = None,
+        kept: dict[str, BagGraph] | None = None,
+        keep: Callable[[BagGraph], BagGraph] = copy,
     ):
         self.folder = folder
         self.rows = rows
         self.scales = scales
         self.labels = [UNKNOWN if r.label is None else list(classes).index(r.label) for r in rows]
+        self.kept = kept
+        self.keep = keep
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> BagGraph:
-        bag = read_scales(self.folder, self.rows[index].slide_id, self.scales)
+        if self.kept is None:
+            return self._make(index)
+        slide_id = self.rows[index].slide_id
+        if slide_id not in self.kept:
+            self.kept[slide_id] = self.keep(self._make(index))
+        return self.kept[slide_id]
+
+    def _make(self, index: int) -> BagGraph:
+        bag = read_bag(bag_path(self.folder, self.rows[index].slide_id), self.scales)
         return bag_graph(bag, self.labels[index])
 
 
@@ -76,6 +103,12 @@ class BagDataModule(LightningDataModule):
         this nor on the number of processes, to the last digit.
     num_workers:
         reading processes of each device.
+    cache:
+        what ``fit`` keeps of its slides once it has read them: none; ram, their graphs in the
+        memory of each training process; device, on its device. Either takes, for every process
+        anew, the size of the bag files and 0.2 GB a million tiles (ram for a GPU half as much
+        again); fit refuses to begin where less is free. The training process then reads slides
+        itself, without num_workers.
     val_fraction:
         part of the patients drawn for validation where the table has no such part.
     test_fraction:
@@ -109,6 +142,7 @@ class BagDataModule(LightningDataModule):
         scales: list[str] | None = None,
         batch_size: int = 1,
         num_workers: int = 2,
+        cache: Literal["none", "ram", "device"] = "none",
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         split_seed: int = 0,
@@ -128,6 +162,7 @@ class BagDataModule(LightningDataModule):
         self.scales = scales
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.cache = cache
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.split_seed = split_seed
@@ -143,11 +178,14 @@ class BagDataModule(LightningDataModule):
         self.split: dict[str, str] = {}
         self.bag_format: dict[str, Any] = {}
         self.empty: set[str] = set()
+        self._kept: dict[str, BagGraph] | None = None
 
     def setup(self, stage: str) -> None:
         cohort = self.cohort = self._read_cohort()
-        self.rows = [r for r in cohort if bag_path(self.folder, r.slide_id).exists()]
-        say_missing(self.folder, "bag file", [r.slide_id for r in cohort if r not in self.rows])
+        files = set(self.folder.iterdir())  # to ask for each by itself takes long over a network
+        has_bag = {r.slide_id: bag_path(self.folder, r.slide_id) in files for r in cohort}
+        self.rows = [r for r in cohort if has_bag[r.slide_id]]
+        say_missing(self.folder, "bag file", [s for s, has in has_bag.items() if not has])
         if not self.rows:
             raise InputError(f"{self.folder}: no bag file for any slide of its cohort.csv")
         self._read_headers()
@@ -164,6 +202,12 @@ class BagDataModule(LightningDataModule):
             )
         if stage != "predict" and not self.allow_seen_slides:
             self._refuse_seen_slides()
+        if self._kept is not None:
+            self._kept.clear()  # loaders of an earlier fit may still hold it
+        self._kept = None  # what reads every slide once has no use for it
+        if stage == "fit" and self.cache != "none":
+            self._kept = {}
+            self._refuse_what_does_not_fit(self.part("train") + self.part(self.val_part))
 
     def part(self, name: str) -> list[SlideRow]:
         """The slides of a part that have a bag; training leaves bags without tiles out."""
@@ -174,7 +218,7 @@ class BagDataModule(LightningDataModule):
 
     def read_bag(self, slide_id: str) -> Bag:
         """The bag of a slide, with the scales that the model reads."""
-        return read_scales(self.folder, slide_id, self.scales)
+        return read_bag(bag_path(self.folder, slide_id), self.scales)
 
     def train_statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Mean and standard deviation (D_s,) of the training tiles' features per scale."""
@@ -243,6 +287,12 @@ class BagDataModule(LightningDataModule):
             raise InputError(f"{self.folder}: no labelled slide is in the part {name!r}")
         return rows
 
+    def transfer_batch_to_device(
+        self, batch: BagGraph, device: torch.device, dataloader_idx: int
+    ) -> BagGraph:
+        """From pinned memory while the process goes on; Lightning alone would wait."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
     def _evaluation_loader(self, rows: Sequence[SlideRow]) -> DataLoader[BagGraph]:
         """One slide a batch, and the same number of batches in every process.
 
@@ -255,7 +305,20 @@ class BagDataModule(LightningDataModule):
         return DataLoader(dataset, batch_size=1, sampler=sampler, **self._loader_options())
 
     def _dataset(self, rows: Sequence[SlideRow]) -> BagDataset:
-        return BagDataset(self.folder, rows, self.classes, self.scales)
+        if self._kept is None:
+            return BagDataset(self.folder, rows, self.classes, self.scales)
+        return BagDataset(
+            self.folder, rows, self.classes, self.scales, self._kept, self._to_be_kept
+        )
+
+    def _to_be_kept(self, graph: BagGraph) -> BagGraph:
+        """A copy where it is kept, with nothing left in the file."""
+        device = self._device()
+        if self.cache == "device" and device.type != "cpu":
+            return graph.to(device)
+        if device.type == "cuda":
+            return graph.pin_memory()
+        return replace(graph, features={name: x.clone() for name, x in graph.features.items()})
 
     def _processes(self) -> tuple[int, int]:
         """How many there are, and which one this is."""
@@ -263,13 +326,40 @@ class BagDataModule(LightningDataModule):
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
 
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
     def _loader_options(self) -> dict[str, Any]:
+        keeps = self._kept is not None
+        workers = 0 if keeps else self.num_workers  # each would keep graphs of its own
+        on_device = keeps and self.cache == "device"
         return {
             "collate_fn": join_graphs,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": self._device().type == "cuda" and not on_device,
         }
+
+    def _refuse_what_does_not_fit(self, rows: Sequence[SlideRow]) -> None:
+        """The graphs of these slides must fit into the memory that they are to be kept in."""
+        paths = [bag_path(self.folder, row.slide_id) for row in rows]
+        need = sum(self._of_each(partial(graph_bytes, scales=self.scales), paths))
+        device = self._device()
+        if self.cache == "device" and device.type == "cuda":
+            reused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + reused
+            where, copies = str(device), 1
+        else:
+            free, where = psutil.virtual_memory().available, "memory"
+            copies = 1 if self.trainer is None else self.trainer.num_devices
+            need = int(need * (PINNED_ROUNDING if device.type == "cuda" else 1))
+        if need * copies > free:
+            each = f" in each of {copies} processes" if copies > 1 else ""
+            raise InputError(
+                f"{self.folder}: data.cache: {self.cache} takes {need / 1e9:,.1f} GB for its "
+                f"{len(paths)} training and validation slides{each}, but {free / 1e9:,.1f} GB of "
+                f"{where} are free; choose another (none, ram, device), or fewer data.scales"
+            )
 
     def _read_cohort(self) -> list[SlideRow]:
         cohort = read_cohort(self.folder / "cohort.csv")
@@ -283,9 +373,9 @@ class BagDataModule(LightningDataModule):
 
     def _read_headers(self) -> None:
         """All bags must share one format; remember it, and which bags hold no tile."""
-        headers = {
-            row.slide_id: read_header(bag_path(self.folder, row.slide_id)) for row in self.rows
-        }
+        paths = [bag_path(self.folder, row.slide_id) for row in self.rows]
+        found = self._of_each(read_header, paths)
+        headers = {row.slide_id: header for row, header in zip(self.rows, found, strict=True)}
         first_id, first = next(iter(headers.items()))
         held = [scale.name for scale in first.scales]
         missing = [name for name in self.scales or () if name not in held]
@@ -309,6 +399,13 @@ class BagDataModule(LightningDataModule):
                 )
             if header.num_tiles == 0:
                 self.empty.add(slide_id)
+
+    @staticmethod
+    def _of_each(read: Callable[[Path], Value], paths: Sequence[Path]) -> list[Value]:
+        """What many files say; when that takes long, a bar shows how far it is."""
+        with ThreadPoolExecutor(OPENING_THREADS) as pool:
+            found = pool.map(read, paths)
+            return list(tqdm(found, "opening bags", len(paths), unit="bag", delay=2, leave=False))
 
     def _parts(self, cohort: Sequence[SlideRow], stage: str) -> dict[str, str]:
         labelled = [row for row in cohort if row.label is not None]
@@ -374,12 +471,6 @@ class BagDataModule(LightningDataModule):
                     f"held out here ({', '.join(seen[:3])}); use the same split for both, or set "
                     "data.allow_seen_slides if that is meant"
                 )
-
-
-def read_scales(folder: Path, slide_id: str, scales: Sequence[str] | None) -> Bag:
-    """A slide's bag with these of its scales; all where None."""
-    bag = read_bag(bag_path(folder, slide_id))
-    return bag if scales is None else bag.select(scales)
 
 
 def say_missing(folder: Path, what: str, slide_ids: Sequence[str]) -> None:

@@ -177,6 +177,24 @@ def test_a_broken_promise_is_refused_by_slide_and_scale(
         break_it(bag).validate()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_feature_that_is_not_finite_is_found_wherever_it_lies(
+    value: float, dtype: torch.dtype
+) -> None:
+    """Also where the minimum and maximum are made of whole vectors and a rest."""
+    bag = make_bag(num_tiles=37, dims=7)
+    bag = replace(bag, features={n: t.to(dtype) for n, t in bag.features.items()})
+    for row in range(37):
+        broken = changed(bag, "features", "x20", (row, row % 7), value)
+        broken.validate_structure()
+        with pytest.raises(InputError, match="bag slide: x20: some features are not finite"):
+            broken.validate_features()
+    largest = torch.finfo(dtype).max
+    far = changed(bag, "features", "x20", 0, largest)
+    changed(far, "features", "x20", 1, -largest).validate_features()
+
+
 def test_orphans_are_accepted_and_nothing_below_minus_one() -> None:
     """Tiles of another tool whose parent was not kept; they lie first."""
     bag = make_bag(scales=("x5", "x10", "x20"), num_tiles=40)

@@ -63,13 +63,22 @@ def test_none_and_one_tile_have_no_edges(count: int) -> None:
 
 def test_a_full_square_joins_every_pair_of_a_two_by_two_block() -> None:
     grid = torch.tensor([[4, 7], [4, 8], [5, 7], [5, 8]], dtype=torch.int32)
-    assert as_pairs(grid_neighbours(grid).edge_index()) == [(i, j) for i in range(4) for j in range(4) if i != j]
+    assert as_pairs(grid_neighbours(grid).edge_index()) == [
+        (i, j) for i in range(4) for j in range(4) if i != j
+    ]
 
 
 def test_the_ends_of_two_lines_are_no_neighbours() -> None:
     """Cells that would follow one another if the grid were one long line."""
     grid = torch.tensor([[0, 0], [0, 3], [1, 0], [1, 3], [2, 0]], dtype=torch.int32)
-    assert as_pairs(grid_neighbours(grid).edge_index()) == [(0, 2), (1, 3), (2, 0), (2, 4), (3, 1), (4, 2)]
+    assert as_pairs(grid_neighbours(grid).edge_index()) == [
+        (0, 2),
+        (1, 3),
+        (2, 0),
+        (2, 4),
+        (3, 1),
+        (4, 2),
+    ]
 
 
 def test_tiles_far_from_the_origin_and_from_one_another() -> None:
@@ -121,7 +130,9 @@ def test_joined_graphs_are_the_single_ones_shifted() -> None:
     for graph in graphs:
         for coarser, name in zip((None, *SCALES), SCALES, strict=False):
             start = offsets[name]
-            edges[name] += [(i + start, j + start) for i, j in as_pairs(graph.neighbours[name].edge_index())]
+            edges[name] += [
+                (i + start, j + start) for i, j in as_pairs(graph.neighbours[name].edge_index())
+            ]
             if coarser is not None:
                 parents[name] += [row + offsets[coarser] for row in graph.parent[name].tolist()]
         for name in SCALES:

@@ -1,7 +1,9 @@
 """Bag files: what is written comes back, and everything else is refused in one sentence."""
 
 import json
-from dataclasses import replace
+import os
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ from bag_factory import make_bag
 from bags.orphans import without_first
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from dasmil.bags import Bag, bag_path, read_bag, read_header, write_bag
+from dasmil.bags import Bag, bag_graph, bag_path, read_bag, read_header, write_bag
+from dasmil.bags.store import graph_bytes
 from dasmil.errors import InputError
 from dasmil.files import pack_metadata, unpack_metadata
 
@@ -179,3 +183,111 @@ def test_metadata_that_are_no_json_are_one_sentence(tmp_path: Path) -> None:
     for read in (read_bag, read_header):
         with pytest.raises(InputError, match="cannot be read as a bag"):
             read(path)
+
+
+# Tensors that lie in the file
+
+PYRAMID = ("x5", "x10", "x20")
+
+
+def resident_kb(path: Path) -> int:
+    """How much of a mapped file this process has looked at."""
+    maps = Path("/proc/self/smaps")
+    if not maps.exists():
+        pytest.skip("only Linux says which pages of a file were looked at")
+    parts = maps.read_text().split("VmFlags:")
+    mine = [part.splitlines() for part in parts if str(path) in part]
+    assert mine, "the file is not mapped"
+    return sum(int(x.split()[1]) for lines in mine for x in lines if x.startswith("Rss:"))
+
+
+def write_wide(path: Path) -> Bag:
+    """4 MB of features at each of three scales."""
+    dims = {"x5": 60_000, "x10": 30_000, "x20": 20_000}
+    bag = make_bag("slide", PYRAMID, dims, num_tiles=100, side=20)
+    write_bag(path, bag)
+    return bag
+
+
+@pytest.mark.parametrize("scales", [["x10", "x20"], ["x5"], ["x5", "x20"]])
+def test_features_of_other_scales_are_not_read(tmp_path: Path, scales: list[str]) -> None:
+    path = bag_path(tmp_path, "slide")
+    written = write_wide(path)
+    bag = read_bag(path, scales)
+    size = {name: written.features[name].nbytes / 1024 for name in PYRAMID}
+    assert min(size.values()) > 2_000
+    assert resident_kb(path) < sum(size[name] for name in scales) + 1_000
+    expected = read_bag(path).select(scales)
+    assert bag.header == expected.header
+    for name in scales:
+        assert torch.equal(bag.features[name], expected.features[name])
+        assert torch.equal(bag.grid[name], expected.grid[name])
+    assert all(torch.equal(bag.parent[name], expected.parent[name]) for name in bag.parent)
+    assert resident_kb(path) > sum(size.values())  # the other scales were read just now
+
+
+def test_what_is_not_finite_is_refused_at_the_scales_that_are_read(tmp_path: Path) -> None:
+    """A foreign file: ours are looked at when they are written."""
+    path = bag_path(tmp_path, "slide")
+    write_bag(path, make_bag("slide", PYRAMID))
+    tensors = load_file(path)
+    tensors["features/x5"][0, 1] = float("nan")
+    save_file(tensors, path, pack_metadata(metadata_of(path)))
+    for scales in (None, ["x5", "x20"]):
+        with pytest.raises(InputError) as caught:
+            read_bag(path, scales)
+        assert str(caught.value) == (
+            "bag slide: x5: some features are not finite; embed the slide again"
+        )
+    assert read_bag(path, ["x10", "x20"]).scales == ("x10", "x20")
+
+
+def test_a_bag_that_was_read_stays_when_its_file_is_replaced(tmp_path: Path) -> None:
+    path, other = bag_path(tmp_path, "slide"), bag_path(tmp_path, "other")
+    first, second = make_bag("slide", num_tiles=200, seed=1), make_bag("slide", num_tiles=3, seed=2)
+    write_bag(path, first)
+    write_bag(other, second)
+    bag = read_bag(path)
+    os.replace(other, path)
+    again = read_bag(path)
+    path.unlink()
+    for found, made in ((bag, first), (again, second)):
+        found.validate()
+        for name in made.scales:
+            assert torch.equal(found.features[name], made.features[name])
+            assert torch.equal(found.grid[name], made.grid[name])
+
+
+def test_what_is_done_to_a_bag_in_memory_does_not_reach_its_file(written: Path) -> None:
+    before = written.read_bytes()
+    bag = read_bag(written)
+    bag.features["x20"].zero_()
+    bag.parent["x20"].fill_(7)
+    del bag
+    assert written.read_bytes() == before
+
+
+def tensor_bytes(part: object) -> int:
+    """Of all tensors in a graph, however it is made up."""
+    if isinstance(part, Tensor):
+        return part.nbytes
+    if isinstance(part, Mapping):
+        return sum(tensor_bytes(value) for value in part.values())
+    if is_dataclass(part):
+        return sum(tensor_bytes(getattr(part, field.name)) for field in fields(part))
+    return 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("scales", [None, ["x5", "x20"], ["x10"]])
+def test_the_memory_of_a_graph_is_told_from_its_file(
+    tmp_path: Path, scales: list[str] | None, dtype: torch.dtype
+) -> None:
+    """Every cell of the grid is taken, so every tile has all the neighbours that it can have."""
+    made = make_bag("slide", PYRAMID, 48, num_tiles=32 * 32, side=32)
+    path = bag_path(tmp_path, "slide")
+    write_bag(path, replace(made, features={n: t.to(dtype) for n, t in made.features.items()}))
+    told = graph_bytes(path, scales)
+    taken = tensor_bytes(bag_graph(read_bag(path, scales)))
+    assert taken <= told
+    assert told < 1.3 * taken or scales == ["x10"]  # one scale alone has no lists of all scales

@@ -10,6 +10,7 @@ import multiprocessing
 import platform
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     cores = multiprocessing.cpu_count()
-    return f"{_processor()}, {cores} cores, {device}; Python {platform.python_version()}, {versions}"
+    return (
+        f"{_processor()}, {cores} cores, {device}; Python {platform.python_version()}, {versions}"
+    )
 
 
 def _processor() -> str:
@@ -57,8 +60,8 @@ def main(args: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     context = multiprocessing.get_context("spawn")
     for name in options.only:
-        with context.Pool(1) as pool:
-            rows += pool.apply(measured, (name, options.quick))
+        with ProcessPoolExecutor(1, context) as pool:  # may have reading processes of its own
+            rows += pool.submit(measured, name, options.quick).result()
     text = f"{markdown(rows)}\n\n{machine()}\n"
     print(text)
     if options.output is not None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -12,13 +13,20 @@ from typing import Any
 import pytest
 import torch
 from bag_factory import CLASSES, make_bag, make_card, write_bags
+from bags.hollow import write_hollow
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from dasmil.bags import BagGraph, bag_graph, bag_path, join_graphs, read_bag, write_bag
+from dasmil.bags.store import graph_bytes
 from dasmil.data import BagDataModule
 from dasmil.data.bags import SPLIT_COLUMNS
 from dasmil.errors import InputError
 from dasmil.files import write_csv
+from dasmil.modules import DASMILModule
 
 SPLIT = {
     "n0": "train",
@@ -168,7 +176,7 @@ def test_predicting_needs_no_label_at_all(tmp_path: Path) -> None:
     assert seen(data.predict_dataloader()) == ["a", "b"]
 
 
-def trainer(world: int = 1, rank: int = 0, accumulated: int = 1) -> Any:
+def trainer(world: int = 1, rank: int = 0, accumulated: int = 1, device: str = "cpu") -> Any:
     """As much of a trainer as decides which slides come when."""
     none = SimpleNamespace(processed=0, started=0)
     progress = SimpleNamespace(is_last_batch=False, current=none, total=none)
@@ -178,6 +186,8 @@ def trainer(world: int = 1, rank: int = 0, accumulated: int = 1) -> Any:
         world_size=world,
         global_rank=rank,
         accumulate_grad_batches=accumulated,
+        strategy=SimpleNamespace(root_device=torch.device(device)),
+        num_devices=world,
         fit_loop=fit_loop,
     )
 
@@ -501,7 +511,7 @@ def test_a_model_reads_the_scales_that_are_chosen(tmp_path: Path, scales: list[s
     assert batch.scales == chosen
     for scale in chosen:
         assert torch.equal(batch.features[scale], joined.features[scale])
-        assert torch.equal(batch.edge_index[scale], joined.edge_index[scale])
+        assert torch.equal(batch.neighbours[scale].index, joined.neighbours[scale].index)
     for scale in chosen[1:]:
         assert torch.equal(batch.parent[scale], joined.parent[scale])
     for loader in (data.train_dataloader(), data.test_dataloader(), data.predict_dataloader()):
@@ -604,3 +614,277 @@ def test_it_is_said_where_nobody_knows_what_an_extractor_has_seen(tmp_path: Path
     (folder / "extractors.json").write_text(json.dumps(records))
     with pytest.warns(UserWarning, match="which slides the x10 extractors were trained on"):
         make_data(folder)
+
+
+# What is kept of the slides that were read
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    reads: Counter[str] = Counter()
+
+    def remember(path: Path, scales: Any = None) -> Any:
+        reads[path.stem] += 1
+        return read_bag(path, scales)
+
+    monkeypatch.setattr("dasmil.data.bags.read_bag", remember)
+    return reads
+
+
+def quiet_trainer(folder: Path, **options: Any) -> Trainer:
+    keeper = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[keeper],
+        **options,
+    )
+
+
+def fitted(
+    folder: Path, bags: Path, ckpt_path: str | None = None, **arguments: Any
+) -> tuple[Trainer, DASMILModule, BagDataModule]:
+    """Three epochs with dropout, validated after each."""
+    torch.manual_seed(0)
+    data = BagDataModule(bags, CLASSES, **arguments)
+    module = DASMILModule(hidden_dim=8, out_dim=8, query_dim=4, learning_rate=1e-2)
+    run = quiet_trainer(folder, max_epochs=3)
+    run.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return run, module, data
+
+
+def assert_same(one: Any, two: Any) -> None:
+    """State dicts or dicts of figures, to the last bit."""
+    assert list(one) == list(two)
+    assert all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(two[k])) for k in one)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("cache", ["ram", "device"])
+def test_kept_slides_give_the_figures_of_slides_that_are_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, batch_size: int
+) -> None:
+    """Weights, losses, validation, test and prediction; also resumed after the first epoch."""
+    bags = write_bags(tmp_path / "bags", LABELS, SPLIT, scales=("x5", "x10", "x20"))
+    arguments = {"batch_size": batch_size, "scales": ["x5", "x20"]}
+    expected, plain, _ = fitted(tmp_path / "none", bags, **arguments, num_workers=1)
+    reads = count_reads(monkeypatch)
+    found, module, data = fitted(tmp_path / cache, bags, **arguments, cache=cache, num_workers=2)
+    assert reads == {s: 1 for s, part in SPLIT.items() if part != "test"}
+    assert_same(module.state_dict(), plain.state_dict())
+    assert_same(found.callback_metrics, expected.callback_metrics)
+    assert "val/loss" in found.callback_metrics
+
+    first = str(tmp_path / cache / "epoch=0.ckpt")
+    _, resumed, _ = fitted(tmp_path / cache, bags, first, **arguments, cache=cache)
+    assert_same(resumed.state_dict(), plain.state_dict())
+
+    anew = BagDataModule(bags, CLASSES, **arguments, num_workers=0)
+    for stage in ("validate", "test"):
+        ours, theirs = (
+            getattr(found, stage)(module, datamodule=d, verbose=False)[0] for d in (data, anew)
+        )
+        assert_same(ours, theirs)
+    ours, theirs = (found.predict(module, datamodule=d) for d in (data, anew))
+    for one, two in zip(ours, theirs, strict=True):
+        assert torch.equal(one["x20"].instance_logits, two["x20"].instance_logits)
+
+
+def test_what_does_not_keep_reads_every_epoch_and_what_reads_once_does_not_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bags = write_bags(tmp_path, LABELS, SPLIT)
+    reads = count_reads(monkeypatch)
+    for cache, times in (("none", 3), ("ram", 1)):
+        reads.clear()
+        data = make_data(bags, cache=cache, num_workers=0)
+        for _ in range(3):
+            for loader in (data.train_dataloader(), data.val_dataloader()):
+                assert len(seen(loader)) == len(loader)
+        assert reads == {s: times for s, part in SPLIT.items() if part != "test"}
+    for stage in ("validate", "test", "predict"):
+        data.setup(stage)
+        loader = getattr(data, f"{stage[:3] if stage == 'validate' else stage}_dataloader")()
+        assert loader.dataset.kept is None
+    assert make_data(bags, cache="ram", num_workers=2).train_dataloader().num_workers == 0
+    assert make_data(bags, "test", cache="ram", num_workers=2).test_dataloader().num_workers == 2
+    assert make_data(bags, cache="none", num_workers=2).train_dataloader().num_workers == 2
+
+
+def test_reading_processes_may_be_started_afresh(tmp_path: Path) -> None:
+    """As on macOS, where they are no forks and the dataset is sent to them."""
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT), num_workers=2)
+    sent = pickle.loads(pickle.dumps(data.train_dataloader().dataset))
+    assert [graph.slide_ids for graph in (sent[0], sent[3])] == [("n0",), ("t1",)]
+
+
+def test_kept_slides_need_their_files_no_more(tmp_path: Path) -> None:
+    """Not even the pages that a file which was deleted holds."""
+    maps = Path("/proc/self/maps")
+    bags = write_bags(tmp_path, LABELS, SPLIT)
+    data = make_data(bags, cache="ram", batch_size=4)
+    loader = data.train_dataloader()
+    (first,) = loader
+    for slide_id in SPLIT:
+        bag_path(bags, slide_id).unlink()
+    assert not maps.exists() or str(bags) not in maps.read_text()
+    loader.sampler.set_epoch(0)
+    (again,) = loader
+    assert first.slide_ids == again.slide_ids
+    for scale in first.scales:
+        assert torch.equal(first.features[scale], again.features[scale])
+
+
+def test_a_replaced_bag_is_read_by_the_next_fit(tmp_path: Path) -> None:
+    data = make_data(write_bags(tmp_path, LABELS, SPLIT), cache="ram")
+    seen(data.val_dataloader())
+    write_bag(bag_path(tmp_path, "n2"), make_bag("n2", num_tiles=5))
+    data.setup("fit")
+    graph = next(iter(data.val_dataloader()))
+    assert (graph.slide_ids, len(graph.features["x20"])) == (("n2",), 5)
+
+
+def test_on_the_device_slides_are_kept_there_and_not_pinned(tmp_path: Path) -> None:
+    """The device "meta" takes tensors from the CPU like any other, and keeps only their shapes."""
+    data = BagDataModule(write_bags(tmp_path, LABELS, SPLIT), CLASSES, cache="device")
+    data.trainer = trainer(device="meta")
+    data.setup("fit")
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert not loader.pin_memory
+        for graph in loader:
+            assert {x.device.type for x in graph.features.values()} == {"meta"}
+            assert data.transfer_batch_to_device(graph, torch.device("meta"), 0).scales == (
+                "x10",
+                "x20",
+            )
+    ram = BagDataModule(tmp_path, CLASSES, cache="ram")
+    ram.trainer = trainer(device="meta")
+    ram.setup("fit")
+    assert {g.features["x20"].device.type for g in ram.train_dataloader()} == {"cpu"}
+
+
+@pytest.mark.parametrize(("cache", "pinned"), [("none", True), ("ram", True), ("device", False)])
+def test_what_goes_to_a_gpu_is_pinned_unless_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, pinned: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 10**9))
+    data = BagDataModule(write_bags(tmp_path, LABELS, SPLIT), CLASSES, cache=cache)  # type: ignore[arg-type]
+    data.trainer = trainer(device="cuda:0")
+    data.setup("fit")
+    assert data.train_dataloader().pin_memory is data.val_dataloader().pin_memory is pinned
+    data.trainer = trainer()
+    assert not data.train_dataloader().pin_memory
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_slides_that_do_not_fit_into_memory_are_refused_before_any_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    """Each process keeps them all; a GPU is counted once a process, memory is shared."""
+    folder = write_bags(tmp_path, LABELS, SPLIT)
+    need = sum(graph_bytes(bag_path(folder, s)) for s, part in SPLIT.items() if part != "test")
+    reads = count_reads(monkeypatch)
+
+    def with_free(ram: int, gpu: int, cache: str, device: str) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=ram))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gpu, gpu))
+        data = BagDataModule(folder, CLASSES, cache=cache)  # type: ignore[arg-type]
+        data.trainer = trainer(world, device=device)
+        data.setup("fit")
+
+    many = world * need
+    with_free(many, 0, "ram", "cpu")
+    with_free(many, 0, "device", "cpu")
+    with_free(2 * many, 0, "ram", "cuda:0")
+    with_free(0, need, "device", "cuda:0")
+    with_free(0, 0, "none", "cuda:0")
+    each = f" in each of {world} processes" if world > 1 else ""
+    words = r"data\.cache: {} takes 0\.0 GB for its 6 training and validation slides{}, but 0\.0 GB"
+    for case, said in (
+        ((many - 1, need, "ram", "cpu"), ("ram", each)),
+        ((many, need, "ram", "cuda:0"), ("ram", each)),  # pinned memory is rounded up
+        ((many, need - 1, "device", "cuda:0"), ("device", "")),
+    ):
+        with pytest.raises(InputError, match=words.format(*said)):
+            with_free(*case)
+    assert not reads
+
+
+def test_processes_that_keep_slides_share_them_as_others_do(tmp_path: Path) -> None:
+    write_bags(tmp_path, many(20))
+    shares = []
+    for cache in ("none", "ram"):
+        data = BagDataModule(tmp_path, CLASSES, num_workers=0, cache=cache)  # type: ignore[arg-type]
+        for rank in range(2):
+            data.trainer = trainer(2, rank)
+            data.setup("fit")
+            loader = data.train_dataloader()
+            loader.sampler.set_epoch(3)
+            shares.append(seen(loader))
+    assert shares[:2] == shares[2:]
+    assert shares[0] != shares[1]
+
+
+# Large cohorts, and bags that are not whole
+
+
+@pytest.mark.parametrize("cache", ["none", "ram"])
+def test_a_large_cohort_is_opened_by_its_headers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    """200 bags of 12k and 3k tiles: 2.3 GB if they were read, of which no byte is."""
+    labels = many(200)
+    write_bags(tmp_path, labels, missing=labels)
+    for slide_id in labels:
+        write_hollow(bag_path(tmp_path, slide_id))
+    read: list[str] = []
+
+    class Watched:
+        """As safetensors opens a file, but what is read of it is told."""
+
+        def __init__(self, *arguments: Any, **options: Any):
+            self.file = safe_open(*arguments, **options)
+
+        def __enter__(self) -> "Watched":
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            read.append(name)
+            return getattr(self.file, name)
+
+    monkeypatch.setattr("dasmil.bags.store.safe_open", Watched)
+    data = make_data(tmp_path, cache=cache)
+    assert len(data.rows) == 200 and len(data.split) == 200
+    assert set(read) == {"metadata"} | ({"get_slice"} if cache == "ram" else set())
+
+
+def test_the_first_of_many_bags_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    write_bags(tmp_path, many(40))
+    for slide_id in ("n07", "t11"):
+        path = bag_path(tmp_path, slide_id)
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"n07\.safetensors: cannot be read as a bag"):
+        make_data(tmp_path)
+
+
+@pytest.mark.parametrize("cache", ["none", "ram"])
+def test_a_foreign_bag_with_a_nan_ends_the_training_with_one_sentence(
+    tmp_path: Path, cache: str
+) -> None:
+    write_bags(tmp_path, LABELS, SPLIT)
+    path = bag_path(tmp_path, "n2")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["features/x20"][3, 2] = float("nan")
+    save_file(tensors, path, metadata)
+    data = make_data(tmp_path, cache=cache)
+    with pytest.raises(InputError) as caught:
+        seen(data.val_dataloader())
+    sentence = "bag n2: x20: some features are not finite; embed the slide again"
+    assert str(caught.value) == sentence
