@@ -1,6 +1,5 @@
 """Even draws of tiles over slides, and the slides and pixels that self-supervision sees."""
 
-import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -250,47 +249,96 @@ def picture(tmp_path: Path) -> SlideRow:
 
 def test_a_tile_is_read_where_it_lies(picture: SlideRow) -> None:
     boxes = np.array([[0, 0, 8, 8], [40, 16, 48, 24]])
-    dataset = TileDataset([picture, picture], [boxes[:1], boxes], 8, lambda view: [view])
+    dataset = TileDataset([picture, picture], [boxes[:1], boxes], 8, lambda *item: item)
     assert len(dataset) == 3
     for index, colour in (((0, 0), (0, 0, 77)), ((1, 0), (0, 0, 77)), ((1, 1), (120, 150, 77))):
-        (view,) = dataset[*index, 0]
-        assert view.size == (8, 8)
-        assert np.array_equal(np.unique(np.asarray(view).reshape(-1, 3), axis=0), [colour])
+        pixels, seed = dataset[*index, 5]
+        assert (pixels.shape, seed) == ((8, 8, 3), 5)
+        assert np.array_equal(np.unique(pixels.reshape(-1, 3), axis=0), [colour])
 
 
-def test_the_seed_of_an_item_decides_whatever_a_transform_draws_from(picture: SlideRow) -> None:
-    def transform(_: Image.Image) -> list[float]:
-        return [random.random(), np.random.random_sample(), torch.rand(()).item()]  # noqa: NPY002
-
-    dataset = TileDataset([picture], [np.array([[0, 0, 8, 8]])], 8, transform)  # type: ignore[arg-type]
-    first, other, again = dataset[0, 0, 2**62], dataset[0, 0, 2**62 + 1], dataset[0, 0, 2**62]
-    assert first == again
-    assert all(one != two for one, two in zip(first, other, strict=True))
-
-
-def test_a_batch_holds_every_view_of_as_many_tiles(tmp_path: Path, picture: SlideRow) -> None:
-    folder = write_tables(tmp_path, {"a": None}, num_tiles=4)
+def one_slide(folder: Path) -> Path:
+    write_tables(folder, {"a": None}, num_tiles=4)
     (folder / "cohort.csv").write_text("slide_id,path,mpp\na,a.png,0.5\n")
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["tensor", "pil"])
+def test_a_batch_holds_every_view_of_as_many_tiles(
+    tmp_path: Path, picture: SlideRow, backend: str
+) -> None:
     crops = {"global_crop_px": 16, "local_crop_px": 8, "num_local_crops": 3}
-    data = make_data(folder, batch_size=2, tiles_per_epoch=5, **crops)
-    batches = list(data.train_dataloader())
+    more = {"batch_size": 2, "tiles_per_epoch": 5, "augmentation_backend": backend}
+    batches = list(make_data(one_slide(tmp_path), **crops, **more).train_dataloader())
     assert len(batches) == 2
     for views in batches:
         assert [tuple(view.shape) for view in views] == [(2, 3, 16, 16)] * 2 + [(2, 3, 8, 8)] * 3
 
 
+@pytest.mark.parametrize("backend", ["tensor", "pil"])
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_views_do_not_depend_on_who_reads_them(
-    tmp_path: Path, picture: SlideRow, num_workers: int
+    tmp_path: Path, picture: SlideRow, num_workers: int, backend: str
 ) -> None:
-    folder = write_tables(tmp_path, {"a": None}, num_tiles=4)
-    (folder / "cohort.csv").write_text("slide_id,path,mpp\na,a.png,0.5\n")
-    crops = {"global_crop_px": 16, "local_crop_px": 8, "num_local_crops": 1}
+    folder = one_slide(tmp_path)
+    options = {"global_crop_px": 16, "local_crop_px": 8, "num_local_crops": 1, "batch_size": 2}
 
-    def views(workers: int) -> list[torch.Tensor]:
-        torch.manual_seed(workers)  # must not matter
-        data = make_data(folder, batch_size=2, tiles_per_epoch=4, num_workers=workers, **crops)
+    def views(workers: int, seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)  # must not matter
+        more = {"tiles_per_epoch": 4, "num_workers": workers, "augmentation_backend": backend}
+        data = make_data(folder, **options, **more)
         return [view for batch in data.train_dataloader() for view in batch]
 
-    for one, other in zip(views(0), views(num_workers), strict=True):
+    for one, other in zip(views(0, 0), views(num_workers, 1), strict=True):
         assert torch.equal(one, other)
+
+
+def test_for_a_gpu_the_views_are_made_after_the_tiles_have_moved(
+    tmp_path: Path, picture: SlideRow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are those that the reading processes would have made, but for rounding."""
+    data = make_data(one_slide(tmp_path), batch_size=4, tiles_per_epoch=4, global_crop_px=16)
+    (here,) = data.train_dataloader()
+    monkeypatch.setattr(TileDataModule, "_is_on_gpu", True)
+    (drawn,) = data.train_dataloader()
+    assert (drawn.tiles.shape, drawn.tiles.dtype) == ((4, 3, 8, 8), torch.uint8)
+    moved = data.transfer_batch_to_device(drawn, torch.device("meta"), 0)
+    assert moved.tiles.is_meta and all(part.device.type == "cpu" for part in moved[1:])
+    there = data.on_after_batch_transfer(drawn, 0)
+    assert [view.shape for view in there] == [view.shape for view in here]
+    for one, other in zip(here, there, strict=True):
+        assert (one - other).abs().mean() < 2 / 255 / min(data.std)
+
+
+def test_views_that_are_ready_pass_through(tmp_path: Path) -> None:
+    data = make_data(write_tables(tmp_path, {"a": None}))
+    views = [torch.ones(2, 3, 8, 8)]
+    moved = data.transfer_batch_to_device(views, torch.device("cpu"), 0)
+    assert data.on_after_batch_transfer(moved, 0) is moved
+    assert torch.equal(moved[0], views[0])
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "words"),
+    [
+        (
+            {"rr_prob": 0.5, "rr_degrees": 30},
+            r"only PIL turns .*augmentation_backend to pil",
+        ),
+        ({"blur": 0.5}, r"DINOTransform refuses it: .*unexpected keyword argument 'blur'"),
+        ({"cj_hue": 2.0}, r"DINOTransform refuses it: .*hue"),
+        ({"gaussian_blur": [1.0]}, r"DINOTransform refuses it: .*index"),
+        ({"normalize": None}, r"DINOTransform refuses it: .*'normalize'"),
+    ],
+)
+def test_augmentation_that_cannot_be_done_is_refused(
+    tmp_path: Path, augmentation: dict[str, object], words: str
+) -> None:
+    with pytest.raises(InputError, match=r"^data\.augmentation\S* (lightly's )?" + words):
+        TileDataModule(tmp_path, "x20", augmentation=augmentation)
+
+
+def test_what_only_pil_can_do_is_left_to_it(tmp_path: Path) -> None:
+    turned = {"rr_prob": 0.5, "rr_degrees": 30}
+    TileDataModule(tmp_path, "x20", augmentation=turned, augmentation_backend="pil")
+    TileDataModule(tmp_path, "x20", augmentation={**turned, "rr_prob": 0.0})

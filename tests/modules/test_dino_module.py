@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 from road import NUM_SLIDES
 
 from dasmil.data import TileDataModule
+from dasmil.data.augment import TensorViews
 from dasmil.embedding.extractor import load_checkpoint
 from dasmil.modules import DINOModule
 from dasmil.slides.cohort import read_cohort
@@ -144,3 +145,47 @@ def test_only_training_slides_are_read(road):
     assert {row.split for row in data.rows} == {"train"}
     views = next(iter(data.train_dataloader()))
     assert [tuple(view.shape) for view in views] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)]
+
+
+def first_loss(road, **options):
+    """Of one step of a trainer."""
+    torch.manual_seed(0)
+    trainer = Trainer(
+        max_epochs=1,
+        limit_train_batches=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"accelerator": "cpu", **options.pop("trainer", {})},
+    )
+    trainer.fit(DINOModule(**SMALL), datamodule=small_data(road, **options))
+    assert trainer.global_step == 1
+    return trainer.callback_metrics["train/loss"].item()
+
+
+def test_views_made_after_the_transfer_train_as_those_made_before_it(road, monkeypatch):
+    """As on a GPU, on the CPU."""
+    made = []
+    batch = TensorViews.batch
+    monkeypatch.setattr(TensorViews, "batch", lambda *args: made.append(1) or batch(*args))
+    before = first_loss(road)
+    assert not made
+    monkeypatch.setattr(TileDataModule, "_is_on_gpu", True)
+    assert first_loss(road) == pytest.approx(before, rel=0.02)
+    assert made
+
+
+def test_lightlys_own_transform_can_be_chosen(road, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("not by PIL")
+
+    monkeypatch.setattr(TensorViews, "__call__", refuse)
+    monkeypatch.setattr(TensorViews, "draw", refuse)
+    assert 0 < first_loss(road, augmentation_backend="pil") < 2 * log(SMALL["output_dim"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_trains_on_the_same_views(road):
+    there = first_loss(road, trainer={"accelerator": "gpu", "devices": 1})
+    assert there == pytest.approx(first_loss(road), rel=0.02)

@@ -1,0 +1,234 @@
+"""DINO's views of a tile: lightly's transform of PIL images, or the same without PIL.
+
+Both draw from the tile's seed alone, so views depend neither on the batch nor on who makes them.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightly.transforms.dino_transform import DINOTransform
+from PIL import Image
+from torch import Tensor
+
+from dasmil.data import augment_cpu, augment_gpu
+from dasmil.errors import InputError
+from dasmil.slides.reader import RgbArray
+
+CROP_TRIES = 10  # torchvision's RandomResizedCrop then takes the whole image
+NEUTRAL = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}  # in this order
+
+
+class PilViews:
+    """Views by a transform of PIL images, one tile at a time.
+
+    Parameters
+    ----------
+    transform: PIL image → list of views.
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Any]):
+        self.transform = transform
+
+    def __call__(self, pixels: RgbArray, seed: int) -> Any:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - lightly's transforms draw from it
+        torch.manual_seed(seed)
+        return self.transform(Image.fromarray(pixels))
+
+
+class DrawnTiles(NamedTuple):
+    """Tiles, and what was drawn for each of their V views.
+
+    All but the tiles stays on the CPU: it says which views an operation meets, and asking a GPU
+    for that would mean waiting for it.
+    """
+
+    tiles: Tensor  # (B, 3, S, S) uint8
+    box_px: Tensor  # (B, V, 4) top, left, height, width of the crop
+    turned: Tensor  # (B, V, 3) left to right, upside down, by a quarter
+    order: Tensor  # (B, V, 4) numbers of what is jittered first, second, ...
+    factors: Tensor  # (B, V, 4) as in NEUTRAL
+    grey: Tensor  # (B, V)
+    sigma_px: Tensor  # (B, V) of the blur; 0 is none
+    solarized: Tensor  # (B, V)
+
+
+class TensorViews:
+    """What lightly's ``DINOTransform`` does, several times faster.
+
+    Every probability and range is read from the transform itself. First all is drawn for a tile;
+    then its views are made, at once on the CPU, or later with those of other tiles on a GPU.
+
+    Parameters
+    ----------
+    transform: lightly's.
+
+    Raises
+    ------
+    InputError
+        when it holds an operation that only PIL can do here.
+    """
+
+    def __init__(self, transform: DINOTransform):
+        views = [_operations(view.transform.transforms) for view in transform.transforms]
+        crops = [view["RandomResizedCrop"] for view in views]
+        jitters = [_operations(view["RandomApply"].transforms)["ColorJitter"] for view in views]
+        self.sides_px = [int(crop.size[0]) for crop in crops]
+        self._area = np.array([crop.scale for crop in crops])  # (V, 2), share of the tile
+        self._log_ratio = np.log([crop.ratio for crop in crops])  # (V, 2)
+        turns = ("RandomHorizontalFlip", "p"), ("RandomVerticalFlip", "p"), ("RandomRotate", "prob")
+        self._turn = np.array(
+            [[getattr(view.get(name), p, 0.0) for name, p in turns] for view in views]
+        )  # (V, 3)
+        self._jitter = np.array([[view["RandomApply"].p] for view in views])  # (V, 1)
+        self._factors = np.array(
+            [
+                [getattr(one, name) or (same,) * 2 for name, same in NEUTRAL.items()]
+                for one in jitters
+            ]
+        )  # (V, 4, 2)
+        self._grey = np.array([view["RandomGrayscale"].p for view in views])
+        self._blur = np.array([view["GaussianBlur"].prob for view in views])
+        self._sigma_px = np.array([view["GaussianBlur"].sigmas for view in views])  # (V, 2)
+        self._solarize = np.array([view["RandomSolarization"].prob for view in views])
+        self._threshold = views[0]["RandomSolarization"].threshold
+        normalize = views[0]["Normalize"]
+        mean, std = (torch.tensor(c).view(3, 1, 1) for c in (normalize.mean, normalize.std))
+        self._gain, self._offset = 1 / (255 * std), -mean / std  # of levels 0 to 255
+
+    def __call__(self, pixels: RgbArray, seed: int) -> list[Tensor]:
+        """(S, S, 3) → per view (3, side, side), on the CPU."""
+        drawn = self.draw(pixels, seed)
+        parts = (part.tolist() for part in drawn[1:])
+        return [
+            self._view(drawn.tiles, side_px, *of_view)
+            for side_px, *of_view in zip(self.sides_px, *parts, strict=True)
+        ]
+
+    def _view(
+        self,
+        tile: Tensor,
+        side_px: int,
+        box_px: list[int],
+        turned: list[bool],
+        order: list[int],
+        factors: list[float],
+        is_grey: bool,
+        sigma_px: float,
+        is_solarized: bool,
+    ) -> Tensor:
+        view = augment_cpu.crop(tile, box_px, side_px)
+        view = augment_cpu.jitter_colour(view, order, factors)
+        if is_grey:
+            view = augment_cpu.to_grey(view)
+        if sigma_px > 0:
+            view = augment_cpu.blur(view, sigma_px)
+        if is_solarized:
+            view = augment_cpu.solarize(view, self._threshold)
+        x = torch.from_numpy(view).permute(2, 0, 1).float().contiguous()
+        mirrored, upset, quarter = turned
+        if mirrored or upset:
+            x = x.flip([2] * mirrored + [1] * upset)
+        return self._normalize(x.rot90(1, (1, 2)) if quarter else x)
+
+    def draw(self, pixels: RgbArray, seed: int) -> DrawnTiles:
+        """(S, S, 3) → what :meth:`batch` makes the views of this tile of, not yet stacked."""
+        generator = np.random.default_rng(seed)
+        num_views = len(self.sides_px)
+        boxes_px = self._draw_boxes_px(generator, pixels.shape[0])
+        turn, order, factor, (jitter, grey, blur, sigma, solarize) = (
+            generator.random((num_views, 3)),
+            generator.random((num_views, 4)),
+            generator.random((num_views, 4)),
+            generator.random((5, num_views)),
+        )
+        factors = np.where(
+            jitter[:, None] < self._jitter, _between(self._factors, factor), [*NEUTRAL.values()]
+        )
+        sigmas_px = np.where(blur < self._blur, _between(self._sigma_px, sigma), 0)
+        return DrawnTiles(
+            torch.from_numpy(pixels).permute(2, 0, 1),
+            torch.from_numpy(boxes_px),
+            torch.from_numpy(turn < self._turn),
+            torch.from_numpy(order.argsort(axis=1)),
+            torch.from_numpy(factors.astype(np.float32)),
+            torch.from_numpy(grey < self._grey),
+            torch.from_numpy(sigmas_px.astype(np.float32)),
+            torch.from_numpy(solarize < self._solarize),
+        )
+
+    def _draw_boxes_px(self, generator: np.random.Generator, side_px: int) -> np.ndarray:
+        """(V, 4) as torchvision's RandomResizedCrop: the first try that fits in, or the whole."""
+        num_views = len(self.sides_px)
+        u = generator.random((2, num_views, CROP_TRIES))
+        area = side_px**2 * _between(self._area[:, None], u[0])
+        ratio = np.exp(_between(self._log_ratio[:, None], u[1]))
+        sizes = np.rint(np.sqrt([area / ratio, area * ratio]))  # (2, V, tries) height, width
+        fits = ((sizes > 0) & (sizes <= side_px)).all(axis=0)
+        size = sizes[:, np.arange(num_views), fits.argmax(axis=1)].T  # (V, 2)
+        size[~np.any(fits, axis=1)] = side_px
+        corner = np.floor(generator.random((num_views, 2)) * (side_px - size + 1))
+        return np.concatenate([corner, size], axis=1).astype(np.int64)
+
+    @torch.no_grad()
+    def batch(self, drawn: DrawnTiles) -> list[Tensor]:
+        """Per view (B, 3, side, side), where the tiles are."""
+        views: list[Tensor] = [drawn.tiles] * len(self.sides_px)
+        for side_px in dict.fromkeys(self.sides_px):
+            places = [place for place, side in enumerate(self.sides_px) if side == side_px]
+            alike = self._alike(
+                DrawnTiles(drawn.tiles, *(part[:, places] for part in drawn[1:])), side_px
+            )
+            for number, place in enumerate(places):
+                views[place] = alike.unflatten(0, (-1, len(places)))[:, number]
+        return views
+
+    def _alike(self, drawn: DrawnTiles, side_px: int) -> Tensor:
+        """(B · V, 3, side, side): V views of the same size of each tile."""
+        x = augment_gpu.crop(drawn.tiles, drawn.box_px, side_px)
+        turned, order, factors, is_grey, sigma_px, is_solarized = (
+            part.flatten(0, 1) for part in drawn[2:]
+        )
+        augment_gpu.jitter_colour(x, order, factors)
+        augment_gpu.change(x, is_grey, augment_gpu.to_grey)
+        augment_gpu.change(x, sigma_px > 0, augment_gpu.blur, sigma_px)
+        augment_gpu.change(x, is_solarized, lambda v: augment_gpu.solarize(v, self._threshold))
+        augment_gpu.change(x, turned[:, 0], lambda v: v.flip(3))
+        augment_gpu.change(x, turned[:, 1], lambda v: v.flip(2))
+        augment_gpu.change(x, turned[:, 2], lambda v: v.rot90(1, (2, 3)))
+        return self._normalize(x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        """In place, of levels from 0 to 255."""
+        return x.mul_(self._gain.to(x.device)).add_(self._offset.to(x.device))
+
+
+def _operations(steps: Any) -> dict[str, Any]:
+    """The steps of one of lightly's transforms by the name of their class."""
+    known = {
+        *("RandomResizedCrop", "RandomHorizontalFlip", "RandomVerticalFlip", "RandomRotate"),
+        *("RandomApply", "ColorJitter", "RandomGrayscale", "GaussianBlur", "RandomSolarization"),
+        *("ToTensor", "Normalize"),
+    }
+    found = {type(step).__name__: step for step in steps}
+    rotation = found.pop("RandomRotateDegrees", None)
+    if rotation is not None and rotation.transform.p > 0:
+        raise InputError(
+            "data.augmentation.rr_degrees: only PIL turns by other angles than 90° here; leave it "
+            "out, or set data.augmentation_backend to pil"
+        )
+    unknown = sorted(set(found) - known)
+    if unknown:
+        raise InputError(
+            f"data.augmentation: this version of lightly has {', '.join(unknown)}, which only PIL "
+            "does here; set data.augmentation_backend to pil"
+        )
+    return found
+
+
+def _between(ends: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Uniform in (..., 2) ends."""
+    return ends[..., 0] + u * (ends[..., 1] - ends[..., 0])
