@@ -5,6 +5,7 @@
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from dasmil.bags import ExtractorCard, bag_path, read_header
 from dasmil.embedding.dataset import ChunkDataset, TileChunk, WholeSlideSampler
 from dasmil.embedding.extractor import Extractor, load_extractor
-from dasmil.embedding.writer import BagWriter, bag_header, failure_path
+from dasmil.embedding.writer import BagWriter, Embedded, bag_header, failure_path
 from dasmil.errors import InputError
 from dasmil.files import write_csv, write_text
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
@@ -32,36 +33,98 @@ class EmbeddingModule(LightningModule):
     ----------
     extractors: one a scale.
     dataset: the chunks to embed.
+    batch_size: tiles that go through a network at once.
     num_workers: reading processes of each device.
     """
 
     def __init__(
-        self, extractors: Mapping[str, Extractor], dataset: ChunkDataset, num_workers: int
+        self,
+        extractors: Mapping[str, Extractor],
+        dataset: ChunkDataset,
+        batch_size: int,
+        num_workers: int,
     ):
         super().__init__()
         self.names = list(extractors)
-        self.feature_dims = [network.card.feature_dim for network in extractors.values()]
         self.extractors = nn.ModuleList(extractors.values())
         self.dataset = dataset
+        self.batch_size = batch_size
         self.num_workers = num_workers
+        self._queues: dict[tuple[int, str], _Queue] = {}  # by slide and scale
+        self._failed: set[int] = set()
         # with fewer slides to do than processes, some have nothing to do
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def predict_dataloader(self) -> DataLoader[TileChunk]:
-        sampler = WholeSlideSampler(self.dataset, self.trainer.world_size, self.trainer.global_rank)
+        world = self.trainer.world_size, self.trainer.global_rank
         return DataLoader(
             self.dataset,
             batch_size=None,  # a chunk is a batch
-            sampler=sampler,
+            sampler=WholeSlideSampler(self.dataset, *world, self.num_workers),
             num_workers=self.num_workers,
             pin_memory=self.on_gpu,
         )
 
-    def predict_step(self, chunk: TileChunk, batch_idx: int) -> Tensor:
-        number = self.names.index(chunk.scale)
-        if len(chunk.tiles) == 0:
-            return torch.empty(0, self.feature_dims[number])
-        return self.extractors[number](chunk.tiles)
+    def on_predict_start(self) -> None:
+        if self.on_gpu:
+            self.extractors.to(memory_format=torch.channels_last)  # as the tiles are
+
+    def predict_step(self, chunk: TileChunk, batch_idx: int) -> list[Embedded]:
+        """Embed all batches that are full; a slide's last tiles need not fill one."""
+        embedded: list[Embedded] = []
+        if chunk.error is not None:  # what has come of the slide is not needed any more
+            self._failed.add(chunk.slide)
+            self._queues = {key: q for key, q in self._queues.items() if key[0] != chunk.slide}
+        if chunk.slide in self._failed:
+            return embedded
+        for name, tiles in chunk.tiles.items():
+            key = chunk.slide, name
+            if key not in self._queues:
+                self._queues[key] = _Queue(self.dataset.num_tiles[chunk.slide][name])
+            queue = self._queues[key]
+            queue.put(chunk.start[name], tiles)
+            network = self.extractors[self.names.index(name)]
+            while batch := queue.batch(self.batch_size):
+                images = torch.cat([piece for _, piece in batch])
+                # channels lie last in memory, which is faster on a GPU only
+                features = network(images if self.on_gpu else images.contiguous())
+                parts = features.split([len(piece) for _, piece in batch])
+                embedded += [
+                    Embedded(chunk.slide, name, start, part)
+                    for (start, _), part in zip(batch, parts, strict=True)
+                ]
+            if not queue.to_come:
+                del self._queues[key]
+        return embedded
+
+
+class _Queue:
+    """Tiles of one scale of one slide that wait for a full batch.
+
+    Batches never mix slides: a bag does not depend on what else is embedded.
+    """
+
+    def __init__(self, num_tiles: int):
+        self.to_come = num_tiles
+        self.pieces: list[tuple[int, Tensor]] = []  # row of the first tile, tiles
+
+    def put(self, start: int, tiles: Tensor) -> None:
+        self.to_come -= len(tiles)
+        self.pieces.append((start, tiles))
+
+    def batch(self, size: int) -> list[tuple[int, Tensor]]:
+        """The next ``size`` tiles, less when no more will come; empty when they are not there."""
+        waiting = sum(len(tiles) for _, tiles in self.pieces)
+        if waiting == 0 or (self.to_come and waiting < size):
+            return []
+        batch = []
+        while self.pieces and size:
+            start, tiles = self.pieces.pop(0)
+            batch.append((start, tiles[:size]))
+            if len(tiles) > size:
+                self.pieces.insert(0, (start + size, tiles[size:]))
+            size -= len(batch[-1][1])
+        return batch
 
 
 def embed(
@@ -115,12 +178,16 @@ def embed(
         write_cohort(output / "cohort.csv", cohort)
         _write_extractors(output / "extractors.json", extractors, networks)
     if todo:
-        dataset = ChunkDataset(todo, tiles, batch_size)
-        module = EmbeddingModule(networks, dataset, num_workers)
-        files = [tiles_path(tiles, row.slide_id) for row in todo]
-        trainer.callbacks.append(BagWriter(files, output, cards))  # type: ignore[attr-defined]
+        dataset = ChunkDataset(todo, tiles, max_roots=batch_size)
+        module = EmbeddingModule(networks, dataset, batch_size, num_workers)
+        writer = BagWriter([tiles_path(tiles, row.slide_id) for row in todo], output, cards)
+        trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+        start = time.monotonic()
         trainer.predict(module, return_predictions=False)
         trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            num_tiles = sum(sum(counts.values()) for counts in dataset.num_tiles)
+            _report_speed(num_tiles, time.monotonic() - start, writer.seconds_waiting)
     if not trainer.is_global_zero:
         return 0  # a second process that fails would end the first one before it has reported
     return _report(cohort, tiles, output, skipped={r.slide_id for r in rows if r not in todo})
@@ -160,6 +227,14 @@ def _write_extractors(
         for name, network in networks.items()
     }
     write_text(path, json.dumps(records, indent=2))
+
+
+def _report_speed(num_tiles: int, seconds: float, seconds_waiting: float) -> None:
+    """The tiles of all processes; what the first of them waited for."""
+    print(
+        f"embed: {num_tiles} tiles in {seconds:.1f} s, {num_tiles / seconds:.0f} tiles/s; "
+        f"{seconds_waiting / seconds:.0%} of it waiting for pixels, the rest for the network"
+    )
 
 
 def _report(cohort: Sequence[SlideRow], tiles: Path, output: Path, skipped: set[str]) -> int:

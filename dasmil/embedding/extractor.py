@@ -92,11 +92,12 @@ class Extractor(nn.Module):
 
     def forward(self, tiles: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 RGB → (N, D)."""
-        x = tiles.to(self.mean.dtype) / 255
+        x = tiles.to(self.mean.dtype, copy=True)
         if x.shape[-1] != self.card.image_size:
             size = (self.card.image_size, self.card.image_size)
             x = F.interpolate(x, size, mode="bilinear", antialias=True)
-        return self.backbone((x - self.mean) / self.std)
+        x.sub_(255 * self.mean).div_(255 * self.std)  # in place: small networks wait for this
+        return self.backbone(x)
 
 
 def _fingerprint(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:

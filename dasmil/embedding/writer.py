@@ -1,6 +1,8 @@
 """The prediction callback that puts a slide's features together and writes its bag file."""
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,25 @@ def bag_header(tiles: TilePyramid, cards: Mapping[str, ExtractorCard]) -> BagHea
     )
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """Features of consecutive tiles of one scale of one slide.
+
+    Parameters
+    ----------
+    slide: number of the slide in the cohort.
+    start: row of the first tile.
+    features: (n, D).
+    """
+
+    slide: int
+    scale: str
+    start: int
+    features: Tensor
+
+
 class BagWriter(Callback):
-    """Collects the chunks of each slide and writes its bag when the last one is there.
+    """Collects the features of each slide and writes its bag when the last ones are there.
 
     Parameters
     ----------
@@ -45,10 +64,18 @@ class BagWriter(Callback):
         self.tile_files = tile_files
         self.output = output
         self.cards = cards
+        self.seconds_waiting = 0.0  # for pixels
+        self._stepped = 0.0
         self._tiles: dict[int, TilePyramid] = {}
         self._features: dict[int, dict[str, Tensor]] = {}
         self._waiting: dict[int, int] = {}
         self._failed: set[int] = set()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stepped = time.monotonic()
+
+    def on_predict_batch_start(self, *_: Any) -> None:
+        self.seconds_waiting += time.monotonic() - self._stepped
 
     def on_predict_batch_end(
         self,
@@ -59,31 +86,43 @@ class BagWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        prediction: Tensor = outputs
-        number = batch.slide
-        if number in self._failed:
-            return
         if batch.error is not None:
-            self._fail(number, batch.error)
+            self._fail(batch.slide, batch.error)
+        elif not batch.tiles:
+            self._begin(batch.slide, pl_module.device)
+            self._write(batch.slide)
+        embedded: list[Embedded] = outputs
+        for some in embedded:
+            self._store(some)
+        self._stepped = time.monotonic()
+
+    def _begin(self, number: int, device: torch.device) -> None:
+        """Room for the features of a slide, on the device: to copy each batch would wait for it."""
+        tiles = self._tiles[number] = read_tiles(self.tile_files[number])
+        self._features[number] = {
+            name: torch.empty(
+                count, self.cards[name].feature_dim, dtype=torch.float16, device=device
+            )
+            for name, count in tiles.num_tiles().items()
+        }
+        self._waiting[number] = sum(tiles.num_tiles().values())
+
+    def _store(self, some: Embedded) -> None:
+        if some.slide in self._failed:
             return
-        if number not in self._tiles:
-            tiles = self._tiles[number] = read_tiles(self.tile_files[number])
-            self._features[number] = {
-                name: torch.empty(count, self.cards[name].feature_dim, dtype=torch.float16)
-                for name, count in tiles.num_tiles().items()
-            }
-            self._waiting[number] = sum(tiles.num_tiles().values())
-        stop = batch.start + len(prediction)
-        self._features[number][batch.scale][batch.start : stop] = prediction.half().cpu()
-        self._waiting[number] -= len(prediction)
-        if self._waiting[number] == 0:
-            self._write(number)
+        if some.slide not in self._tiles:
+            self._begin(some.slide, some.features.device)
+        stop = some.start + len(some.features)
+        self._features[some.slide][some.scale][some.start : stop] = some.features.half()
+        self._waiting[some.slide] -= len(some.features)
+        if self._waiting[some.slide] == 0:
+            self._write(some.slide)
 
     def _write(self, number: int) -> None:
         tiles = self._tiles.pop(number)
         bag = Bag(
             header=bag_header(tiles, self.cards),
-            features=self._features.pop(number),
+            features={name: rows.cpu() for name, rows in self._features.pop(number).items()},
             grid={name: torch.from_numpy(grid) for name, grid in tiles.grid.items()},
             parent={name: torch.from_numpy(parent) for name, parent in tiles.parent.items()},
         )

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from threading import Lock
 
 import cv2
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import UnidentifiedImageError
 
 from dasmil.errors import InputError
 from dasmil.slides.cohort import SlideRow
+from dasmil.slides.tiff import VENDORS as JPEG_VENDORS
+from dasmil.slides.tiff import JpegLevel, jpeg_level
 from dasmil.units import Mpp
 
 cv2.setNumThreads(1)  # slides are shared among processes; threads below them only get in the way
@@ -20,6 +24,8 @@ RgbArray = npt.NDArray[np.uint8]
 
 PLAUSIBLE_MPP = (0.05, 20.0)  # µm/px; nothing that is sold scans outside this range
 MAX_ANISOTROPY = 1.05  # mpp-x against mpp-y
+NEARLY_WHOLE = 0.06  # how far a ratio may be from a whole one to be treated as such
+CACHE_BYTES = 32 * 2**20  # OpenSlide's own default
 READ_BLOCK_PX = 2048  # side of the largest region decoded at once
 
 
@@ -39,6 +45,7 @@ class Slide:
     Parameters
     ----------
     row: the slide's row of the cohort table; its ``mpp`` or ``magnification`` overrides the file's.
+    cache_bytes: memory for parts of the file that are decoded and may be read again.
 
     Raises
     ------
@@ -46,9 +53,13 @@ class Slide:
         when the file is missing, is no slide, or its physical scale is missing or implausible.
     """
 
-    def __init__(self, row: SlideRow):
+    def __init__(self, row: SlideRow, cache_bytes: int = CACHE_BYTES):
         self.row = row
         self._handle = _open(_slide_file(row.path))
+        self._handle.set_cache(openslide.OpenSlideCache(cache_bytes))
+        self._cache_bytes = cache_bytes
+        self._jpegs: dict[int, JpegLevel | None] = {}
+        self._lock = Lock()
         self.size_px0: tuple[int, int] = self._handle.dimensions
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
         self.physical_scale = _physical_scale(row, self._handle.properties)
@@ -56,6 +67,10 @@ class Slide:
 
     def close(self) -> None:
         self._handle.close()
+        for jpegs in self._jpegs.values():
+            if jpegs is not None:
+                jpegs.close()
+        self._jpegs = {}
 
     def __enter__(self) -> "Slide":
         return self
@@ -66,8 +81,8 @@ class Slide:
     def read(self, box_px0: Sequence[int], size_px: tuple[int, int]) -> RgbArray:
         """Pixels of a box, resampled to a size.
 
-        Read from the coarsest stored level that is at least as fine as asked, then averaged down
-        by area. What lies outside the slide or was never scanned is white.
+        Read from a stored level that is at least as fine as asked, then averaged down by area. What
+        lies outside the slide or was never scanned is white.
 
         Parameters
         ----------
@@ -78,25 +93,104 @@ class Slide:
         -------
         (height, width, 3) uint8 RGB.
         """
+        left, _, right, _ = box_px0
+        return self._read(box_px0, size_px, self.level_for(int(right - left) / size_px[0]))
+
+    def _read(self, box_px0: Sequence[int], size_px: tuple[int, int], level: int) -> RgbArray:
         left, top, right, bottom = (int(edge) for edge in box_px0)
-        level = self._handle.get_best_level_for_downsample((right - left) / size_px[0] * 1.001)
         stored = self.downsamples[level]
         region_px = (
             max(1, round((right - left) / stored)),
             max(1, round((bottom - top) / stored)),
         )
+        rgb = self.region((left, top), level, region_px)
+        if region_px == size_px:
+            return rgb
+        return resize(rgb, np.empty((size_px[1], size_px[0], 3), np.uint8))
+
+    def level_for(self, downsample: float) -> int:
+        """The stored level to read from: the coarsest that is at least as fine, but for rounding.
+
+        OpenSlide interpolates a level whose downsample is not whole. That blurs it and takes as
+        long as decoding four times as many pixels, so a level twice as fine that is whole is taken
+        instead.
+        """
+        level = self._best_level(downsample)
+        for finer in range(level, -1, -1):
+            near = self.downsamples[level] <= 2.1 * self.downsamples[finer]
+            if near and self.is_whole(finer):
+                return finer
+        return level
+
+    def _best_level(self, downsample: float) -> int:
+        return int(self._handle.get_best_level_for_downsample(downsample * 1.001))
+
+    def is_whole(self, level: int) -> bool:
+        """Whether every pixel of a level begins on a level-0 pixel, as OpenSlide counts."""
+        stored = self.downsamples[level]
+        drift_px = abs(stored / round(stored) - 1) * max(self.size_px0) / stored
+        return drift_px < 1 / 512
+
+    def region(self, origin_px0: tuple[int, int], level: int, size_px: tuple[int, int]) -> RgbArray:
+        """Pixels of a stored level as they are; white outside the slide and where unscanned.
+
+        Parameters
+        ----------
+        origin_px0: left and top in level-0 pixels.
+        size_px: width and height in pixels of the level.
+
+        Returns
+        -------
+        (height, width, 3) uint8 RGB.
+        """
+        stored = round(self.downsamples[level])
+        if self.is_whole(level) and origin_px0[0] % stored == origin_px0[1] % stored == 0:
+            jpegs = self._jpeg_level(level)
+            if jpegs is not None:
+                left, top = origin_px0[0] // stored, origin_px0[1] // stored
+                rgb = jpegs.read(left, top, *size_px)
+                if rgb is not None:
+                    return rgb
+        return self._openslide_region(origin_px0, level, size_px)
+
+    def _openslide_region(
+        self, origin_px0: tuple[int, int], level: int, size_px: tuple[int, int]
+    ) -> RgbArray:
         try:
-            rgba = np.asarray(self._handle.read_region((left, top), level, region_px))
+            rgba = np.asarray(self._handle.read_region(origin_px0, level, size_px))
         except (openslide.OpenSlideError, OSError) as error:  # OSError: a truncated PNG or JPEG
+            left, top = origin_px0
             raise InputError(
                 f"{self.row.path}: pixels at {left},{top} cannot be read: {error}"
             ) from error
-        rgb = _over_white(rgba)
-        if region_px == size_px:
-            return rgb
-        shrinks = region_px[0] >= size_px[0] and region_px[1] >= size_px[1]
-        interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        return np.asarray(cv2.resize(rgb, size_px, interpolation=interpolation), dtype=np.uint8)
+        return _over_white(rgba)
+
+    def _jpeg_level(self, level: int) -> JpegLevel | None:
+        """The level as a grid of JPEGs, if it is one and gives OpenSlide's pixels."""
+        with self._lock:
+            if level not in self._jpegs:
+                self._jpegs[level] = self._checked_jpeg_level(level)
+            return self._jpegs[level]
+
+    def _checked_jpeg_level(self, level: int) -> JpegLevel | None:
+        properties = self._handle.properties
+        if properties.get(openslide.PROPERTY_NAME_VENDOR) not in JPEG_VENDORS:
+            return None
+        size_px = self._handle.level_dimensions[level]
+        jpegs = jpeg_level(_slide_file(self.row.path), size_px, self._cache_bytes)
+        if jpegs is None:
+            return None
+        stored, (width, height) = round(self.downsamples[level]), size_px
+        sample_px = (min(64, width), min(64, height))
+        for down, along in product((0.2, 0.5, 0.8), repeat=2):
+            left = int((width - sample_px[0]) * along)
+            top = int((height - sample_px[1]) * down)
+            found = jpegs.read(left, top, *sample_px)
+            expected = self._openslide_region((left * stored, top * stored), level, sample_px)
+            if found is None or not np.array_equal(found, expected):
+                jpegs.close()
+                return None
+        return jpegs
 
     def thumbnail(self, mpp: float) -> RgbArray:
         """The whole slide at about ``mpp`` (never finer than stored), block by block.
@@ -105,7 +199,7 @@ class Slide:
         """
         factor = max(1.0, mpp / self.mpp)
         width, height = (max(1, round(side / factor)) for side in self.size_px0)
-        level = self._handle.get_best_level_for_downsample(factor * 1.001)
+        level = self._best_level(factor)  # an interpolated one, too: detail is not looked for here
         block = max(16, int(READ_BLOCK_PX * self.downsamples[level] / factor))
         x_px0 = np.linspace(0, self.size_px0[0], width + 1).round().astype(int)
         y_px0 = np.linspace(0, self.size_px0[1], height + 1).round().astype(int)
@@ -115,7 +209,8 @@ class Slide:
             for left in range(0, width, block):
                 right = min(left + block, width)
                 box_px0 = (x_px0[left], y_px0[top], x_px0[right], y_px0[bottom])
-                picture[top:bottom, left:right] = self.read(box_px0, (right - left, bottom - top))
+                size = (right - left, bottom - top)
+                picture[top:bottom, left:right] = self._read(box_px0, size, level)
         return picture
 
 
@@ -176,10 +271,35 @@ def _recorded(properties: Mapping[str, str], name: str) -> float:
     return float(properties.get(name, 0))
 
 
+def resize(picture: RgbArray, into: RgbArray) -> RgbArray:
+    """Fill ``into`` with a picture: averaged by area where it shrinks, else interpolated.
+
+    OpenCV's average is fast for whole ratios only. Near to one (0.526 µm/px to 1 is 1.9) the
+    picture is first interpolated to the whole multiple, which moves a mean of 0.2 grey levels.
+    """
+    height, width = into.shape[:2]
+    if picture.shape == into.shape:
+        into[...] = picture
+        return into
+    ratio = max(picture.shape[0] / height, picture.shape[1] / width)
+    whole = max(1, round(ratio))
+    if ratio < 1 or abs(ratio / whole - 1) <= NEARLY_WHOLE:
+        multiple = (whole * width, whole * height)
+        if picture.shape[1::-1] != multiple:
+            large = into if whole == 1 else np.empty((multiple[1], multiple[0], 3), np.uint8)
+            cv2.resize(picture, multiple, dst=large, interpolation=cv2.INTER_LINEAR)
+            picture = large
+        if whole == 1:
+            return into
+    cv2.resize(picture, (width, height), dst=into, interpolation=cv2.INTER_AREA)
+    return into
+
+
 def _over_white(rgba: npt.NDArray[np.uint8]) -> RgbArray:
     """Composite on white: OpenSlide's RGBA is transparent where nothing was scanned."""
-    alpha = rgba[..., 3:]
-    if alpha.min() == 255:
-        return np.ascontiguousarray(rgba[..., :3])
-    blended = rgba[..., :3] * (alpha / 255.0) + (255 - alpha)
-    return np.asarray(blended.round(), dtype=np.uint8)
+    rgb = np.asarray(cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB), dtype=np.uint8)
+    if rgba[..., 3].min() < 255:
+        clear = rgba[..., 3] < 255
+        alpha = rgba[clear, 3:]
+        rgb[clear] = (rgb[clear] * (alpha / 255.0) + (255 - alpha)).round().astype(np.uint8)
+    return rgb

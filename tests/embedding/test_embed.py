@@ -1,20 +1,25 @@
 import csv
 import json
+import re
 import shutil
+from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from road import NUM_SLIDES, embed_command
 
 from dasmil.bags import bag_path, read_bag
 from dasmil.cli import main
-from dasmil.embedding.dataset import ChunkDataset, WholeSlideSampler, read_tile_pixels
+from dasmil.embedding.dataset import ChunkDataset, WholeSlideSampler
 from dasmil.embedding.extractor import Extractor, load_extractor
-from dasmil.slides.cohort import read_cohort
+from dasmil.slides.cohort import SlideRow, read_cohort
+from dasmil.slides.cutting import TileCutter
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile import tiles_path
-from dasmil.slides.tiling import read_tiles
+from dasmil.slides.tiling import TilingParameters, read_tiles, tile_pyramid, write_tiles
 from dasmil.units import Scale
 
 RANDOM = {"x10": "random:test_vit", "x20": "random:test_vit"}
@@ -48,8 +53,8 @@ def test_features_are_those_of_each_tile_read_by_hand(road):
     for scale in bag.header.scales:
         extractor = load_extractor(str(road.dino[scale.name]), Scale.parse(scale.name), 32)
         with Slide(row) as slide:
-            pixels = read_tile_pixels(slide, bag.boxes_px0(scale.name).numpy(), 32)
-        expected = extractor(pixels)
+            pixels = [slide.read(box, (32, 32)) for box in bag.boxes_px0(scale.name).numpy()]
+        expected = extractor(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
         assert torch.allclose(bag.features[scale.name].float(), expected, atol=2e-3, rtol=2e-3)
         assert expected.std(0).mean() > 1e-4  # rows differ, so an exchanged row would show
 
@@ -106,13 +111,14 @@ def test_a_vanished_slide_costs_one_row(road, tmp_path, capsys):
 @pytest.mark.parametrize("world", [1, 2, 3, 40])
 def test_processes_share_slides_whole_and_evenly(road, world):
     rows = read_cohort(road.tiles / "cohort.csv")
-    dataset = ChunkDataset(rows, road.tiles, chunk_size=7)
+    dataset = ChunkDataset(rows, road.tiles, max_roots=7)
     shares = [list(WholeSlideSampler(dataset, world, rank)) for rank in range(world)]
     assert sorted(chunk for share in shares for chunk in share) == list(range(len(dataset)))
     slides = [{dataset.chunks[chunk][0] for chunk in share} for share in shares]
     assert sum(map(len, slides)) == len(rows)
-    loads = [sum(dataset.num_tiles[slide] for slide in share) for share in slides]
-    assert max(loads) - min(loads) <= max(dataset.num_tiles)
+    num_tiles = [sum(counts.values()) for counts in dataset.num_tiles]
+    loads = [sum(num_tiles[slide] for slide in share) for share in slides]
+    assert max(loads) - min(loads) <= max(num_tiles)
 
 
 def test_features_that_are_not_finite_cost_one_slide(road, tmp_path, monkeypatch):
@@ -133,6 +139,153 @@ def test_features_that_are_not_finite_cost_one_slide(road, tmp_path, monkeypatch
 def test_one_batch_is_one_and_what_was_not_reached_says_so(road, tmp_path):
     """``limit_predict_batches 1`` is not 1.0, which would be all of them."""
     command = embed_command(road.tiles, tmp_path, RANDOM)
-    assert main([*command, "--trainer.limit_predict_batches", "1"]) == 1
+    limit = ["--batch_size", "8", "--trainer.limit_predict_batches", "1"]
+    assert main([*command, *limit]) == 1
     assert {state for state, _ in states(tmp_path).values()} == {"failed"}
     assert {message for _, message in states(tmp_path).values()} == {"not reached; run embed again"}
+
+
+def test_the_networks_see_full_batches_of_one_slide(road, tmp_path, monkeypatch):
+    """Of one scale of one slide all batches but the last are full."""
+    real, sizes = Extractor.forward, []
+    monkeypatch.setattr(
+        Extractor, "forward", lambda self, tiles: sizes.append(len(tiles)) or real(self, tiles)
+    )
+    assert main([*embed_command(road.tiles, tmp_path, RANDOM), "--batch_size", "8"]) == 0
+    counts = [
+        count
+        for slide_id in slide_ids(road)
+        for count in read_tiles(tiles_path(road.tiles, slide_id)).num_tiles().values()
+    ]
+    expected = [size for count in counts for size in [8] * (count // 8) + [count % 8] if size]
+    assert max(counts) > 64 and sorted(sizes) == sorted(expected)
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_workers_change_nothing(road, tmp_path, workers):
+    command = embed_command(road.tiles, tmp_path, road.dino)
+    assert main([*command, "--num_workers", workers, "--batch_size", "16"]) == 0
+    for slide_id in slide_ids(road):
+        ours, theirs = (read_bag(bag_path(bags, slide_id)) for bags in (tmp_path, road.bags))
+        for name, features in theirs.features.items():
+            torch.testing.assert_close(ours.features[name], features, atol=2e-3, rtol=2e-3)
+
+
+def test_workers_read_neighbours_one_after_the_other(road):
+    rows = read_cohort(road.tiles / "cohort.csv")
+    dataset = ChunkDataset(rows, road.tiles, max_roots=3)
+    turns = list(WholeSlideSampler(dataset, 1, 0, num_workers=4))
+    assert sorted(turns) == list(range(len(dataset)))
+    for worker in range(4):
+        mine = turns[worker::4]
+        assert mine == list(range(mine[0], mine[0] + len(mine)))
+
+
+def test_lower_precision_gives_nearly_the_same_features(road, tmp_path):
+    command = embed_command(road.tiles, tmp_path, road.dino)
+    assert main([*command, "--trainer.precision", "bf16-mixed"]) == 0
+    for slide_id in slide_ids(road)[:3]:
+        ours, exact = (read_bag(bag_path(bags, slide_id)) for bags in (tmp_path, road.bags))
+        for name, features in exact.features.items():
+            found, wanted = ours.features[name].float(), features.float()
+            assert not torch.equal(found, wanted)
+            assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_the_speed_is_told(road, tmp_path, capsys):
+    assert main(embed_command(road.tiles, tmp_path, RANDOM)) == 0
+    total = sum(
+        sum(read_tiles(tiles_path(road.tiles, slide_id)).num_tiles().values())
+        for slide_id in slide_ids(road)
+    )
+    line = capsys.readouterr().out.splitlines()[-2]
+    assert re.fullmatch(
+        rf"embed: {total} tiles in [\d.]+ s, \d+ tiles/s; \d+% of it waiting for pixels, "
+        "the rest for the network",
+        line,
+    )
+
+
+def usual_way(slide, box_px0, side):
+    """A tile as most people read it: the best level, then averaged down."""
+    left, top, right, bottom = box_px0.tolist()
+    handle = slide._handle
+    level = handle.get_best_level_for_downsample((right - left) / side * 1.001)
+    stored = handle.level_downsamples[level]
+    size = round((right - left) / stored), round((bottom - top) / stored)
+    pixels = np.asarray(handle.read_region((left, top), level, size).convert("RGB"))
+    shrinks = min(size) >= side
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(pixels, (side, side), interpolation=interpolation)
+
+
+@pytest.mark.parametrize(
+    ("file", "mpp", "interpolated"),
+    [
+        ("atlas_x20/PDAC-tru-cut_HE3.svs", None, ()),
+        ("native/cmu-1-small-region.svs", None, ()),
+        # its level for x10 is passed over, because OpenSlide would have to interpolate it
+        ("atlas_x20/erosion_HE.tif", 0.5, ("x10",)),
+    ],
+)
+def test_features_are_those_of_the_usual_way(shared_data, file, mpp, interpolated):
+    """Grey levels and features against one read_region and one resize of each tile."""
+    extractor = load_extractor("random:test_vit", Scale.parse("x20"), 256)
+    with Slide(SlideRow("a", shared_data / "slides" / file, mpp=mpp)) as slide:
+        mask = slide.thumbnail(32.0).std(axis=2) > 12
+        tiles = tile_pyramid(
+            "a", mask, slide.size_px0, slide.mpp, TilingParameters(("x5", "x10", "x20"))
+        )
+        pixels = TileCutter(slide, tiles).cut(0, min(6, len(tiles.grid["x5"])))
+        for name, ours in pixels.items():
+            ours = ours[:20]
+            usual = np.stack(
+                [usual_way(slide, box, 256) for box in tiles.boxes_px0(name)[: len(ours)]]
+            )
+            found, wanted = (
+                extractor(torch.from_numpy(np.ascontiguousarray(p)).permute(0, 3, 1, 2))
+                for p in (ours, usual)
+            )
+            grey = np.abs(ours.astype(int) - usual).mean()
+            features = ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max()
+            assert grey < (10 if name in interpolated else 0.2)
+            assert features < (0.02 if name in interpolated else 5e-3)
+            neighbours = (wanted[1:] - wanted[:-1]).norm(dim=1) / wanted[1:].norm(dim=1)
+            assert neighbours.median() > 3 * features  # an exchanged tile would show
+
+
+def test_pixels_that_cannot_be_read_cost_one_row(road, tmp_path):
+    """The file is damaged after it was tiled, inside; what else it holds can be read."""
+    tiles, slides = tmp_path / "tiles", tmp_path / "slides"
+    shutil.copytree(road.tiles, tiles)
+    rows = read_cohort(road.cohort)
+    shutil.copytree(rows[0].path.parent, slides)
+    table = (road.tiles / "cohort.csv").read_text().replace(str(rows[0].path.parent), str(slides))
+    (tiles / "cohort.csv").write_text(table)
+    damaged = slides / rows[0].path.name
+    with tifffile.TiffFile(damaged) as tiff:
+        page = tiff.pages[0]
+        spans = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    content = bytearray(damaged.read_bytes())
+    for start, length in spans[len(spans) // 2 :]:
+        content[start : start + length] = bytes(length)
+    damaged.write_bytes(content)
+    assert main([*embed_command(tiles, tmp_path / "bags", RANDOM), "--batch_size", "8"]) == 1
+    found = states(tmp_path / "bags")
+    state, message = found[rows[0].slide_id]
+    assert state == "failed" and f"{damaged}: pixels at" in message
+    assert {state for s, (state, _) in found.items() if s != rows[0].slide_id} == {"done"}
+    assert not bag_path(tmp_path / "bags", rows[0].slide_id).exists()
+
+
+def test_a_slide_without_tiles_gets_an_empty_bag(road, tmp_path):
+    tiles = tmp_path / "tiles"
+    shutil.copytree(road.tiles, tiles)
+    path = tiles_path(tiles, slide_ids(road)[0])
+    table = read_tiles(path)
+    grid = {name: places[:0] for name, places in table.grid.items()}
+    parent = {name: rows[:0] for name, rows in table.parent.items()}
+    write_tiles(path, replace(table, grid=grid, parent=parent))
+    assert main(embed_command(tiles, tmp_path / "bags", RANDOM)) == 0
+    bag = read_bag(bag_path(tmp_path / "bags", table.slide_id))
+    assert set(bag.num_tiles().values()) == {0}

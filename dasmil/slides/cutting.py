@@ -1,0 +1,127 @@
+"""Tiles of every scale, cut from few large reads of a slide."""
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from dasmil.slides.reader import RgbArray, Slide, resize
+from dasmil.slides.tiling import TilePyramid
+
+MAX_SIDE_PX = 4096  # of a read; what is larger OpenSlide splits, and rounds where it does
+SUBPIXEL = 1 / 256  # a shift that OpenSlide, too, takes for none
+
+Rows = tuple[int, int]  # the first and the end
+
+
+def rows_inside(tiles: TilePyramid, start: int, stop: int, coarsest: int = 0) -> dict[int, Rows]:
+    """Rows of the tiles [start, stop) of scale number ``coarsest`` and of all tiles inside them.
+
+    Children are contiguous, so they are one range for each number of a scale.
+    """
+    rows = {coarsest: (start, stop)}
+    for number in range(coarsest + 1, len(tiles.scales)):
+        parent = tiles.parent[tiles.scales[number].name]
+        start, stop = np.searchsorted(parent, (start, stop)).tolist()
+        rows[number] = (start, stop)
+    return rows
+
+
+class TileCutter:
+    """Cuts tiles from an open slide; their pixels are those of :meth:`Slide.read`.
+
+    Scales that want the same stored level are cut from the same reads, a row of coarse tiles each.
+    From a level whose downsample is not whole every tile is read on its own: OpenSlide interpolates
+    it, in another way from each origin, and that takes far longer than what sharing would save.
+
+    Parameters
+    ----------
+    slide: the slide.
+    tiles: its tiles.
+    """
+
+    def __init__(self, slide: Slide, tiles: TilePyramid):
+        self.slide = slide
+        self.tiles = tiles
+        self.boxes_px0 = [tiles.boxes_px0(scale.name) for scale in tiles.scales]
+        wanted = (slide.level_for(scale.mpp / tiles.slide_mpp) for scale in tiles.scales)
+        levels = enumerate(wanted)
+        #: (level, numbers of the scales that are read from it, coarse to fine)
+        self.reads = [
+            (level, [number for number, _ in group])
+            for level, group in groupby(levels, key=lambda pair: pair[1])
+        ]
+
+    def cut(self, start: int, stop: int) -> dict[str, RgbArray]:
+        """Pixels of the coarsest tiles [start, stop) and of all tiles inside them.
+
+        Returns
+        -------
+        Per scale (n, tile_px, tile_px, 3) uint8 RGB, in the order of the rows.
+        """
+        side = self.tiles.tile_px
+        rows = rows_inside(self.tiles, start, stop)
+        pixels = {n: np.empty((b - a, side, side, 3), np.uint8) for n, (a, b) in rows.items()}
+        for level, numbers in self.reads:
+            if self.slide.is_whole(level):
+                self._cut_shared(level, numbers, rows, pixels)
+            else:
+                for number in numbers:
+                    boxes = self.boxes_px0[number][slice(*rows[number])]
+                    for tile, box in zip(pixels[number], boxes, strict=True):
+                        tile[...] = self.slide.read(box, (side, side))
+        return {self.tiles.scales[number].name: found for number, found in pixels.items()}
+
+    def _cut_shared(
+        self,
+        level: int,
+        numbers: list[int],
+        rows: Mapping[int, Rows],
+        pixels: Mapping[int, RgbArray],
+    ) -> None:
+        """Fill in the tiles of some scales from reads of one level, run by run."""
+        coarsest, stored = numbers[0], round(self.slide.downsamples[level])
+        for first, end in _runs(self.boxes_px0[coarsest], *rows[coarsest], MAX_SIDE_PX * stored):
+            left, top, _, bottom = self.boxes_px0[coarsest][first].tolist()
+            right = int(self.boxes_px0[coarsest][end - 1, 2])
+            left, top = left // stored * stored, top // stored * stored  # a pixel of the level
+            size_px = (math.ceil((right - left) / stored), math.ceil((bottom - top) / stored))
+            region = self.slide.region((left, top), level, size_px)
+            inside = rows_inside(self.tiles, first, end, coarsest)
+            for number in numbers:
+                boxes_px = (
+                    self.boxes_px0[number][slice(*inside[number])] - [left, top] * 2
+                ) / stored
+                into = pixels[number][inside[number][0] - rows[number][0] :]
+                for tile, box_px in zip(into, boxes_px.tolist(), strict=False):
+                    resize(_cut_out(region, box_px), tile)
+
+
+def _runs(
+    boxes_px0: npt.NDArray[np.int64], start: int, stop: int, longest_px0: int
+) -> Iterator[Rows]:
+    """Rows [start, stop) as runs of tiles that lie side by side, so that no gap is read."""
+    first = start
+    for row in range(start + 1, stop + 1):
+        if (
+            row == stop
+            or boxes_px0[row, 1] != boxes_px0[first, 1]
+            or boxes_px0[row, 0] != boxes_px0[row - 1, 2]
+            or boxes_px0[row, 2] - boxes_px0[first, 0] > longest_px0
+        ):
+            yield first, row
+            first = row
+
+
+def _cut_out(region: RgbArray, box_px: list[float]) -> RgbArray:
+    """A part of a region; between its pixels it is interpolated, as OpenSlide would do."""
+    left, top, right, bottom = box_px
+    width, height = max(1, round(right - left)), max(1, round(bottom - top))
+    x, y = round(left), round(top)
+    if abs(left - x) < SUBPIXEL and abs(top - y) < SUBPIXEL:
+        return region[y : y + height, x : x + width]
+    centre = left + (width - 1) / 2, top + (height - 1) / 2
+    return np.asarray(cv2.getRectSubPix(region, (width, height), centre), dtype=np.uint8)

@@ -1,0 +1,156 @@
+"""Tiles cut from large reads are those that are read one by one, pixel by pixel."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from dasmil.demo.slides import write_pyramid
+from dasmil.errors import InputError
+from dasmil.slides import cutting
+from dasmil.slides.cohort import SlideRow
+from dasmil.slides.cutting import TileCutter, rows_inside
+from dasmil.slides.reader import Slide
+from dasmil.slides.tiling import TilePyramid, TilingParameters, tile_pyramid
+
+SCALES = ("x5", "x10", "x20")
+
+
+def texture(width: int, height: int) -> np.ndarray:
+    noise = np.random.default_rng(0).normal(size=(height, width, 3)).astype(np.float32)
+    smooth = cv2.GaussianBlur(noise, (0, 0), 2)
+    return np.clip(150 + 35 * smooth / smooth.std(), 0, 255).astype(np.uint8)
+
+
+def tiles_of(
+    slide: Slide, mask: np.ndarray, scales: Sequence[str] = SCALES, tile_px: int = 64
+) -> TilePyramid:
+    parameters = TilingParameters(tuple(scales), tile_px)
+    return tile_pyramid(slide.row.slide_id, mask, slide.size_px0, slide.mpp, parameters)
+
+
+def one_by_one(slide: Slide, tiles: TilePyramid, scale: str) -> np.ndarray:
+    side = (tiles.tile_px, tiles.tile_px)
+    return np.stack([slide.read(box, side) for box in tiles.boxes_px0(scale)])
+
+
+def check(slide: Slide, tiles: TilePyramid, *, chunk: int, tolerance: int = 0) -> None:
+    """Cut all tiles in chunks; every row is there, in order, with the pixels of its box."""
+    cutter = TileCutter(slide, tiles)
+    count = len(tiles.grid[tiles.scales[0].name])
+    chunks = [cutter.cut(a, min(a + chunk, count)) for a in range(0, count, chunk)]
+    for scale in tiles.scales:
+        found = np.concatenate([pixels[scale.name] for pixels in chunks]).astype(int)
+        expected = one_by_one(slide, tiles, scale.name)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= tolerance
+        assert np.abs(np.diff(expected.astype(int), axis=0)).mean() > 3  # exchanged rows would show
+
+
+@pytest.mark.parametrize("downsamples", [(1,), (1, 2, 4), (1, 4)], ids=str)
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.2425, 0.499, 0.526036])
+def test_tiles_are_those_that_are_read_one_by_one(
+    tmp_path: Path, mpp: float, downsamples: tuple[int, ...]
+) -> None:
+    """With gaps: tissue is a random half of the slide. Where a tile begins between two pixels of
+    its level, OpenSlide and OpenCV interpolate alike but for rounding."""
+    write_pyramid(tmp_path / "a.tiff", texture(2200, 1600), mpp, downsamples)
+    with Slide(SlideRow("a", tmp_path / "a.tiff")) as slide:
+        mask = np.random.default_rng(1).random((8, 11)) < 0.5
+        tiles = tiles_of(slide, mask, tile_px=32)
+        assert 0.2 < len(tiles.grid["x20"]) / (16 * len(tiles.grid["x5"])) < 0.9
+        exact = downsamples == (1,) or mpp in (0.25, 0.5)
+        check(slide, tiles, chunk=3, tolerance=0 if exact else 2)
+
+
+def test_a_run_that_is_too_long_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pyramid(tmp_path / "a.tiff", texture(1600, 600), 0.5, (1,))
+    with Slide(SlideRow("a", tmp_path / "a.tiff")) as slide:
+        tiles = tiles_of(slide, np.ones((6, 16), bool), tile_px=32)
+        reads: list[tuple[int, int]] = []
+        region = slide.region
+        monkeypatch.setattr(cutting, "MAX_SIDE_PX", 300)
+        monkeypatch.setattr(
+            slide, "region", lambda o, level, size: reads.append(size) or region(o, level, size)
+        )
+        TileCutter(slide, tiles).cut(0, len(tiles.grid["x5"]))
+        assert set(reads) == {(256, 128)}  # two tiles of x5 side by side
+        check(slide, tiles, chunk=100)
+
+
+def test_no_gap_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pyramid(tmp_path / "a.tiff", texture(2048, 512), 0.5, (1,))
+    mask = np.zeros((4, 16), bool)
+    mask[0, 0] = mask[0, -1] = True
+    with Slide(SlideRow("a", tmp_path / "a.tiff")) as slide:
+        tiles = tiles_of(slide, mask, tile_px=32)
+        reads: list[tuple[int, int]] = []
+        region = slide.region
+        monkeypatch.setattr(
+            slide, "region", lambda o, level, size: reads.append(size) or region(o, level, size)
+        )
+        TileCutter(slide, tiles).cut(0, len(tiles.grid["x5"]))
+        assert reads == [(128, 128), (128, 128)]
+
+
+def test_rows_inside_are_the_children_and_theirs(tmp_path: Path) -> None:
+    write_pyramid(tmp_path / "a.tiff", texture(1024, 1024), 0.5, (1,))
+    with Slide(SlideRow("a", tmp_path / "a.tiff")) as slide:
+        tiles = tiles_of(slide, np.random.default_rng(2).random((16, 16)) < 0.4, tile_px=32)
+    for start, stop in [(0, 1), (2, 5), (0, len(tiles.grid["x5"])), (3, 3)]:
+        rows = rows_inside(tiles, start, stop)
+        wanted = set(range(start, stop))
+        for number, name in enumerate(SCALES):
+            if number:
+                parents = tiles.parent[name].tolist()
+                wanted = {row for row, parent in enumerate(parents) if parent in wanted}
+            assert set(range(*rows[number])) == wanted
+
+
+# Real slides
+
+
+@pytest.mark.parametrize(
+    ("file", "mpp"),
+    [
+        ("atlas_x20/PDAC-tru-cut_HE3.svs", None),  # 0.526 µm/px, 1, 4 and 16: x10 is not stored
+        ("atlas_x20/erosion_HE.tif", 0.5),  # 1, 1.9999, 3.9987
+        ("native/cmu-1-small-region.svs", None),  # one level
+        ("native/cmu-1-small-region-dicom", None),  # 1, 2.0003, 4.002
+        ("native/tcga-cr-7395-01a-01-ts1.svs", 0.5),  # JPEG 2000, 1 and 2.0005
+    ],
+)
+@pytest.mark.parametrize("scales", [SCALES, ("x5", "x10")], ids=" ".join)
+def test_tiles_of_real_slides_are_those_that_are_read_one_by_one(
+    shared_data: Path, file: str, mpp: float | None, scales: tuple[str, ...]
+) -> None:
+    """Also at the slide's borders, where no tissue lies: a sample of all places."""
+    with Slide(SlideRow("a", shared_data / "slides" / file, mpp=mpp)) as slide:
+        width, height = slide.size_px0
+        mask = np.random.default_rng(3).random((height // 512, width // 512)) < 0.1
+        mask[-1, -2:] = mask[0, :2] = True
+        tiles = tiles_of(slide, mask, scales, tile_px=256)
+        cutter = TileCutter(slide, tiles)
+        pixels = cutter.cut(0, len(tiles.grid[scales[0]]))
+        for scale in scales:
+            np.testing.assert_array_equal(pixels[scale], one_by_one(slide, tiles, scale))
+
+
+def test_what_was_never_scanned_is_white(tmp_path: Path) -> None:
+    """A picture with a hole, of which every tile of every scale is cut."""
+    rgba = np.dstack([texture(512, 512), np.full((512, 512), 255, np.uint8)])
+    rgba[100:300, 100:300, 3] = 0
+    cv2.imwrite(str(tmp_path / "a.png"), cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA))
+    with Slide(SlideRow("a", tmp_path / "a.png", mpp=0.5)) as slide:
+        tiles = tiles_of(slide, np.ones((4, 4), bool), tile_px=64)
+        check(slide, tiles, chunk=100)
+        place = tiles.grid["x20"].tolist().index([2, 2])  # 128 to 192
+        assert (TileCutter(slide, tiles).cut(0, 4)["x20"][place] == 255).all()
+
+
+def test_what_cannot_be_read_raises(shared_data: Path) -> None:
+    path = shared_data / "slides" / "bad" / "unreadable.svs"
+    with Slide(SlideRow("a", path, mpp=0.5)) as slide, pytest.raises(InputError, match="cannot be"):
+        TileCutter(slide, tiles_of(slide, np.ones((2, 2), bool), ["x20"], tile_px=8)).cut(0, 1)

@@ -1,0 +1,134 @@
+"""JPEGs of a TIFF laid side by side are what OpenSlide reads, pixel by pixel."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+
+from dasmil.errors import InputError
+from dasmil.slides import reader
+from dasmil.slides.cohort import SlideRow
+from dasmil.slides.reader import Slide
+
+SIDE = 128
+
+
+def picture(width: int, height: int) -> np.ndarray:
+    noise = np.random.default_rng(0).normal(size=(height, width, 3)).astype(np.float32)
+    smooth = cv2.GaussianBlur(noise, (0, 0), 3)
+    return np.clip(150 + 35 * smooth / smooth.std(), 0, 255).astype(np.uint8)
+
+
+def write_jpeg_pyramid(path: Path, width: int, height: int, downsamples: tuple[int, ...]) -> None:
+    """A pyramid of JPEG tiles with 0.5 µm/px at its finest level."""
+    full = picture(width, height)
+    with tifffile.TiffWriter(path) as tiff:
+        for downsample in downsamples:
+            level = full[::downsample, ::downsample]
+            rows, columns = -(-level.shape[0] // SIDE), -(-level.shape[1] // SIDE)
+            padded = np.zeros((rows * SIDE, columns * SIDE, 3), np.uint8)
+            padded[: level.shape[0], : level.shape[1]] = level
+            squares = padded.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2)
+            jpegs = [
+                cv2.imencode(".jpg", np.ascontiguousarray(square[..., ::-1]))[1].tobytes()
+                for square in squares.reshape(-1, SIDE, SIDE, 3)
+            ]
+            tiff.write(
+                iter(jpegs),
+                shape=level.shape,
+                dtype=np.uint8,
+                photometric="rgb",
+                compression="zlib",  # tifffile passes bytes on as they are, but writes no JPEG
+                tile=(SIDE, SIDE),
+                subfiletype=int(downsample > 1),
+                resolution=(2e4 / downsample,) * 2,
+                resolutionunit="CENTIMETER",
+                metadata=None,
+            )
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        for page in tiff.pages:
+            page.tags["Compression"].overwrite(7)
+            page.tags["PhotometricInterpretation"].overwrite(6)
+
+
+def regions(slide: Slide) -> Iterator[tuple[tuple[int, int], int, tuple[int, int]]]:
+    """Parts of every level that can be read without interpolation, some beyond its borders."""
+    for level, size in enumerate(slide._handle.level_dimensions):
+        if slide.is_whole(level):
+            stored, (width, height) = round(slide.downsamples[level]), size
+            for left, top, w, h in [
+                (0, 0, min(width, 700), min(height, 700)),
+                (width // 3, height // 3, max(1, width // 2), max(1, min(height // 2, 900))),
+                (width - 50, height - 40, 50, 40),
+                (width - 50, height - 40, 90, 90),
+                (-30, -20, 100, 100),
+            ]:
+                yield (left * stored, top * stored), level, (w, h)
+
+
+def check(slide: Slide) -> int:
+    """How many levels are read as JPEGs; whatever is read equals OpenSlide's pixels."""
+    for origin_px0, level, size_px in regions(slide):
+        found = slide.region(origin_px0, level, size_px)
+        expected = slide._openslide_region(origin_px0, level, size_px)
+        np.testing.assert_array_equal(found, expected)
+    return sum(jpegs is not None for jpegs in slide._jpegs.values())
+
+
+def test_a_drawn_pyramid_of_jpegs(tmp_path: Path) -> None:
+    write_jpeg_pyramid(tmp_path / "a.tiff", 1024, 768, (1, 2))
+    with Slide(SlideRow("a", tmp_path / "a.tiff")) as slide:
+        assert check(slide) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "levels"),
+    [
+        ("atlas_x20/PDAC-tru-cut_HE3.svs", 2),  # YCbCr
+        ("atlas_x20/erosion_HE.tif", 1),
+        ("native/cmu-1-small-region.svs", 1),  # RGB, with tables of its own for all JPEGs
+        ("native/cmu-1-wrong-mpp.tiff", 1),
+        ("native/tcga-cr-7395-01a-01-ts1.svs", 0),  # JPEG 2000
+        ("native/boxes.tiff", 0),  # deflated
+        ("native/cmu-1-small-region-dicom", 0),
+    ],
+)
+def test_real_slides(shared_data: Path, file: str, levels: int) -> None:
+    with Slide(SlideRow("a", shared_data / "slides" / file, mpp=0.5)) as slide:
+        assert check(slide) == levels
+
+
+def test_where_the_two_differ_openslide_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jpeg_pyramid(tmp_path / "a.tiff", 1024, 768, (1,))
+    real = cv2.imdecode
+    monkeypatch.setattr(cv2, "imdecode", lambda data, flags: real(data, flags) ^ 1)
+    with Slide(SlideRow("a", tmp_path / "a.tiff")) as slide:
+        assert check(slide) == 0
+
+
+def test_a_jpeg_that_is_not_there_is_left_to_openslide(tmp_path: Path) -> None:
+    path = tmp_path / "a.tiff"
+    write_jpeg_pyramid(path, 1024, 768, (1,))
+    with tifffile.TiffFile(path) as tiff:
+        start, length = tiff.pages[0].dataoffsets[0], tiff.pages[0].databytecounts[0]
+    content = bytearray(path.read_bytes())
+    content[start : start + length] = bytes(length)
+    path.write_bytes(content)
+    with Slide(SlideRow("a", path)) as slide:
+        assert slide.region((512, 512), 0, (64, 64)).std() > 10
+        with pytest.raises(InputError, match="pixels at 64,64 cannot be read"):
+            slide.region((64, 64), 0, (128, 128))
+
+
+def test_decoded_jpegs_are_kept_within_bounds(tmp_path: Path) -> None:
+    write_jpeg_pyramid(tmp_path / "a.tiff", 1024, 768, (1,))
+    with Slide(SlideRow("a", tmp_path / "a.tiff"), cache_bytes=5 * 3 * SIDE**2) as slide:
+        slide.region((0, 0), 0, (1024, 768))
+        jpegs = slide._jpegs[0]
+        assert jpegs is not None and jpegs._decode.cache_info().currsize == 5
+        assert reader.CACHE_BYTES > 5 * 3 * SIDE**2
