@@ -6,7 +6,6 @@ each scale's grid, :func:`union_neighbours` is A with the relation "part of" bet
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +13,6 @@ from torch import Tensor
 OFFSETS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1))  # slot 4: the tile itself
 DENSE_CELLS = 16  # cells of the bounding box per tile, up to which a table of the box is made
 FREE_CELLS = 2**16  # and a table of that many in any case
-
-Value = TypeVar("Value")
 
 
 @dataclass  # not frozen: Lightning converts the fields for precisions such as bf16-true

@@ -1,9 +1,9 @@
 """Time and memory from 1k to 256k tiles: straight lines, if the cost is linear.
 
-``python tests/benchmarks/bench_cost.py OUT.png`` draws them; ``measure`` gives the table the slope.
+``python tests/benchmarks/run.py --picture OUT.png`` draws them; ``measure`` says
+the slope.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +57,11 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def draw(found: Sequence[Cost], path: Path) -> None:
+def draw(path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
+    found = list(costs(SIZES))
     sizes = [cost.num_tiles for cost in found]
     for axes, kind, unit in zip(figure.subplots(1, 2), ("seconds", "memory"), ("s", "MiB")):
         for number, name in enumerate(WHAT):
@@ -90,7 +91,3 @@ def measure(quick: bool) -> Iterator[Row]:
             )
             target = f"linear: measured tiles^{power:.2f}"
             yield Row("cost", case, unit, values[-1], target=target)
-
-
-if __name__ == "__main__":
-    draw(list(costs(SIZES)), Path(sys.argv[1]))

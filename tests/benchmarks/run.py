@@ -55,7 +55,11 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--output", type=Path, help="Markdown file for the table")
     parser.add_argument("--quick", action="store_true", help="tiny inputs: does it run at all?")
+    parser.add_argument("--picture", type=Path, help="draw the cost from 1k to 256k tiles, no more")
     options = parser.parse_args(args)
+    if options.picture is not None:
+        importlib.import_module("bench_cost").draw(options.picture)
+        return 0
 
     rows: list[Row] = []
     context = multiprocessing.get_context("spawn")
