@@ -6,6 +6,7 @@ each scale's grid, :func:`union_neighbours` is A with the relation "part of" bet
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -124,7 +125,8 @@ def union_neighbours(
     first_node = dict(zip(neighbours, _sums([len(own) for own in neighbours.values()])))
     counts = torch.cat([own.ptr.diff() for own in neighbours.values()])  # entries a node, (N,)
     above: dict[str, tuple[Tensor, Tensor]] = {}  # per scale: nodes of children, of their parents
-    for (coarse, fine), rows in zip(zip(neighbours, parent), parent.values(), strict=False):
+    for coarse, fine in pairwise(neighbours):
+        rows = parent[fine]
         held = (rows >= 0).nonzero().squeeze(1)
         above[fine] = (held + first_node[fine], rows[held] + first_node[coarse])
     num_parents, num_children = torch.zeros_like(counts), torch.zeros_like(counts)
@@ -143,17 +145,13 @@ def union_neighbours(
         index.index_copy_(0, entry.long(), own.index + start)
         reverse.index_copy_(0, entry.long(), entry.index_select(0, own.reverse))
     for child, of in above.values():  # after its own scale a node sees its parent, then children
-        siblings = torch.arange(len(of), device=ptr.device) - _first_of_each(of)
+        eldest = torch.searchsorted(of, of)  # the first child of the same parent
+        siblings = torch.arange(len(of), device=ptr.device) - eldest
         up = (ptr[child] + counts[child]).long()
         down = ptr[of] + counts[of] + num_parents[of] + siblings
         index[up], index[down] = of.int(), child.int()
         reverse[up], reverse[down] = down.int(), up.int()
     return Neighbours(ptr, index, reverse)
-
-
-def _first_of_each(values: Tensor) -> Tensor:
-    """For each of sorted values the position of the first that is equal."""
-    return torch.searchsorted(values, values)
 
 
 def join_neighbours(parts: Sequence[Neighbours]) -> Neighbours:

@@ -1,7 +1,7 @@
 """The JPEG tiles inside a TIFF slide, decoded without OpenSlide.
 
-OpenSlide spends three quarters of a ``read_region`` on composing what it has decoded. Where a level
-is nothing but a grid of JPEGs, as in Aperio's files and in plain pyramids, they are laid side by
+OpenSlide spends most of a ``read_region`` on composing what it has decoded. Where a level is
+nothing but a grid of JPEGs, as in Aperio's files and in plain pyramids, they are laid side by
 side here instead. OpenSlide remains the measure: a level is read in this way only when samples of
 it come out the same in both.
 """
