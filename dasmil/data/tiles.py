@@ -20,8 +20,7 @@ from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.reader import RgbArray, Slide
 from dasmil.slides.splits import placed, split_cohort
-from dasmil.slides.tile import tiles_path
-from dasmil.slides.tiling import read_tiles
+from dasmil.slides.tiling import read_tiles, tiles_path
 
 EVALUATED = ("val", "test")
 MAX_OPEN_SLIDES = 32  # of each reading process

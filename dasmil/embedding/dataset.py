@@ -13,8 +13,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.cutting import TileCutter, rows_inside
 from dasmil.slides.reader import READ_BLOCK_PX, Slide
-from dasmil.slides.tile import tiles_path
-from dasmil.slides.tiling import TilePyramid, read_tiles
+from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path
 
 # Decoded parts of the file that the next chunk reads again, at its upper edge: a strip of tiles
 # across a wide slide.

@@ -22,8 +22,7 @@ from dasmil.embedding.writer import BagWriter, Embedded, bag_header, failure_pat
 from dasmil.errors import InputError
 from dasmil.files import write_csv, write_text
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
-from dasmil.slides.tile import tiles_path
-from dasmil.slides.tiling import TilePyramid, read_tiles
+from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path
 
 
 class EmbeddingModule(LightningModule):

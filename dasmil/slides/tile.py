@@ -16,23 +16,11 @@ from tqdm import tqdm
 from dasmil.errors import InputError
 from dasmil.files import write_csv
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
-from dasmil.slides.qc import draw_qc, write_png
 from dasmil.slides.reader import Slide
-from dasmil.slides.tiling import (
-    TilePyramid,
-    TilingParameters,
-    read_tiles,
-    tile_pyramid,
-    write_tiles,
-)
-from dasmil.slides.tissue import TissueParameters, tissue_mask
+from dasmil.slides.tile_slide import StatusRow, summary, tile_slide
+from dasmil.slides.tiling import TilingParameters, read_tiles, tiles_path
+from dasmil.slides.tissue import TissueParameters
 from dasmil.units import parse_scales
-
-StatusRow = dict[str, str | int | float]
-
-
-def tiles_path(folder: Path, slide_id: str) -> Path:
-    return folder / "tiles" / f"{slide_id}.safetensors"
 
 
 def tile(
@@ -107,7 +95,7 @@ def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> St
     start = time.monotonic()
     try:
         with Slide(row) as slide:
-            result = _done_before(slide, output) or _tile_anew(slide, output, parameters)
+            result = _done_before(slide, output) or tile_slide(slide, output, parameters)
     except Exception as error:  # the message is reported in status.csv, on screen and by exit code
         message = (
             str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
@@ -125,37 +113,7 @@ def _done_before(slide: Slide, output: Path) -> StatusRow | None:
     if (tiles.slide_mpp, tiles.size_px0) != (slide.mpp, slide.size_px0):
         return None
     message = "tiled before" if any(tiles.num_tiles().values()) else "tiled before, no tile kept"
-    return _summary(tiles, slide, message)
-
-
-def _tile_anew(slide: Slide, output: Path, parameters: TilingParameters) -> StatusRow:
-    slide_id = slide.row.slide_id
-    thumbnail = slide.thumbnail(parameters.tissue.mpp)
-    thumbnail_mpp = slide.mpp * slide.size_px0[0] / thumbnail.shape[1]
-    mask = tissue_mask(thumbnail, thumbnail_mpp, parameters.tissue)
-    tiles = tile_pyramid(slide_id, mask, slide.size_px0, slide.mpp, parameters)
-    write_png(output / "qc" / f"{slide_id}.png", draw_qc(thumbnail, mask, tiles))
-    write_tiles(tiles_path(output, slide_id), tiles)
-    if any(tiles.num_tiles().values()):
-        message = ""
-    elif not mask.any():
-        message = "no tissue found"
-    elif not all(tiles.geometry.shape(0, slide.size_px0)):
-        message = f"smaller than one tile of {tiles.scales[0].name}"
-    else:
-        message = "tissue, but no tile holds enough"
-    return _summary(tiles, slide, message)
-
-
-def _summary(tiles: TilePyramid, slide: Slide, message: str) -> StatusRow:
-    num_tiles = tiles.num_tiles()
-    return {
-        "state": "done" if any(num_tiles.values()) else "empty",
-        **{f"tiles/{name}": count for name, count in num_tiles.items()},
-        "mpp": slide.mpp,
-        "mpp_source": slide.physical_scale.source,
-        "message": message,
-    }
+    return summary(tiles, slide, message)
 
 
 def _write_status(

@@ -151,6 +151,10 @@ def _find_rows(
     return order[np.searchsorted(keys, wanted_keys, sorter=order)]
 
 
+def tiles_path(folder: Path, slide_id: str) -> Path:
+    return folder / "tiles" / f"{slide_id}.safetensors"
+
+
 def write_tiles(path: Path, tiles: TilePyramid) -> None:
     """Safetensors with ``grid/<scale>`` and ``parent/<scale>``, the rest in the header."""
     tensors = {f"grid/{name}": np.ascontiguousarray(a) for name, a in tiles.grid.items()}

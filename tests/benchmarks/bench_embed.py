@@ -33,8 +33,8 @@ from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.cohort import write_cohort as write_table
 from dasmil.slides.cutting import TileCutter
 from dasmil.slides.reader import RgbArray, Slide
-from dasmil.slides.tile import tile, tiles_path
-from dasmil.slides.tiling import TilePyramid, read_tiles
+from dasmil.slides.tile import tile
+from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path
 from dasmil.units import Scale
 
 SLIDES = Path(__file__).resolve().parents[3] / "shared" / "data" / "slides" / "atlas_x20"

@@ -14,8 +14,7 @@ from dasmil.data import BagDataModule, TileDataModule
 from dasmil.data.tiles import EvenSlideSampler, TileDataset
 from dasmil.errors import InputError
 from dasmil.slides.cohort import SlideRow
-from dasmil.slides.tile import tiles_path
-from dasmil.slides.tiling import TilePyramid, write_tiles
+from dasmil.slides.tiling import TilePyramid, tiles_path, write_tiles
 from dasmil.units import Mpp, TilePx, parse_scales
 
 Draw = tuple[int, int]  # number of the slide, row of the tile

@@ -18,8 +18,7 @@ from dasmil.embedding.extractor import Extractor, load_extractor
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.cutting import TileCutter
 from dasmil.slides.reader import Slide
-from dasmil.slides.tile import tiles_path
-from dasmil.slides.tiling import TilingParameters, read_tiles, tile_pyramid, write_tiles
+from dasmil.slides.tiling import TilingParameters, read_tiles, tile_pyramid, tiles_path, write_tiles
 from dasmil.units import Scale
 
 RANDOM = {"x10": "random:test_vit", "x20": "random:test_vit"}
