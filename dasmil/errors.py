@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints the sentence without a traceback and exits with code 2.
     """
+
+
+class DiskFullError(InputError):
+    """Nothing more can be written; no fault of the slide that was being worked on."""

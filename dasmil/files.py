@@ -1,31 +1,116 @@
 """Files that are written whole or not at all, and where dasmil's own configs lie."""
 
 import csv
+import errno
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dasmil.errors import InputError
+from dasmil.errors import DiskFullError, InputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to ``path`` when the block ends well."""
+    """A temporary path in the same folder, renamed to ``path`` when the block ends well.
+
+    The content has reached the disk before the name does, so that also a machine that loses its
+    power leaves the whole file or none.
+
+    Raises
+    ------
+    DiskFullError
+        when nothing more can be written there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(6)}.tmp{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with said_when_full(path):
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def said_when_full(path: Path) -> Iterator[None]:
+    """Tells a full disk from all other errors of writing a file."""
+    try:
+        yield
+    except Exception as error:
+        if _is_full(error):
+            raise DiskFullError(
+                f"{path}: its disk is full; free some space and run the same command again, what "
+                "is done is kept"
+            ) from error
+        raise
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return any(f"os error {number})" in str(error) for number in FULL)  # safetensors' writer
+
+
+def left_behind(folder: Path) -> list[Path]:
+    """Files that a process had begun in this folder, and not ended."""
+    if not folder.is_dir():
+        return []
+    return [p for p in folder.iterdir() if re.match(r"\..*\.[0-9a-f]{12}\.tmp(\.|$)", p.name)]
 
 
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_once(path: Path, text: str) -> str:
+    """Write a file that is not there; returns what is there then, of whoever was first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        own = path.with_name(f".{path.stem}.{secrets.token_hex(6)}.tmp{path.suffix}")
+        try:
+            with said_when_full(path):
+                own.write_text(text, encoding="utf-8")
+            link_once(own, path)
+        except FileExistsError:
+            pass  # another process was first
+        finally:
+            own.unlink(missing_ok=True)
+    return path.read_text(encoding="utf-8")
+
+
+def link_once(source: Path, path: Path) -> None:
+    """Make ``path`` a copy of a small file, whole and at once, where nothing of its name is.
+
+    Raises
+    ------
+    FileExistsError
+        when something is; a file system lets one process alone succeed.
+    """
+    try:
+        os.link(source, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with open(path, "x", encoding="utf-8") as file:  # the next best that such a disk has
+            file.write(source.read_text(encoding="utf-8"))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

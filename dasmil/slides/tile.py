@@ -1,26 +1,35 @@
 """The verb ``tile``: a cohort of slides → a folder of tile tables.
 
 ``TILES/cohort.csv`` (all slides, with absolute paths), ``TILES/status.csv`` (what became of each),
-``TILES/tiles/<slide_id>.safetensors`` and ``TILES/qc/<slide_id>.png``.
+``TILES/tiles/<slide_id>.safetensors`` and ``TILES/qc/<slide_id>.png``. It may run many times at
+once on the same folder, on one machine or on several (:mod:`dasmil.work`).
 """
 
+import json
 import os
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dasmil.errors import InputError
-from dasmil.files import write_csv
+from dasmil.errors import DiskFullError, InputError
+from dasmil.files import write_once
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
 from dasmil.slides.reader import Slide
-from dasmil.slides.tile_slide import StatusRow, summary, tile_slide
+from dasmil.slides.tile_slide import StatusRow, qc_path, summary, tile_slide
 from dasmil.slides.tiling import TilingParameters, read_tiles, tiles_path
 from dasmil.slides.tissue import TissueParameters
 from dasmil.units import parse_scales
+from dasmil.work.process import ChildProcess
+from dasmil.work.status import Status
+from dasmil.work.worker import STALE_AFTER_S, Worker, ended_by_sigterm
+
+PARAMETERS = "tiling.json"
+POLL_S = 1.0  # between two looks at what other workers have done
 
 
 def tile(
@@ -32,11 +41,13 @@ def tile(
     max_upsampling: float = 1.15,
     tissue: TissueParameters = TissueParameters(),  # noqa: B008 - frozen, and the CLI shows its fields
     workers: int | None = None,
+    stale_after: float = STALE_AFTER_S,
 ) -> int:
     """Find tissue and lay aligned tiles of every scale over it, for each slide of a cohort.
 
     Slides that are done with the same parameters are skipped. A slide that fails costs one row of
-    ``status.csv`` and the run goes on.
+    ``status.csv`` and the run goes on. Run it several times at once, on one machine or on many, and
+    the slides are shared.
 
     Parameters
     ----------
@@ -57,10 +68,12 @@ def tile(
         how tissue is found.
     workers:
         processes; all cores when not given.
+    stale_after:
+        seconds of silence after which the slides of another, vanished worker are taken over.
 
     Returns
     -------
-    The exit code: 1 when a slide failed, else 0.
+    The exit code: 1 when a slide failed or was not reached, else 0.
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers: {workers} is not a positive number of processes")
@@ -70,24 +83,81 @@ def tile(
     _refuse_other_parameters(output, rows, parameters)
     write_cohort(output / "cohort.csv", rows)
 
-    status: dict[str, StatusRow] = {}
-    workers = min(workers or os.cpu_count() or 1, len(rows))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_tile_slide, row, output, parameters): row for row in rows}
-        for future in tqdm(as_completed(futures), "tile", len(futures), unit="slide"):
-            result = future.result()
-            status[str(result["slide_id"])] = result
-            _write_status(output, rows, status, parameters)
+    status = tile_status(output)
+    with ended_by_sigterm(), Worker(output, stale_after, on_beat=status.write) as worker:
+        _tile_all(rows, output, parameters, min(workers or os.cpu_count() or 1, len(rows)), worker)
+    print(status.summary("tile"))
+    return int(any(row["state"] not in ("done", "empty") for row in status.rows))
 
-    states = [row["state"] for row in status.values()]
-    for slide_id, row in sorted(status.items()):
-        if row["state"] != "done":
-            print(f"{row['state']}: {slide_id}: {row['message']}")
-    print(
-        f"tile: {states.count('done')} done, {states.count('empty')} without tissue, "
-        f"{states.count('failed')} failed; see {output / 'status.csv'}"
+
+def tile_status(folder: Path) -> Status:
+    """What has become of the slides of a folder that ``tile`` writes."""
+    scales = parse_scales(json.loads((folder / PARAMETERS).read_text())["scales"])
+    columns = [f"tiles/{scale.name}" for scale in scales]
+    return Status(
+        folder,
+        [row.slide_id for row in read_cohort(folder / "cohort.csv")],
+        [*columns, "tissue_mm2", "mpp", "mpp_source"],
+        path=partial(tiles_path, folder),
+        describe=lambda path: summary(read_tiles(path), "", ""),
     )
-    return int("failed" in states)
+
+
+def _tile_all(
+    rows: Sequence[SlideRow],
+    output: Path,
+    parameters: TilingParameters,
+    num_processes: int,
+    worker: Worker,
+) -> None:
+    """Until every slide is settled, by this worker or by another."""
+    waiting = deque(rows)
+    function = partial(_tile_slide, output=output, parameters=parameters)
+    idle = [ChildProcess(function) for _ in range(num_processes)]
+    running: dict[Connection, tuple[ChildProcess, SlideRow]] = {}
+    try:
+        with tqdm(desc="tile", total=len(rows), unit="slide") as bar:
+            while waiting or running:
+                while idle and (row := _next_slide(waiting, worker)) is not None:
+                    process = idle.pop()
+                    process.begin(row)
+                    running[process.connection] = process, row
+                if not running:
+                    bar.set_postfix_str("waiting for other workers")
+                    time.sleep(POLL_S)
+                ready = wait(list(running), POLL_S) if running else []
+                for connection in [c for c in running if c in ready]:
+                    process, row = running.pop(connection)
+                    worker.settle(row.slide_id, _result(process, row))
+                    idle.append(process)
+                bar.update(len(rows) - len(waiting) - len(running) - bar.n)
+    finally:
+        for process in [*idle, *(process for process, _ in running.values())]:
+            process.kill()
+
+
+def _next_slide(waiting: deque[SlideRow], worker: Worker) -> SlideRow | None:
+    """A slide that this worker has claimed; the others' are left in ``waiting``, or settled."""
+    held = worker.held_by_others()
+    for _ in range(len(waiting)):
+        row = waiting.popleft()
+        if worker.is_settled(row.slide_id):
+            continue
+        if row.slide_id not in held and worker.claim(row.slide_id):
+            if not worker.is_settled(row.slide_id):  # between the two questions
+                return row
+            worker.release(row.slide_id)
+            continue
+        waiting.append(row)
+    return None
+
+
+def _result(process: ChildProcess, row: SlideRow) -> StatusRow:
+    try:
+        result: StatusRow = process.result()
+    except EOFError as death:  # of memory, or inside a library that decodes the slide
+        return {"state": "failed", "message": f"{row.path}: {death}; is the file damaged?"}
+    return result
 
 
 def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> StatusRow:
@@ -95,49 +165,58 @@ def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> St
     start = time.monotonic()
     try:
         with Slide(row) as slide:
-            result = _done_before(slide, output) or tile_slide(slide, output, parameters)
+            result = _done_before(slide, output, parameters) or tile_slide(
+                slide, output, parameters
+            )
+    except DiskFullError:
+        raise
     except Exception as error:  # the message is reported in status.csv, on screen and by exit code
         message = (
             str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         )
         result = {"state": "failed", "message": message}
-    return {"slide_id": row.slide_id, "seconds": round(time.monotonic() - start, 2), **result}
+    return {**result, "seconds": round(time.monotonic() - start, 2)}
 
 
-def _done_before(slide: Slide, output: Path) -> StatusRow | None:
-    """The status of a slide whose tiles are there; with another mpp or size it is tiled anew."""
+def _done_before(slide: Slide, output: Path, parameters: TilingParameters) -> StatusRow | None:
+    """The status of a slide whose table and picture are there, and are of this very slide."""
     path = tiles_path(output, slide.row.slide_id)
-    if not path.exists():
+    if not path.exists() or not qc_path(output, slide.row.slide_id).exists():
         return None
-    tiles = read_tiles(path)
+    try:
+        tiles = read_tiles(path)
+    except InputError:  # cut off, or of another version: told when the run began
+        return None
     if (tiles.slide_mpp, tiles.size_px0) != (slide.mpp, slide.size_px0):
         return None
     message = "tiled before" if any(tiles.num_tiles().values()) else "tiled before, no tile kept"
-    return summary(tiles, slide, message)
-
-
-def _write_status(
-    output: Path,
-    rows: Sequence[SlideRow],
-    status: dict[str, StatusRow],
-    parameters: TilingParameters,
-) -> None:
-    names = [scale.name for scale in parse_scales(parameters.scales)]
-    columns = ["slide_id", "state", *(f"tiles/{name}" for name in names)]
-    columns += ["mpp", "mpp_source", "seconds", "message"]
-    waiting = {"state": "waiting"}
-    records = ({"slide_id": r.slide_id, **status.get(r.slide_id, waiting)} for r in rows)
-    write_csv(output / "status.csv", columns, records)
+    return summary(tiles, slide.physical_scale.source, message)
 
 
 def _refuse_other_parameters(
-    output: Path, rows: Iterable[SlideRow], parameters: TilingParameters
+    output: Path, rows: Sequence[SlideRow], parameters: TilingParameters
 ) -> None:
-    """A folder holds tiles of one set of parameters."""
-    for row in rows:
-        path = tiles_path(output, row.slide_id)
-        if path.exists() and read_tiles(path).tiling != parameters.as_json():
-            raise InputError(
-                f"{path}: made with other parameters than asked for now; "
-                "choose another --output, or delete that folder to start over"
-            )
+    """A folder holds tiles of one set of parameters, also when two commands begin together."""
+    wanted = parameters.as_json()
+    path = output / PARAMETERS
+    tables = [tiles_path(output, row.slide_id) for row in rows]
+    tables = [table for table in tables if table.exists()]
+    if not tables:
+        path.unlink(missing_ok=True)
+    for table in tables:
+        try:
+            found = read_tiles(table).tiling
+        except InputError as error:
+            print(f"tile: {error}: it is made anew")
+            continue
+        if found != wanted:
+            raise _other_parameters(table)
+    if write_once(path, wanted) != wanted:
+        raise _other_parameters(path)
+
+
+def _other_parameters(path: Path) -> InputError:
+    return InputError(
+        f"{path}: made with other parameters than asked for now; "
+        "choose another --output, or delete that folder to start over"
+    )

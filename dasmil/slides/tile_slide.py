@@ -16,6 +16,10 @@ from dasmil.slides.tissue import tissue_mask
 StatusRow = dict[str, str | int | float]
 
 
+def qc_path(folder: Path, slide_id: str) -> Path:
+    return folder / "qc" / f"{slide_id}.png"
+
+
 def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> StatusRow:
     """Find tissue, lay the tiles, draw the picture; the tile table is written last."""
     slide_id = slide.row.slide_id
@@ -23,7 +27,7 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
     thumbnail_mpp = slide.mpp * slide.size_px0[0] / thumbnail.shape[1]
     mask = tissue_mask(thumbnail, thumbnail_mpp, parameters.tissue)
     tiles = tile_pyramid(slide_id, mask, slide.size_px0, slide.mpp, parameters)
-    write_png(output / "qc" / f"{slide_id}.png", draw_qc(thumbnail, mask, tiles))
+    write_png(qc_path(output, slide_id), draw_qc(thumbnail, mask, tiles))
     write_tiles(tiles_path(output, slide_id), tiles)
     if any(tiles.num_tiles().values()):
         message = ""
@@ -33,16 +37,16 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
         message = f"smaller than one tile of {tiles.scales[0].name}"
     else:
         message = "tissue, but no tile holds enough"
-    return summary(tiles, slide, message)
+    return summary(tiles, slide.physical_scale.source, message)
 
 
-def summary(tiles: TilePyramid, slide: Slide, message: str) -> StatusRow:
+def summary(tiles: TilePyramid, mpp_source: str, message: str) -> StatusRow:
     """What the status table says of a slide that has been tiled."""
     num_tiles = tiles.num_tiles()
     return {
         "state": "done" if any(num_tiles.values()) else "empty",
         **{f"tiles/{name}": count for name, count in num_tiles.items()},
-        "mpp": slide.mpp,
-        "mpp_source": slide.physical_scale.source,
+        "mpp": tiles.slide_mpp,
+        "mpp_source": mpp_source,
         "message": message,
     }

@@ -17,6 +17,7 @@ from dasmil.errors import InputError
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile import tile
+from dasmil.slides.tiling import FORMAT as TILES_FORMAT
 from dasmil.slides.tiling import TilePyramid, TilingParameters, read_tiles
 from dasmil.slides.tissue import TissueParameters
 
@@ -112,6 +113,7 @@ def test_a_status_says_how_many_tiles_and_whence_the_mpp(first_run: Run) -> None
         "state",
         "tiles/x5",
         "tiles/x20",
+        "tissue_mm2",
         "mpp",
         "mpp_source",
         "seconds",
@@ -238,16 +240,23 @@ def test_other_parameters_are_refused_and_nothing_is_touched(
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
-def test_a_damaged_tile_table_is_named(two_slides: Path, tmp_path: Path) -> None:
+def test_a_damaged_tile_table_is_named_and_made_anew(
+    two_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "TILES"
     tile(two_slides, output, SCALES, tile_px=64, workers=1)
     path = output / "tiles" / "good.safetensors"
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(InputError, match="delete it and tile again") as caught:
-        tile(two_slides, output, SCALES, tile_px=64, workers=1)
-    assert str(path) in str(caught.value)
-    path.unlink()
-    assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
+    whole = path.read_bytes()
+    other = whole.replace(TILES_FORMAT.encode(), TILES_FORMAT.replace("dasmil", "daskid").encode())
+    for damaged in (whole[:50], whole[:-1], b"", other):
+        path.write_bytes(damaged)
+        times = {p: p.stat().st_mtime_ns for p in output.glob("tiles/blank*")}
+        capsys.readouterr()
+        assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if "made anew" in line]
+        assert len(said) == 1 and str(path) in said[0]
+        assert path.read_bytes() == whole
+        assert {p: p.stat().st_mtime_ns for p in output.glob("tiles/blank*")} == times
 
 
 def test_a_scale_the_slide_does_not_hold_costs_its_row(two_slides: Path, tmp_path: Path) -> None:
@@ -271,7 +280,7 @@ def test_the_command_line_counts_failures_last(
     assert main(command) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == (
-        f"tile: 1 done, 2 without tissue, 1 failed; see {tmp_path / 'TILES' / 'status.csv'}"
+        f"tile: 1 done, 2 empty, 1 failed; see {tmp_path / 'TILES' / 'status.csv'}"
     )
     assert "empty: blank: no tissue found" in lines
     assert any(line.startswith("failed: broken: ") for line in lines)
@@ -297,7 +306,7 @@ def test_the_module_runs_as_a_program(two_slides: Path, tmp_path: Path) -> None:
     command += ["--output", str(tmp_path / "TILES"), "--scales", "[x5,x20]", "--tile_px", "64"]
     done = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("tile: 1 done, 1 without tissue, 0 failed")
+    assert done.stdout.splitlines()[-1].startswith("tile: 1 done, 1 empty, 0 failed")
 
 
 def test_a_folder_of_slides_needs_no_table(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""The status of a cohort: one row a slide, from the files that are there and what workers wrote."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dasmil.errors import InputError
+from dasmil.files import write_csv
+from dasmil.work.worker import Board
+
+MAX_NAMED = 10  # slides of a kind that a summary names
+STATES = ("done", "empty", "failed", "not tiled", "running", "waiting")
+
+
+@dataclass
+class Status:
+    """What has become of every slide.
+
+    ``done`` and ``empty`` (no tile) slides have their file; ``failed`` ones a reason; ``running``
+    ones a living worker; all others wait.
+
+    Parameters
+    ----------
+    folder: the output of the verb.
+    slide_ids: the cohort, in its order.
+    columns: of the table between the state and the seconds.
+    path: the file of a slide.
+    describe: the row of a file that no worker has written a line of.
+    """
+
+    folder: Path
+    slide_ids: Sequence[str]
+    columns: Sequence[str]
+    path: Callable[[str], Path]
+    describe: Callable[[Path], Mapping[str, Any]]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._board = Board(self.folder)
+        self._described: dict[str, Mapping[str, Any]] = {}
+
+    @property
+    def table(self) -> Path:
+        return self.folder / "status.csv"
+
+    def update(self) -> list[dict[str, Any]]:
+        """The rows as of now."""
+        board, now = self._board, time.time()
+        board.update()
+        newest = {slide_id: claims[max(claims)] for slide_id, claims in board.claims().items()}
+        running = {slide_id: name for slide_id, name in newest.items() if board.lives(name, now)}
+        files = self._files()
+        self.rows = []
+        for slide_id in self.slide_ids:
+            row = dict(board.records.get(slide_id, {"state": "waiting"}))
+            if slide_id in running:
+                row = {"state": "running", "message": board.where(running[slide_id])}
+            elif self.path(slide_id) in files:
+                if row["state"] == "waiting":  # its worker was killed before it could say so
+                    row = dict(self._describe(slide_id))
+            elif row["state"] in ("done", "empty"):
+                row = {"state": "waiting", "message": "its file has gone; it is made anew"}
+            self.rows.append({**row, "slide_id": slide_id})
+        return self.rows
+
+    def write(self) -> None:
+        """``status.csv`` as of now."""
+        columns = ["slide_id", "state", *self.columns, "seconds", "message"]
+        rows = self.update()
+        write_csv(self.table, columns, [{c: r.get(c) for c in columns} for r in rows])
+
+    def summary(self, verb: str) -> str:
+        """The counts in a line, under lines of the slides that are not done."""
+        return "\n".join([*self._complaints(), self.counts(verb)])
+
+    def counts(self, verb: str) -> str:
+        found = Counter(row["state"] for row in self.rows)
+        words = [f"{found[state]} {state}" for state in STATES if found[state] or state == "done"]
+        if not found["failed"]:
+            words.append("0 failed")
+        return f"{verb}: {', '.join(words)}; see {self.table}"
+
+    def _complaints(self) -> Iterator[str]:
+        for state in STATES[1:]:
+            rows = [row for row in self.rows if row["state"] == state]
+            for row in rows[:MAX_NAMED]:
+                yield f"{state}: {row['slide_id']}: {row.get('message') or ''}".rstrip(": ")
+            if len(rows) > MAX_NAMED:
+                yield f"{state}: and {len(rows) - MAX_NAMED} more"
+
+    def _files(self) -> set[Path]:
+        """One listing: on a network file system each question about a file waits for an answer."""
+        folders = {self.path(slide_id).parent for slide_id in self.slide_ids}
+        return {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
+
+    def _describe(self, slide_id: str) -> Mapping[str, Any]:
+        if slide_id not in self._described:
+            try:
+                self._described[slide_id] = self.describe(self.path(slide_id))
+            except InputError as error:
+                self._described[slide_id] = {"state": "waiting", "message": str(error)}
+        return self._described[slide_id]

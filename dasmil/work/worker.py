@@ -1,0 +1,349 @@
+"""A process that shares the slides of a cohort with others, on this machine or on any other.
+
+All that the processes know of each other are files in ``FOLDER/work``:
+
+==================================== =============================================================
+``<worker>.jsonl``                    who it is, then one line for every slide that it settled; the
+                                      time of the file is its heartbeat
+``<worker>.owner``                    its name
+``claims/<slide_id>.<number>``        a slide that it works on: a hard link to its name
+``log.jsonl``                         the lines of workers that have ended
+==================================== =============================================================
+
+A link is made whole, and only where nothing of its name is: a file system grants a claim to one
+process alone. The claim of a worker that died is left where it lies: who takes over makes the next
+number. A claim never says that a slide is done: whoever has claimed one looks at its file first.
+"""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dasmil.errors import DiskFullError
+from dasmil.files import atomic_path, left_behind, link_once, said_when_full
+
+HEARTBEAT_S = 5.0
+STALE_AFTER_S = 120.0  # network file systems may show a file's time a minute late
+
+Record = dict[str, Any]
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Lets SIGTERM, a scheduler's first word, end the block as an exception would."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Worker:
+    """Claims slides of a folder, and tells what became of them.
+
+    Use it as a context; a thread beats for it meanwhile.
+
+    Parameters
+    ----------
+    folder: what all workers share, the output of the verb.
+    stale_after_s: silence after which others take this worker for dead.
+    on_beat: called at every heartbeat by the same thread, and once at the end.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stale_after_s: float = STALE_AFTER_S,
+        on_beat: Callable[[], None] | None = None,
+    ):
+        self.folder = folder
+        self.stale_after_s = stale_after_s
+        self.on_beat = on_beat
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = folder / "work" / f"{self.name}.jsonl"
+        self.board = Board(folder)
+        self._owner = self.path.with_suffix(".owner")
+        self._mine: dict[str, int] = {}  # slide → number of the claim
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Worker":
+        (self.folder / "work" / "claims").mkdir(parents=True, exist_ok=True)
+        self._append({"worker": self.name, "stale_after_s": self.stale_after_s, **_this_process()})
+        self._owner.write_text(self.name)
+        self.board.ignore_what_is_known()
+        self._remove_what_the_dead_left()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        for slide_id in list(self._mine):
+            self.release(slide_id)
+        # On a full disk there is no room to say that this worker has ended: that it is seen no more
+        # says so, too, and the error on its way is to be heard.
+        with suppress(OSError, DiskFullError) if kind is not None else nullcontext():
+            self._owner.unlink()
+            self._append({"ended": True})
+            self._remove_what_the_dead_left()
+            if self.on_beat is not None:
+                self.on_beat()
+
+    def claim(self, slide_id: str) -> bool:
+        """Whether the slide is this worker's now; not when another one that lives has it."""
+        claims = self.board.claims(slide_id).get(slide_id, {})
+        number = max(claims, default=0)
+        if number and self.board.lives(claims[number], self._now()):
+            return False
+        path = self._claim(slide_id, number + 1)
+        try:
+            link_once(self._owner, path)
+        except FileExistsError:
+            if path.read_text() != self.name:  # a network may repeat what it has done
+                return False  # another one was faster
+        self._mine[slide_id] = number + 1
+        return True
+
+    def still_holds(self, slide_id: str) -> bool:
+        """False when others took this worker for dead, and one of them took over."""
+        claims = self.board.claims(slide_id).get(slide_id, {})
+        return max(claims, default=0) == self._mine.get(slide_id, -1)
+
+    def release(self, slide_id: str) -> None:
+        """Give a claim back: the slide is settled, or left to others."""
+        own = self._mine.pop(slide_id)
+        claims = self.board.claims(slide_id).get(slide_id, {})
+        for number in sorted(claims, reverse=True):
+            if number < own or claims[number] == self.name:  # the lower ones are of the dead
+                self._claim(slide_id, number).unlink(missing_ok=True)
+
+    def settle(self, slide_id: str, record: Mapping[str, Any]) -> None:
+        """Write down what became of a claimed slide, and give it back."""
+        self._append({"slide_id": slide_id, "time": self._now(), **record})
+        self.release(slide_id)
+
+    def is_settled(self, slide_id: str) -> bool:
+        """Whether a worker, this one or another, has settled it since this one began."""
+        self.board.update()
+        return slide_id in self.board.new
+
+    def held_by_others(self) -> dict[str, str]:
+        """Slides that another living worker has claimed, and its name."""
+        now = self._now()
+        newest = {slide_id: found[max(found)] for slide_id, found in self.board.claims().items()}
+        return {
+            slide_id: owner
+            for slide_id, owner in newest.items()
+            if slide_id not in self._mine and self.board.lives(owner, now)
+        }
+
+    def _claim(self, slide_id: str, number: int) -> Path:
+        return self.folder / "work" / "claims" / f"{slide_id}.{number}"
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        """A line of its own, whatever a full disk has left of the line before."""
+        with said_when_full(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps(entry))
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            # A beat that fails is a beat less: where the folder is lost, or its disk full, the work
+            # itself fails, and says so.
+            with suppress(OSError, DiskFullError):
+                os.utime(self.path)
+                if self.on_beat is not None:
+                    self.on_beat()
+
+    def _now(self) -> float:
+        """The time of the machine that keeps the files, by which all heartbeats are judged."""
+        with suppress(FileNotFoundError):
+            os.utime(self.path)
+            return self.path.stat().st_mtime
+        return time.time()
+
+    def _remove_what_the_dead_left(self) -> None:
+        """Where no other worker lives: half-written files, old claims; their lines become one file.
+
+        What is removed has been listed before it was asked who lives, so it is nothing that one
+        who comes meanwhile has begun.
+        """
+        folders = [self.folder, *(p for p in self.folder.iterdir() if p.is_dir())]
+        rests = [path for folder in folders for path in left_behind(folder)]
+        claims = list((self.folder / "work" / "claims").iterdir())
+        logs = self.board.workers()
+        now = self._now()
+        if any(self.board.lives(name, now) for name in logs if name != self.name):
+            return
+        for path in rests + [p for p in claims if self._is_not_mine(p)]:
+            path.unlink(missing_ok=True)
+        self.board.fold([name for name in logs if name != self.name or self._ended.is_set()])
+
+    def _is_not_mine(self, claim: Path) -> bool:
+        slide_id, _, number = claim.name.rpartition(".")
+        return self._mine.get(slide_id) != int(number)
+
+
+class Board:
+    """What the files of ``FOLDER/work`` say.
+
+    Files of workers only grow, so each is read on from where it was read to.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "work"
+        self.records: dict[str, Record] = {}  # the last of each slide
+        self.new: dict[str, Record] = {}  # those since ignore_what_is_known
+        self._about: dict[str, Record] = {}  # worker → its first line
+        self._ended: set[str] = set()
+        self._read_to: dict[str, int] = {}
+        self._log: tuple[int, int] | None = None  # the state of log.jsonl that has been read
+
+    def workers(self) -> list[str]:
+        """Names of all that have a file, dead or alive."""
+        if not self.folder.is_dir():
+            return []
+        names = [p.name.removesuffix(".jsonl") for p in self.folder.glob("*.jsonl")]
+        return [name for name in names if name != "log" and not name.startswith(".")]
+
+    def update(self) -> None:
+        """Read the lines that have been added."""
+        for name in ["log", *self.workers()]:
+            for entry in self._added_lines(name):
+                self._take(name, entry)
+
+    def ignore_what_is_known(self) -> None:
+        self.update()
+        self.new = {}
+
+    def claims(self, of: str | None = None) -> dict[str, dict[int, str]]:
+        """Per slide the numbers of its claims and their owners; of one slide, or of all."""
+        found: dict[str, dict[int, str]] = {}
+        folder = self.folder / "claims"
+        for path in folder.iterdir() if folder.is_dir() else ():
+            slide_id, _, number = path.name.rpartition(".")
+            if of in (None, slide_id):
+                with suppress(FileNotFoundError):  # given back meanwhile
+                    owner = path.read_text()
+                    found.setdefault(slide_id, {})[int(number)] = owner
+        return found
+
+    def lives(self, name: str, now: float) -> bool:
+        """Whether a worker beats.
+
+        Parameters
+        ----------
+        now: the time by the clock of the file system.
+        """
+        path = self.folder / f"{name}.jsonl"
+        try:
+            with open(path, "rb") as file:  # an open file's time is asked of the server
+                beat = os.fstat(file.fileno()).st_mtime
+        except FileNotFoundError:
+            return False
+        self.update()
+        if name in self._ended:
+            return False
+        about = self._about.get(name, {})
+        if about.get("machine") == _machine() and not _runs(about["pid"], about["started"]):
+            return False
+        return now - beat <= float(about.get("stale_after_s", STALE_AFTER_S))
+
+    def where(self, name: str) -> str:
+        """A worker in words."""
+        about = self._about.get(name, {})
+        return f"process {about['pid']} on {about['host']}" if about else "another process"
+
+    def fold(self, names: Iterable[str]) -> None:
+        """Put the lines of dead workers into ``log.jsonl``, and remove their files."""
+        self.update()
+        with atomic_path(self.folder / "log.jsonl") as temporary:
+            lines = (json.dumps(self.records[slide_id]) for slide_id in sorted(self.records))
+            temporary.write_text("\n".join(lines), encoding="utf-8")
+        for name in names:
+            (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
+            (self.folder / f"{name}.owner").unlink(missing_ok=True)
+
+    def _added_lines(self, name: str) -> list[Record]:
+        try:
+            with open(self.folder / f"{name}.jsonl", "rb") as file:
+                state = os.fstat(file.fileno())
+                if name == "log":  # it is replaced as a whole
+                    if self._log == (state.st_ino, state.st_mtime_ns):
+                        return []
+                    self._log = (state.st_ino, state.st_mtime_ns)
+                file.seek(0 if name == "log" else self._read_to.get(name, 0))
+                *lines, last = file.read().split(b"\n")
+        except FileNotFoundError:
+            return []
+        entries = [entry for line in [*lines, last] if (entry := _parse(line)) is not None]
+        # the last line may be half there: then it is read again
+        length = sum(len(line) + 1 for line in lines) + (len(last) if _parse(last) else 0)
+        self._read_to[name] = self._read_to.get(name, 0) + length
+        return entries
+
+    def _take(self, name: str, entry: Record) -> None:
+        if "worker" in entry:
+            self._about[name] = entry
+        elif "ended" in entry:
+            self._ended.add(name)
+        else:
+            known = self.records.get(entry["slide_id"])
+            if known is None or known["time"] < entry["time"]:
+                self.records[entry["slide_id"]] = self.new[entry["slide_id"]] = entry
+
+
+def _parse(line: bytes) -> Record | None:
+    """None for an empty line, and for one that was cut off where its worker was killed."""
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """What two processes share exactly when each can see whether the other runs."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))  # a container sees its own only
+    return " ".join(parts)
+
+
+def _this_process() -> Record:
+    started = psutil.Process().create_time()
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "started": started,
+    }
+
+
+def _runs(pid: int, started: float) -> bool:
+    """Whether this very process runs, and no later one with its number."""
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) < 5  # it drifts with the clock
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
