@@ -40,7 +40,10 @@ class ExtractorCard:
 
 @dataclass(frozen=True)
 class BagHeader:
-    """All that a bag file says beside its tensors; scales run from coarse to fine."""
+    """All that a bag file says beside its tensors; scales run from coarse to fine.
+
+    ``reader`` is the version of the code that read the pixels; nothing where they were not ours.
+    """
 
     slide_id: str
     scales: tuple[Scale, ...]
@@ -50,6 +53,7 @@ class BagHeader:
     tiling: str  # tissue and tiling parameters, JSON
     extractors: Mapping[str, ExtractorCard]
     num_tiles: int  # of the finest scale
+    reader: str = ""
 
     @property
     def geometry(self) -> PyramidGrid:
@@ -256,6 +260,7 @@ def header_to_metadata(header: BagHeader) -> dict[str, str]:
         "scales": json.dumps({scale.name: float(scale.mpp) for scale in header.scales}),
         "tiling": header.tiling,
         "num_tiles": str(header.num_tiles),
+        "reader": header.reader,
         "extractors": json.dumps({name: _plain(c) for name, c in header.extractors.items()}),
     }
 
@@ -272,5 +277,6 @@ def header_from_metadata(metadata: Mapping[str, str]) -> BagHeader:
         size_px0=(width_px0, height_px0),
         tiling=metadata["tiling"],
         num_tiles=int(metadata["num_tiles"]),
+        reader=metadata["reader"],
         extractors={name: ExtractorCard.from_dict(card) for name, card in extractors.items()},
     )

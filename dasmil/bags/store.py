@@ -13,7 +13,7 @@ from dasmil.bags.bag import Bag, BagHeader, header_from_metadata, header_to_meta
 from dasmil.errors import InputError
 from dasmil.files import atomic_path, pack_metadata, unpack_metadata
 
-FORMAT = "dasmil-bag-1"
+FORMAT = "dasmil-bag-2"
 ITEM_BYTES = {"F16": 2, "F32": 4}
 TILE_BYTES = 184  # of a graph, beside a tile's features: neighbours, parent and children
 
@@ -67,6 +67,12 @@ def read_bag(path: Path, scales: Collection[str] | None = None) -> Bag:
         bag = bag.select(scales)
     bag.validate_features()
     return bag
+
+
+def read_num_tiles(path: Path) -> dict[str, int]:
+    """Tiles per scale; from the file's header, no tensor is read."""
+    with _opened(path) as (header, file):
+        return {s.name: file.get_slice(f"grid/{s.name}").get_shape()[0] for s in header.scales}
 
 
 def graph_bytes(path: Path, scales: Collection[str] | None = None) -> int:

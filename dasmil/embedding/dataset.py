@@ -1,9 +1,9 @@
 """Tiles of a cohort as chunks of pixels, and which process reads which slide."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, zip_longest
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,11 +13,14 @@ from torch.utils.data import Dataset, DistributedSampler
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.cutting import TileCutter, rows_inside
 from dasmil.slides.reader import READ_BLOCK_PX, Slide
-from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path
+from dasmil.slides.tiling import TilePyramid
+from dasmil.work.worker import Worker
 
 # Decoded parts of the file that the next chunk reads again, at its upper edge: a strip of tiles
 # across a wide slide.
 CACHE_BYTES = 128 * 2**20
+WAIT = -1  # index of no chunk, after a while
+WAIT_S = 1.0
 
 
 @dataclass  # not frozen: Lightning converts the fields for precisions such as bf16-true
@@ -26,7 +29,7 @@ class TileChunk:
 
     Parameters
     ----------
-    slide: number of the slide in the cohort.
+    slide: number of the slide in the cohort; WAIT for no tiles of no slide.
     start: per scale the row of the first tile.
     tiles: per scale (n, 3, tile_px, tile_px) uint8 RGB, channels last in memory; empty when
         reading failed.
@@ -55,19 +58,18 @@ class ChunkDataset(Dataset[TileChunk]):
     Parameters
     ----------
     rows: the slides.
-    tiles: folder of tile tables.
+    tables: their tiles.
     max_roots: coarsest tiles a chunk at most.
     """
 
-    def __init__(self, rows: Sequence[SlideRow], tiles: Path, max_roots: int):
+    def __init__(self, rows: Sequence[SlideRow], tables: Sequence[TilePyramid], max_roots: int):
         self.rows = rows
-        self.tiles = tiles
+        self.tables = tables
         self.chunks: list[tuple[int, int, int]] = []  # slide, first coarsest tile, end
         self.chunks_of: list[range] = []
         self.num_tiles: list[dict[str, int]] = []  # of each slide, per scale
-        for number, row in enumerate(rows):
+        for number, table in enumerate(tables):
             first = len(self.chunks)
-            table = read_tiles(tiles_path(tiles, row.slide_id))
             side_px = table.tile_px * table.geometry.ratio(0, len(table.scales) - 1)
             size = int(np.clip(READ_BLOCK_PX**2 // side_px**2, 1, max_roots))
             count = len(table.grid[table.scales[0].name])
@@ -83,6 +85,9 @@ class ChunkDataset(Dataset[TileChunk]):
         return len(self.chunks)
 
     def __getitem__(self, index: int) -> TileChunk:
+        if index == WAIT:
+            time.sleep(WAIT_S)
+            return TileChunk(WAIT)
         number, start, stop = self.chunks[index]
         if start == stop:
             return TileChunk(number)
@@ -104,36 +109,87 @@ class ChunkDataset(Dataset[TileChunk]):
             if self._open is not None:
                 self._open[1].close()
                 self._open = None
-            tiles = read_tiles(tiles_path(self.tiles, self.rows[number].slide_id))
+            tiles = self.tables[number]
             slide = Slide(self.rows[number], CACHE_BYTES)
             self._open = (number, slide, tiles, TileCutter(slide, tiles))
         return self._open[2], self._open[3]
 
 
-class WholeSlideSampler(DistributedSampler[int]):
-    """Gives every process whole slides, about the same number of tiles each, none twice.
+class ClaimingSampler(DistributedSampler[int]):
+    """Chunks of slides that this process has claimed, the slides with most tiles first.
 
-    The workers of a process are asked in turns, so their shares are dealt in turns, too: each reads
-    neighbours one after the other, which share decoded pixels, and opens few slides.
+    Whoever is free takes the next slide, so processes, nodes and separate commands share a cohort
+    by tiles and not by slides. The reading processes are asked in turns: each has a slide of its
+    own, so that it reads neighbours one after the other, which share decoded pixels; where no slide
+    is left it helps with the longest. While other workers still hold slides there is an empty chunk
+    to wait for, since their slides are to be taken over where they die.
+
+    Parameters
+    ----------
+    dataset: the slides that are to be done.
+    worker: claims them.
+    is_done: whether the bag of a slide, by number, has been made meanwhile.
+    num_workers: reading processes of this process.
     """
 
-    def __init__(self, dataset: ChunkDataset, num_replicas: int, rank: int, num_workers: int = 0):
-        super().__init__(dataset, num_replicas, rank, shuffle=False)
-        loads = [0] * num_replicas
-        mine: list[int] = []
+    def __init__(
+        self,
+        dataset: ChunkDataset,
+        worker: Worker,
+        is_done: Callable[[int], bool],
+        num_workers: int = 0,
+    ):
+        super().__init__(dataset, num_replicas=1, rank=0)  # Lightning leaves its kind as it is
+        self.dataset: ChunkDataset = dataset
+        self.worker = worker
+        self.is_done = is_done
+        self.lanes: list[deque[int]] = [deque() for _ in range(max(1, num_workers))]
         num_tiles = [sum(counts.values()) for counts in dataset.num_tiles]
-        for slide in sorted(range(len(dataset.rows)), key=lambda s: -num_tiles[s]):
-            lightest = loads.index(min(loads))
-            loads[lightest] += num_tiles[slide] + 1
-            if lightest == rank:
-                mine.append(slide)
-        chunks = [chunk for slide in sorted(mine) for chunk in dataset.chunks_of[slide]]
-        shares = np.array_split(np.array(chunks, dtype=np.int64), max(1, num_workers))
-        turns = zip_longest(*(share.tolist() for share in shares))
-        self.indices = [chunk for chunk in chain.from_iterable(turns) if chunk is not None]
+        self.waiting = deque(sorted(range(len(num_tiles)), key=lambda slide: -num_tiles[slide]))
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
+        while True:
+            empty = True
+            for lane in self.lanes:
+                if lane or self._fill(lane):
+                    empty = False
+                    yield lane.popleft()
+            if empty and not self.waiting:
+                return
+            if empty:
+                yield WAIT
 
     def __len__(self) -> int:
-        return len(self.indices)
+        raise TypeError("no length")  # nobody knows how many come to this process
+
+    def drop(self, slide: int) -> None:
+        """The rest of a slide that has failed is not read."""
+        for lane in self.lanes:
+            chunks = [chunk for chunk in lane if self.dataset.chunks[chunk][0] != slide]
+            lane.clear()
+            lane.extend(chunks)
+
+    def _fill(self, lane: deque[int]) -> bool:
+        slide = self._claim()
+        if slide is not None:
+            lane.extend(self.dataset.chunks_of[slide])
+        else:
+            longest = max(self.lanes, key=len)
+            lane.extendleft(longest.pop() for _ in range(len(longest) // 2))
+        return bool(lane)
+
+    def _claim(self) -> int | None:
+        """The next slide; those of others wait, those that are settled are left out."""
+        held = self.worker.held_by_others() if self.waiting else {}
+        for _ in range(len(self.waiting)):
+            slide = self.waiting.popleft()
+            slide_id = self.dataset.rows[slide].slide_id
+            if self.worker.is_settled(slide_id):
+                continue
+            if slide_id in held or not self.worker.claim(slide_id):
+                self.waiting.append(slide)
+            elif self.worker.is_settled(slide_id) or self.is_done(slide):
+                self.worker.release(slide_id)  # between the two questions
+            else:
+                return slide
+        return None

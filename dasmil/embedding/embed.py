@@ -6,23 +6,27 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dasmil.bags import ExtractorCard, bag_path, read_header
-from dasmil.embedding.dataset import ChunkDataset, TileChunk, WholeSlideSampler
+from dasmil.bags.status import EXTRACTORS, bag_status
+from dasmil.embedding.dataset import ChunkDataset, ClaimingSampler, TileChunk
 from dasmil.embedding.extractor import Extractor, load_extractor
-from dasmil.embedding.writer import BagWriter, Embedded, bag_header, failure_path
+from dasmil.embedding.writer import BagWriter, Embedded, bag_header
 from dasmil.errors import InputError
-from dasmil.files import write_csv, write_text
+from dasmil.files import write_once, write_text
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
 from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path
+from dasmil.work.worker import STALE_AFTER_S, Worker
 
 
 class EmbeddingModule(LightningModule):
@@ -32,6 +36,7 @@ class EmbeddingModule(LightningModule):
     ----------
     extractors: one a scale.
     dataset: the chunks to embed.
+    sampler: makes the order of this process's chunks, once it is known which process it is.
     batch_size: tiles that go through a network at once.
     num_workers: reading processes of each device.
     """
@@ -40,6 +45,7 @@ class EmbeddingModule(LightningModule):
         self,
         extractors: Mapping[str, Extractor],
         dataset: ChunkDataset,
+        sampler: Callable[[], ClaimingSampler],
         batch_size: int,
         num_workers: int,
     ):
@@ -47,19 +53,20 @@ class EmbeddingModule(LightningModule):
         self.names = list(extractors)
         self.extractors = nn.ModuleList(extractors.values())
         self.dataset = dataset
+        self.make_sampler = sampler
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self._queues: dict[tuple[int, str], _Queue] = {}  # by slide and scale
+        self._batches: dict[tuple[int, str], _Batches] = {}  # by slide and scale
         self._failed: set[int] = set()
         # with fewer slides to do than processes, some have nothing to do
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def predict_dataloader(self) -> DataLoader[TileChunk]:
-        world = self.trainer.world_size, self.trainer.global_rank
+        self.sampler = self.make_sampler()
         return DataLoader(
             self.dataset,
             batch_size=None,  # a chunk is a batch
-            sampler=WholeSlideSampler(self.dataset, *world, self.num_workers),
+            sampler=self.sampler,
             num_workers=self.num_workers,
             pin_memory=self.on_gpu,
         )
@@ -73,57 +80,68 @@ class EmbeddingModule(LightningModule):
         embedded: list[Embedded] = []
         if chunk.error is not None:  # what has come of the slide is not needed any more
             self._failed.add(chunk.slide)
-            self._queues = {key: q for key, q in self._queues.items() if key[0] != chunk.slide}
+            self.sampler.drop(chunk.slide)
+            self._batches = {key: b for key, b in self._batches.items() if key[0] != chunk.slide}
         if chunk.slide in self._failed:
             return embedded
         for name, tiles in chunk.tiles.items():
             key = chunk.slide, name
-            if key not in self._queues:
-                self._queues[key] = _Queue(self.dataset.num_tiles[chunk.slide][name])
-            queue = self._queues[key]
-            queue.put(chunk.start[name], tiles)
+            if key not in self._batches:
+                num_tiles = self.dataset.num_tiles[chunk.slide][name]
+                self._batches[key] = _Batches(num_tiles, self.batch_size)
             network = self.extractors[self.names.index(name)]
-            while batch := queue.batch(self.batch_size):
-                images = torch.cat([piece for _, piece in batch])
+            for start, images in self._batches[key].put(chunk.start[name], tiles):
                 # channels lie last in memory, which is faster on a GPU only
                 features = network(images if self.on_gpu else images.contiguous())
-                parts = features.split([len(piece) for _, piece in batch])
-                embedded += [
-                    Embedded(chunk.slide, name, start, part)
-                    for (start, _), part in zip(batch, parts, strict=True)
-                ]
-            if not queue.to_come:
-                del self._queues[key]
+                embedded.append(Embedded(chunk.slide, name, start, features))
+            if self._batches[key].are_done:
+                del self._batches[key]
         return embedded
 
 
-class _Queue:
-    """Tiles of one scale of one slide that wait for a full batch.
+class _Batches:
+    """Tiles of one scale of one slide, put together to batches of consecutive rows.
 
-    Batches never mix slides: a bag does not depend on what else is embedded.
+    A batch never mixes slides, and holds the same tiles in whatever order they come: what a network
+    makes of a tile depends, in its last digits, on what goes through it at the same time. So the
+    bytes of a bag depend neither on other slides nor on reading processes or interruptions.
+
+    Parameters
+    ----------
+    num_tiles: of the slide.
+    size: of a batch; the last one holds what is left.
     """
 
-    def __init__(self, num_tiles: int):
+    def __init__(self, num_tiles: int, size: int):
+        self.num_tiles = num_tiles
+        self.size = size
         self.to_come = num_tiles
-        self.pieces: list[tuple[int, Tensor]] = []  # row of the first tile, tiles
+        self._begun: dict[int, tuple[Tensor, int]] = {}  # start → tiles, how many are there
 
-    def put(self, start: int, tiles: Tensor) -> None:
+    @property
+    def are_done(self) -> bool:
+        return self.to_come == 0
+
+    def put(self, start: int, tiles: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Rows from ``start`` on; gives the batches that are full now, with their first rows."""
         self.to_come -= len(tiles)
-        self.pieces.append((start, tiles))
-
-    def batch(self, size: int) -> list[tuple[int, Tensor]]:
-        """The next ``size`` tiles, less when no more will come; empty when they are not there."""
-        waiting = sum(len(tiles) for _, tiles in self.pieces)
-        if waiting == 0 or (self.to_come and waiting < size):
-            return []
-        batch = []
-        while self.pieces and size:
-            start, tiles = self.pieces.pop(0)
-            batch.append((start, tiles[:size]))
-            if len(tiles) > size:
-                self.pieces.insert(0, (start + size, tiles[size:]))
-            size -= len(batch[-1][1])
-        return batch
+        while len(tiles):
+            first = start // self.size * self.size
+            length = min(self.size, self.num_tiles - first)
+            piece = tiles[: first + length - start]
+            if len(piece) == length:
+                yield first, piece
+            else:
+                batch, found = self._begun.pop(first, (None, 0))
+                if batch is None:
+                    shape = (length, *tiles.shape[1:])
+                    batch = tiles.new_empty(shape).to(memory_format=torch.channels_last)
+                batch[start - first : start - first + len(piece)] = piece
+                if found + len(piece) == length:
+                    yield first, batch
+                else:
+                    self._begun[first] = batch, found + len(piece)
+            start, tiles = start + len(piece), tiles[len(piece) :]
 
 
 def embed(
@@ -133,11 +151,13 @@ def embed(
     trainer: Trainer,
     batch_size: int = 64,
     num_workers: int = 2,
+    stale_after: float = STALE_AFTER_S,
 ) -> int:
     """Embed every tile with the frozen extractor of its scale and write one bag file a slide.
 
     Finished slides are skipped. A bag made with other tiles or extractors is never mixed in: the
     run stops before it computes anything. A slide that cannot be read costs one row of status.csv.
+    Run it several times at once, or on the Trainer's devices and nodes, and the slides are shared.
 
     Parameters
     ----------
@@ -154,42 +174,98 @@ def embed(
         tiles that go through a network at once.
     num_workers:
         reading processes of each device.
+    stale_after:
+        seconds of silence after which the slides of another, vanished worker are taken over.
 
     Returns
     -------
-    The exit code: 1 when a slide failed, else 0.
+    The exit code: 1 when a slide failed or was not reached, else 0.
     """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise InputError("embed: strategies that spawn or fork are not for it; use ddp")
     cohort = read_cohort(tiles / "cohort.csv")
-    rows = [row for row in cohort if tiles_path(tiles, row.slide_id).exists()]
-    if not rows:
+    tables, not_tiled = _read_tables(cohort, tiles)
+    if not tables:
         raise InputError(f"{tiles}: no slide of its cohort has been tiled; see its status.csv")
-    networks = _load_extractors(extractors, read_tiles(tiles_path(tiles, rows[0].slide_id)))
+    networks = _load_extractors(extractors, next(iter(tables.values())))
     cards = {name: network.card for name, network in networks.items()}
+    first = trainer.is_global_zero
     todo = [
         row
-        for row in rows
-        if not _is_done(read_tiles(tiles_path(tiles, row.slide_id)), output, cards)
+        for row in cohort
+        if row.slide_id in tables and not _is_done(tables[row.slide_id], output, cards, say=first)
     ]
+    wanted = [tables[row.slide_id] for row in todo]
+    write_cohort(output / "cohort.csv", cohort)
+    others = _write_extractors(output / EXTRACTORS, extractors, networks)
+    status = bag_status(output)
 
-    if trainer.is_global_zero:
-        for row in todo:
-            failure_path(output, row.slide_id).unlink(missing_ok=True)
-        write_cohort(output / "cohort.csv", cohort)
-        _write_extractors(output / "extractors.json", extractors, networks)
-    if todo:
-        dataset = ChunkDataset(todo, tiles, max_roots=batch_size)
-        module = EmbeddingModule(networks, dataset, batch_size, num_workers)
-        writer = BagWriter([tiles_path(tiles, row.slide_id) for row in todo], output, cards)
-        trainer.callbacks.append(writer)  # type: ignore[attr-defined]
-        start = time.monotonic()
-        trainer.predict(module, return_predictions=False)
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            num_tiles = sum(sum(counts.values()) for counts in dataset.num_tiles)
-            _report_speed(num_tiles, time.monotonic() - start, writer.seconds_waiting)
-    if not trainer.is_global_zero:
+    with Worker(output, stale_after, status.write if first else None) as worker:
+        if others and worker.others():
+            raise InputError(
+                f"{output / EXTRACTORS}: another command that runs now embeds with other "
+                "extractors; choose another --output"
+            )
+        if first:
+            write_text(output / EXTRACTORS, _as_json(extractors, networks))
+            _note_what_is_not_tiled(worker, not_tiled, todo)
+        # other processes may find something to do, and wait for each other in the predict loop
+        if todo or trainer.world_size > 1:
+            dataset = ChunkDataset(todo, wanted, max_roots=batch_size)
+            sampler = partial(
+                ClaimingSampler,
+                dataset,
+                worker,
+                is_done=lambda slide: _is_done(wanted[slide], output, cards),
+                num_workers=num_workers,
+            )
+            module = EmbeddingModule(networks, dataset, sampler, batch_size, num_workers)
+            writer = BagWriter(wanted, output, cards, worker, show_progress=_take_bar(trainer))
+            _predict(trainer, module, writer)
+    if not first:
         return 0  # a second process that fails would end the first one before it has reported
-    return _report(cohort, tiles, output, skipped={r.slide_id for r in rows if r not in todo})
+    print(status.summary("embed"))
+    return int(any(row["state"] in ("failed", "waiting") for row in status.rows))
+
+
+def _predict(trainer: Trainer, module: EmbeddingModule, writer: BagWriter) -> None:
+    trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+    start = time.monotonic()
+    try:
+        trainer.predict(module, return_predictions=False)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"{writer.output}: a reading process was killed while it read one of "
+            f"{', '.join(writer.worker.claimed())}: too little memory (take fewer num_workers), or "
+            "a damaged file; run the same command again, what is done is kept"
+        ) from error
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        _report_speed(writer.num_settled(), time.monotonic() - start, writer.seconds_waiting)
+
+
+def _take_bar(trainer: Trainer) -> bool:
+    """Whether to show progress; Lightning's own bar, which counts chunks, makes room."""
+    bar = trainer.progress_bar_callback
+    if bar is not None:
+        trainer.callbacks.remove(bar)  # type: ignore[attr-defined]
+    return bar is not None and trainer.is_global_zero
+
+
+def _read_tables(
+    cohort: Sequence[SlideRow], folder: Path
+) -> tuple[dict[str, TilePyramid], dict[str, str]]:
+    """Tile tables by slide_id, and why others have none."""
+    tables, missing = {}, {}
+    for row in cohort:
+        path = tiles_path(folder, row.slide_id)
+        try:
+            tables[row.slide_id] = read_tiles(path)
+        except InputError as error:
+            missing[row.slide_id] = str(error) if path.exists() else f"see {folder / 'status.csv'}"
+    return tables, missing
 
 
 def _load_extractors(sources: Mapping[str, str], tiles: TilePyramid) -> dict[str, Extractor]:
@@ -205,27 +281,66 @@ def _load_extractors(sources: Mapping[str, str], tiles: TilePyramid) -> dict[str
     }
 
 
-def _is_done(tiles: TilePyramid, output: Path, cards: Mapping[str, ExtractorCard]) -> bool:
-    """True when the slide's bag is there; refuses a bag made in another way."""
-    path = bag_path(output, tiles.slide_id)
+def _is_done(
+    tiles: TilePyramid, output: Path, cards: Mapping[str, ExtractorCard], say: bool = False
+) -> bool:
+    """True when the slide's bag is there; refuses a bag made with other parameters or extractors.
+
+    Parameters
+    ----------
+    say: tell why a bag that is there is made anew.
+    """
+    path, wanted = bag_path(output, tiles.slide_id), bag_header(tiles, cards)
     if not path.exists():
         return False
-    if read_header(path) != bag_header(tiles, cards):
-        raise InputError(
-            f"{path}: made with other tiles or extractors than asked for now; "
-            "choose another --output, or delete that file to make it anew"
-        )
-    return True
+    try:
+        found = read_header(path)
+    except InputError as error:  # cut off, or of another version of the format
+        reason = str(error)
+    else:
+        if found == wanted:
+            return True
+        if (found.tiling, found.bag_format()) != (wanted.tiling, wanted.bag_format()):
+            raise InputError(
+                f"{path}: made with other tiles or extractors than asked for now; "
+                "choose another --output, or delete that file to make it anew"
+            )
+        older = found.reader != wanted.reader
+        what = "its pixels were read by another version" if older else "its slide was tiled anew"
+        reason = f"{path}: {what}"
+    if say:
+        print(f"embed: {reason}: it is made anew")
+    return False
 
 
 def _write_extractors(
     path: Path, sources: Mapping[str, str], networks: Mapping[str, Extractor]
-) -> None:
+) -> bool:
+    """True when the file that is there names other extractors; then it is left as it is."""
+    text = _as_json(sources, networks)
+    found, ours = (
+        {scale: record["fingerprint"] for scale, record in json.loads(some).items()}
+        for some in (write_once(path, text), text)
+    )
+    return found != ours
+
+
+def _as_json(sources: Mapping[str, str], networks: Mapping[str, Extractor]) -> str:
     records = {
         name: {**asdict(network.card), "source": sources[name], "trained_on": network.trained_on}
         for name, network in networks.items()
     }
-    write_text(path, json.dumps(records, indent=2))
+    return json.dumps(records, indent=2)
+
+
+def _note_what_is_not_tiled(
+    worker: Worker, not_tiled: Mapping[str, str], todo: Sequence[SlideRow]
+) -> None:
+    for slide_id, reason in not_tiled.items():
+        worker.note(slide_id, {"state": "not tiled", "message": reason})
+    for row in todo:
+        if worker.last_state(row.slide_id) == "not tiled":
+            worker.note(row.slide_id, {"state": "waiting", "message": ""})
 
 
 def _report_speed(num_tiles: int, seconds: float, seconds_waiting: float) -> None:
@@ -234,27 +349,3 @@ def _report_speed(num_tiles: int, seconds: float, seconds_waiting: float) -> Non
         f"embed: {num_tiles} tiles in {seconds:.1f} s, {num_tiles / seconds:.0f} tiles/s; "
         f"{seconds_waiting / seconds:.0%} of it waiting for pixels, the rest for the network"
     )
-
-
-def _report(cohort: Sequence[SlideRow], tiles: Path, output: Path, skipped: set[str]) -> int:
-    status = []
-    for row in cohort:
-        failure = failure_path(output, row.slide_id)
-        if not tiles_path(tiles, row.slide_id).exists():
-            state, message = "not tiled", f"see {tiles / 'status.csv'}"
-        elif bag_path(output, row.slide_id).exists():
-            state, message = "done", "embedded before" if row.slide_id in skipped else ""
-        else:
-            reason = failure.read_text() if failure.exists() else "not reached; run embed again"
-            state, message = "failed", reason
-        status.append({"slide_id": row.slide_id, "state": state, "message": message})
-    states = [record["state"] for record in status]
-    write_csv(output / "status.csv", ("slide_id", "state", "message"), status)
-    for record in status:
-        if record["state"] != "done":
-            print(f"{record['state']}: {record['slide_id']}: {record['message']}")
-    print(
-        f"embed: {states.count('done')} done, {states.count('not tiled')} not tiled, "
-        f"{states.count('failed')} failed; see {output / 'status.csv'}"
-    )
-    return int("failed" in states)

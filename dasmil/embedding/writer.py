@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from tqdm import tqdm
 
 from dasmil.bags import Bag, BagHeader, ExtractorCard, bag_path, write_bag
-from dasmil.embedding.dataset import TileChunk
-from dasmil.errors import InputError
-from dasmil.files import write_text
-from dasmil.slides.tiling import TilePyramid, read_tiles
+from dasmil.bags.status import status_row
+from dasmil.embedding.dataset import WAIT, TileChunk
+from dasmil.errors import DiskFullError, InputError
+from dasmil.slides.tiling import TilePyramid
+from dasmil.work.worker import Worker
+
+READER = "2"  # changes whenever the same tile is read with other pixels
 
 
 def bag_header(tiles: TilePyramid, cards: Mapping[str, ExtractorCard]) -> BagHeader:
@@ -28,6 +33,7 @@ def bag_header(tiles: TilePyramid, cards: Mapping[str, ExtractorCard]) -> BagHea
         tiling=tiles.tiling,
         extractors=dict(cards),
         num_tiles=tiles.num_tiles()[tiles.scales[-1].name],
+        reader=READER,
     )
 
 
@@ -53,29 +59,55 @@ class BagWriter(Callback):
 
     Parameters
     ----------
-    tile_files: tile table of each slide, by number.
+    tables: tile table of each slide, by number.
     output: folder of bag files.
     cards: extractor per scale.
+    worker: has claimed the slides, and is told what became of them.
+    show_progress: a bar of the tiles of all workers.
     """
 
     def __init__(
-        self, tile_files: Sequence[Path], output: Path, cards: Mapping[str, ExtractorCard]
+        self,
+        tables: Sequence[TilePyramid],
+        output: Path,
+        cards: Mapping[str, ExtractorCard],
+        worker: Worker,
+        show_progress: bool,
     ):
-        self.tile_files = tile_files
+        self.tables = tables
         self.output = output
         self.cards = cards
+        self.worker = worker
+        self.show_progress = show_progress
         self.seconds_waiting = 0.0  # for pixels
         self._stepped = 0.0
-        self._tiles: dict[int, TilePyramid] = {}
+        self._num_tiles = {t.slide_id: sum(t.num_tiles().values()) for t in tables}
+        self._begun: dict[int, float] = {}  # when
         self._features: dict[int, dict[str, Tensor]] = {}
         self._waiting: dict[int, int] = {}
         self._failed: set[int] = set()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stepped = time.monotonic()
+        total, hidden = sum(self._num_tiles.values()), not self.show_progress
+        self._bar = tqdm(desc="embed", total=total, unit="tile", disable=hidden, smoothing=0.05)
 
-    def on_predict_batch_start(self, *_: Any) -> None:
-        self.seconds_waiting += time.monotonic() - self._stepped
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._show_progress()
+        self._bar.close()
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: TileChunk,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.received_sigterm:  # a scheduler's first word: give the claims back
+            raise SIGTERMException
+        if batch.slide != WAIT:
+            self.seconds_waiting += time.monotonic() - self._stepped
 
     def on_predict_batch_end(
         self,
@@ -88,29 +120,48 @@ class BagWriter(Callback):
     ) -> None:
         if batch.error is not None:
             self._fail(batch.slide, batch.error)
-        elif not batch.tiles:
+        elif batch.slide != WAIT and not batch.tiles:
             self._begin(batch.slide, pl_module.device)
             self._write(batch.slide)
         embedded: list[Embedded] = outputs
         for some in embedded:
             self._store(some)
+        if batch.slide == WAIT or embedded:
+            self._show_progress(waits=batch.slide == WAIT)
         self._stepped = time.monotonic()
+
+    def num_settled(self) -> int:
+        """Tiles of the slides that were settled in this run, by whatever worker."""
+        self.worker.board.update()
+        return sum(self._num_tiles.get(slide_id, 0) for slide_id in self.worker.board.new)
+
+    def _show_progress(self, waits: bool = False) -> None:
+        """The tiles of all slides that are settled, whoever did it, and of those begun here."""
+        if self.show_progress:
+            begun = (
+                self._num_tiles[self.tables[number].slide_id] - to_come
+                for number, to_come in self._waiting.items()
+            )
+            if waits:
+                self._bar.set_postfix_str("waiting for other workers")
+            self._bar.update(self.num_settled() + sum(begun) - self._bar.n)
 
     def _begin(self, number: int, device: torch.device) -> None:
         """Room for the features of a slide, on the device: to copy each batch would wait for it."""
-        tiles = self._tiles[number] = read_tiles(self.tile_files[number])
+        counts = self.tables[number].num_tiles()
+        self._begun[number] = time.monotonic()
         self._features[number] = {
             name: torch.empty(
                 count, self.cards[name].feature_dim, dtype=torch.float16, device=device
             )
-            for name, count in tiles.num_tiles().items()
+            for name, count in counts.items()
         }
-        self._waiting[number] = sum(tiles.num_tiles().values())
+        self._waiting[number] = sum(counts.values())
 
     def _store(self, some: Embedded) -> None:
         if some.slide in self._failed:
             return
-        if some.slide not in self._tiles:
+        if some.slide not in self._features:
             self._begin(some.slide, some.features.device)
         stop = some.start + len(some.features)
         self._features[some.slide][some.scale][some.start : stop] = some.features.half()
@@ -119,26 +170,38 @@ class BagWriter(Callback):
             self._write(some.slide)
 
     def _write(self, number: int) -> None:
-        tiles = self._tiles.pop(number)
+        tiles = self.tables[number]
+        if not self.worker.still_holds(tiles.slide_id):
+            print(f"embed: {tiles.slide_id}: another worker has taken it over; nothing is written")
+            self._forget(number)
+            return
         bag = Bag(
             header=bag_header(tiles, self.cards),
-            features={name: rows.cpu() for name, rows in self._features.pop(number).items()},
+            features={name: rows.cpu() for name, rows in self._features[number].items()},
             grid={name: torch.from_numpy(grid) for name, grid in tiles.grid.items()},
             parent={name: torch.from_numpy(parent) for name, parent in tiles.parent.items()},
         )
         try:
             write_bag(bag_path(self.output, tiles.slide_id), bag)
+        except DiskFullError:
+            raise
         except InputError as error:  # features that are not finite, say; told in status.csv
             self._fail(number, str(error))
+        else:
+            self._settle(number, status_row(tiles.num_tiles()))
 
     def _fail(self, number: int, reason: str) -> None:
-        """The slide is lost, and only this slide; ``embed`` reports the reason."""
-        self._failed.add(number)
-        self._tiles.pop(number, None)
+        """The slide is lost, and only this slide."""
+        if number not in self._failed:
+            self._failed.add(number)
+            self._settle(number, {"state": "failed", "message": reason})
+
+    def _settle(self, number: int, row: Mapping[str, Any]) -> None:
+        seconds = time.monotonic() - self._begun.get(number, time.monotonic())
+        self._forget(number)
+        self.worker.settle(self.tables[number].slide_id, {**row, "seconds": round(seconds, 2)})
+
+    def _forget(self, number: int) -> None:
+        self._begun.pop(number, None)
         self._features.pop(number, None)
-        write_text(failure_path(self.output, self.tile_files[number].stem), reason)
-
-
-def failure_path(output: Path, slide_id: str) -> Path:
-    """Where the reason is kept for a slide that could not be embedded."""
-    return output / "failed" / f"{slide_id}.txt"
+        self._waiting.pop(number, None)

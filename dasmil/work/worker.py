@@ -141,6 +141,25 @@ class Worker:
         self._append({"slide_id": slide_id, "time": self._now(), **record})
         self.release(slide_id)
 
+    def note(self, slide_id: str, record: Mapping[str, Any]) -> None:
+        """Write down what is known of a slide that is not worked on; once."""
+        known = self.board.records.get(slide_id, {})
+        if any(known.get(key) != value for key, value in record.items()):
+            self._append({"slide_id": slide_id, "time": self._now(), **record})
+
+    def last_state(self, slide_id: str) -> str:
+        return str(self.board.records.get(slide_id, {}).get("state", "waiting"))
+
+    def claimed(self) -> list[str]:
+        """The slides that this worker holds."""
+        return list(self._mine)
+
+    def others(self) -> list[str]:
+        """Other workers that live."""
+        now = self._now()
+        names = [name for name in self.board.workers() if name != self.name]
+        return [name for name in names if self.board.lives(name, now)]
+
     def is_settled(self, slide_id: str) -> bool:
         """Whether a worker, this one or another, has settled it since this one began."""
         self.board.update()
@@ -190,8 +209,7 @@ class Worker:
         rests = [path for folder in folders for path in left_behind(folder)]
         claims = list((self.folder / "work" / "claims").iterdir())
         logs = self.board.workers()
-        now = self._now()
-        if any(self.board.lives(name, now) for name in logs if name != self.name):
+        if self.others():
             return
         for path in rests + [p for p in claims if self._is_not_mine(p)]:
             path.unlink(missing_ok=True)
