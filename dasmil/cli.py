@@ -3,7 +3,7 @@
 import inspect
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -21,6 +21,7 @@ slides → predictions
   test      the test figures of a checkpoint
   predict   scores, instance tables and overlays for a folder of bags
 
+  status    what has become of every slide of a folder of tiles or bags
   import    files of others → ours: weights of DINO, mil4wsi's graphs and models, CRCHisto
   sweep     fit and test configs × seeds, and the table of their figures (configs/sweep/)
   compare   tested runs side by side: intervals, and paired tests against the first
@@ -69,6 +70,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from dasmil.slides.tile import tile
 
             return int(auto_cli(tile, as_positional=False, args=rest))
+        if verb == "status":
+            from dasmil.reports.status import status
+
+            return status(_folders(rest, status))
         if verb == "import":
             return _import(rest)
         if verb == "sweep":
@@ -138,6 +143,15 @@ def _compare(args: Sequence[str]) -> int:
     values = parser.instantiate(parser.parse_args(list(args))).as_dict()
     values.pop("config", None)
     return compare(tuple(values.pop("run_dirs")), **values)
+
+
+def _folders(args: Sequence[str], function: Callable[..., int]) -> tuple[Path, ...]:
+    from argparse import ArgumentParser
+
+    about = (inspect.getdoc(function) or "").split("\n\nParameters")[0]
+    parser = ArgumentParser(prog=f"dasmil {function.__name__}", description=about)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    return tuple(parser.parse_args(list(args)).folders)
 
 
 def _import(args: Sequence[str]) -> int:

@@ -74,7 +74,7 @@ class Status:
 
     def summary(self, verb: str) -> str:
         """The counts in a line, under lines of the slides that are not done."""
-        return "\n".join([*self._complaints(), self.counts(verb)])
+        return "\n".join([*self.complaints(), self.counts(verb)])
 
     def counts(self, verb: str) -> str:
         found = Counter(row["state"] for row in self.rows)
@@ -83,8 +83,9 @@ class Status:
             words.append("0 failed")
         return f"{verb}: {', '.join(words)}; see {self.table}"
 
-    def _complaints(self) -> Iterator[str]:
-        for state in STATES[1:]:
+    def complaints(self) -> Iterator[str]:
+        """A line for each slide that is not done, and at most ten of a kind."""
+        for state in STATES[1:-1]:
             rows = [row for row in self.rows if row["state"] == state]
             for row in rows[:MAX_NAMED]:
                 yield f"{state}: {row['slide_id']}: {row.get('message') or ''}".rstrip(": ")

@@ -126,7 +126,7 @@ class Worker:
     def still_holds(self, slide_id: str) -> bool:
         """False when others took this worker for dead, and one of them took over."""
         claims = self.board.claims(slide_id).get(slide_id, {})
-        return max(claims, default=0) == self._mine.get(slide_id, -1)
+        return bool(claims) and claims[max(claims)] == self.name
 
     def release(self, slide_id: str) -> None:
         """Give a claim back: the slide is settled, or left to others."""

@@ -1,0 +1,271 @@
+"""Workers on one folder: claims are exclusive, and outlive nobody."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dasmil.errors import DiskFullError
+from dasmil.work import worker as module
+from dasmil.work.worker import Board, Worker
+
+STRANGER = """
+import sys, time
+from pathlib import Path
+from dasmil.work.worker import Worker
+with Worker(Path(sys.argv[1])) as worker:
+    assert worker.claim("a")
+    print("claimed", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def stranger(tmp_path: Path):
+    """Another process that has claimed slide a."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STRANGER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "claimed\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def kill(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def be_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that whether its process runs cannot be asked, but by its heartbeat."""
+    monkeypatch.setattr(module, "_machine", lambda: "another")
+
+
+def age(folder: Path, seconds: float) -> None:
+    """Make the heartbeats of all workers there so old."""
+    for path in (folder / "work").glob("*.jsonl"):
+        then = path.stat().st_mtime - seconds
+        os.utime(path, (then, then))
+
+
+def claims_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "work" / "claims").iterdir())
+
+
+def test_a_claim_is_exclusive_until_given_back(tmp_path: Path) -> None:
+    with Worker(tmp_path) as first, Worker(tmp_path) as second:
+        assert first.claim("a") and not second.claim("a")
+        assert second.claim("b") and not first.claim("b")
+        assert second.held_by_others() == {"a": first.name}
+        first.release("a")
+        assert second.held_by_others() == {}
+        assert second.claim("a")
+
+
+def test_of_many_that_ask_at_once_one_gets_it(tmp_path: Path) -> None:
+    workers = [Worker(tmp_path).__enter__() for _ in range(8)]
+    for slide in range(20):
+        barrier = threading.Barrier(len(workers))
+        won = []
+
+        def ask(worker, slide=slide, barrier=barrier, won=won) -> None:
+            barrier.wait()
+            if worker.claim(f"slide{slide}"):
+                won.append(worker)
+
+        threads = [threading.Thread(target=ask, args=(worker,)) for worker in workers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+    for worker in workers:
+        worker.__exit__(None, None, None)
+
+
+def test_slide_ids_with_dots_are_told_apart(tmp_path: Path) -> None:
+    with Worker(tmp_path) as first, Worker(tmp_path) as second:
+        assert first.claim("a.1") and second.claim("a") and second.claim("a.1.1")
+        assert second.held_by_others() == {"a.1": first.name}
+
+
+def test_a_living_worker_of_another_process_keeps_its_slide(stranger, tmp_path: Path) -> None:
+    with Worker(tmp_path) as worker:
+        assert not worker.claim("a")
+        assert len(worker.others()) == 1
+
+
+def test_a_killed_worker_of_this_machine_is_known_at_once(stranger, tmp_path: Path) -> None:
+    with Worker(tmp_path) as worker:
+        assert not worker.claim("a")
+        kill(stranger)
+        assert worker.held_by_others() == {} and worker.claim("a")
+        assert worker.still_holds("a")
+
+
+def test_a_killed_worker_of_another_machine_is_known_by_its_silence(
+    stranger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill(stranger)
+    be_of_another_machine(monkeypatch)
+    with Worker(tmp_path) as worker:
+        assert not worker.claim("a")  # it may live
+        age(tmp_path, module.STALE_AFTER_S - 5)
+        assert not worker.claim("a")
+        age(tmp_path, 10)
+        assert worker.claim("a")
+        assert claims_in(tmp_path) == ["a.1", "a.2"]
+        worker.settle("a", {"state": "done"})
+        assert claims_in(tmp_path) == []
+
+
+def test_only_one_takes_over(stranger, tmp_path: Path) -> None:
+    with Worker(tmp_path) as first, Worker(tmp_path) as second:
+        kill(stranger)
+        assert [first.claim("a"), second.claim("a")] == [True, False]
+
+
+def test_who_was_taken_for_dead_learns_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Worker(tmp_path) as sleeper:
+        assert sleeper.claim("a")
+        age(tmp_path, 1000)
+        with Worker(tmp_path) as heir:
+            assert heir.claim("a")
+            assert heir.still_holds("a") and not sleeper.still_holds("a")
+            sleeper.release("a")
+            assert heir.still_holds("a")  # it gave back what was its own
+
+
+def test_the_heartbeat_keeps_a_worker_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    with Worker(tmp_path) as worker:
+        age(tmp_path, 1000)
+        before = worker.path.stat().st_mtime
+        for _ in range(500):
+            if worker.path.stat().st_mtime > before:
+                return
+            time.sleep(0.01)
+        pytest.fail("no beat in five seconds")
+
+
+def test_a_beat_that_fails_does_not_end_the_heart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    beats = []
+
+    def on_beat() -> None:
+        beats.append(1)
+        if len(beats) < 3:
+            raise DiskFullError("full")
+
+    with Worker(tmp_path, on_beat=on_beat):
+        for _ in range(500):
+            if len(beats) > 4:
+                return
+            time.sleep(0.01)
+        pytest.fail("the heart has stopped")
+
+
+def test_lines_of_all_workers_come_together_and_the_last_counts(tmp_path: Path) -> None:
+    with Worker(tmp_path) as first:
+        first.claim("a")
+        first.settle("a", {"state": "failed", "message": "one"})
+        with Worker(tmp_path) as second:
+            assert not second.is_settled("a")  # before it began
+            first.claim("b")
+            first.settle("b", {"state": "done"})
+            assert second.is_settled("b")
+            second.claim("a")
+            second.settle("a", {"state": "done"})
+    board = Board(tmp_path)
+    board.update()
+    assert {slide_id: r["state"] for slide_id, r in board.records.items()} == {
+        "a": "done",
+        "b": "done",
+    }
+
+
+def test_a_clean_end_leaves_one_file(tmp_path: Path) -> None:
+    for slide_id in "ab":
+        with Worker(tmp_path) as worker:
+            worker.claim(slide_id)
+            worker.settle(slide_id, {"state": "done"})
+            worker.claim("left")
+    work = tmp_path / "work"
+    assert sorted(p.name for p in work.iterdir()) == ["claims", "log.jsonl"]
+    assert claims_in(tmp_path) == []
+    lines = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+    assert [line["slide_id"] for line in lines] == ["a", "b"]
+
+
+def test_what_the_dead_left_is_removed_only_when_nobody_works(stranger, tmp_path: Path) -> None:
+    begun = tmp_path / "tiles" / ".s1.0123456789ab.tmp.safetensors"
+    begun.parent.mkdir()
+    begun.write_text("half")
+    hidden = tmp_path / "tiles" / ".hidden"
+    hidden.touch()
+    with Worker(tmp_path):
+        pass
+    assert begun.exists() and claims_in(tmp_path) == ["a.1"]
+    kill(stranger)
+    with Worker(tmp_path):
+        assert not begun.exists() and claims_in(tmp_path) == []
+    assert hidden.exists()
+
+
+def test_a_line_that_was_cut_off_costs_itself_only(stranger, tmp_path: Path) -> None:
+    (path,) = (p for p in (tmp_path / "work").glob("*.jsonl") if p.name != "log.jsonl")
+    board = Board(tmp_path)
+    line = json.dumps({"slide_id": "b", "time": 1.0, "state": "done"})
+    with open(path, "a") as file:
+        file.write("\n" + line[:20])
+    board.update()
+    assert board.records == {}
+    with open(path, "a") as file:  # the rest of the line comes later
+        file.write(line[20:])
+    board.update()
+    assert board.records["b"]["state"] == "done"
+    with open(path, "a") as file:  # this one was cut off for good, and another follows
+        file.write("\n" + line[:20] + "\n" + line.replace('"b"', '"c"'))
+    board.update()
+    assert set(board.records) == {"b", "c"}
+    board.update()
+    assert set(board.records) == {"b", "c"}
+
+
+def test_a_disk_without_links_still_grants_one_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with Worker(tmp_path) as first, Worker(tmp_path) as second:
+        assert [first.claim("a"), second.claim("a"), second.claim("b")] == [True, False, True]
+        assert second.held_by_others() == {"a": first.name}
+
+
+def test_an_error_on_its_way_is_heard_though_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError, match="the first"), Worker(tmp_path) as worker:
+        worker.claim("a")
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(worker, "_append", full)
+        raise RuntimeError("the first")
+    assert claims_in(tmp_path) == []
