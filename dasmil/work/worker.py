@@ -86,13 +86,17 @@ class Worker:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Worker":
-        (self.folder / "work" / "claims").mkdir(parents=True, exist_ok=True)
-        self._append({"worker": self.name, "stale_after_s": self.stale_after_s, **_this_process()})
-        self._owner.write_text(self.name)
+        self._introduce()
         self.board.ignore_what_is_known()
         self._remove_what_the_dead_left()
         self._thread.start()
         return self
+
+    def _introduce(self) -> None:
+        (self.folder / "work" / "claims").mkdir(parents=True, exist_ok=True)
+        self._append({"worker": self.name, "stale_after_s": self.stale_after_s, **_this_process()})
+        with said_when_full(self._owner):
+            self._owner.write_text(self.name)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
@@ -102,7 +106,7 @@ class Worker:
         # On a full disk there is no room to say that this worker has ended: that it is seen no more
         # says so, too, and the error on its way is to be heard.
         with suppress(OSError, DiskFullError) if kind is not None else nullcontext():
-            self._owner.unlink()
+            self._owner.unlink(missing_ok=True)
             self._append({"ended": True})
             self._remove_what_the_dead_left()
             if self.on_beat is not None:
@@ -115,6 +119,8 @@ class Worker:
         if number and self.board.lives(claims[number], self._now()):
             return False
         path = self._claim(slide_id, number + 1)
+        if not self._owner.exists():  # it was taken for dead, and cleared away
+            self._introduce()
         try:
             link_once(self._owner, path)
         except FileExistsError:

@@ -143,6 +143,7 @@ def test_who_was_taken_for_dead_learns_of_it(
             assert heir.still_holds("a") and not sleeper.still_holds("a")
             sleeper.release("a")
             assert heir.still_holds("a")  # it gave back what was its own
+            assert sleeper.claim("b") and not heir.claim("b")  # and is one of them again
 
 
 def test_the_heartbeat_keeps_a_worker_alive(
