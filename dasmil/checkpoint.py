@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dasmil.embedding.extractor import load_checkpoint
+from dasmil.embedding.weights import load_checkpoint
 from dasmil.errors import InputError
 from dasmil.modules.mil import DASMILModule
 

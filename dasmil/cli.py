@@ -21,8 +21,11 @@ slides → predictions
   test      the test figures of a checkpoint
   predict   scores, instance tables and overlays for a folder of bags
 
+  contact-sheet  the QC pictures of a cohort on one page, sortable, for a browser
   status    what has become of every slide of a folder of tiles or bags
-  import    files of others → ours: weights of DINO, mil4wsi's graphs and models, CRCHisto
+  import    files of others → ours: features of TRIDENT, CLAM, STAMP; weights of DINO; mil4wsi's
+            graphs and models; CRCHisto
+  export    bags → feature files as TRIDENT writes them
   sweep     fit and test configs × seeds, and the table of their figures (configs/sweep/)
   compare   tested runs side by side: intervals, and paired tests against the first
   demo      the whole road on a small synthetic cohort, no download
@@ -33,6 +36,9 @@ slides → predictions
 IMPORT_USAGE = """\
 usage: python -m dasmil import KIND [options]
 
+  trident             TRIDENT's features, a folder a magnification → a folder of bags
+  clam                CLAM's features and patches, a folder a magnification → a folder of bags
+  stamp               STAMP's features, a folder a magnification → a folder of bags
   crchisto            CRCHistoPhenotypes → a cohort of slides, labels and nuclei
   dino-checkpoint     weights of facebookresearch/dino → an extractor for `embed`
   mil4wsi-bags        the released code's graphs → a folder of bags
@@ -46,8 +52,12 @@ IMPORTERS = {
     "crchisto": "crchisto",
     "dino-checkpoint": "dino_checkpoint",
     "mil4wsi-bags": "mil4wsi_bags",
+    "clam": "clam",
     "mil4wsi-checkpoint": "mil4wsi_checkpoint",
+    "stamp": "stamp",
+    "trident": "trident",
 }
+FEATURE_KINDS = ("clam", "stamp", "trident")
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 
 
@@ -73,9 +83,15 @@ def main(args: Sequence[str] | None = None) -> int:
         if verb == "status":
             from dasmil.reports.status import status
 
-            return status(_folders(rest, status))
+            return _with_folders(status, "folders", "of tiles or of bags", rest)
         if verb == "import":
             return _import(rest)
+        if verb == "export":
+            from jsonargparse import auto_cli
+
+            from dasmil.interop.export import export
+
+            return int(auto_cli(export, prog="dasmil export", args=rest))
         if verb == "sweep":
             from jsonargparse import auto_cli
 
@@ -83,7 +99,16 @@ def main(args: Sequence[str] | None = None) -> int:
 
             return int(auto_cli(sweep, as_positional=False, args=rest))
         if verb == "compare":
-            return _compare(rest)
+            from dasmil.compare.compare import compare
+
+            return _with_folders(compare, "run_dirs", "one a method", rest)
+        if verb == "contact-sheet":
+            from jsonargparse import auto_cli
+
+            from dasmil.reports.contact_sheet import contact_sheet
+
+            prog = "dasmil contact-sheet"
+            return int(auto_cli(contact_sheet, as_positional=True, prog=prog, args=rest))
         if verb == "demo":
             from jsonargparse import auto_cli
 
@@ -130,28 +155,19 @@ def _embed(args: Sequence[str]) -> int:
     return embed(**values.as_dict())
 
 
-def _compare(args: Sequence[str]) -> int:
+def _with_folders(
+    function: Callable[..., int], folders: str, about: str, args: Sequence[str]
+) -> int:
+    """A verb whose first parameter is any number of folders; its others are options."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    from dasmil.compare.compare import compare
-
-    about = (inspect.getdoc(compare) or "").split("\n\nParameters")[0]
-    parser = ArgumentParser(prog="dasmil compare", description=about)
+    parser = ArgumentParser(prog=f"dasmil {function.__name__}", description=_about(function))
     parser.add_argument("--config", action=ActionConfigFile)
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="one a method")
-    parser.add_function_arguments(compare, skip={"run_dirs"}, as_positional=False)
+    parser.add_argument(folders, nargs="+", type=Path, metavar=folders[:-1].upper(), help=about)
+    parser.add_function_arguments(function, skip={folders}, as_positional=False)
     values = parser.instantiate(parser.parse_args(list(args))).as_dict()
     values.pop("config", None)
-    return compare(tuple(values.pop("run_dirs")), **values)
-
-
-def _folders(args: Sequence[str], function: Callable[..., int]) -> tuple[Path, ...]:
-    from argparse import ArgumentParser
-
-    about = (inspect.getdoc(function) or "").split("\n\nParameters")[0]
-    parser = ArgumentParser(prog=f"dasmil {function.__name__}", description=about)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    return tuple(parser.parse_args(list(args)).folders)
+    return function(tuple(values.pop(folders)), **values)
 
 
 def _import(args: Sequence[str]) -> int:
@@ -162,11 +178,25 @@ def _import(args: Sequence[str]) -> int:
     if kind not in IMPORTERS:
         print(f"error: import: no kind {kind!r}\n\n{IMPORT_USAGE}", file=sys.stderr)
         return 2
+    function = getattr(import_module(f"dasmil.interop.{IMPORTERS[kind]}"), IMPORTERS[kind])
+    prog, rest = f"dasmil import {kind}", list(args[1:])
+    if kind in FEATURE_KINDS:  # --features.x20 FOLDER is an option, as long as it is required
+        from jsonargparse import ActionConfigFile, ArgumentParser
+
+        parser = ArgumentParser(prog=prog, description=_about(function))
+        parser.add_argument("--config", action=ActionConfigFile)
+        parser.add_argument("dest", type=Path, metavar="BAGS", help="folder for the bags")
+        parser.add_function_arguments(function, skip={"dest"}, as_positional=False)
+        values = parser.instantiate(parser.parse_args(rest)).as_dict()
+        values.pop("config", None)
+        return int(function(**values))
     from jsonargparse import auto_cli
 
-    function = getattr(import_module(f"dasmil.interop.{IMPORTERS[kind]}"), IMPORTERS[kind])
-    prog = f"dasmil import {kind}"
-    return int(auto_cli(function, as_positional=True, prog=prog, args=list(args[1:])))
+    return int(auto_cli(function, as_positional=True, prog=prog, args=rest))
+
+
+def _about(function: Callable[..., int]) -> str:
+    return (inspect.getdoc(function) or "").split("\n\nParameters")[0]
 
 
 def _keep_whole_numbers() -> None:

@@ -85,6 +85,11 @@ class DasmilCLI(LightningCLI):
                 type=str | None,
                 help="folder of annotations, one file a slide: judge instances and lesions too",
             )
+            parser.add_argument(
+                "--truth_classes",
+                type=list[str] | None,
+                help="classes (QuPath) or groups (ASAP) of the annotations that are lesions",
+            )
         if subcommand != "predict":
             parser.add_argument(
                 "--draws", type=int, default=DRAWS, help="of the bootstrap that gives intervals"
@@ -145,9 +150,12 @@ class DasmilCLI(LightningCLI):
         self._add_callbacks(PredictionWriter(self.output))
 
     def _judge_instances(self) -> None:
-        truth = self._get(self.config, "truth")
+        truth, classes = self._get(self.config, "truth"), self._get(self.config, "truth_classes")
+        if classes and not truth:
+            raise InputError(f"{self.verb}: --truth_classes needs --truth, the annotations' folder")
         if truth:
-            self._add_callbacks(InstanceTruth(Path(truth), output=self.output))
+            judge = InstanceTruth(Path(truth), output=self.output, classes=classes or None)
+            self._add_callbacks(judge)
 
     def _add_callbacks(self, *callbacks: Callback) -> None:
         """Before those that save checkpoints, which Lightning wants last."""

@@ -16,8 +16,14 @@ from dasmil.bags import bag_path, read_bag
 from dasmil.cli import LIGHTNING_VERBS, main
 from dasmil.slides.cohort import read_cohort
 
-VERBS = ("tile", "embed", "compare", "sweep", "demo", *LIGHTNING_VERBS)
-KINDS = ("crchisto", "dino-checkpoint", "mil4wsi-bags", "mil4wsi-checkpoint")
+VERBS = (
+    *("tile", "embed", "status", "contact-sheet", "export", "compare", "sweep", "demo"),
+    *LIGHTNING_VERBS,
+)
+KINDS = (
+    *("clam", "crchisto", "dino-checkpoint", "mil4wsi-bags", "mil4wsi-checkpoint"),
+    *("stamp", "trident"),
+)
 YAMLS = sorted(CONFIGS.rglob("*.yaml")) + sorted(CONF.glob("*.yaml"))
 
 

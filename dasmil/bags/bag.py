@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +24,9 @@ class ExtractorCard:
     mean, std: the normalisation of RGB in 0..1.
     image_size: side in pixels to which a tile is resampled before it enters the network.
     feature_dim: width of the features.
+    pooling: from tokens or maps to features: own (the network's head), cls, mean or cls_mean.
+    interpolation: of that resampling.
+    options: what the network was made with beside its name.
     """
 
     name: str
@@ -32,6 +35,19 @@ class ExtractorCard:
     std: tuple[float, float, float]
     image_size: int
     feature_dim: int
+    pooling: str = "own"
+    interpolation: str = "bilinear"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        """What becomes of a tile, in one line."""
+        mean, std = (
+            " ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std)
+        )
+        return (
+            f"tiles at {self.image_size} px, less {mean}, by {std} → {self.name}, {self.pooling} "
+            f"pooling → {self.feature_dim} features"
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ExtractorCard":
@@ -93,10 +109,18 @@ def describe_difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> 
         ours, theirs = scale["extractor"], other["extractor"]
         if ours["fingerprint"] != theirs["fingerprint"]:
             return (
-                f"{name} features of the extractor {theirs['name']} ({theirs['fingerprint'][:12]}) "
-                f"instead of {ours['name']} ({ours['fingerprint'][:12]})"
+                f"{name} features of the extractor {_in_words(theirs)} instead of {_in_words(ours)}"
             )
+        if ours["feature_dim"] != theirs["feature_dim"]:  # all of mil4wsi's count as one extractor
+            return f"{name} features {theirs['feature_dim']} wide instead of {ours['feature_dim']}"
     return None
+
+
+def _in_words(card: Mapping[str, Any]) -> str:
+    """An extractor for a sentence; checkpoints from before there was a choice say no pooling."""
+    pooling = card.get("pooling", "own")
+    pooled = "" if pooling == "own" else f" with {pooling} pooling"
+    return f"{card['name']}{pooled} ({card['fingerprint'][:12]})"
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,19 @@ from torch.utils.data import DataLoader
 from dasmil.bags import ExtractorCard, bag_path, read_header
 from dasmil.bags.status import EXTRACTORS, bag_status
 from dasmil.embedding.dataset import ChunkDataset, ClaimingSampler, TileChunk
-from dasmil.embedding.extractor import Extractor, load_extractor
+from dasmil.embedding.extractor import Extractor, ExtractorSource, load_extractor
+from dasmil.embedding.weights import say
 from dasmil.embedding.writer import BagWriter, Embedded, bag_header
 from dasmil.errors import InputError
 from dasmil.files import write_once, write_text
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
 from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path
 from dasmil.work.worker import STALE_AFTER_S, Worker
+
+MISREAD = (
+    "; on the command line .model comes before a scale's other settings, and those of a scale "
+    "with a dot in its name stand in a --config file"
+)
 
 
 class EmbeddingModule(LightningModule):
@@ -147,7 +153,7 @@ class _Batches:
 def embed(
     tiles: Path,
     output: Path,
-    extractors: dict[str, str],
+    extractors: dict[str, str | ExtractorSource],
     trainer: Trainer,
     batch_size: int = 64,
     num_workers: int = 2,
@@ -167,7 +173,8 @@ def embed(
         folder for the bags.
     extractors:
         per scale a DINO checkpoint of that scale, or a timm name (pretrained weights), or
-        random:NAME (random weights).
+        random:NAME (random weights); or a dictionary with model and what is to differ: weights,
+        pooling, image_size, mean, std, interpolation, options.
     trainer:
         Lightning's; devices, nodes, precision and progress bar are its own.
     batch_size:
@@ -186,7 +193,8 @@ def embed(
     cohort = read_cohort(tiles / "cohort.csv")
     tables, not_tiled = _read_tables(cohort, tiles)
     if not tables:
-        raise InputError(f"{tiles}: no slide of its cohort has been tiled; see its status.csv")
+        reason = next(iter(not_tiled.values()))
+        raise InputError(f"{tiles}: no slide of its cohort has been tiled ({reason})")
     networks = _load_extractors(extractors, next(iter(tables.values())))
     cards = {name: network.card for name, network in networks.items()}
     first = trainer.is_global_zero
@@ -196,17 +204,18 @@ def embed(
         if row.slide_id in tables and not _is_done(tables[row.slide_id], output, cards, say=first)
     ]
     wanted = [tables[row.slide_id] for row in todo]
-    write_cohort(output / "cohort.csv", cohort)
-    others = _write_extractors(output / EXTRACTORS, extractors, networks)
-    status = bag_status(output)
 
-    with Worker(output, stale_after, status.write if first else None) as worker:
+    with Worker(output, stale_after) as worker:
+        write_cohort(output / "cohort.csv", cohort)
+        others = _write_extractors(output / EXTRACTORS, extractors, networks)
         if others and worker.others():
             raise InputError(
                 f"{output / EXTRACTORS}: another command that runs now embeds with other "
                 "extractors; choose another --output"
             )
+        status = bag_status(output)
         if first:
+            worker.on_beat = status.write
             write_text(output / EXTRACTORS, _as_json(extractors, networks))
             _note_what_is_not_tiled(worker, not_tiled, todo)
         # other processes may find something to do, and wait for each other in the predict loop
@@ -268,17 +277,24 @@ def _read_tables(
     return tables, missing
 
 
-def _load_extractors(sources: Mapping[str, str], tiles: TilePyramid) -> dict[str, Extractor]:
+def _load_extractors(
+    sources: Mapping[str, str | ExtractorSource], tiles: TilePyramid
+) -> dict[str, Extractor]:
     names = [scale.name for scale in tiles.scales]
     if set(sources) != set(names):
+        misread = any(name.startswith(tuple(f"{scale}." for scale in names)) for name in sources)
         raise InputError(
             f"extractors: given for {', '.join(sorted(sources)) or 'no scale'}, the tiles have "
             f"{', '.join(names)}; give one extractor for each of them"
+            + (MISREAD if misread else "")
         )
-    return {
+    networks = {
         scale.name: load_extractor(sources[scale.name], scale, tiles.tile_px)
         for scale in tiles.scales
     }
+    for name, network in networks.items():
+        say(f"embed: {name}: {network.card}")
+    return networks
 
 
 def _is_done(
@@ -314,7 +330,7 @@ def _is_done(
 
 
 def _write_extractors(
-    path: Path, sources: Mapping[str, str], networks: Mapping[str, Extractor]
+    path: Path, sources: Mapping[str, str | ExtractorSource], networks: Mapping[str, Extractor]
 ) -> bool:
     """True when the file that is there names other extractors; then it is left as it is."""
     text = _as_json(sources, networks)
@@ -325,9 +341,15 @@ def _write_extractors(
     return found != ours
 
 
-def _as_json(sources: Mapping[str, str], networks: Mapping[str, Extractor]) -> str:
+def _as_json(
+    sources: Mapping[str, str | ExtractorSource], networks: Mapping[str, Extractor]
+) -> str:
     records = {
-        name: {**asdict(network.card), "source": sources[name], "trained_on": network.trained_on}
+        name: {
+            **asdict(network.card),
+            "source": source if isinstance(source := sources[name], str) else source.asked(),
+            "trained_on": network.trained_on,
+        }
         for name, network in networks.items()
     }
     return json.dumps(records, indent=2)

@@ -3,62 +3,93 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import timm
 import torch
 import torch.nn.functional as F
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from dasmil.bags.bag import ExtractorCard
+from dasmil.embedding.networks import RANDOM, create_network, resize_network, vit_backbone
+from dasmil.embedding.pooling import Pooling, pool
+from dasmil.embedding.weights import load_checkpoint, load_weights, say
 from dasmil.errors import InputError
 from dasmil.units import Scale
 
-RANDOM = "random:"
-CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth"})
+CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".safetensors", ".bin"})
 BACKBONE_PREFIX = "teacher.backbone."
+NOT_OURS = "a file of weights alone is given with its network: model NAME and weights FILE"
+Interpolation = Literal["bilinear", "bicubic"]
 
 
-def create_backbone(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
-    """A timm network without its classifier.
+@dataclass(frozen=True)
+class ExtractorSource:
+    """Where an extractor comes from, and how it is to differ from what its source says.
 
-    Raises
-    ------
-    InputError
-        when timm does not know the name, or its weights are neither cached nor reachable.
+    Parameters
+    ----------
+    model:
+        a timm name, random:NAME (random weights), hf-hub:ORG/NAME, or a DINO checkpoint.
+    weights:
+        file of weights (.safetensors, .pth, .pt, .bin) instead of timm's pretrained ones; every
+        key must fit the network.
+    pooling:
+        own, as the network's head pools; cls, the class token; mean, of the patch tokens or of a
+        convolutional network's map; cls_mean, both side by side.
+    image_size:
+        side in px to which tiles are resampled; without, timm's for that name.
+    mean:
+        of RGB in 0..1, to be subtracted; without, timm's for that name.
+    std:
+        of RGB in 0..1, to be divided by; without, timm's for that name.
+    interpolation:
+        of tiles of another size than image_size; without, timm's for that name.
+    options:
+        arguments of the timm network, such as {init_values: 1e-5, dynamic_img_size: true}; layers
+        by name, such as {mlp_layer: SwiGLUPacked, act_layer: SiLU}.
     """
-    if not timm.is_model(name):
-        near = ", ".join(get_close_matches(name, timm.list_models(), 3))
-        raise InputError(
-            f"extractor {name!r}: neither a checkpoint file nor a timm model"
-            + (f"; near it: {near}" if near else "")
-        )
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-    except Exception as error:
-        if not pretrained:
-            raise
-        raise InputError(
-            f"extractor {name!r}: its pretrained weights are not in the local cache and cannot be "
-            f"downloaded ({type(error).__name__}); download them once on a machine with a network, "
-            f"or write {RANDOM}{name} for random weights"
-        ) from error
+
+    model: str
+    weights: str | None = None
+    pooling: Pooling = "own"
+    image_size: int | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: Interpolation | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def asked(self) -> dict[str, Any]:
+        """What differs from the defaults, as plain values."""
+        default = ExtractorSource(self.model)
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key == "model" or value != getattr(default, key)
+        }
 
 
 class Extractor(nn.Module):
-    """A frozen network with all that is done to a tile before it.
+    """A frozen network with all that is done to a tile before it and to its features after it.
 
     Parameters
     ----------
     backbone: images (N, 3, S, S) → features (N, D).
     name: its timm name.
-    image_size: S; tiles of another size are resampled to it.
+    image_size: S; tiles of another size are resampled to it, whole.
     mean, std: the normalisation of RGB in 0..1.
     trained_on: slide_ids whose pixels the weights have seen, which they may not be tested on; None
         where not known.
+    pooling: see :func:`dasmil.embedding.pooling.pool`.
+    interpolation: of the resampling, antialiased as PIL's.
+    options: what the backbone was made with beside its name, as plain values.
+
+    Raises
+    ------
+    InputError
+        when the network cannot pool so, or takes no images of that size.
     """
 
     mean: Tensor
@@ -72,32 +103,55 @@ class Extractor(nn.Module):
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         trained_on: tuple[str, ...] | None = None,
+        pooling: Pooling = "own",
+        interpolation: Interpolation = "bilinear",
+        options: Mapping[str, Any] | None = None,
     ):
         super().__init__()
+        if min(std) <= 0:
+            raise InputError(f"extractor {name!r}: its std {std} must be above 0")
         self.backbone = backbone.eval().requires_grad_(False)
         self.trained_on = trained_on
+        self.pooling: Pooling = pooling
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        with torch.inference_mode():
-            feature_dim = int(backbone(torch.zeros(1, 3, image_size, image_size)).shape[1])
-        settings = {"name": name, "image_size": image_size, "mean": mean, "std": std}
+        settings = {
+            "name": name,
+            "mean": mean,
+            "std": std,
+            "image_size": image_size,
+            "pooling": pooling,
+            "interpolation": interpolation,
+            "options": json.loads(json.dumps(dict(options or {}))),  # as a bag file gives it back
+        }
         self.card = ExtractorCard(
-            name=name,
             fingerprint=_fingerprint(backbone.state_dict(), settings),
-            mean=mean,
-            std=std,
-            image_size=image_size,
-            feature_dim=feature_dim,
+            feature_dim=self._feature_dim(name, image_size),
+            **settings,
         )
+
+    def _feature_dim(self, name: str, image_size: int) -> int:
+        try:
+            with torch.inference_mode():
+                images = torch.zeros(1, 3, image_size, image_size)
+                return pool(self.backbone, images, self.pooling).shape[1]
+        except InputError as error:
+            raise InputError(f"extractor {name!r}: {error}") from error
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"extractor {name!r}: cannot embed images of {image_size} px "
+                f"({str(error).splitlines()[0]}); give the image_size that it takes"
+            ) from error
 
     def forward(self, tiles: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 RGB → (N, D)."""
-        x = tiles.to(self.mean.dtype, copy=True)
+        x = tiles.to(torch.float32, copy=True)
         if x.shape[-1] != self.card.image_size:
             size = (self.card.image_size, self.card.image_size)
-            x = F.interpolate(x, size, mode="bilinear", antialias=True)
+            x = F.interpolate(x, size, mode=self.card.interpolation, antialias=True)
+            x.round_().clamp_(0, 255)  # pixels, as PIL gives them: bicubic overshoots
         x.sub_(255 * self.mean).div_(255 * self.std)  # in place: small networks wait for this
-        return self.backbone(x)
+        return pool(self.backbone, x.to(self.mean.dtype), self.pooling)
 
 
 def _fingerprint(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
@@ -132,49 +186,76 @@ class ExtractorRecord:
     trained_on: tuple[str, ...] | None
 
 
-def load_extractor(source: str, scale: Scale, tile_px: int) -> Extractor:
+def load_extractor(source: str | ExtractorSource, scale: Scale, tile_px: int) -> Extractor:
     """An extractor from a DINO checkpoint file, or from timm by name.
+
+    A timm network comes with timm's normalisation, image size and interpolation for that name.
+    Tiles are resampled whole: of timm's ``crop_pct``, which crops the border off, nothing is kept.
 
     Parameters
     ----------
     source: path of a checkpoint of ``fit --config configs/dino.yaml`` or ``import``; or a timm name
         (pretrained weights); or ``random:`` and a timm name (random weights, the same at every
-        call).
+        call); or all of :class:`ExtractorSource`.
     scale, tile_px: the tiles it is to embed; a checkpoint of another scale is refused.
     """
-    if Path(source).suffix in CHECKPOINT_SUFFIXES or Path(source).is_file():
-        return _from_checkpoint(Path(source), scale, tile_px)
-    name = source.removeprefix(RANDOM)
+    if isinstance(source, str):
+        source = ExtractorSource(source)
+    path = Path(source.model)
+    if path.suffix in CHECKPOINT_SUFFIXES or path.is_file():
+        return _from_checkpoint(path, source, scale, tile_px)
+    return _from_timm(source)
+
+
+def _from_timm(source: ExtractorSource) -> Extractor:
+    name = source.model.removeprefix(RANDOM)
+    is_random = name != source.model
+    if is_random and source.weights:
+        raise InputError(f"extractor {source.model!r}: random weights, or {source.weights}?")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        backbone = create_backbone(name, pretrained=name == source)
-    config: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
-    trained_on = None if name == source else ()  # random weights have seen nothing
+        pretrained = not is_random and source.weights is None
+        backbone = create_network(name, pretrained, source.options)
+    if source.weights:
+        load_weights(backbone, name, Path(source.weights))
+        if source.mean is None or source.std is None:
+            say(
+                f"{source.weights}: tiles are normalised as timm says for {name}; set mean and std "
+                "where these weights were trained with others"
+            )
+    config = resolve_data_config({}, model=backbone)
+    made_for = source.options.get("img_size", config["input_size"][-1])
+    if not isinstance(made_for, int):
+        raise InputError(f"extractor {name!r}: img_size must be one whole number, tiles are square")
+    image_size = source.image_size or made_for
+    if image_size != made_for:
+        resize_network(backbone, name, image_size)
     return Extractor(
-        backbone, name, config["input_size"][-1], config["mean"], config["std"], trained_on
+        backbone,
+        name,
+        image_size,
+        tuple(source.mean or config["mean"]),
+        tuple(source.std or config["std"]),
+        () if is_random else None,  # random weights have seen nothing
+        source.pooling,
+        source.interpolation or config["interpolation"],
+        source.options,
     )
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU; tensors and plain values only, never unpickled code."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be loaded safely as a checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path}: not a checkpoint of dasmil")
-    return checkpoint
-
-
-def _from_checkpoint(path: Path, scale: Scale, tile_px: int) -> Extractor:
+def _from_checkpoint(path: Path, source: ExtractorSource, scale: Scale, tile_px: int) -> Extractor:
+    if path.suffix in (".safetensors", ".bin"):
+        raise InputError(f"{path}: {NOT_OURS}")
     checkpoint = load_checkpoint(path)
     if "extractor" not in checkpoint:
         raise InputError(
             f"{path}: holds no extractor; give a checkpoint of `fit --config configs/dino.yaml`, "
-            "or of `import dino-checkpoint`"
+            f"or of `import dino-checkpoint`; {NOT_OURS}"
+        )
+    asked = sorted(source.asked().keys() - {"model", "pooling"})
+    if asked:
+        raise InputError(
+            f"{path}: a DINO checkpoint says its {', '.join(asked)} itself; leave that out"
         )
     record = ExtractorRecord(**checkpoint["extractor"])
     mpp, trained_px = record.mpp or scale.mpp, record.tile_px or tile_px
@@ -194,6 +275,8 @@ def _from_checkpoint(path: Path, scale: Scale, tile_px: int) -> Extractor:
         record.mean,
         record.std,
         record.trained_on,
+        source.pooling,
+        options=record.options,
     )
 
 
@@ -201,13 +284,3 @@ def _tiles(scale: str | None, mpp: float | None, tile_px: int | None) -> str:
     """The tiles in words, as far as known."""
     words = [scale, "tiles", tile_px and f"of {tile_px} px", mpp and f"({mpp:g} µm/px)"]
     return " ".join(str(word) for word in words if word)
-
-
-def vit_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
-    """A timm ViT that also takes images of other sizes, as DINO's small crops need."""
-    try:
-        return create_backbone(name, img_size=image_size, dynamic_img_size=True, **options)
-    except TypeError as error:
-        raise InputError(
-            f"backbone {name!r} with {options}: not a ViT that takes crops of any size ({error})"
-        ) from error

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from dasmil.embedding.extractor import BACKBONE_PREFIX, ExtractorRecord, vit_backbone
+from dasmil.embedding.extractor import BACKBONE_PREFIX, ExtractorRecord
+from dasmil.embedding.networks import vit_backbone
 from dasmil.errors import InputError
 from dasmil.files import atomic_path
 from dasmil.interop.restricted import load_restricted, some_of

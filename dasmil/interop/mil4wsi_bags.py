@@ -191,7 +191,7 @@ def make_bag(graph: PreparedGraph, tile_px: int = 256) -> tuple[Bag, dict[str, A
     require_nested(graph.place, scale, parent, sides)
     cells, moved = place_on_grid(graph.place, scale, parent, sides)
 
-    rows, parents = _in_order_of_parents(scale, parent)
+    rows, parents = in_order_of_parents(scale, parent, len(scales))
     dim = graph.features.shape[1]
     header = BagHeader(
         slide_id=graph.slide_id,
@@ -225,13 +225,13 @@ def make_bag(graph: PreparedGraph, tile_px: int = 256) -> tuple[Bag, dict[str, A
     }
 
 
-def _in_order_of_parents(
-    scale: IntArray, parent: IntArray
+def in_order_of_parents(
+    scale: IntArray, parent: IntArray, num_scales: int
 ) -> tuple[list[IntArray], list[npt.NDArray[np.int32]]]:
     """Per scale the file's rows of its tiles; per scale but the coarsest their parents' rows."""
     rows = [np.flatnonzero(scale == 0)]
     parents = []
-    for number in range(1, scale.max() + 1):
+    for number in range(1, num_scales):
         own = np.full(len(scale) + 1, -1, dtype=np.int32)  # the last one is read by -1
         own[rows[-1]] = np.arange(len(rows[-1]))
         tiles = np.flatnonzero(scale == number)

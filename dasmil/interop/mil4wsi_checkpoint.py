@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from dasmil.bags import BagHeader
-from dasmil.embedding.extractor import load_extractor
+from dasmil.embedding.extractor import ExtractorSource, load_extractor
 from dasmil.errors import InputError
 from dasmil.files import atomic_path, configs_folder
 from dasmil.interop.mil4wsi_bags import extractor_card
@@ -48,7 +48,7 @@ def mil4wsi_checkpoint(
     classes: tuple[str, ...] = ("0", "1"),
     scales: tuple[str, ...] | None = None,
     residual: Residual | None = None,
-    extractors: dict[str, str] | None = None,
+    extractors: dict[str, str | ExtractorSource] | None = None,
     tile_px: int = 256,
 ) -> int:
     """Weights that mil4wsi trained → a checkpoint for validate, test, predict and dasmil.load.
@@ -256,7 +256,7 @@ def _bag_format(
     file: Path,
     widths: Mapping[str, int],
     scales: tuple[Scale, ...],
-    sources: Mapping[str, str] | None,
+    sources: Mapping[str, str | ExtractorSource] | None,
     tile_px: int,
 ) -> dict[str, Any]:
     """What the bags must hold that the model reads, as :meth:`BagHeader.bag_format` says it."""
@@ -276,7 +276,7 @@ def _bag_format(
             card = load_extractor(sources[scale.name], scale, tile_px).card
         if card.feature_dim != dim:
             raise InputError(
-                f"{sources[scale.name]}: its features are {card.feature_dim} wide, {file} reads "
+                f"{card.name}: its features are {card.feature_dim} wide, {file} reads "
                 f"{dim} at {scale.name}; give the extractor that the model was trained with"
             )
         cards[scale.name] = card

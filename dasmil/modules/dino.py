@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from dasmil.data.tiles import TileDataModule
-from dasmil.embedding.extractor import ExtractorRecord, vit_backbone
+from dasmil.embedding.extractor import ExtractorRecord
+from dasmil.embedding.networks import vit_backbone
 from dasmil.errors import InputError
 from dasmil.seeds import seed_step
 

@@ -1,12 +1,13 @@
 """Instances against what was marked on the slides: AUROC of the tiles, FROC of the lesions."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
@@ -37,7 +38,9 @@ from dasmil.slides.annotation import (
     Areas,
     Points,
     Polygons,
+    class_names,
     find_truth,
+    marks_points,
     read_annotation,
 )
 
@@ -78,10 +81,14 @@ class InstanceTruth(Callback):
     min_share:
         a tile is positive when at least this share of it is marked; or one point lies in it.
     output:
-        folder for froc.csv, froc.png and detections/<scale>/<slide_id>.csv, which the challenge's
-        own script reads; nothing is written where None.
+        folder for froc.csv, froc.png, detections/<scale>/<slide_id>.csv, which the challenge's own
+        script reads, and instance_truth/<slide_id>.csv: every tile with the share of it that is
+        marked (overlap; or its number of points), whether that makes it positive, and its
+        probability. Nothing is written where None.
     froc:
         whether to compute the FROC.
+    classes:
+        of the annotations, those that are lesions; as the format has it where None.
     """
 
     def __init__(
@@ -90,6 +97,7 @@ class InstanceTruth(Callback):
         min_share: float = 0.5,
         output: Path | None = None,
         froc: bool = True,
+        classes: Collection[str] | None = None,
     ):
         if not 0 < min_share <= 1:
             raise InputError(f"min_share: {min_share} is outside 0..1 (0 excluded)")
@@ -97,10 +105,12 @@ class InstanceTruth(Callback):
         self.min_share = min_share
         self.output = None if output is None else Path(output)
         self.froc = froc
+        self.classes = classes
         self.figures: dict[str, float] = {}
         self.curves: dict[str, Froc] = {}
         self._files: dict[str, Path] = {}
         self._negative: set[str] = set()
+        self._positive_class = ""
         self._has_froc = False
         self._slides: list[SlideTruth] = []
 
@@ -157,7 +167,10 @@ class InstanceTruth(Callback):
                 f"it would be one of {names}"
             )
         self._negative = {row.slide_id for row in rows if row.label == data.classes[0]}
-        self._has_froc = self.froc and all(p.suffix != ".csv" for p in self._files.values())
+        self._positive_class = data.classes[1]
+        self._refuse_missing_classes()
+        points = [marks_points(path, self.classes) for path in self._files.values()]
+        self._has_froc = self.froc and not any(points)
         self._slides, self.figures, self.curves = [], {}, {}
         unknown = sorted(found.keys() - self._files.keys() - self._negative)
         if unknown:
@@ -165,6 +178,25 @@ class InstanceTruth(Callback):
                 f"{self.truth}: {len(unknown)} {part} slide(s) of class {data.classes[1]} have no "
                 "annotation and are left out of the figures of instances: "
                 f"{', '.join(unknown[:MAX_NAMED])}{' …' if len(unknown) > MAX_NAMED else ''}",
+                stacklevel=2,
+            )
+
+    def _refuse_missing_classes(self) -> None:
+        """A class that no annotation has is a typing mistake, or rare."""
+        if self.classes is None:
+            return
+        found = set().union(*(class_names(path) for path in self._files.values()))
+        known = {name.strip().lower() for name in found}
+        missing = [name for name in self.classes if name.strip().lower() not in known]
+        if len(missing) == len(self.classes):
+            raise InputError(
+                f"{self.truth}: no annotation is of the classes {', '.join(self.classes)}; there "
+                f"are {', '.join(sorted(found)) or 'none, as in masks and tables of points'}"
+            )
+        if missing:
+            warnings.warn(
+                f"{self.truth}: no annotation is of the classes {', '.join(missing)}; there are "
+                f"{', '.join(sorted(found))}",
                 stacklevel=2,
             )
 
@@ -182,10 +214,12 @@ class InstanceTruth(Callback):
     def _judge(self, bag: Bag, scores: Mapping[str, Tensor]) -> SlideTruth:
         annotation = self._annotation(bag)
         boxes_px0 = {scale: bag.boxes_px0(scale).numpy() for scale in scores}
+        overlap = {scale: annotation.overlap(boxes) for scale, boxes in boxes_px0.items()}
         truth = {
-            scale: torch.from_numpy(annotation.positive_tiles(boxes, self.min_share))
-            for scale, boxes in boxes_px0.items()
+            scale: torch.from_numpy(annotation.positive(found, self.min_share))
+            for scale, found in overlap.items()
         }
+        self._write_tiles(bag, overlap, truth, scores)
         hits = {}
         if self._has_froc:
             lesions = self._lesions(annotation, bag.header.slide_mpp)
@@ -201,7 +235,7 @@ class InstanceTruth(Callback):
         path, size_px0 = self._files.get(bag.slide_id), bag.header.size_px0
         if path is None:
             return Polygons(size_px0)
-        annotation = read_annotation(path, size_px0)
+        annotation = read_annotation(path, size_px0, self.classes)
         if bag.slide_id in self._negative and not annotation.is_empty:
             raise InputError(
                 f"{path}: it marks something on a slide of the negative class; correct the label, "
@@ -215,6 +249,35 @@ class InstanceTruth(Callback):
             return None
         downsample = evaluation_downsample(mpp)
         return evaluation_lesions(annotation.mask(downsample), downsample)
+
+    def _write_tiles(
+        self,
+        bag: Bag,
+        overlap: Mapping[str, npt.NDArray[Any]],
+        truth: Mapping[str, Tensor],
+        scores: Mapping[str, Tensor],
+    ) -> None:
+        """With the columns of ``predict``'s instances/<slide_id>.csv that say where a tile lies."""
+        if self.output is None:
+            return
+        columns = ["slide_id", "scale", "row", "col", "x0_px0", "y0_px0", "size_px0"]
+        columns += ["overlap", "positive", f"prob/{self._positive_class}"]
+
+        def records() -> Iterator[dict[str, Any]]:
+            for scale in scores:
+                values = zip(
+                    bag.grid[scale].tolist(),
+                    bag.boxes_px0(scale).tolist(),
+                    overlap[scale].tolist(),
+                    truth[scale].int().tolist(),
+                    scores[scale].tolist(),
+                    strict=True,
+                )
+                for (row, col), (left, top, right, _), *judged in values:
+                    place = [bag.slide_id, scale, row, col, left, top, right - left]
+                    yield dict(zip(columns, [*place, *judged], strict=True))
+
+        write_csv(self.output / "instance_truth" / f"{bag.slide_id}.csv", columns, records())
 
     def _write_detections(self, scale: str, slide_id: str, found: Detections) -> None:
         """Confidence, x and y in level-0 pixels, without a header."""

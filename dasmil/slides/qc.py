@@ -1,5 +1,6 @@
-"""The picture that shows what tiling did: tissue outline, and the kept tiles of every scale."""
+"""The picture that shows what tiling did: tissue, artefacts, and the kept tiles of every scale."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
@@ -12,45 +13,128 @@ from dasmil.slides.tissue import MaskArray
 
 PANEL_PX = 640  # longer side of one panel
 CAPTION_PX = 26
+MIN_TILE_PX = 4  # smaller tiles are drawn without lines between them
 OUTLINE = (0, 120, 0)
 TILE = (20, 60, 220)
+ARTEFACTS = {"pen": (255, 120, 0), "black": (0, 170, 190), "blur": (230, 200, 0)}
+
+RgbArray = npt.NDArray[np.uint8]
+
+
+def shrink(thumbnail: RgbArray) -> RgbArray:
+    """(H, W, 3) uint8 RGB, brought to the size of a panel."""
+    factor = PANEL_PX / max(thumbnail.shape[:2])
+    size = (max(1, round(thumbnail.shape[1] * factor)), max(1, round(thumbnail.shape[0] * factor)))
+    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST
+    return np.asarray(cv2.resize(thumbnail, size, interpolation=interpolation), dtype=np.uint8)
 
 
 def draw_qc(
-    thumbnail: npt.NDArray[np.uint8], mask: MaskArray, tiles: TilePyramid
-) -> npt.NDArray[np.uint8]:
-    """One panel with the tissue outline, then one panel a scale with its tiles.
+    picture: RgbArray,
+    mask: MaskArray,
+    tiles: TilePyramid,
+    artefacts: Mapping[str, MaskArray] | None = None,
+    blurred_px0: npt.NDArray[np.int64] | None = None,
+) -> RgbArray:
+    """One panel with the tissue's outline and the artefacts, then one panel a scale with its tiles.
 
     Parameters
     ----------
-    thumbnail: (H, W, 3) uint8 RGB of the whole slide.
-    mask: (H, W) bool, the tissue found on it.
+    picture: (H, W, 3) uint8 RGB of the whole slide, from :func:`shrink`.
+    mask: (h, w) bool, the tissue found on it.
+    tiles: the kept tiles.
+    artefacts: ``pen`` and ``black`` → (h, w) bool, of any resolution; for the rules that were on.
+    blurred_px0: (N, 4) boxes of the finest tiles that are blurred; None where the rule was off.
 
     Returns
     -------
     (height, width, 3) uint8 RGB.
     """
-    factor = PANEL_PX / max(thumbnail.shape[:2])
-    size = (max(1, round(thumbnail.shape[1] * factor)), max(1, round(thumbnail.shape[0] * factor)))
-    picture = cv2.resize(thumbnail, size, interpolation=cv2.INTER_AREA if factor < 1 else 0)
-    small_mask = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-
+    size = picture.shape[1::-1]
+    areas = {name: _at_size(found, size) for name, found in (artefacts or {}).items()}
+    if blurred_px0 is not None:
+        areas["blur"] = _boxes_mask(blurred_px0, size, tiles.size_px0)
     outlined = picture.copy()
-    contours, _ = cv2.findContours(small_mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    cv2.drawContours(outlined, contours, -1, OUTLINE, 2)
-    share = mask.mean()
-    panels = [caption(outlined, f"{tiles.slide_id}  tissue {share:.1%}")]
-    to_panel = np.array(size * 2) / np.array(tiles.size_px0 * 2)
-    for scale in tiles.scales:
-        boxes = (tiles.boxes_px0(scale.name) * to_panel).round().astype(int)
+    for name, area in areas.items():
+        outlined[area] = outlined[area] // 2 + np.array(ARTEFACTS[name], np.uint8) // 2
+        _draw_outline(outlined, area, ARTEFACTS[name])
+    _draw_outline(outlined, _at_size(mask, size), OUTLINE)
+    text = f"{tiles.slide_id}  tissue {mask.mean():.1%}, {tiles.tissue_mm2:.1f} mm2"
+    panels = [caption(outlined, text)]
+    for number, scale in enumerate(tiles.scales):
         panel = picture.copy()
-        for left, top, right, bottom in boxes:
-            cv2.rectangle(panel, (left, top), (right, bottom), TILE, -1)
-        panel = cv2.addWeighted(panel, 0.35, picture, 0.65, 0)
-        for left, top, right, bottom in boxes:
-            cv2.rectangle(panel, (left, top), (right, bottom), TILE, 1)
-        panels.append(caption(panel, f"{scale.name} ({scale.mpp:g} um/px): {len(boxes)} tiles"))
-    return np.concatenate(panels, axis=1)
+        inside, lines = _tile_areas(tiles, number, size)
+        panel[inside] = (panel[inside] * 0.65 + np.array(TILE) * 0.35).round().astype(np.uint8)
+        panel[lines] = TILE
+        num_tiles = len(tiles.grid[scale.name])
+        panels.append(caption(panel, f"{scale.name} ({scale.mpp:g} um/px): {num_tiles} tiles"))
+    row = np.concatenate(panels, axis=1)
+    return np.concatenate([row, _legend(tiles, row.shape[1])]) if areas else row
+
+
+def _at_size(mask: MaskArray, size: tuple[int, int]) -> MaskArray:
+    return cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool)
+
+
+def _draw_outline(picture: RgbArray, area: MaskArray, colour: tuple[int, int, int]) -> None:
+    contours, _ = cv2.findContours(area.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    cv2.drawContours(picture, contours, -1, colour, 2)
+
+
+def _boxes_mask(
+    boxes_px0: npt.NDArray[np.int64], size: tuple[int, int], size_px0: tuple[int, int]
+) -> MaskArray:
+    area = np.zeros(size[::-1], bool)
+    boxes = boxes_px0 * (np.array(size * 2) / np.array(size_px0 * 2))
+    for left, top, right, bottom in boxes.round().astype(int):
+        area[top : max(bottom, top + 1), left : max(right, left + 1)] = True
+    return area
+
+
+def _tile_areas(
+    tiles: TilePyramid, number: int, size: tuple[int, int]
+) -> tuple[MaskArray, MaskArray]:
+    """Pixels of a panel inside kept tiles, and those on their outlines.
+
+    Looked up pixel by pixel, which takes as long for 100,000 tiles as for 10.
+    """
+    geometry = tiles.geometry
+    num_rows, num_columns = geometry.shape(number, tiles.size_px0)
+    kept = np.zeros((num_rows + 1, num_columns + 1), bool)  # the last ones: past the grid
+    kept[tuple(tiles.grid[tiles.scales[number].name].T)] = True
+    column, row = (
+        np.searchsorted(
+            geometry.edges_px0(number, np.arange(count + 1)),
+            (np.arange(length_px) + 0.5) * (length_px0 / length_px),
+            side="right",
+        )
+        - 1
+        for count, length_px, length_px0 in zip(
+            (num_columns, num_rows), size, tiles.size_px0, strict=True
+        )
+    )
+    inside = kept[row[:, None], column]
+    padded = np.pad(inside, 1).astype(np.uint8)  # else a tile at the border had no line there
+    lines = inside & ~cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1].astype(bool)
+    tile_px0 = int(geometry.edges_px0(number, np.array(1)))
+    if tile_px0 * size[0] / tiles.size_px0[0] >= MIN_TILE_PX:
+        lines |= inside & (
+            (np.diff(row, prepend=-1) > 0)[:, None] | (np.diff(column, prepend=-1) > 0)
+        )
+    return inside, lines
+
+
+def _legend(tiles: TilePyramid, width_px: int) -> RgbArray:
+    """What the colours mean, and how much was left out."""
+    strip = np.full((CAPTION_PX * len(tiles.excluded), width_px, 3), 255, np.uint8)
+    for number, (name, share) in enumerate(tiles.excluded.items()):
+        y = number * CAPTION_PX
+        cv2.rectangle(strip, (6, y + 6), (20, y + 20), ARTEFACTS[name], -1)
+        text = f"{name} {share:.2%} of the {'tiles' if name == 'blur' else 'slide'}"
+        cv2.putText(
+            strip, text, (26, y + 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA
+        )
+    return strip
 
 
 def caption(picture: npt.NDArray[np.integer | np.floating], text: str) -> npt.NDArray[np.uint8]:
@@ -65,5 +149,5 @@ def caption(picture: npt.NDArray[np.integer | np.floating], text: str) -> npt.ND
 def write_png(path: Path, picture: npt.NDArray[np.uint8]) -> None:
     """Write (H, W, 3) uint8 RGB."""
     with atomic_path(path) as temporary:
-        if not cv2.imwrite(str(temporary), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
-            raise OSError(f"{path}: the picture could not be written")
+        _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        temporary.write_bytes(encoded.tobytes())  # imwrite does not say why it failed

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import openslide
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from dasmil.errors import InputError
 from dasmil.slides.cohort import SlideRow
@@ -27,6 +27,11 @@ MAX_ANISOTROPY = 1.05  # mpp-x against mpp-y
 NEARLY_WHOLE = 0.06  # how far a ratio may be from a whole one to be treated as such
 CACHE_BYTES = 32 * 2**20  # OpenSlide's own default
 READ_BLOCK_PX = 2048  # side of the largest region decoded at once
+MAX_STORED_TILE_PX = 2**28  # a stored tile is decoded as a whole: 2.5 GB at this size
+TO_A_PYRAMID = (
+    "convert it to a pyramid of small tiles, for example with "
+    "`vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg`"
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class Slide:
     Raises
     ------
     InputError
-        when the file is missing, is no slide, or its physical scale is missing or implausible.
+        when the file is missing, is no slide, can only be decoded in parts that are too large for
+        memory, or its physical scale is missing or implausible.
     """
 
     def __init__(self, row: SlideRow, cache_bytes: int = CACHE_BYTES):
@@ -62,6 +68,7 @@ class Slide:
         self._lock = Lock()
         self.size_px0: tuple[int, int] = self._handle.dimensions
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
+        _refuse_giant_tiles(row.path, self._handle)
         self.physical_scale = _physical_scale(row, self._handle.properties)
         self.mpp = self.physical_scale.mpp
 
@@ -231,8 +238,27 @@ def _open(path: Path) -> openslide.AbstractSlide:
         return openslide.open_slide(path)
     except UnidentifiedImageError as error:  # Pillow is asked when OpenSlide knows no format
         raise InputError(f"{path}: OpenSlide does not know this format; is it a slide?") from error
+    except Image.DecompressionBombError as error:  # Pillow decodes a picture as a whole
+        raise InputError(
+            f"{path}: a picture without tiles, too large to be decoded as a whole ({error}); "
+            + TO_A_PYRAMID
+        ) from error
     except (openslide.OpenSlideError, OSError) as error:
         raise InputError(f"{path}: cannot be opened as a slide: {error}") from error
+
+
+def _refuse_giant_tiles(path: Path, handle: openslide.AbstractSlide) -> None:
+    """Memory does not grow with the slide, but with what the file stores as one piece it does."""
+    for level in range(handle.level_count):
+        width, height = (
+            int(handle.properties.get(f"openslide.level[{level}].tile-{side}", 0))
+            for side in ("width", "height")
+        )
+        if width * height > MAX_STORED_TILE_PX:
+            raise InputError(
+                f"{path}: stored in tiles of {width} × {height} px, which take gigabytes each; "
+                + TO_A_PYRAMID
+            )
 
 
 def _physical_scale(row: SlideRow, properties: Mapping[str, str]) -> PhysicalScale:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dasmil.errors import DiskFullError, InputError
 from dasmil.files import write_once
+from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile_slide import StatusRow, qc_path, summary, tile_slide
@@ -40,6 +41,7 @@ def tile(
     min_tissue: float = 0.25,
     max_upsampling: float = 1.15,
     tissue: TissueParameters = TissueParameters(),  # noqa: B008 - frozen, and the CLI shows its fields
+    artefacts: ArtefactParameters = ArtefactParameters(),  # noqa: B008 - as above
     workers: int | None = None,
     stale_after: float = STALE_AFTER_S,
 ) -> int:
@@ -66,6 +68,8 @@ def tile(
         how much finer than the slide a scale may be.
     tissue:
         how tissue is found.
+    artefacts:
+        which pen marks, black borders and blurred tiles are left out; none, unless switched on.
     workers:
         processes; all cores when not given.
     stale_after:
@@ -78,13 +82,13 @@ def tile(
     if workers is not None and workers < 1:
         raise InputError(f"workers: {workers} is not a positive number of processes")
     names = tuple(scale.name for scale in parse_scales(scales))
-    parameters = TilingParameters(names, tile_px, min_tissue, max_upsampling, tissue)
+    parameters = TilingParameters(names, tile_px, min_tissue, max_upsampling, tissue, artefacts)
     rows = read_cohort(cohort, leave_out=output)
-    _refuse_other_parameters(output, rows, parameters)
-    write_cohort(output / "cohort.csv", rows)
-
-    status = tile_status(output)
-    with ended_by_sigterm(), Worker(output, stale_after, on_beat=status.write) as worker:
+    with ended_by_sigterm(), Worker(output, stale_after) as worker:
+        _refuse_other_parameters(output, rows, parameters)
+        write_cohort(output / "cohort.csv", rows)
+        status = tile_status(output)
+        worker.on_beat = status.write
         _tile_all(rows, output, parameters, min(workers or os.cpu_count() or 1, len(rows)), worker)
     print(status.summary("tile"))
     return int(any(row["state"] not in ("done", "empty") for row in status.rows))

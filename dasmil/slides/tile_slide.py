@@ -2,13 +2,18 @@
 
 from pathlib import Path
 
-from dasmil.slides.qc import draw_qc, write_png
+import numpy as np
+
+from dasmil.slides.artefacts import artefact_masks, exclude
+from dasmil.slides.focus import blurred_tiles
+from dasmil.slides.qc import draw_qc, shrink, write_png
 from dasmil.slides.reader import Slide
 from dasmil.slides.tiling import (
     TilePyramid,
     TilingParameters,
     tile_pyramid,
     tiles_path,
+    without_blurred,
     write_tiles,
 )
 from dasmil.slides.tissue import tissue_mask
@@ -25,12 +30,25 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
     slide_id = slide.row.slide_id
     thumbnail = slide.thumbnail(parameters.tissue.mpp)
     thumbnail_mpp = slide.mpp * slide.size_px0[0] / thumbnail.shape[1]
+    picture = shrink(thumbnail)  # before anything is painted over
+    artefacts = artefact_masks(thumbnail, thumbnail_mpp, parameters.artefacts)
+    excluded = exclude(artefacts, thumbnail) if artefacts else None
     mask = tissue_mask(thumbnail, thumbnail_mpp, parameters.tissue)
-    tiles = tile_pyramid(slide_id, mask, slide.size_px0, slide.mpp, parameters)
-    write_png(qc_path(output, slide_id), draw_qc(thumbnail, mask, tiles))
+    if excluded is not None:  # a gap that was closed or a hole that was filled
+        np.logical_and(mask, ~excluded, out=mask)
+    tiles = tile_pyramid(slide_id, mask, slide.size_px0, slide.mpp, parameters, artefacts)
+
+    found, blurred_px0 = any(tiles.num_tiles().values()), None
+    if parameters.artefacts.blur:
+        blurred = blurred_tiles(slide, tiles, parameters.artefacts)
+        blurred_px0 = tiles.boxes_px0(tiles.scales[-1].name)[blurred]
+        tiles = without_blurred(tiles, blurred)
+    write_png(qc_path(output, slide_id), draw_qc(picture, mask, tiles, artefacts, blurred_px0))
     write_tiles(tiles_path(output, slide_id), tiles)
     if any(tiles.num_tiles().values()):
         message = ""
+    elif found:
+        message = "every tile is blurred"
     elif not mask.any():
         message = "no tissue found"
     elif not all(tiles.geometry.shape(0, slide.size_px0)):
@@ -43,10 +61,16 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
 def summary(tiles: TilePyramid, mpp_source: str, message: str) -> StatusRow:
     """What the status table says of a slide that has been tiled."""
     num_tiles = tiles.num_tiles()
+    excluded = ", ".join(
+        f"{name} {share:.2%}" + (" of the tiles" if name == "blur" else "")
+        for name, share in tiles.excluded.items()
+        if share
+    )
     return {
         "state": "done" if any(num_tiles.values()) else "empty",
         **{f"tiles/{name}": count for name, count in num_tiles.items()},
+        "tissue_mm2": round(tiles.tissue_mm2, 3),
         "mpp": tiles.slide_mpp,
         "mpp_source": mpp_source,
-        "message": message,
+        "message": "; ".join(filter(None, [message, excluded and f"left out: {excluded}"])),
     }

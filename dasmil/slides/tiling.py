@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,11 @@ from safetensors.numpy import save_file
 
 from dasmil.errors import InputError
 from dasmil.files import atomic_path, pack_metadata, unpack_metadata
+from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.tissue import MaskArray, TissueParameters, tissue_fraction
 from dasmil.units import Mpp, PyramidGrid, Scale, TilePx, parse_scales
 
-FORMAT = "dasmil-tiles-1"
+FORMAT = "dasmil-tiles-2"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class TilingParameters:
     min_tissue: share of a finest tile that must be tissue.
     max_upsampling: how much finer than the slide a scale may be; a 0.55 µm/px slide still serves
         x20 (0.5) at 1.15.
+    tissue: how tissue is found.
+    artefacts: what is left out of it.
     """
 
     scales: tuple[str, ...]
@@ -36,6 +39,7 @@ class TilingParameters:
     min_tissue: float = 0.25
     max_upsampling: float = 1.15
     tissue: TissueParameters = field(default_factory=TissueParameters)
+    artefacts: ArtefactParameters = field(default_factory=ArtefactParameters)
 
     def __post_init__(self) -> None:
         parse_scales(self.scales)
@@ -58,6 +62,9 @@ class TilePyramid:
     parent: per scale but the coarsest (N_s,) int32, row in the next coarser scale's grid.
     size_px0: width and height of the slide.
     tiling: the parameters, as JSON.
+    tissue_mm2: area of the tissue, without what was left out.
+    excluded: what the rules that were on left out: ``pen`` and ``black`` as shares of the slide's
+        area, ``blur`` as a share of the finest tiles.
     """
 
     slide_id: str
@@ -68,6 +75,8 @@ class TilePyramid:
     grid: Mapping[str, npt.NDArray[np.int32]]
     parent: Mapping[str, npt.NDArray[np.int32]]
     tiling: str = "{}"
+    tissue_mm2: float = 0.0
+    excluded: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def geometry(self) -> PyramidGrid:
@@ -88,18 +97,22 @@ def tile_pyramid(
     size_px0: tuple[int, int],
     slide_mpp: Mpp,
     parameters: TilingParameters,
+    artefacts: Mapping[str, MaskArray] | None = None,
 ) -> TilePyramid:
     """Keep a finest tile when enough of it is tissue, a coarser one when a child of it is kept.
 
     Parameters
     ----------
     mask: (H, W) bool over the whole slide, at any resolution.
+    artefacts: name → (h, w) bool over the whole slide, all of one resolution. A finest tile is left
+        out where they cover more than ``max_share`` of it.
 
     Raises
     ------
     InputError
         when a scale is finer than the slide holds.
     """
+    artefacts = artefacts or {}
     scales = parse_scales(parameters.scales)
     for scale in scales:
         if slide_mpp > scale.mpp * parameters.max_upsampling:
@@ -109,15 +122,57 @@ def tile_pyramid(
                 "tolerated); leave that scale out, or correct the column mpp"
             )
     geometry = PyramidGrid(scales, TilePx(parameters.tile_px), slide_mpp)
-    finest = len(scales) - 1
+    # rounding must not cost a tile that is all tissue, or just as much artefact as it may be
+    kept = _share(mask, geometry, size_px0) >= parameters.min_tissue - 1e-6
+    if artefacts:
+        share = _share(np.any(list(artefacts.values()), axis=0), geometry, size_px0)
+        kept &= share <= parameters.artefacts.max_share + 1e-6
+    grid, parent = _grids(geometry, np.argwhere(kept))
+    return TilePyramid(
+        slide_id,
+        scales,
+        TilePx(parameters.tile_px),
+        slide_mpp,
+        size_px0,
+        grid,
+        parent,
+        parameters.as_json(),
+        tissue_mm2=float(mask.mean() * np.prod(size_px0) * slide_mpp**2 / 1e6),
+        excluded={name: float(found.mean()) for name, found in artefacts.items()},
+    )
+
+
+def without_blurred(tiles: TilePyramid, blurred: npt.NDArray[np.bool_]) -> TilePyramid:
+    """The tiles without some finest ones, and without the coarser ones that hold no other.
+
+    Parameters
+    ----------
+    blurred: (N,) bool over the tiles of the finest scale.
+    """
+    grid, parent = _grids(tiles.geometry, tiles.grid[tiles.scales[-1].name][~blurred])
+    share = float(blurred.mean()) if len(blurred) else 0.0
+    return replace(tiles, grid=grid, parent=parent, excluded={**tiles.excluded, "blur": share})
+
+
+def _share(
+    mask: MaskArray, geometry: PyramidGrid, size_px0: tuple[int, int]
+) -> npt.NDArray[np.float64]:
+    """(rows, columns) of the finest scale: how much of each tile the mask covers."""
+    finest = len(geometry.scales) - 1
     rows, columns = geometry.shape(finest, size_px0)
     x_edges = geometry.edges_px0(finest, np.arange(columns + 1)) * (mask.shape[1] / size_px0[0])
     y_edges = geometry.edges_px0(finest, np.arange(rows + 1)) * (mask.shape[0] / size_px0[1])
-    share = tissue_fraction(mask, x_edges, y_edges)
-    kept = share >= parameters.min_tissue - 1e-6  # rounding must not cost a tile that is all tissue
+    return tissue_fraction(mask, x_edges, y_edges)
 
-    fine_grid = np.argwhere(kept).astype(np.int32)
-    grid, parent = {}, {}
+
+def _grids(
+    geometry: PyramidGrid, fine_grid: npt.NDArray[np.integer]
+) -> tuple[dict[str, npt.NDArray[np.int32]], dict[str, npt.NDArray[np.int32]]]:
+    """``grid`` and ``parent`` of the pyramid over some finest tiles."""
+    scales = geometry.scales
+    finest = len(scales) - 1
+    grid: dict[str, npt.NDArray[np.int32]] = {}
+    parent: dict[str, npt.NDArray[np.int32]] = {}
     for number, scale in enumerate(scales):
         ancestors = fine_grid // geometry.ratio(number, finest)
         grid[scale.name] = np.unique(ancestors, axis=0).astype(np.int32).reshape(-1, 2)
@@ -128,16 +183,7 @@ def tile_pyramid(
             order = np.argsort(parent_row, kind="stable")
             grid[scale.name] = grid[scale.name][order]
             parent[scale.name] = parent_row[order].astype(np.int32)
-    return TilePyramid(
-        slide_id,
-        scales,
-        TilePx(parameters.tile_px),
-        slide_mpp,
-        size_px0,
-        grid,
-        parent,
-        parameters.as_json(),
-    )
+    return grid, parent
 
 
 def _find_rows(
@@ -167,6 +213,8 @@ def write_tiles(path: Path, tiles: TilePyramid) -> None:
         "slide_mpp": repr(tiles.slide_mpp),
         "size_px0": json.dumps(tiles.size_px0),
         "tiling": tiles.tiling,
+        "tissue_mm2": repr(tiles.tissue_mm2),
+        "excluded": json.dumps(dict(tiles.excluded)),
     }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, pack_metadata(metadata))
@@ -197,4 +245,6 @@ def read_tiles(path: Path) -> TilePyramid:
             n.removeprefix("parent/"): t for n, t in tensors.items() if n.startswith("parent/")
         },
         tiling=header["tiling"],
+        tissue_mm2=float(header["tissue_mm2"]),
+        excluded=json.loads(header["excluded"]),
     )

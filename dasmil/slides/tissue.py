@@ -8,6 +8,8 @@ import numpy.typing as npt
 
 MaskArray = npt.NDArray[np.bool_]
 
+BAND_PX = 256  # rows of a picture that are worked on at a time
+
 
 @dataclass(frozen=True)
 class TissueParameters:
@@ -55,29 +57,34 @@ def tissue_mask(
     -------
     (H, W) bool, True where tissue is.
     """
-    saturation = cv2.cvtColor(thumbnail, cv2.COLOR_RGB2HSV)[..., 1]
+    saturation = cv2.extractChannel(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2HSV), 1)
     if min(saturation.shape) > parameters.median_px:
-        saturation = cv2.medianBlur(saturation, parameters.median_px)
-    otsu, _ = cv2.threshold(saturation, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+        saturation = np.asarray(cv2.medianBlur(saturation, parameters.median_px), dtype=np.uint8)
+    otsu = cv2.threshold(saturation, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0]
     threshold = np.clip(otsu, parameters.min_saturation, parameters.max_saturation)
-    mask = np.asarray(saturation > threshold, dtype=np.uint8)
+    mask = (saturation > threshold).view(np.uint8)
+    del saturation  # of a large slide, memory counts from here on
 
     diameter_px = 2 * round(parameters.closing_um / mpp / 2) + 1
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (diameter_px, diameter_px))
-    mask = np.asarray(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc), dtype=np.uint8)
+    cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc, dst=mask)
 
-    tissue = _without_small_parts(mask, parameters.min_tissue_um2 / mpp**2)
-    if not tissue.any():
-        return tissue.astype(bool)  # else the whole of a tiny empty picture would be a small hole
-    holes = _without_small_parts(1 - tissue, parameters.min_hole_um2 / mpp**2)
-    return holes == 0
+    _drop_small_parts(mask, parameters.min_tissue_um2 / mpp**2)
+    if not mask.any():
+        return mask.view(bool)  # else the whole of a tiny empty picture would be a small hole
+    mask ^= 1
+    _drop_small_parts(mask, parameters.min_hole_um2 / mpp**2)
+    mask ^= 1
+    return mask.view(bool)
 
 
-def _without_small_parts(mask: npt.NDArray[np.uint8], min_area_px: float) -> npt.NDArray[np.uint8]:
+def _drop_small_parts(mask: npt.NDArray[np.uint8], min_area_px: float) -> None:
+    """Set to 0, in place."""
     _, labels, statistics, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    keep = statistics[:, cv2.CC_STAT_AREA] >= min_area_px
-    keep[0] = False  # the background
-    return keep[labels].astype(np.uint8)
+    keep = np.asarray(statistics[:, cv2.CC_STAT_AREA] >= min_area_px, dtype=np.uint8)
+    keep[0] = 0  # the background
+    for top in range(0, len(mask), BAND_PX):  # NumPy makes 8-byte indices of the labels
+        mask[top : top + BAND_PX] = keep[labels[top : top + BAND_PX]]
 
 
 def tissue_fraction(
@@ -95,19 +102,33 @@ def tissue_fraction(
     (rows, columns) in 0..1.
     """
     height, width = mask.shape
-    integral = np.zeros((height + 1, width + 1))
-    integral[1:, 1:] = mask.cumsum(0, dtype=np.int64).cumsum(1)
-    at_y = _interpolate(integral, y_edges)
-    at_both = _interpolate(at_y.T, x_edges).T
+    rows, above, part_y = _between(y_edges, height)
+    columns, before, part_x = _between(x_edges, width)
+    # tissue above and left of a pixel's corner, at the corners that are asked for: the table of all
+    # takes 8 bytes a pixel
+    integral = np.empty((len(rows), len(columns)))
+    count, counted = np.zeros(width + 1, np.int64), 0
+    for number, row in enumerate(rows.tolist()):
+        count[1:] += mask[counted:row].sum(0)
+        integral[number] = count.cumsum()[columns]
+        counted = row
+    at_y = integral[above] * (1 - part_y)[:, None] + integral[above + 1] * part_y[:, None]
+    at_both = at_y[:, before] * (1 - part_x) + at_y[:, before + 1] * part_x
     area = np.diff(y_edges)[:, None] * np.diff(x_edges)[None, :]
     return np.clip(np.diff(np.diff(at_both, axis=0), axis=1) / area, 0, 1)
 
 
-def _interpolate(
-    table: npt.NDArray[np.float64], at: npt.NDArray[np.floating]
-) -> npt.NDArray[np.float64]:
-    """Rows of ``table`` at fractional positions."""
-    at = np.clip(at, 0, len(table) - 1)
-    low = np.minimum(at.astype(np.int64), len(table) - 2)
-    part = (at - low)[:, None]
-    return np.asarray(table[low] * (1 - part) + table[low + 1] * part)
+def _between(
+    edges: npt.NDArray[np.floating], length: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Corners of pixels on both sides of each edge.
+
+    Returns
+    -------
+    The corners in order, for each edge the position there of the one before it (the next one is the
+    one behind it), and how far it lies between the two, in 0..1.
+    """
+    at = np.clip(edges, 0, length)
+    low = np.minimum(at.astype(np.int64), length - 1)
+    corners = np.unique([low, low + 1])
+    return corners, np.searchsorted(corners, low), at - low

@@ -69,7 +69,9 @@ class Status:
     def write(self) -> None:
         """``status.csv`` as of now."""
         columns = ["slide_id", "state", *self.columns, "seconds", "message"]
-        rows = self.update()
+        before, rows = self.rows, self.update()
+        if rows == before and self.table.exists():
+            return
         write_csv(self.table, columns, [{c: r.get(c) for c in columns} for r in rows])
 
     def summary(self, verb: str) -> str:

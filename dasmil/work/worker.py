@@ -88,7 +88,7 @@ class Worker:
     def __enter__(self) -> "Worker":
         self._introduce()
         self.board.ignore_what_is_known()
-        self._remove_what_the_dead_left()
+        self._clear_away()
         self._thread.start()
         return self
 
@@ -106,11 +106,11 @@ class Worker:
         # On a full disk there is no room to say that this worker has ended: that it is seen no more
         # says so, too, and the error on its way is to be heard.
         with suppress(OSError, DiskFullError) if kind is not None else nullcontext():
-            self._owner.unlink(missing_ok=True)
-            self._append({"ended": True})
-            self._remove_what_the_dead_left()
             if self.on_beat is not None:
                 self.on_beat()
+            if not self._clear_away(also_own=True):
+                self._append({"ended": True})
+                self._owner.unlink(missing_ok=True)
 
     def claim(self, slide_id: str) -> bool:
         """Whether the slide is this worker's now; not when another one that lives has it."""
@@ -190,13 +190,17 @@ class Worker:
             file.write("\n" + json.dumps(entry))
 
     def _beat(self) -> None:
+        due = 0.0
         while not self._ended.wait(HEARTBEAT_S):
             # A beat that fails is a beat less: where the folder is lost, or its disk full, the work
             # itself fails, and says so.
             with suppress(OSError, DiskFullError):
                 os.utime(self.path)
-                if self.on_beat is not None:
+                start = time.monotonic()
+                if self.on_beat is not None and start >= due:
                     self.on_beat()
+                    end = time.monotonic()
+                    due = end + 20 * (end - start)  # of a very large cohort less often
 
     def _now(self) -> float:
         """The time of the machine that keeps the files, by which all heartbeats are judged."""
@@ -205,21 +209,22 @@ class Worker:
             return self.path.stat().st_mtime
         return time.time()
 
-    def _remove_what_the_dead_left(self) -> None:
-        """Where no other worker lives: half-written files, old claims; their lines become one file.
+    def _clear_away(self, also_own: bool = False) -> bool:
+        """Where no other worker lives: half-written files, old claims; lines become one file.
 
         What is removed has been listed before it was asked who lives, so it is nothing that one
-        who comes meanwhile has begun.
+        who comes meanwhile has begun: a worker is seen before it writes anything else.
         """
         folders = [self.folder, *(p for p in self.folder.iterdir() if p.is_dir())]
         rests = [path for folder in folders for path in left_behind(folder)]
         claims = list((self.folder / "work" / "claims").iterdir())
         logs = self.board.workers()
         if self.others():
-            return
+            return False
         for path in rests + [p for p in claims if self._is_not_mine(p)]:
             path.unlink(missing_ok=True)
-        self.board.fold([name for name in logs if name != self.name or self._ended.is_set()])
+        self.board.fold([name for name in logs if also_own or name != self.name])
+        return True
 
     def _is_not_mine(self, claim: Path) -> bool:
         slide_id, _, number = claim.name.rpartition(".")
@@ -303,8 +308,8 @@ class Board:
             lines = (json.dumps(self.records[slide_id]) for slide_id in sorted(self.records))
             temporary.write_text("\n".join(lines), encoding="utf-8")
         for name in names:
-            (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
             (self.folder / f"{name}.owner").unlink(missing_ok=True)
+            (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
 
     def _added_lines(self, name: str) -> list[Record]:
         try:

@@ -85,7 +85,7 @@ def test_the_file_says_what_the_design_promises(written: Path) -> None:
     names = {f"{kind}/{scale}" for kind in ("features", "grid") for scale in ("x5", "x20")}
     assert set(tensors) == {*names, "parent/x20"}
     metadata = metadata_of(written)
-    assert metadata["format"] == "dasmil-bag-1"
+    assert metadata["format"] == "dasmil-bag-2"
     assert metadata["slide_id"] == "slide"
     assert json.loads(metadata["scales"]) == {"x5": 2.0, "x20": 0.5}
     assert json.loads(metadata["size_px0"]) == [20_000, 10_000]
@@ -120,17 +120,17 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_foreign_safetensors_are_refused(tmp_path: Path, metadata: dict | None) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({"weight": torch.zeros(2, 2)}, path, metadata)
-    assert "its format is None, this version reads 'dasmil-bag-1'" in refusal(path)
+    assert "its format is None, this version reads 'dasmil-bag-2'" in refusal(path)
 
 
 def test_another_format_version_is_refused(written: Path) -> None:
     save_file(
         load_file(written),
         written,
-        pack_metadata({**metadata_of(written), "format": "dasmil-bag-2"}),
+        pack_metadata({**metadata_of(written), "format": "dasmil-bag-1"}),
     )
     sentence = refusal(written)
-    assert "'dasmil-bag-2'" in sentence
+    assert "'dasmil-bag-1'" in sentence
     assert "embed the slide again" in sentence
 
 

@@ -84,8 +84,8 @@ class RecordingSlide(Slide):
         return super().region(origin_px0, level, size_px)
 
 
-def prepare(row: SlideRow, tiles: Path) -> None:
-    dataset = ChunkDataset([row], tiles, BATCH_SIZE)
+def prepare(row: SlideRow, table: TilePyramid) -> None:
+    dataset = ChunkDataset([row], [table], BATCH_SIZE)
     for number in range(len(dataset)):
         assert dataset[number].error is None
 
@@ -192,7 +192,7 @@ def measure(quick: bool) -> Iterable[Row]:
         counts = [sum(one.num_tiles().values()) for one in tables]
         for row, one, count in zip(rows, tables, counts, strict=True):
             ours, peer, limit = seconds(
-                partial(prepare, row, tiles),
+                partial(prepare, row, one),
                 partial(prepare_tile_by_tile, row, one),
                 partial(read_alone, row, regions_of(row, one)),
                 runs=runs,

@@ -1,14 +1,48 @@
+import json
+
+import huggingface_hub
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform
 from torch import nn
 
-from dasmil.embedding.extractor import Extractor, load_checkpoint, load_extractor
+from dasmil.bags import ExtractorCard
+from dasmil.embedding.extractor import Extractor, ExtractorSource, load_extractor
+from dasmil.embedding.weights import load_checkpoint
 from dasmil.errors import InputError
 from dasmil.units import Scale
 
 X20 = Scale.parse("x20")
 SMALL = "random:test_vit"  # timm's own tiny test network, 160 px
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
+
+
+def load(model=SMALL, **settings):
+    return load_extractor(ExtractorSource(model, **settings), X20, 64)
+
+
+def save_weights(path, name="test_vit", seed=5, **options):
+    """A file of random weights, and the network that they are of, made by timm."""
+    torch.manual_seed(seed)
+    network = timm.create_model(name, num_classes=0, **options).eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    save_file(network.state_dict(), path)
+    return network
+
+
+def some_tiles(side=160):
+    return torch.randint(256, (3, 3, side, side), dtype=torch.uint8)
+
+
+def normalised(tiles, mean, std):
+    """As timm's transform does it."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (tiles / 255 - mean) / std
 
 
 class MeanColour(nn.Module):
@@ -30,21 +64,82 @@ def test_tiles_are_normalised_as_the_card_says():
     assert extractor.card.feature_dim == 3
 
 
-def test_tiles_of_another_size_are_resampled():
-    extractor = Extractor(MeanColour(), "mean", 8, (0.0,) * 3, (1.0,) * 3)
-    tile = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
-    assert extractor(tile).shape == (2, 3)
+class Pixels(nn.Module):
+    """What enters the network."""
+
+    def forward(self, x):
+        return x.flatten(1)
 
 
-def test_fingerprint_tells_weights_and_normalisation_apart():
-    def fingerprint(gain=1.0, mean=MEAN, size=8):
-        return Extractor(MeanColour(gain), "mean", size, mean, STD).card.fingerprint
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("tile_px", [32, 16])
+def test_tiles_of_another_size_are_resampled_whole_as_timm_does_it(interpolation, tile_px):
+    """PIL rounds after rows and again after columns: one grey value more or less, in few pixels."""
+    tile = np.random.default_rng(0).integers(90, 166, (tile_px, tile_px, 3), dtype=np.uint8)
 
-    assert fingerprint() == fingerprint()
-    assert (
-        len({fingerprint(), fingerprint(gain=2.0), fingerprint(mean=STD), fingerprint(size=16)})
-        == 4
-    )
+    def by_timm(interpolation):
+        options = {"interpolation": interpolation, "mean": MEAN, "std": STD, "crop_pct": 1.0}
+        return create_transform((3, 24, 24), **options)(Image.fromarray(tile))
+
+    extractor = Extractor(Pixels(), "pixels", 24, MEAN, STD, interpolation=interpolation)
+    found = extractor(torch.from_numpy(tile).permute(2, 0, 1)[None]).view(3, 24, 24)
+    grey = 255 * torch.tensor(STD).view(3, 1, 1)
+    difference = (found - by_timm(interpolation)).abs() * grey
+    assert difference.max() < 1.01
+    assert difference.mean() < 0.3
+    other = {"bilinear": "bicubic", "bicubic": "bilinear"}[interpolation]
+    assert ((found - by_timm(other)).abs() * grey).mean() > 2
+
+
+def test_what_is_resampled_stays_a_pixel():
+    """Bicubic resampling alone would overshoot at the edges of nuclei."""
+    tile = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    tile[..., 8:] = 255
+    extractor = Extractor(Pixels(), "pixels", 24, (0.0,) * 3, (1.0,) * 3, interpolation="bicubic")
+    values = extractor(tile) * 255
+    assert (values.min(), values.max()) == (0, 255)
+    assert torch.allclose(values, values.round(), atol=1e-4)
+    assert len(values.round().unique()) > 2
+
+
+def test_fingerprint_tells_all_apart_that_changes_features():
+    def fingerprint(gain=1.0, name="mean", size=8, mean=MEAN, std=STD, **more):
+        return Extractor(MeanColour(gain), name, size, mean, std, **more).card.fingerprint
+
+    different = [
+        fingerprint(),
+        fingerprint(gain=2.0),
+        fingerprint(name="other"),
+        fingerprint(size=16),
+        fingerprint(mean=STD),
+        fingerprint(std=MEAN),
+        fingerprint(interpolation="bicubic"),
+        fingerprint(options={"num_heads": 2}),
+        fingerprint(options={"num_heads": 3}),
+    ]
+    assert len(set(different)) == len(different)
+    assert fingerprint() == fingerprint(trained_on=("slide",))
+
+
+def test_fingerprint_tells_poolings_apart():
+    extractors = [load(pooling=pooling) for pooling in ("own", "cls", "mean", "cls_mean")]
+    assert len({extractor.card.fingerprint for extractor in extractors}) == 4
+    assert [extractor.card.feature_dim for extractor in extractors] == [64, 64, 64, 128]
+
+
+@pytest.mark.parametrize("tile_px", [160, 200])
+def test_half_precision_embeds_tiles_of_any_size(tile_px):
+    extractor, tiles = load(), some_tiles(tile_px)
+    with torch.inference_mode():
+        expected = extractor(tiles)
+        found = extractor.bfloat16()(tiles)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.float(), expected, atol=0.1)
+
+
+def test_a_std_of_nought_is_refused():
+    with pytest.raises(InputError, match=r"std .* must be above 0"):
+        Extractor(MeanColour(), "mean", 8, MEAN, (0.5, 0.0, 0.5))
 
 
 def test_random_weights_are_the_same_at_every_call_and_frozen():
@@ -91,14 +186,176 @@ def test_the_teacher_of_a_dino_checkpoint_is_taken(road):
     assert extractor.card.image_size == 32
 
 
-def test_code_in_a_checkpoint_is_never_run(tmp_path):
-    flag = tmp_path / "run"
+# timm networks with weights and settings of one's own
 
-    class Hostile:
-        def __reduce__(self):
-            return (flag.touch, ())
 
-    torch.save({"state_dict": Hostile()}, tmp_path / "hostile.ckpt")
-    with pytest.raises(InputError, match=r"hostile\.ckpt: cannot be loaded safely"):
-        load_checkpoint(tmp_path / "hostile.ckpt")
-    assert not flag.exists()
+def test_a_file_of_weights_gives_what_timm_gives(tmp_path, capsys):
+    network = save_weights(tmp_path / "w.safetensors")
+    extractor = load("test_vit", weights=str(tmp_path / "w.safetensors"))
+    tiles = some_tiles()
+    with torch.inference_mode():
+        expected = network(normalised(tiles, (0.5,) * 3, (0.5,) * 3))  # timm's for test_vit
+        assert torch.allclose(extractor(tiles), expected, atol=1e-5)
+    assert "normalised as timm says for test_vit; set mean and std" in capsys.readouterr().out
+    assert extractor.trained_on is None
+    assert extractor.card.interpolation == "bicubic"
+    assert "w.safetensors" not in json.dumps(extractor.card.options)
+
+
+def test_every_setting_reaches_the_network(tmp_path, capsys):
+    options = {"init_values": 1e-5, "dynamic_img_size": True, "reg_tokens": 4}
+    network = save_weights(tmp_path / "w.safetensors", **options)
+    settings = {"pooling": "cls_mean", "image_size": 96, "mean": MEAN, "std": STD}
+    extractor = load(
+        "test_vit", weights=str(tmp_path / "w.safetensors"), options=options, **settings
+    )
+    tiles = some_tiles(96)
+    with torch.inference_mode():
+        tokens = network.forward_features(normalised(tiles, MEAN, STD))  # (3, 1 + 4 + 36, 64)
+        expected = torch.cat([tokens[:, 0], tokens[:, 5:].mean(1)], 1)
+        assert tokens.shape == (3, 41, 64)
+        assert torch.allclose(extractor(tiles), expected, atol=1e-5)
+    assert "set mean and std" not in capsys.readouterr().out
+    card = extractor.card
+    assert (card.image_size, card.mean, card.std) == (96, MEAN, STD)
+    assert (card.pooling, card.options) == ("cls_mean", options)
+
+
+def test_layers_are_given_by_name(tmp_path):
+    """As Virchow is made."""
+    layers = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}
+    network = save_weights(tmp_path / "w.safetensors", **layers)
+    weights, names = (
+        str(tmp_path / "w.safetensors"),
+        {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"},
+    )
+    extractor = load("test_vit", weights=weights, options=names)
+    tiles = some_tiles()
+    with torch.inference_mode():
+        expected = network(normalised(tiles, (0.5,) * 3, (0.5,) * 3))
+        assert torch.allclose(extractor(tiles), expected, atol=1e-5)
+    assert isinstance(extractor.backbone.blocks[0].mlp, timm.layers.GluMlp)
+    assert isinstance(extractor.backbone.blocks[0].mlp.act, nn.SiLU)
+    short = load("test_vit", weights=weights, options={**names, "act_layer": "silu"})
+    assert short.card.fingerprint != extractor.card.fingerprint  # of other words, to be safe
+    with torch.inference_mode():
+        assert torch.allclose(short(tiles), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet"])
+def test_convolutional_networks_take_any_image_size(tmp_path, name):
+    network = save_weights(tmp_path / "w.safetensors", name)
+    extractor = load(name, weights=str(tmp_path / "w.safetensors"), image_size=64, pooling="mean")
+    tiles = some_tiles(64)
+    x = normalised(tiles, extractor.card.mean, extractor.card.std)
+    with torch.inference_mode():
+        expected = network.forward_features(x).mean((2, 3))
+        assert torch.allclose(extractor(tiles), expected, atol=1e-5)
+    assert extractor.card.mean == network.pretrained_cfg["mean"]
+    assert extractor.card.interpolation == network.pretrained_cfg["interpolation"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_vit_of_another_size_resamples_its_position_embedding(tmp_path, dynamic):
+    network = save_weights(tmp_path / "w.safetensors")
+    network.set_input_size((96, 96))
+    options = {"dynamic_img_size": dynamic}
+    settings = {"weights": str(tmp_path / "w.safetensors"), "image_size": 96, "options": options}
+    extractor, tiles = load("test_vit", **settings), some_tiles(96)
+    with torch.inference_mode():
+        expected = network(normalised(tiles, (0.5,) * 3, (0.5,) * 3))
+        assert torch.allclose(extractor(tiles), expected, atol=1e-5)
+
+
+def test_img_size_is_what_the_weights_are_for(tmp_path):
+    save_weights(tmp_path / "w.safetensors", img_size=96)
+    weights, options = str(tmp_path / "w.safetensors"), {"img_size": 96}
+    assert load("test_vit", weights=weights, options=options).card.image_size == 96
+    smaller = load("test_vit", weights=weights, options=options, image_size=64)
+    assert smaller.card.image_size == 64
+    assert smaller.backbone.pos_embed.shape == (1, 1 + 4 * 4, 64)
+    with pytest.raises(InputError, match="trained at another image size"):
+        load("test_vit", weights=weights)
+
+
+def test_the_card_survives_the_bag_file():
+    card = load(pooling="mean", options={"img_size": 64, "init_values": 1e-5}).card
+    plain = json.loads(json.dumps(card.__dict__))
+    assert ExtractorCard.from_dict(plain) == card
+
+
+def test_weights_cached_from_the_hub_are_taken(tmp_path, monkeypatch):
+    """As huggingface_hub lays them out: a repository's snapshot."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--lab--small"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    network = save_weights(snapshot / "model.safetensors", init_values=1e-5)
+    config = {
+        "architecture": "test_vit",
+        "num_classes": 0,
+        "model_args": {"init_values": 1e-5},
+        "pretrained_cfg": {"input_size": [3, 160, 160], "mean": list(MEAN), "std": list(STD)},
+    }
+    (snapshot / "config.json").write_text(json.dumps(config))
+    extractor, tiles = load("hf-hub:lab/small", pooling="cls"), some_tiles()
+    with torch.inference_mode():
+        tokens = network.forward_features(normalised(tiles, MEAN, STD))
+        assert torch.allclose(extractor(tiles), tokens[:, 0], atol=1e-5)
+    assert extractor.card.name == "hf-hub:lab/small"
+    with pytest.raises(InputError, match=r"hf-hub:lab/gone.*cannot be\s+downloaded"):
+        load("hf-hub:lab/gone")
+
+
+def test_a_dino_checkpoint_can_be_pooled_otherwise(road):
+    plain, wide = (load_extractor(s, X20, 32) for s in (str(road.dino["x20"]), source_of(road)))
+    assert wide.card.feature_dim == 2 * plain.card.feature_dim
+    assert wide.trained_on == plain.trained_on
+    tiles = some_tiles(32)
+    with torch.inference_mode():
+        assert torch.equal(wide(tiles)[:, : plain.card.feature_dim], plain(tiles))
+
+
+def source_of(road, **settings):
+    return ExtractorSource(str(road.dino["x20"]), pooling="cls_mean", **settings)
+
+
+def test_a_dino_checkpoint_says_the_rest_itself(road):
+    with pytest.raises(InputError, match="says its image_size, options itself"):
+        load_extractor(source_of(road, image_size=64, options={"depth": 2}), X20, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": SMALL, "weights": "w.pth"}, r"random weights, or w\.pth\?"),
+        ({"model": "w.safetensors"}, "is given with its network: model NAME and weights FILE"),
+        ({"options": {"depht": 2}}, r"timm does not make it with the options .*depht"),
+        ({"options": {"act_layer": "silly"}}, r"timm does not make it .*KeyError.*silly"),
+        ({"options": {"mlp_layer": "SwiGluPacked"}}, r"is no layer .*; near it: SwiGLUPacked"),
+        ({"options": {"mlp_layer": "Format"}}, "is no layer of timm.layers or torch.nn"),
+        ({"options": {"act_layer": nn.SiLU}}, r"not JSON serializable"),
+        ({"options": {"num_classes": 5}}, "num_classes cannot be set under options"),
+        ({"options": {"checkpoint_path": "w.pth"}}, "checkpoint_path cannot be set under options"),
+        ({"options": {"global_pool": ""}}, "does not pool by itself; name a pooling"),
+        ({"image_size": 100}, r"test_vit.*100"),
+        ({"options": {"img_size": [64, 64]}}, "img_size must be one whole number"),
+        ({"model": "random:test_resnet", "pooling": "cls"}, r"'test_resnet': pooling cls needs a"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(settings, words):
+    with pytest.raises(InputError, match=words) as caught:
+        load(**{"model": SMALL, **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_pretrained_weights_that_do_not_fit_the_options_are_not_called_missing(monkeypatch):
+    def create_model(name, pretrained, **options):
+        raise RuntimeError("Error(s) in loading state_dict for VisionTransformer:\n reg_token")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(InputError, match=r"options {'reg_tokens': 4} \(RuntimeError: Error"):
+        load("test_vit", options={"reg_tokens": 4})

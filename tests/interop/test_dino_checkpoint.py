@@ -12,7 +12,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from dasmil.bags import bag_path, read_header
 from dasmil.cli import main
-from dasmil.embedding.extractor import load_checkpoint, load_extractor, vit_backbone
+from dasmil.embedding.extractor import load_extractor
+from dasmil.embedding.networks import vit_backbone
+from dasmil.embedding.weights import load_checkpoint
 from dasmil.slides.cohort import read_cohort
 from dasmil.units import Scale
 

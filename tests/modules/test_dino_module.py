@@ -9,7 +9,7 @@ from road import NUM_SLIDES
 
 from dasmil.data import TileDataModule
 from dasmil.data.augment import TensorViews
-from dasmil.embedding.extractor import load_checkpoint
+from dasmil.embedding.weights import load_checkpoint
 from dasmil.modules import DINOModule
 from dasmil.slides.cohort import read_cohort
 

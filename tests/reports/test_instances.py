@@ -1,6 +1,9 @@
 """The figures of instances, by a model whose tile scores are known: each tile's first feature."""
 
 import csv
+import json
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -10,16 +13,21 @@ import torch
 from bag_factory import CLASSES, write_bags
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
+from road import CONFIGS, fit_dasmil
 from torch.utils.data import DataLoader
 
 from dasmil.bags import Bag, BagHeader, bag_path, join_graphs, read_bag, write_bag
+from dasmil.cli import main
 from dasmil.data import BagDataModule
 from dasmil.demo.slides import TRUTH_DOWNSAMPLE, write_cohort
 from dasmil.errors import InputError
+from dasmil.files import write_text
 from dasmil.metrics.froc import FALSE_POSITIVES
+from dasmil.modules import DASMILModule
 from dasmil.output import ScaleOutput
 from dasmil.reports import instances
 from dasmil.reports.instances import InstanceTruth
+from dasmil.reports.predictions import PredictionWriter
 from dasmil.slides.cohort import read_cohort
 
 SIZE_PX0 = (4096, 4096)  # 8 x 8 tiles of x20, 512 px wide
@@ -175,6 +183,163 @@ def test_detections_are_written_as_the_challenge_reads_them(bags, tmp_path):
     assert apart[apart > 0].min() >= 1024
 
 
+def tile_rows(tmp_path, slide_id):
+    with open(tmp_path / "out" / "instance_truth" / f"{slide_id}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_tile_is_written_with_its_overlap(bags, tmp_path):
+    """The lesion of t1 ends in the middle of the tiles of row 3: half of each, a quarter at x10.
+
+    t2's is a triangle over a square of 4 x 4 tiles: half of the tiles on its diagonal.
+    """
+    (tmp_path / "truth" / "t1.xml").write_text(box_xml(0, 0, 2048, 1024 + 256))
+    (tmp_path / "truth" / "t2.xml").unlink()
+    corners = [[0, 0], [2048, 0], [0, 2048], [0, 0]]
+    geometry = {"type": "Polygon", "coordinates": [corners]}
+    properties = {"objectType": "annotation", "classification": {"name": "Tumor"}}
+    lesion = {"type": "Feature", "geometry": geometry, "properties": properties}
+    (tmp_path / "truth" / "t2.geojson").write_text(json.dumps(lesion))
+    run(bags, InstanceTruth(tmp_path / "truth", output=tmp_path / "out"))
+
+    rows = tile_rows(tmp_path, "t1")
+    places = ["scale", "row", "col", "x0_px0", "y0_px0", "size_px0"]
+    assert list(rows[0]) == ["slide_id", *places, "overlap", "positive", "prob/tumour"]
+    found = {(r["scale"], int(r["row"]), int(r["col"])): r for r in rows}
+    assert len(rows) == len(found) == 16 + 64
+    for (scale, row, col), tile in found.items():
+        side = {"x10": 1024, "x20": 512}[scale]
+        assert [int(tile[name]) for name in places[3:]] == [col * side, row * side, side]
+        height = min(max(1280 - row * side, 0), side)
+        overlap = height / side * (col * side < 2048)
+        assert float(tile["overlap"]) == pytest.approx(overlap, abs=1e-12)
+        assert tile["positive"] == str(int(overlap >= 0.5))
+        score = 2 if row * side < 2048 and col * side < 2048 else -1
+        assert float(tile["prob/tumour"]) == pytest.approx(1 / (1 + np.exp(-score)))
+        assert tile["slide_id"] == "t1"
+    diagonal = [r for r in tile_rows(tmp_path, "t2") if r["scale"] == "x20"]
+    for tile in diagonal:
+        far = int(tile["row"]) + int(tile["col"])
+        overlap = 1 if far < 3 else 0.5 if far == 3 else 0
+        assert float(tile["overlap"]) == pytest.approx(overlap, abs=1 / 512)
+    assert {r["overlap"] for r in tile_rows(tmp_path, "n1")} == {"0.0"}
+
+
+def test_the_columns_of_a_tile_are_those_of_predict(bags, tmp_path):
+    data = BagDataModule(bags, CLASSES, num_workers=0)
+    data.setup("predict")
+    module = DASMILModule(hidden_dim=8, out_dim=8, classes=CLASSES, bag_format=data.bag_format)
+    run(bags, InstanceTruth(tmp_path / "truth", output=tmp_path / "out"))
+    writer = PredictionWriter(tmp_path / "out")
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[writer],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    with open(tmp_path / "out" / "instances" / "t1.csv", newline="") as file:
+        predicted = list(csv.DictReader(file))
+    judged = tile_rows(tmp_path, "t1")
+    places = list(predicted[0])[:6]
+    assert places == list(judged[0])[1:7]
+    assert [[r[name] for name in places] for r in predicted] == [
+        [r[name] for name in places] for r in judged
+    ]
+
+
+def test_classes_that_are_asked_for(bags, tmp_path):
+    """t1's lesion is of the group Gland, t2's of _0; a class that one file has is enough."""
+    path = tmp_path / "truth" / "t1.xml"
+    path.write_text(path.read_text().replace('PartOfGroup="_0"', 'PartOfGroup="Gland"'))
+    with pytest.raises(InputError, match=r"t1\.xml: 'a' is of the group 'Gland', which is not"):
+        run(bags, InstanceTruth(tmp_path / "truth"))
+    logged = run(bags, InstanceTruth(tmp_path / "truth", classes=["gland"]))
+    # of the 176 negative tiles, t2's among them, one scores higher than t1's 16 of the lesion
+    assert logged["test/x20/instance_auroc"] == pytest.approx(1 - 1 / 176)
+    assert np.isfinite(logged["test/x20/froc"])
+
+
+def test_a_class_that_no_annotation_has(bags, tmp_path):
+    with pytest.raises(InputError, match=r"no annotation is of the classes Tumr; there are _0$"):
+        run(bags, InstanceTruth(tmp_path / "truth", classes=["Tumr"]))
+    with pytest.warns(UserWarning, match=r"no annotation is of the classes Tumr; there are _0$"):
+        run(bags, InstanceTruth(tmp_path / "truth", classes=["Tumr", "_0"]))
+    for path in (tmp_path / "truth").iterdir():
+        path.unlink()
+    (tmp_path / "truth" / "t1.csv").write_text("x,y\n5,5\n")
+    with pytest.raises(InputError, match="there are none, as in masks and tables of points"):
+        run(bags, InstanceTruth(tmp_path / "truth", classes=["Tumor"]))
+
+
+def test_points_of_geojson_have_no_froc(bags, tmp_path):
+    """Beside areas too: a slide whose lesions are points has none that could be found."""
+    (tmp_path / "truth" / "t1.xml").unlink()
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "MultiPoint", "coordinates": [[5, 5], [600, 5]]},
+        "properties": {"classification": {"name": "Tumor"}},
+    }
+    (tmp_path / "truth" / "t1.geojson").write_text(json.dumps(feature))
+    logged = run(bags, InstanceTruth(tmp_path / "truth", output=tmp_path / "out"))
+    assert "test/x20/froc" not in logged and not (tmp_path / "out" / "detections").exists()
+    marked = [r for r in tile_rows(tmp_path, "t1") if r["overlap"] != "0"]
+    assert [(r["scale"], r["overlap"]) for r in marked] == [
+        ("x10", "2"),
+        ("x20", "1"),
+        ("x20", "1"),
+    ]
+
+
+def test_nothing_that_trains_can_read_annotations():
+    """Bags, models, losses and the modules that train load without the package."""
+    code = "import sys, dasmil.modules, dasmil.embedding.embed; "
+    code += "sys.exit(any(name.startswith('dasmil.slides.annotation') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("option", ["truth", "truth_classes"])
+def test_fit_has_no_option_for_annotations(option, tmp_path, capsys):
+    config = ["--config", str(CONFIGS / "dasmil.yaml"), "--data.bags", "B"]
+    with pytest.raises(SystemExit):
+        main(["fit", *config, "--data.classes", "[a,b]", f"--{option}", "[T]"])
+    assert f"--{option}" in capsys.readouterr().err
+
+
+def test_by_command(road, tmp_path, capsys):
+    """The upper half of every tumour slide, of a class that only the command knows."""
+    assert main(fit_dasmil(road.bags, tmp_path / "runs")) == 0
+    checkpoint = tmp_path / "runs" / "dasmil" / "checkpoints" / "best.ckpt"
+    tested = [row for row in read_cohort(road.bags / "cohort.csv") if row.split == "test"]
+    half = [[0, 0], [640, 0], [640, 320], [0, 320], [0, 0]]
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [half]},
+        "properties": {"classification": {"name": "Gland"}},
+    }
+    for row in tested:
+        if row.label == "tumour":
+            write_text(tmp_path / "truth" / f"{row.slide_id}.geojson", json.dumps(feature))
+    places = ["--bags", str(road.bags), "--output", str(tmp_path / "out")]
+    quiet = ["--trainer.enable_progress_bar", "false", "--data.num_workers", "0", "--draws", "20"]
+    command = ["test", "--ckpt_path", str(checkpoint), *places, *quiet]
+    classes = ["--truth_classes", "[Gland]"]
+    assert main([*command, "--truth", str(tmp_path / "truth")]) == 2
+    assert "of the class 'Gland', which is not known" in capsys.readouterr().err
+    assert main([*command, *classes]) == 2
+    assert "--truth_classes needs --truth" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, *classes, "--truth", str(tmp_path / "truth")]) == 0
+    for row in tested:
+        for tile in tile_rows(tmp_path, row.slide_id):
+            upper = int(tile["y0_px0"]) + int(tile["size_px0"]) <= 320
+            assert float(tile["overlap"]) == (upper and row.label == "tumour")
+    metrics = (tmp_path / "out" / "test_metrics.csv").read_text()
+    assert "x20,instance,instance_auroc," in metrics
+
+
 def test_validation_and_nothing_written_without_an_output(bags, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     logged = run(bags, InstanceTruth(tmp_path / "truth"), "validate")
@@ -206,13 +371,19 @@ def test_points_have_no_froc(bags, tmp_path):
     per_slide = (1 + (48 + 15 / 2) / 63) / 2
     assert logged["test/x20/instance_auroc_per_slide"] == pytest.approx(per_slide)
     assert not [name for name in logged if "froc" in name]
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["instance_truth"]
+    marked = {s: [t for t in tile_rows(tmp_path, s) if t["overlap"] != "0"] for s in ("t1", "t2")}
+    assert [(t["scale"], t["overlap"], t["positive"]) for t in marked["t1"]] == [
+        ("x10", "2", "1"),
+        ("x20", "2", "1"),
+    ]
+    assert [(t["row"], t["col"]) for t in marked["t2"]] == [("3", "3"), ("7", "7")]
 
 
 def test_froc_can_be_left_out(bags, tmp_path):
     logged = run(bags, InstanceTruth(tmp_path / "truth", output=tmp_path / "out", froc=False))
     assert "test/x20/instance_auroc" in logged and "test/x20/froc" not in logged
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["instance_truth"]
 
 
 def test_min_share_decides_which_tiles_are_positive(bags, tmp_path):
@@ -269,7 +440,8 @@ def test_froc_is_not_defined_where_all_lesions_are_isolated_tumour_cells(bags, t
     with pytest.warns(UserWarning, match=r"FROC is not defined: .* \(200 µm\)"):
         logged = run(bags, callback)
     assert np.isnan(logged["test/x20/froc"]) and not np.isnan(logged["test/x20/instance_auroc"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detections"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["detections", "instance_truth"]
 
 
 def test_the_truth_of_the_demo(tmp_path):
@@ -280,7 +452,9 @@ def test_the_truth_of_the_demo(tmp_path):
         path = tmp_path / "truth" / f"{row.slide_id}.png"
         annotation = instances.read_annotation(path, (1024, 1024))
         corners = np.array(list(product(range(0, 1024, 64), repeat=2)))
-        positive = annotation.positive_tiles(np.concatenate([corners, corners + 64], axis=1))
+        positive = annotation.positive(
+            annotation.overlap(np.concatenate([corners, corners + 64], axis=1))
+        )
         mask, side = np.asarray(Image.open(path)) > 0, 64 // TRUTH_DOWNSAMPLE
         wanted = [
             mask[y // 4 : y // 4 + side, x // 4 : x // 4 + side].mean() >= 0.5 for x, y in corners

@@ -7,8 +7,19 @@ from PIL import Image
 from skimage.draw import polygon
 
 from dasmil.errors import InputError
-from dasmil.slides import annotation as module
-from dasmil.slides.annotation import Points, Polygons, find_truth, read_annotation
+from dasmil.slides.annotation import (
+    Points,
+    Polygons,
+    class_names,
+    find_truth,
+    read_annotation,
+)
+from dasmil.slides.annotation import (
+    areas as areas_module,
+)
+from dasmil.slides.annotation import (
+    mask as mask_module,
+)
 
 SIZE = (1000, 800)  # width and height of the slide
 
@@ -43,17 +54,31 @@ def read_xml(tmp_path, *annotations, **kind):
 class TestPolygons:
     def test_share_of_a_box_is_its_area(self, tmp_path):
         areas = read_xml(tmp_path, ("_0", box(0, 0, 150, 50)), ("_1", box(300, 300, 400, 400)))
-        share = areas.tile_share(tiles(100, (0, 0), (0, 1), (1, 0), (3, 3), (7, 9)))
+        share = areas.overlap(tiles(100, (0, 0), (0, 1), (1, 0), (3, 3), (7, 9)))
         assert share.tolist() == [0.5, 0.25, 0, 1, 0]
 
     @pytest.mark.parametrize("group", ["_2", "Exclusion", "normal"])
     def test_what_is_excluded_is_cut_out_wherever_it_stands_in_the_file(self, tmp_path, group):
         areas = read_xml(tmp_path, (group, box(0, 0, 50, 100)), ("Tumor", box(0, 0, 100, 100)))
-        assert areas.tile_share(tiles(100, (0, 0))).tolist() == [0.5]
+        assert areas.overlap(tiles(100, (0, 0))).tolist() == [0.5]
 
     @pytest.mark.parametrize("group", ["_0", "_1", "Tumor", "metastases", "None"])
     def test_groups_of_lesions(self, tmp_path, group):
         assert read_xml(tmp_path, (group, box(0, 0, 100, 100))).finest.sum() == 100 * 100
+
+    def test_the_groups_that_are_asked_for_are_the_only_lesions(self, tmp_path):
+        """Other groups say nothing, of whatever type; what is cut out stays cut out."""
+        text = asap(
+            ("Gland", box(0, 0, 100, 100)),
+            ("_0", box(100, 0, 200, 100)),
+            ("_2", box(0, 0, 50, 100)),
+        )
+        (tmp_path / "a.xml").write_text(text)
+        areas = read_annotation(tmp_path / "a.xml", SIZE, ["gland"])
+        assert areas.overlap(tiles(100, (0, 0), (0, 1))).tolist() == [0.5, 0]
+        assert class_names(tmp_path / "a.xml") == {"Gland", "_0", "_2"}
+        (tmp_path / "b.xml").write_text(asap(("_0", [(5, 5)]), kind="Dot"))
+        assert read_annotation(tmp_path / "b.xml", SIZE, ["gland"]).is_empty
 
     def test_overlapping_lesions_count_once(self, tmp_path):
         areas = read_xml(tmp_path, ("_0", box(0, 0, 100, 100)), ("_0", box(50, 0, 150, 100)))
@@ -62,16 +87,17 @@ class TestPolygons:
     def test_half_a_tile_is_enough_and_a_pixel_less_is_not(self, tmp_path):
         areas = read_xml(tmp_path, ("_0", box(0, 0, 50, 100)), ("_0", box(100, 0, 149, 100)))
         boxes = tiles(100, (0, 0), (0, 1))
-        assert areas.positive_tiles(boxes).tolist() == [True, False]
-        assert areas.positive_tiles(boxes, 0.49).tolist() == [True, True]
-        assert areas.positive_tiles(boxes, 0.51).tolist() == [False, False]
+        overlap = areas.overlap(boxes)
+        assert areas.positive(overlap).tolist() == [True, False]
+        assert areas.positive(overlap, 0.49).tolist() == [True, True]
+        assert areas.positive(overlap, 0.51).tolist() == [False, False]
 
     def test_a_mask_has_the_pixels_whose_centre_lies_inside(self):
         """As scikit-image finds them, by a slower way; also of shapes that cross themselves."""
         rng = np.random.default_rng(0)
         for downsample in (1, 7.3, 32):
             xy = rng.uniform(-200, 1200, size=(9, 2))
-            found = Polygons(SIZE, (xy,)).mask(downsample)
+            found = Polygons(SIZE, [[xy]]).mask(downsample)
             wanted = np.zeros_like(found)
             x, y = (xy / downsample - 0.5).T
             wanted[polygon(y, x, found.shape)] = True
@@ -80,16 +106,17 @@ class TestPolygons:
 
     def test_a_large_slide_is_marked_coarsely_enough_for_memory(self):
         """16 level-0 pixels a pixel; shares are still those of the areas."""
-        areas = Polygons((100_000, 200_000), (np.array(box(51_200, 102_400, 51_456, 102_912)),))
+        lesion = [np.array(box(51_200, 102_400, 51_456, 102_912))]
+        areas = Polygons((100_000, 200_000), [lesion])
         assert areas.finest.shape == (12_500, 6_250)
-        assert areas.finest.size <= module.MAX_MASK_PX
+        assert areas.finest.size <= areas_module.MAX_MASK_PX
         boxes = np.array([[51_200, 102_400, 51_712, 102_912], [51_712, 102_400, 52_224, 102_912]])
-        assert areas.tile_share(boxes).tolist() == [0.5, 0]
+        assert areas.overlap(boxes).tolist() == [0.5, 0]
 
     def test_what_has_no_area_is_left_out(self, tmp_path):
         areas = read_xml(tmp_path, ("_0", [(5, 5), (9, 9)]), ("_0", []))
         assert areas.is_empty
-        assert areas.tile_share(tiles(100, (0, 0))).tolist() == [0]
+        assert areas.overlap(tiles(100, (0, 0))).tolist() == [0]
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -132,14 +159,14 @@ class TestMasks:
         Image.fromarray(mask).save(tmp_path / "a.png")
         areas = read_annotation(tmp_path / "a.png", SIZE)
         boxes = np.array([[0, 0, 100, 100], [50, 0, 150, 100], [99, 0, 103, 8], [200, 0, 300, 99]])
-        assert areas.tile_share(boxes) == pytest.approx([1, 0.5, 0.25, 0])
+        assert areas.overlap(boxes) == pytest.approx([1, 0.5, 0.25, 0])
 
     def test_slide_whose_size_the_mask_does_not_divide(self, tmp_path):
         mask = np.zeros((3, 4), dtype=np.uint8)
         mask[:, 2:] = 1
         Image.fromarray(mask).save(tmp_path / "a.png")
         areas = read_annotation(tmp_path / "a.png", (1001, 802))
-        assert areas.tile_share(np.array([[500, 0, 501, 802]])) == pytest.approx([0.5])
+        assert areas.overlap(np.array([[500, 0, 501, 802]])) == pytest.approx([0.5])
 
     @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
     def test_every_kind_of_picture(self, tmp_path, mode):
@@ -155,7 +182,7 @@ class TestMasks:
             picture = Image.fromarray(mask).convert(mode)
         picture.save(tmp_path / "a.png")
         areas = read_annotation(tmp_path / "a.png", SIZE)
-        assert areas.tile_share(tiles(100, (0, 4), (0, 5))).tolist() == [0, 1]
+        assert areas.overlap(tiles(100, (0, 4), (0, 5))).tolist() == [0, 1]
 
     @pytest.mark.parametrize("value", [1, 255])
     def test_levels_of_a_pyramid_are_taken_as_they_are(self, tmp_path, value):
@@ -166,7 +193,7 @@ class TestMasks:
         mask[600, 600] = 1
         write_pyramid(tmp_path / "a.tif", mask, values=value)
         areas = read_annotation(tmp_path / "a.tif", SIZE)
-        assert areas.tile_share(tiles(100, (0, 0), (4, 4), (6, 6))).tolist() == [0.5, 4e-4, 1e-4]
+        assert areas.overlap(tiles(100, (0, 0), (4, 4), (6, 6))).tolist() == [0.5, 4e-4, 1e-4]
         assert (areas.mask(4) == (mask[::4, ::4] > 0)).all()
         assert areas.mask(8).shape == (100, 125)  # not stored
         assert areas.mask(8)[:13, :6].all() and areas.mask(8).sum() == 13 * 6  # 12.5, and 6.25
@@ -176,7 +203,7 @@ class TestMasks:
         mask[:, 50:] = 1
         tifffile.imwrite(tmp_path / "a.tiff", mask)
         areas = read_annotation(tmp_path / "a.tiff", SIZE)
-        assert areas.tile_share(tiles(100, (0, 4), (0, 5))).tolist() == [0, 1]
+        assert areas.overlap(tiles(100, (0, 4), (0, 5))).tolist() == [0, 1]
 
     @pytest.mark.parametrize("suffix", [".png", ".tif"])
     @pytest.mark.parametrize("size", [(797, 1001), (800, 1000)])
@@ -195,19 +222,19 @@ class TestMasks:
         boxes = np.concatenate([boxes, boxes + 64], axis=1)
         at_once = read_annotation(path, slide)
         assert (at_once.finest == (mask > 0)).all()
-        monkeypatch.setattr(module, "READ_BLOCK_PX", 128)
+        monkeypatch.setattr(mask_module, "READ_BLOCK_PX", 128)
         assert (read_annotation(path, slide).finest == (mask > 0)).all()
-        monkeypatch.setattr(module, "MAX_MASK_PX", size[0] * size[1] // 16)
+        monkeypatch.setattr(areas_module, "MAX_MASK_PX", size[0] * size[1] // 16)
         reduced = read_annotation(path, slide)
         assert reduced.finest.shape == (-(-size[0] // 4), -(-size[1] // 4))
-        assert reduced.tile_share(boxes) == pytest.approx(at_once.tile_share(boxes), abs=0.06)
+        assert reduced.overlap(boxes) == pytest.approx(at_once.overlap(boxes), abs=0.06)
 
     def test_the_finest_level_that_memory_holds(self, tmp_path, monkeypatch):
         mask = np.zeros((800, 1000), dtype=np.uint8)
         mask[::2, ::2] = 1  # a quarter at level 0, all of it at level 1
         write_pyramid(tmp_path / "a.tif", mask)
         assert read_annotation(tmp_path / "a.tif", SIZE).finest.mean() == 0.25
-        monkeypatch.setattr(module, "MAX_MASK_PX", 500 * 400)
+        monkeypatch.setattr(areas_module, "MAX_MASK_PX", 500 * 400)
         areas = read_annotation(tmp_path / "a.tif", SIZE)
         assert areas.finest.shape == (400, 500) and areas.finest.all()
 
@@ -250,8 +277,8 @@ class TestPoints:
     def test_a_tile_holds_its_left_and_top_edge(self):
         points = Points(np.array([(0, 0), (99.5, 99.5), (100, 0), (0, 100), (250, 50.0), (1, 1)]))
         boxes = tiles(100, (0, 0), (0, 1), (1, 0), (0, 2), (5, 5))
-        assert points.tile_count(boxes).tolist() == [3, 1, 1, 1, 0]
-        assert points.positive_tiles(boxes).tolist() == [True, True, True, True, False]
+        assert points.overlap(boxes).tolist() == [3, 1, 1, 1, 0]
+        assert points.positive(points.overlap(boxes)).tolist() == [True, True, True, True, False]
 
     def test_columns_beside_x_and_y_are_not_read(self, tmp_path):
         (tmp_path / "a.csv").write_text("type,y,x\nepithelial,20,10\n,800,1000\n")
@@ -262,7 +289,7 @@ class TestPoints:
         (tmp_path / "a.csv").write_text("x,y\n")
         points = read_annotation(tmp_path / "a.csv", SIZE)
         assert points.is_empty
-        assert points.positive_tiles(tiles(100, (0, 0))).tolist() == [False]
+        assert points.positive(points.overlap(tiles(100, (0, 0)))).tolist() == [False]
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -280,7 +307,9 @@ class TestPoints:
             read_annotation(tmp_path / "a.csv", SIZE)
 
 
-@pytest.mark.parametrize("name", ["a.xml", "a.csv", "a.tif", "a.tiff", "a.png", "a_mask.tif"])
+@pytest.mark.parametrize(
+    "name", ["a.xml", "a.csv", "a.geojson", "a.tif", "a.tiff", "a.png", "a_mask.tif"]
+)
 def test_the_annotation_of_a_slide_is_found_by_its_name(tmp_path, name):
     for other in ("b.xml", "ab.xml", "a.txt", "a.svs"):
         (tmp_path / other).touch()

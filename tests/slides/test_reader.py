@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+from gigapixel import write_gigapixel
 from PIL import Image
 
 from dasmil.demo.slides import write_pyramid
@@ -214,6 +215,29 @@ def test_a_truncated_picture_is_refused_when_it_is_read(tmp_path: Path) -> None:
     with Slide(SlideRow("a", path, mpp=0.5)) as slide, pytest.raises(InputError) as caught:
         slide.read((0, 200, 64, 264), (64, 64))
     assert str(caught.value).startswith(f"{path}: pixels at 0,200 cannot be read")
+
+
+def test_what_can_only_be_decoded_in_giant_parts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gigapixel(tmp_path / "a.tiff", 4096, downsamples=(1,), tile_px=(1024, 512))
+    monkeypatch.setattr(reader, "MAX_STORED_TILE_PX", 1024 * 512)
+    Slide(SlideRow("a", path)).close()
+    monkeypatch.setattr(reader, "MAX_STORED_TILE_PX", 1024 * 512 - 1)
+    message = refusal(SlideRow("a", path))
+    assert message.startswith(f"{path}: stored in tiles of 1024 × 512 px")
+    assert "vips tiffsave" in message
+
+
+def test_a_picture_too_large_to_be_decoded_as_a_whole_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(draw_picture(300, 300, grain_px=1)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300 * 300 // 2 - 1)
+    message = refusal(SlideRow("a", path, mpp=0.5))
+    assert message.startswith(f"{path}: a picture without tiles, too large")
+    assert "vips tiffsave" in message
 
 
 # Pixels

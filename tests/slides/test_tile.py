@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from faults import InThisProcess
 
 from dasmil.cli import main
 from dasmil.demo.slides import write_pyramid
@@ -257,6 +258,31 @@ def test_a_damaged_tile_table_is_named_and_made_anew(
         assert len(said) == 1 and str(path) in said[0]
         assert path.read_bytes() == whole
         assert {p: p.stat().st_mtime_ns for p in output.glob("tiles/blank*")} == times
+
+
+class DyingOfGood(InThisProcess):
+    """A process that the slide ``good`` kills, as a decoder would that reads where it must not."""
+
+    def begin(self, task: SlideRow) -> None:
+        self.task = task
+        super().begin(task)
+
+    def result(self) -> object:
+        if self.task.slide_id == "good":
+            super().result()
+            raise EOFError("its process was ended by signal 11")
+        return super().result()
+
+
+def test_a_slide_that_kills_its_process_costs_its_row(
+    two_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dasmil.slides.tile.ChildProcess", DyingOfGood)
+    run = Run(tile(two_slides, tmp_path / "T", SCALES, tile_px=64, workers=1), tmp_path / "T")
+    assert run.code == 1
+    assert run.status["good"]["state"] == "failed"
+    assert "good.tiff: its process was ended by signal 11" in run.status["good"]["message"]
+    assert run.status["blank"]["state"] == "empty"
 
 
 def test_a_scale_the_slide_does_not_hold_costs_its_row(two_slides: Path, tmp_path: Path) -> None:

@@ -269,7 +269,16 @@ def test_tiles_come_back_from_their_file(tmp_path: Path) -> None:
         assert tiles.num_tiles()[names[-1]] > 0
         write_tiles(path, tiles)
         found = read_tiles(path)
-        for attribute in ("slide_id", "scales", "tile_px", "slide_mpp", "size_px0", "tiling"):
+        for attribute in (
+            "slide_id",
+            "scales",
+            "tile_px",
+            "slide_mpp",
+            "size_px0",
+            "tiling",
+            "tissue_mm2",
+            "excluded",
+        ):
             assert getattr(found, attribute) == getattr(tiles, attribute), attribute
         for attribute in ("grid", "parent"):
             ours, theirs = getattr(tiles, attribute), getattr(found, attribute)
@@ -301,11 +310,11 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     save_file({"grid/x20": np.zeros((1, 2), np.int32)}, plain)
     newer = tmp_path / "newer.safetensors"
     save_file(
-        {"grid/x20": np.zeros((1, 2), np.int32)}, newer, pack_metadata({"format": "dasmil-tiles-2"})
+        {"grid/x20": np.zeros((1, 2), np.int32)}, newer, pack_metadata({"format": "dasmil-tiles-3"})
     )
     for path in (text, plain, newer, tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(InputError) as caught:
             read_tiles(path)
         assert str(caught.value).startswith(f"{path}: ")
-    with pytest.raises(InputError, match="dasmil-tiles-1"):
+    with pytest.raises(InputError, match="dasmil-tiles-2"):
         read_tiles(newer)

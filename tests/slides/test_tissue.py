@@ -1,10 +1,14 @@
 """Tissue on drawn pictures, and the share of it in boxes against brute force."""
 
+import tracemalloc
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
+import cv2
 import numpy as np
 import pytest
 
+from dasmil.slides import tissue
 from dasmil.slides.tissue import TissueParameters, tissue_fraction, tissue_mask
 
 WHITE = (244, 244, 244)
@@ -197,3 +201,107 @@ def test_tissue_fraction_equals_counting_on_a_finer_raster() -> None:
 def test_tissue_fraction_of_no_cells_is_empty() -> None:
     found = tissue_fraction(np.ones((4, 4), bool), np.array([0.0]), np.array([0.0, 1.0, 2.0]))
     assert found.shape == (2, 0)
+
+
+def reference_mask(thumbnail: np.ndarray, mpp: float, parameters: TissueParameters) -> np.ndarray:
+    """The same steps, each on the whole picture and into an array of its own."""
+    saturation = cv2.cvtColor(thumbnail, cv2.COLOR_RGB2HSV)[..., 1]
+    if min(saturation.shape) > parameters.median_px:
+        saturation = cv2.medianBlur(saturation, parameters.median_px)
+    otsu, _ = cv2.threshold(saturation, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    threshold = np.clip(otsu, parameters.min_saturation, parameters.max_saturation)
+    mask = np.asarray(saturation > threshold, dtype=np.uint8)
+    diameter_px = 2 * round(parameters.closing_um / mpp / 2) + 1
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (diameter_px, diameter_px))
+    mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc)
+    kept = without_small_parts(mask, parameters.min_tissue_um2 / mpp**2)
+    if not kept.any():
+        return kept.astype(bool)
+    return without_small_parts(1 - kept, parameters.min_hole_um2 / mpp**2) == 0
+
+
+def without_small_parts(mask: np.ndarray, min_area_px: float) -> np.ndarray:
+    _, labels, statistics, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    keep = statistics[:, cv2.CC_STAT_AREA] >= min_area_px
+    keep[0] = False
+    return keep[labels].astype(np.uint8)
+
+
+def reference_fraction(mask: np.ndarray, x_edges: np.ndarray, y_edges: np.ndarray) -> np.ndarray:
+    """From the integral image of the whole mask, 8 bytes a pixel."""
+    integral = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
+    integral[1:, 1:] = mask.cumsum(0, dtype=np.int64).cumsum(1)
+    at_both = rows_between(rows_between(integral, y_edges).T, x_edges).T
+    area = np.diff(y_edges)[:, None] * np.diff(x_edges)[None, :]
+    return np.clip(np.diff(np.diff(at_both, axis=0), axis=1) / area, 0, 1)
+
+
+def rows_between(table: np.ndarray, at: np.ndarray) -> np.ndarray:
+    at = np.clip(at, 0, len(table) - 1)
+    low = np.minimum(at.astype(np.int64), len(table) - 2)
+    part = (at - low)[:, None]
+    return table[low] * (1 - part) + table[low + 1] * part
+
+
+def cloudy_pictures() -> Iterator[np.ndarray]:
+    """Blurred colours of all shapes, higher and lower than a band, some of one colour."""
+    rng = np.random.default_rng(3)
+    for number in range(60):
+        noise = rng.integers(0, 256, (*rng.integers(1, 400, 2), 3)).astype(np.uint8)
+        picture = cv2.GaussianBlur(noise, (0, 0), rng.uniform(0.5, 6))
+        if number % 10 == 0:
+            picture[:] = picture[0, 0]
+        yield picture
+
+
+def test_a_mask_made_in_little_memory_is_the_same_to_the_last_pixel() -> None:
+    rng, shares = np.random.default_rng(4), []
+    for picture in cloudy_pictures():
+        parameters = TissueParameters(
+            max_saturation=int(rng.integers(20, 255)),
+            min_tissue_um2=rng.uniform(0, 30_000),
+            min_hole_um2=rng.uniform(0, 30_000),
+        )
+        before = picture.copy()
+        found = tissue_mask(picture, MPP, parameters)
+        np.testing.assert_array_equal(found, reference_mask(picture, MPP, parameters))
+        np.testing.assert_array_equal(picture, before)
+        shares.append(found.mean())
+    assert max(len(picture) for picture in cloudy_pictures()) > tissue.BAND_PX
+    assert np.mean([0 < share < 1 for share in shares]) > 0.5
+
+
+def test_fractions_made_in_little_memory_are_the_same_to_the_last_bit() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        mask = rng.random(rng.integers(1, 60, 2)) < rng.random()
+        x_edges, y_edges = (  # some beyond the mask, some twice
+            np.sort(rng.uniform(-1, length + 2, rng.integers(1, 30)).round(rng.integers(1, 4)))
+            for length in mask.shape[::-1]
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            expected = reference_fraction(mask, x_edges, y_edges)
+            found = tissue_fraction(mask, x_edges, y_edges)
+        np.testing.assert_array_equal(found, expected)
+
+
+def bytes_per_pixel(function: Callable[[], object], num_pixels: int) -> float:
+    """Of arrays that are made on the way, the result among them."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1] / num_pixels
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_is_a_few_bytes_a_pixel() -> None:
+    """6 for the mask: labels of 4 bytes, the mask and what OpenCV returns beside it."""
+    side = 3000
+    picture = paint(disc(1500, 1500, 1000, side))
+    mask = picture[..., 1] < 200
+    edges = np.linspace(0, side, 100)
+    assert 4 < bytes_per_pixel(lambda: tissue_mask(picture, MPP, PARAMETERS), side**2) < 6.5
+    assert bytes_per_pixel(lambda: tissue_fraction(mask, edges, edges), side**2) < 0.2
+    assert bytes_per_pixel(lambda: reference_mask(picture, MPP, PARAMETERS), side**2) > 7
+    assert bytes_per_pixel(lambda: reference_fraction(mask, edges, edges), side**2) > 16

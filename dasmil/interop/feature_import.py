@@ -1,0 +1,307 @@
+"""Folders of feature files → a folder of bags: what importing from any tool has in common."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from dasmil.bags import ExtractorCard, bag_path, read_header, write_bag
+from dasmil.bags.status import EXTRACTORS, bag_status, status_row
+from dasmil.errors import DiskFullError, InputError
+from dasmil.files import read_csv, write_csv, write_text
+from dasmil.interop.feature_grids import Dtype, Orphans, SlideFeatures, make_bag
+from dasmil.slides.cohort import SLIDE_SUFFIXES, SlideRow, read_cohort, write_cohort
+from dasmil.units import Scale, parse_scales
+from dasmil.work.worker import Worker
+
+MAX_NAMED = 10
+FIGURES = ("orphans", "childless", "rule", "moved", "max_moved_px0")
+
+
+def parse_folders(folders: Mapping[str, Path]) -> tuple[tuple[Scale, ...], list[Path]]:
+    """Scales from coarse to fine, and the folder of each."""
+    if not folders:
+        raise InputError("features: give the folder of each scale, as --features.x20 FOLDER")
+    scales = parse_scales(folders)
+    return scales, [Path(folders[scale.name]) for scale in scales]
+
+
+def files_by_slide(folder: Path, suffix: str = ".h5") -> dict[str, Path]:
+    """The files of a folder by slide.
+
+    Raises
+    ------
+    InputError
+        when there is none; of DSMIL's CSVs with the reason why they can be no bags.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    paths = [path for path in sorted(folder.glob(f"*{suffix}")) if path.name[0] != "."]
+    if not paths and any(folder.rglob("*.csv")):
+        raise InputError(
+            f"{folder}: it holds CSV files as DSMIL writes them; they do not say where a tile "
+            "lies, so no graph can be made of them: extract the features with a tool that keeps "
+            "coordinates (dasmil embed, TRIDENT, CLAM, STAMP)"
+        )
+    if not paths:
+        raise InputError(f"{folder}: no {suffix} file in it")
+    return {path.name.removesuffix(suffix): path for path in paths}
+
+
+def open_h5(path: Path) -> h5py.File:
+    """An HDF5 file for reading; said in one sentence where it is none."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(f"{path}: not a readable HDF5 file ({error}); extract it again") from error
+
+
+def read_dataset(file: h5py.File, *names: str) -> npt.NDArray[Any]:
+    """(N, D) of the first dataset of these names; a leading axis of one slide is taken off."""
+    for name in names:
+        if name in file:
+            try:
+                values = np.asarray(file[name])
+            except OSError as error:
+                raise InputError(
+                    f"{file.filename}: {name} cannot be read ({error}); extract it again"
+                ) from error
+            values = values[0] if values.ndim == 3 and len(values) == 1 else values
+            if values.ndim == 1 and values.size == 0:
+                values = values.reshape(0, 2)
+            if values.ndim != 2:
+                raise InputError(
+                    f"{file.filename}: {name} has the shape {values.shape}, not (tiles, numbers)"
+                )
+            return values
+    raise InputError(
+        f"{file.filename}: no dataset {' or '.join(names)} in it, only {', '.join(file)}"
+    )
+
+
+def attribute(source: h5py.Dataset | h5py.File, name: str) -> Any:
+    """An attribute as a plain value."""
+    if name not in source.attrs:
+        where = source.file.filename
+        raise InputError(f"{where}: its attribute {name} is missing; is it of another tool?")
+    value = source.attrs[name]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def import_features(
+    dest: Path,
+    scales: Sequence[Scale],
+    files: Sequence[Mapping[str, Path]],
+    read: Callable[[str], tuple[SlideFeatures, dict[str, ExtractorCard]]],
+    cohort: Path | None,
+    tool: str,
+    orphans: Orphans,
+    dtype: Dtype,
+) -> int:
+    """A bag for each slide; what is wrong with one costs one row of import.csv and status.csv.
+
+    Parameters
+    ----------
+    files: per scale the files by slide.
+    read: a slide, and the cards of its extractors.
+    cohort: table with the labels, ours or CLAM's; without it slides have none.
+    """
+    slide_ids = sorted(set().union(*files))
+    any_file = {slide_id: path for found in files for slide_id, path in found.items()}
+    rows, left_out = _cohort_rows(cohort, slide_ids, any_file)
+    tiling = json.dumps({"imported": tool, "orphans": orphans, "dtype": dtype})
+    with Worker(dest) as worker:
+        write_cohort(dest / "cohort.csv", rows)
+        cards = _first_cards(read, rows, scales, files)
+        _write_extractors(dest / EXTRACTORS, cards, tool)
+        worker.on_beat = (status := bag_status(dest)).write
+        for row in tqdm(rows, f"import {tool}", unit="slide"):
+            sources = [found[row.slide_id] for found in files if row.slide_id in found]
+            if not worker.claim(row.slide_id):
+                continue  # another command has it
+            if _is_done(bag_path(dest, row.slide_id), sources, cards, tiling):
+                worker.release(row.slide_id)
+                continue
+            try:
+                if missing := [s.name for s, f in zip(scales, files) if row.slide_id not in f]:
+                    raise InputError(f"{row.slide_id}: no feature file at {', '.join(missing)}")
+                slide, found = read(row.slide_id)
+                _refuse_other_cards(sources[-1], cards, found)
+                bag, figures = make_bag(slide, cards, tiling, orphans, dtype)
+                write_bag(bag_path(dest, row.slide_id), bag)
+                worker.settle(row.slide_id, {**status_row(bag.num_tiles()), **figures})
+            except DiskFullError:
+                raise
+            except InputError as error:  # one row of the tables; the cohort goes on
+                bag_path(dest, row.slide_id).unlink(missing_ok=True)  # of an import before
+                worker.settle(row.slide_id, {"state": "failed", "message": str(error)})
+    return _report(dest, status.rows, scales, left_out, tool)
+
+
+def _cohort_rows(
+    cohort: Path | None, slide_ids: Sequence[str], files: Mapping[str, Path]
+) -> tuple[list[SlideRow], list[str]]:
+    """The slides of the table, or all that have features; and feature files it does not name."""
+    if cohort is None:
+        return [SlideRow(slide_id, files[slide_id]) for slide_id in slide_ids], []
+    rows = [_renamed(row, slide_ids) for row in _read_table(cohort, files)]
+    named = {row.slide_id for row in rows}
+    return rows, [slide_id for slide_id in slide_ids if slide_id not in named]
+
+
+def _read_table(path: Path, files: Mapping[str, Path]) -> list[SlideRow]:
+    """Our cohort table, or one of CLAM's: case_id, slide_id, label."""
+    columns, records = read_csv(path)
+    if "path" in columns:
+        return read_cohort(path)
+    if not {"slide_id", "label"} <= set(columns):
+        raise InputError(
+            f"{path}: neither a cohort table (slide_id, path, ...) nor one of CLAM's (case_id, "
+            "slide_id, label)"
+        )
+    return [
+        SlideRow(
+            slide_id=record["slide_id"],
+            path=files.get(record["slide_id"], Path(record["slide_id"])),
+            label=record["label"] or None,
+            patient_id=record.get("case_id") or record.get("patient_id") or None,
+            mpp=float(record["mpp"]) if record.get("mpp") else None,
+        )
+        for record in records
+    ]
+
+
+def table_mpps(cohort: Path | None) -> dict[str, float]:
+    """The mpp of the slides that the table knows it of."""
+    if cohort is None:
+        return {}
+    rows = _read_table(cohort, {})
+    known = {row.slide_id: row.mpp for row in rows if row.mpp is not None}
+    return known | {Path(name).stem: mpp for name, mpp in known.items()}
+
+
+def _renamed(row: SlideRow, slide_ids: Sequence[str]) -> SlideRow:
+    """Some tables name the slide's file; feature files lack its suffix."""
+    stem, suffix = Path(row.slide_id).stem, Path(row.slide_id).suffix
+    if row.slide_id not in slide_ids and suffix.lower() in SLIDE_SUFFIXES and stem in slide_ids:
+        return replace(row, slide_id=stem)
+    return row
+
+
+def _first_cards(
+    read: Callable[[str], tuple[SlideFeatures, dict[str, ExtractorCard]]],
+    rows: Sequence[SlideRow],
+    scales: Sequence[Scale],
+    files: Sequence[Mapping[str, Path]],
+) -> dict[str, ExtractorCard]:
+    """Those of the first slide that can be read and holds a tile; all others must have the same."""
+    reason = "no slide of the table has features at every scale"
+    for row in rows:
+        if all(row.slide_id in found for found in files):
+            try:
+                slide, cards = read(row.slide_id)
+            except InputError as error:
+                reason = str(error)
+                continue
+            if len(slide.files[-1].features) and len(cards) == len(scales):
+                return cards
+            reason = "no slide holds a tile"
+    raise InputError(f"import: nothing can be imported: {reason}")
+
+
+def _refuse_other_cards(
+    path: Path, wanted: Mapping[str, ExtractorCard], found: Mapping[str, ExtractorCard]
+) -> None:
+    for scale, card in found.items():
+        if card.feature_dim and card != wanted[scale]:
+            raise InputError(
+                f"{path}: {scale} features of {card.name}, {card.feature_dim} wide "
+                f"({card.fingerprint}); the first slide has those of {wanted[scale].name}, "
+                f"{wanted[scale].feature_dim} wide ({wanted[scale].fingerprint})"
+            )
+
+
+def _is_done(
+    path: Path, sources: Sequence[Path], cards: Mapping[str, ExtractorCard], tiling: str
+) -> bool:
+    """True when the bag is there, of these very files and options."""
+    if not path.exists() or any(s.stat().st_mtime > path.stat().st_mtime for s in sources):
+        return False
+    try:
+        header = read_header(path)
+    except InputError as error:
+        print(f"import: {error}: it is made anew")
+        return False
+    return header.tiling == tiling and dict(header.extractors) == dict(cards)
+
+
+def _write_extractors(path: Path, cards: Mapping[str, ExtractorCard], tool: str) -> None:
+    """Which slides the extractors have seen is not known; `fit` says so."""
+    unknown = {"source": tool, "trained_on": None}
+    records = {scale: {**asdict(card), **unknown} for scale, card in cards.items()}
+    write_text(path, json.dumps(records, indent=2))
+
+
+def _report(
+    dest: Path,
+    rows: Sequence[Mapping[str, Any]],
+    scales: Sequence[Scale],
+    left_out: Sequence[str],
+    tool: str,
+) -> int:
+    tiles = [f"tiles/{scale.name}" for scale in scales]
+    columns = ("slide_id", "state", *tiles, *FIGURES, "message")
+    path = dest / "import.csv"
+    write_csv(path, columns, ({c: row.get(c) for c in columns} for row in rows))
+    failed = [row for row in rows if row["state"] not in ("done", "empty")]
+    for row in failed[:MAX_NAMED]:
+        print(f"{row['state']}: {row.get('message')}")
+    if len(failed) > MAX_NAMED:
+        print(f"failed: and {len(failed) - MAX_NAMED} more")
+    if left_out:
+        more = " …" if len(left_out) > MAX_NAMED else ""
+        print(
+            f"left out: {len(left_out)} slide(s) with features are not in the table: "
+            f"{', '.join(left_out[:MAX_NAMED])}{more}"
+        )
+    done = [row for row in rows if row not in failed]
+    orphans, childless = (sum(row.get(c) or 0 for row in done) for c in ("orphans", "childless"))
+    if orphans or childless:
+        print(
+            f"orphans: {orphans} tiles lie in no coarser tile, {childless} hold no finer one "
+            f"(rule: {done[0].get('rule')})"
+        )
+    moved = [row for row in done if row.get("moved")]
+    if moved:
+        most = max(row["max_moved_px0"] for row in moved)
+        print(
+            f"moved: on {len(moved)} slide(s) the grids of pieces of tissue were moved onto one, "
+            f"by {most:g} level-0 px at most"
+        )
+    print(f"import {tool}: {len(done)} done, {len(failed)} failed; see {path}")
+    return int(bool(failed))
+
+
+def imported_card(
+    tool: str, encoder: str, scale: Scale, tile_px: int, features: npt.NDArray[Any]
+) -> ExtractorCard:
+    """Stands for an extractor that only its name is known of; its normalisation is not.
+
+    Its fingerprint says tool, encoder and tiles, so that features of different making never mix.
+    """
+    return ExtractorCard(
+        name=encoder,
+        fingerprint=f"{tool} {encoder} {scale.name} {tile_px}px",
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        image_size=tile_px,
+        feature_dim=features.shape[1] if features.ndim == 2 else 0,
+    )

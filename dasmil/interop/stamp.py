@@ -1,0 +1,114 @@
+"""The kind ``stamp`` of the verb ``import``: STAMP's feature files → bag files."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from dasmil.bags import ExtractorCard
+from dasmil.errors import InputError
+from dasmil.interop.feature_grids import (
+    Dtype,
+    Orphans,
+    ScaleFeatures,
+    SlideFeatures,
+    check_mpp,
+    same,
+)
+from dasmil.interop.feature_import import (
+    attribute,
+    files_by_slide,
+    import_features,
+    imported_card,
+    open_h5,
+    parse_folders,
+    read_dataset,
+    table_mpps,
+)
+from dasmil.units import Mpp, Scale
+
+MICROMETRE = frozenset(["um", "µm", "μm"])
+
+
+def stamp(
+    dest: Path,
+    features: dict[str, Path],
+    cohort: Path | None = None,
+    orphans: Orphans = "keep",
+    dtype: Dtype = "keep",
+) -> int:
+    """Features that STAMP extracted at one or several magnifications → a folder of bags.
+
+    STAMP counts in µm and does not keep the slide's mpp. Where the cohort table has it, places are
+    in level-0 pixels as everywhere; where not, in pixels of the finest scale, which training and
+    scores do not mind, but overlays do. Scales keep STAMP's own µm per pixel: tiles of 256 µm in
+    224 px have 1.143 µm/px, which goes for x10 within a fifth.
+
+    Parameters
+    ----------
+    dest:
+        folder for the bags.
+    features:
+        per scale a folder of <slide_id>.h5, one of STAMP's extractor folders.
+    cohort:
+        table with the labels and, best, the mpp: ours (slide_id, path, label, mpp, ...) or CLAM's
+        (case_id, slide_id, label); without it the bags are for predict.
+    orphans:
+        keep or drop tiles without a parent, and coarser ones without a child.
+    dtype:
+        keep the files' float16 or float32, or make it one of them.
+
+    Returns
+    -------
+    The exit code: 1 when a slide failed, else 0.
+    """
+    scales, folders = parse_folders(features)
+    files = [files_by_slide(folder) for folder in folders]
+    mpps = table_mpps(cohort)
+
+    def read(slide_id: str) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
+        return read_slide(slide_id, scales, [f[slide_id] for f in files], mpps.get(slide_id))
+
+    code = import_features(dest, scales, files, read, cohort, "stamp", orphans, dtype)
+    if not mpps:
+        print(
+            "import stamp: no mpp of any slide is known, so places count in pixels of the finest "
+            "scale; give --cohort a table with the column mpp for overlays on slides"
+        )
+    return code
+
+
+def read_slide(
+    slide_id: str, scales: tuple[Scale, ...], paths: list[Path], mpp: float | None
+) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
+    """One slide of STAMP's, coarse to fine."""
+    found, tile_px, true_scales, cards = [], [], [], {}
+    for scale, path in zip(scales, paths, strict=True):
+        with open_h5(path) as file:
+            values, place_um = read_dataset(file, "feats", "features"), read_dataset(file, "coords")
+            if len(values) != len(place_um):
+                raise InputError(
+                    f"{path}: {len(values)} feats for {len(place_um)} coords; extract it again"
+                )
+            unit = attribute(file, "unit")
+            unit = unit.decode() if isinstance(unit, bytes) else str(unit)
+            if unit not in MICROMETRE:
+                raise InputError(f"{path}: its coords are in {unit!r}, not in um; extract it again")
+            side_um = float(attribute(file, "tile_size_um"))
+            tile_px.append(int(attribute(file, "tile_size_px")))
+            extractor = attribute(file, "extractor")
+            encoder = extractor.decode() if isinstance(extractor, bytes) else str(extractor)
+        true_mpp = side_um / tile_px[-1]
+        check_mpp(path, scale, true_mpp, within=0.2)
+        true_scales.append(replace(scale, mpp=Mpp(true_mpp)))
+        found.append(ScaleFeatures(path, values, np.asarray(place_um, dtype=float), side_um))
+        cards[scale.name] = imported_card("stamp", encoder, scale, tile_px[-1], values)
+    slide = SlideFeatures(
+        slide_id=slide_id,
+        scales=tuple(true_scales),
+        tile_px=same(tile_px, "the tile size", paths[-1]),
+        files=tuple(found),
+        slide_mpp=mpp or true_scales[-1].mpp,
+        size_px0=None,
+    )
+    return slide, cards

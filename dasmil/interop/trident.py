@@ -1,0 +1,122 @@
+"""The kind ``trident`` of the verb ``import``: TRIDENT's feature files → bag files."""
+
+from pathlib import Path
+
+import numpy as np
+
+from dasmil.bags import ExtractorCard
+from dasmil.errors import InputError
+from dasmil.interop.feature_grids import (
+    Dtype,
+    Orphans,
+    ScaleFeatures,
+    SlideFeatures,
+    check_mpp,
+    same,
+)
+from dasmil.interop.feature_import import (
+    attribute,
+    files_by_slide,
+    import_features,
+    imported_card,
+    open_h5,
+    parse_folders,
+    read_dataset,
+)
+from dasmil.units import Scale
+
+SIDES = ("width", "height")
+
+
+def trident(
+    dest: Path,
+    features: dict[str, Path],
+    cohort: Path | None = None,
+    orphans: Orphans = "keep",
+    dtype: Dtype = "keep",
+) -> int:
+    """Features that TRIDENT extracted at one or several magnifications → a folder of bags.
+
+    Its files say all that is needed: places, tile size and magnification. Its grids start at the
+    slide's origin, so those of 5x, 10x and 20x nest. DEST/import.csv says of every slide how many
+    tiles lie in no coarser one (orphans) or hold no finer one (childless).
+
+    Parameters
+    ----------
+    dest:
+        folder for the bags.
+    features:
+        per scale a folder of <slide_id>.h5, for example --features.x20
+        20x_256px_0px_overlap/features_uni_v1.
+    cohort:
+        table with the labels: ours (slide_id, path, label, ...) or CLAM's (case_id, slide_id,
+        label); without it the bags are for predict.
+    orphans:
+        keep or drop tiles without a parent, and coarser ones without a child.
+    dtype:
+        keep the files' float16 or float32, or make it one of them.
+
+    Returns
+    -------
+    The exit code: 1 when a slide failed, else 0.
+    """
+    scales, folders = parse_folders(features)
+    files = [files_by_slide(folder) for folder in folders]
+
+    def read(slide_id: str) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
+        return read_slide(slide_id, scales, [found[slide_id] for found in files])
+
+    return import_features(dest, scales, files, read, cohort, "trident", orphans, dtype)
+
+
+def read_slide(
+    slide_id: str, scales: tuple[Scale, ...], paths: list[Path]
+) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
+    """One slide of TRIDENT's, coarse to fine."""
+    found, tile_px, slide_mpp, sizes, cards = [], [], [], [], {}
+    for scale, path in zip(scales, paths, strict=True):
+        with open_h5(path) as file:
+            values, place = read_dataset(file, "features"), read_dataset(file, "coords")
+            coords = file["coords"]
+            if len(values) != len(place):
+                raise InputError(
+                    f"{path}: {len(values)} features for {len(place)} coords; extract it again"
+                )
+            overlap = float(attribute(coords, "overlap"))
+            if overlap != 0:
+                raise InputError(
+                    f"{path}: its tiles overlap by {overlap:g} px, so one lies in several coarser "
+                    "ones; extract it with --overlap 0"
+                )
+            tile_px.append(int(attribute(coords, "patch_size")))
+            side = float(attribute(coords, "patch_size_level0"))
+            slide_mpp.append(10 / float(attribute(coords, "level0_magnification")))
+            check_mpp(path, scale, 10 / float(attribute(coords, "target_magnification")))
+            check_mpp(path, scale, slide_mpp[-1] * side / tile_px[-1])
+            if "level0_width" in coords.attrs:
+                sizes.append(
+                    (
+                        int(attribute(coords, "level0_width")),
+                        int(attribute(coords, "level0_height")),
+                    )
+                )
+        found.append(ScaleFeatures(path, values, place, step(place, side)))
+        encoder = path.parent.name.removeprefix("features_")
+        cards[scale.name] = imported_card("trident", encoder, scale, tile_px[-1], values)
+    slide = SlideFeatures(
+        slide_id=slide_id,
+        scales=scales,
+        tile_px=same(tile_px, "the tile size", paths[-1]),
+        files=tuple(found),
+        slide_mpp=same(slide_mpp, "the magnification of level 0", paths[-1]),
+        size_px0=same(sizes, "the size of the slide", paths[-1]) if sizes else None,
+    )
+    return slide, cards
+
+
+def step(place: np.ndarray, side: float) -> float:
+    """The step of the grid: TRIDENT rounds the side of a tile before it lays the grid."""
+    rounded = round(side)
+    if rounded > 0 and not (np.asarray(place) % rounded).any():
+        return float(rounded)
+    return side

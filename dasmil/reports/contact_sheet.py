@@ -1,0 +1,207 @@
+"""The verb ``contact-sheet``: the QC pictures of a cohort on one page, for a browser.
+
+The page is one file that asks for nothing else: pictures, style and script are in it
+(``contact_sheet.html`` beside this module, with a card a slide). A card's picture takes at most
+:data:`MAX_PICTURE_BYTES`, so that 2,000 slides are at most 60 MB; slide by slide it is written as
+it is made.
+"""
+
+import base64
+import html
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from dasmil.errors import InputError
+from dasmil.files import atomic_path, read_csv
+from dasmil.slides.qc import CAPTION_PX
+from dasmil.slides.tile_slide import qc_path
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+PICTURE_PX = (640, 320)  # width and height into which a card's picture fits
+MAX_PICTURE_BYTES = 20_000  # of its JPEG; a third more in the page
+QUALITIES = (80, 65, 50, 35)  # of the JPEG, from the best down to one that is small enough
+
+Row = Mapping[str, str]
+
+
+def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = None) -> int:
+    """The QC pictures of a cohort on one HTML page, to be sorted and filtered in a browser.
+
+    Parameters
+    ----------
+    tiles:
+        folder that ``tile`` has written.
+    output:
+        the page; TILES/contact_sheet.html when not given.
+    bags:
+        folder of bags that ``embed`` has written: shows what became of each slide there, too.
+
+    Returns
+    -------
+    The exit code, 0.
+
+    Raises
+    ------
+    InputError
+        when a folder's status.csv is missing, or is not one of this version.
+    """
+    rows = _read_status(tiles, "tile", {"tissue_mm2"})
+    embedded = None if bags is None else _read_embedded(bags, rows)
+    output = tiles / "contact_sheet.html" if output is None else output
+    scales = [name.removeprefix("tiles/") for name in rows[0] if name.startswith("tiles/")]
+    states = Counter(row["state"] for row in rows)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+
+    head, tail = TEMPLATE.read_text(encoding="utf-8").split("<!--cards-->")
+    places = {
+        "title": html.escape(f"{tiles.resolve().name}: {len(rows)} slides"),
+        "counts": html.escape(counts),
+        "keys": "".join(_sort_keys(scales, embedded is not None)),
+    }
+    for name, text in places.items():
+        head = head.replace(f"{{{{{name}}}}}", text)
+    missing = []
+    with atomic_path(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(head)
+        for row in tqdm(rows, desc="contact-sheet", unit="slide"):
+            path = qc_path(tiles, row["slide_id"])
+            picture = _picture(path, 1 + len(scales))
+            if picture is None:
+                missing.append(row["slide_id"])
+            shown = _shown(picture, row["slide_id"], path, output.parent)
+            there = None if embedded is None else embedded.get(row["slide_id"], {})
+            file.write(_card(row, scales, shown, there))
+        file.write(tail)
+    without = f", {len(missing)} of them without a picture" if missing else ""
+    size_mb = output.stat().st_size / 1e6
+    print(f"contact-sheet: {len(rows)} slides ({counts}){without}; see {output} ({size_mb:.1f} MB)")
+    return 0
+
+
+def _read_status(folder: Path, verb: str, columns: set[str]) -> list[Row]:
+    path = folder / "status.csv"
+    if not path.is_file():
+        raise InputError(f"{path}: no such table; give the folder that `{verb}` has written")
+    found, rows = read_csv(path)
+    missing = sorted({"slide_id", "state", "message", *columns} - set(found))
+    if missing:
+        raise InputError(
+            f"{path}: it has no column {', '.join(missing)}, as of an older version; run `{verb}` "
+            "on that folder again, what is done is kept"
+        )
+    if not rows:
+        raise InputError(f"{path}: it has no slide; run `{verb}` on that folder")
+    return list(rows)
+
+
+def _read_embedded(bags: Path, rows: Sequence[Row]) -> dict[str, Row]:
+    """Rows of the bags' status by slide; all must be slides of the sheet."""
+    found = {row["slide_id"]: row for row in _read_status(bags, "embed", set())}
+    other = sorted(found.keys() - {row["slide_id"] for row in rows})
+    if other:
+        raise InputError(
+            f"{bags / 'status.csv'}: the tiles have no slide {', '.join(other[:3])}"
+            f"{' …' if len(other) > 3 else ''}; are these bags of other tiles?"
+        )
+    return found
+
+
+def _sort_keys(scales: Sequence[str], has_bags: bool) -> Iterator[str]:
+    names = {"table": "cohort table", "slide_id": "slide", "state": "state"}
+    names |= {"embedded": "embedded"} if has_bags else {}
+    names |= {"tissue_mm2": "tissue area"}
+    names |= {f"tiles/{scale}": f"tiles {scale}" for scale in scales}
+    for key, name in names.items():
+        yield f'<option value="{html.escape(key)}">{html.escape(name)}</option>'
+
+
+def _picture(path: Path, num_panels: int) -> npt.NDArray[np.uint8] | None:
+    """(H, W, 3) BGR that fits into a card; None where there is none that can be read.
+
+    Of a QC picture's panels the first (tissue) and the last (tiles of the finest scale), without
+    the line of text over them.
+    """
+    picture = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
+    if picture is None:
+        return None
+    panels = np.array_split(picture[CAPTION_PX:], num_panels, axis=1)
+    picture = np.concatenate([panels[0], panels[-1]], axis=1)
+    factor = min(1.0, *(most / side for most, side in zip(PICTURE_PX, picture.shape[1::-1])))
+    width, height = (max(1, round(side * factor)) for side in picture.shape[1::-1])
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _jpeg(picture: npt.NDArray[np.uint8]) -> bytes:
+    """Of the best quality that is small enough; a picture of noise alone is made smaller, too."""
+    while True:
+        for quality in QUALITIES:
+            _, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
+            if len(data) <= MAX_PICTURE_BYTES:
+                return data.tobytes()
+        picture = np.asarray(cv2.resize(picture, None, fx=0.7, fy=0.7), np.uint8)
+
+
+def _shown(
+    picture: npt.NDArray[np.uint8] | None, slide_id: str, path: Path, page_folder: Path
+) -> str:
+    """A picture as HTML, with the place of its file as seen from the page."""
+    if picture is None:
+        return '<div class="none">no picture</div>'
+    data = base64.b64encode(_jpeg(picture)).decode()
+    name = html.escape(slide_id)
+    file = html.escape(quote(Path(os.path.relpath(path, page_folder)).as_posix()))
+    return (
+        f'<button class="picture" type="button" data-file="{file}" aria-label="Enlarge {name}">'
+        f'<img alt="Tissue and tiles of {name}" decoding="async" '
+        f'src="data:image/jpeg;base64,{data}"></button>'
+    )
+
+
+def _card(row: Row, scales: Sequence[str], picture: str, embedded: Row | None) -> str:
+    """One slide.
+
+    Parameters
+    ----------
+    embedded: its row of the bags' status; empty where they lack it, None without bags.
+    """
+    keys = ["tissue_mm2", *(f"tiles/{scale}" for scale in scales)]
+    figures = {key: float(row[key]) for key in keys if row[key]}
+    state, message = html.escape(row["state"]), html.escape(row["message"])
+    about = {"slide": row["slide_id"], "state": row["state"], "figures": json.dumps(figures)}
+    lines = []
+    if words := list(_figures(row, scales)):
+        lines.append(f'<p class="figures">{" · ".join(words)}</p>')
+    if message:
+        kind = "failed-message" if state == "failed" else "message"
+        lines.append(f'<p class="{kind}">{message}</p>')
+    if embedded is not None:
+        about["embedded"] = embedded.get("state", "")
+        words = [embedded.get("state") or "not in the bags", embedded.get("message", "")]
+        text = html.escape(": ".join(word for word in words if word))
+        kind = "failed-message" if about["embedded"] == "failed" else "message"
+        lines.append(f'<p class="{kind}">embedded: {text}</p>')
+    attributes = " ".join(f'data-{name}="{html.escape(value)}"' for name, value in about.items())
+    heading = (
+        f'<span>{html.escape(row["slide_id"])}</span><span class="state {state}">{state}</span>'
+    )
+    return f"<article {attributes}>\n<h2>{heading}</h2>\n{picture}\n{''.join(lines)}\n</article>\n"
+
+
+def _figures(row: Row, scales: Sequence[str]) -> Iterator[str]:
+    if row["tissue_mm2"]:
+        yield f"<b>{float(row['tissue_mm2']):.3g} mm²</b> tissue"
+    for scale in scales:
+        if row[f"tiles/{scale}"]:
+            yield f"{html.escape(scale)} <b>{int(row[f'tiles/{scale}']):,}</b>"
+    if row.get("mpp"):
+        source = f" ({html.escape(row['mpp_source'])})" if row.get("mpp_source") else ""
+        yield f"{float(row['mpp']):.4g} µm/px{source}"

@@ -1,0 +1,99 @@
+"""What was marked on a slide, as areas or as points, and which tiles that makes positive.
+
+It is there for evaluation alone: nothing that trains imports this package.
+
+==================================== =============================================================
+``<slide_id>.xml``                    polygons in level-0 pixels, as ASAP and Camelyon16 write them
+``<slide_id>.geojson, .json,``        polygons or points in level-0 pixels, as QuPath exports them
+``.geojson.gz``
+``<slide_id>.tif, .tiff, .png``       mask over the whole slide, at any resolution; also
+                                      ``<slide_id>_mask.tif``, as Camelyon16 names them
+``<slide_id>.csv``                    points: columns x and y in level-0 pixels
+==================================== =============================================================
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from dasmil.errors import InputError
+from dasmil.slides.annotation import asap, geojson
+from dasmil.slides.annotation.areas import Areas, Polygons
+from dasmil.slides.annotation.mask import read_mask
+from dasmil.slides.annotation.points import Points, read_points
+
+GEOJSON_SUFFIXES = (".geojson", ".json", ".geojson.gz")
+MASK_SUFFIXES = (".tif", ".tiff", ".png")
+FILE_NAMES = tuple(
+    f"{{slide_id}}{end}"
+    for end in (
+        *(".xml", ".csv", *GEOJSON_SUFFIXES, *MASK_SUFFIXES),
+        *(f"_mask{suffix}" for suffix in MASK_SUFFIXES),
+    )
+)
+
+__all__ = [
+    "FILE_NAMES",
+    "Areas",
+    "Points",
+    "Polygons",
+    "class_names",
+    "find_truth",
+    "marks_points",
+    "read_annotation",
+]
+
+
+def find_truth(folder: Path, slide_id: str) -> Path | None:
+    """The slide's annotation in a folder; None where it has none.
+
+    Raises
+    ------
+    InputError
+        when there are two.
+    """
+    paths = [folder / name.format(slide_id=slide_id) for name in FILE_NAMES]
+    found = [path for path in paths if path.is_file()]
+    if len(found) > 1:
+        raise InputError(
+            f"{found[0]}: there is {found[1].name} beside it; keep one annotation of a slide"
+        )
+    return found[0] if found else None
+
+
+def read_annotation(
+    path: Path, size_px0: tuple[int, int], lesions: Collection[str] | None = None
+) -> Points | Areas:
+    """What a file marks on a slide.
+
+    Parameters
+    ----------
+    size_px0: width and height of the slide.
+    lesions: the classes, or groups of ASAP, that are positive; those that the format's module
+        names where None. Masks and tables of points have no classes.
+
+    Raises
+    ------
+    InputError
+        when the file is not readable as what its name says, or does not fit the slide.
+    """
+    if path.suffix == ".csv":
+        return read_points(path, size_px0)
+    if path.suffix == ".xml":
+        return asap.read_asap(path, size_px0, asap.GROUPS.with_lesions(lesions))
+    if path.name.endswith(GEOJSON_SUFFIXES):
+        return geojson.read_geojson(path, size_px0, geojson.CLASSES.with_lesions(lesions))
+    return read_mask(path, size_px0)
+
+
+def marks_points(path: Path, lesions: Collection[str] | None = None) -> bool:
+    """Whether a file marks points; areas where not."""
+    if path.name.endswith(GEOJSON_SUFFIXES):
+        return geojson.marks_points(path, geojson.CLASSES.with_lesions(lesions))
+    return path.suffix == ".csv"
+
+
+def class_names(path: Path) -> set[str]:
+    """Classes or groups that a file has annotations of; none of masks and tables of points."""
+    if path.suffix == ".xml":
+        return asap.asap_groups(path)
+    return geojson.geojson_classes(path) if path.name.endswith(GEOJSON_SUFFIXES) else set()

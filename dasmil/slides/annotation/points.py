@@ -1,0 +1,68 @@
+"""Marked places of a slide, and how many of them lie in a tile."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dasmil.errors import InputError
+from dasmil.files import read_csv
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+MaskArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Marked places; every one counts, whatever else its row of the table says.
+
+    Parameters
+    ----------
+    xy_px0: (P, 2).
+    """
+
+    xy_px0: FloatArray
+
+    @property
+    def is_empty(self) -> bool:
+        return len(self.xy_px0) == 0
+
+    def overlap(self, boxes_px0: IntArray) -> IntArray:
+        """(N, 4) left, top, right, bottom → (N,) points in each; left and top edge are inside."""
+        x, y = self.xy_px0[np.argsort(self.xy_px0[:, 0])].T
+        first, end = np.searchsorted(x, boxes_px0[:, 0]), np.searchsorted(x, boxes_px0[:, 2])
+        counts = [
+            np.count_nonzero((y[i:j] >= top) & (y[i:j] < bottom))
+            for i, j, top, bottom in zip(first, end, boxes_px0[:, 1], boxes_px0[:, 3], strict=True)
+        ]
+        return np.array(counts, dtype=np.int64)
+
+    def positive(self, overlap: FloatArray | IntArray, min_share: float = 0.5) -> MaskArray:
+        """(N,) bool: at least one point lies in the tile; ``min_share`` is of areas."""
+        return overlap > 0
+
+
+def read_points(path: Path, size_px0: tuple[int, int]) -> Points:
+    """A table with the columns x and y; others are not read."""
+    columns, rows = read_csv(path)
+    if not {"x", "y"} <= set(columns):
+        raise InputError(f"{path}: points need the columns x and y, in level-0 pixels")
+    try:
+        xy = np.array([(float(row["x"]), float(row["y"])) for row in rows]).reshape(-1, 2)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; x and y are level-0 pixels") from None
+    return points_of(path, xy, size_px0)
+
+
+def points_of(path: Path, xy_px0: FloatArray, size_px0: tuple[int, int]) -> Points:
+    """The points (P, 2) that a file marks; all must lie on the slide."""
+    outside = ~((xy_px0 >= 0) & (xy_px0 <= np.array(size_px0))).all(axis=1)
+    if outside.any():
+        x, y = xy_px0[outside][0]
+        raise InputError(
+            f"{path}: the point {x:g},{y:g} lies outside the slide of {size_px0[0]} x "
+            f"{size_px0[1]} px; x and y are level-0 pixels"
+        )
+    return Points(xy_px0)

@@ -1,0 +1,172 @@
+"""What on a slide is no tissue: pen marks and black borders, by colour and size. Pure functions.
+
+Blurred tiles cannot be told on a thumbnail: :mod:`dasmil.slides.focus`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from dasmil.errors import InputError
+from dasmil.slides.tissue import MaskArray
+
+MPP = 16.0  # µm/px on which is looked: a stroke of 300 µm is 19 px wide, a nucleus is gone
+
+Colour = tuple[int, int, int]  # OpenCV's 8-bit HSV: hue in steps of 2°, saturation, value
+
+#: Colours of each ink, as (lowest, highest) HSV. At this mpp the tissue of 19 H&E slides has hues
+#: of 250° to 354°; by the absorbances of Ruifrok and Johnston (2001) DAB lies at 25°, haematoxylin
+#: at 244°, with less saturation than is asked for there. The inks are what is left. Rules of this
+#: kind, in RGB: deep-histopath (IBM CODAIT 2018), and histolab and wsi-tile-cleanup after it.
+INKS: Mapping[str, tuple[tuple[Colour, Colour], ...]] = MappingProxyType(
+    {
+        "blue": (((90, 102, 0), (116, 255, 255)), ((117, 166, 0), (124, 255, 255))),  # 2: on tissue
+        "green": (((35, 64, 0), (89, 255, 255)),),
+        "red": (((173, 153, 102), (180, 255, 255)), ((0, 153, 102), (6, 255, 255))),
+        "black": (((0, 0, 0), (180, 90, 90)), ((0, 0, 0), (180, 255, 30))),
+    }
+)
+
+
+@dataclass(frozen=True)
+class ArtefactParameters:
+    """What is left out of the tissue; nothing, unless switched on.
+
+    Parameters
+    ----------
+    pen:
+        inks of pen marks to leave out, any of blue, green, red and black. Leave an ink out of the
+        list where a stain has its colour: blue and green for Masson's trichrome or Alcian blue, red
+        for AEC or Fast Red, black for lungs with much coal or for very dense DAB. Ink over dark
+        tissue mixes with its colour and may stay.
+    black:
+        leave out near-black areas that touch the slide's border or are large: what was not scanned,
+        padding, the edge of the coverslip.
+    blur:
+        leave out finest tiles that are out of focus. Each one is read once, at blur_mpp.
+    max_share:
+        share of a finest tile that may be pen or black.
+    min_width_um:
+        what is narrower is neither pen nor black: nuclei, folds and dust are, a pen's nib is 300 µm
+        and more.
+    margin_um:
+        pen and black areas are widened by this, for their pale rim.
+    max_black:
+        the brightest of a near-black pixel's red, green and blue (8-bit).
+    min_black_mm2:
+        near-black areas inside the slide are left out from this size on.
+    blur_mpp:
+        µm per pixel at which focus is measured; a coarser slide is measured at its own mpp.
+    min_detail:
+        a tile with less detail is blurred. Detail is the variance of structures of about 1 pixel
+        over that of about 2 pixels, whatever the contrast and the stain. Sharp tiles have 0.34
+        and more, and less than 0.25 when blurred by a Gaussian of 2 pixels or more.
+    """
+
+    pen: tuple[str, ...] = ()
+    black: bool = False
+    blur: bool = False
+    max_share: float = 0.25
+    min_width_um: float = 100.0
+    margin_um: float = 50.0
+    max_black: int = 50
+    min_black_mm2: float = 1.0
+    blur_mpp: float = 1.0
+    min_detail: float = 0.25
+
+    def __post_init__(self) -> None:
+        for ink in self.pen:
+            if ink not in INKS:
+                raise InputError(
+                    f"artefacts.pen: {ink!r} is not an ink; choose among {', '.join(INKS)}"
+                )
+        if not 0 <= self.max_share <= 1:
+            raise InputError(f"artefacts.max_share: {self.max_share:g} is outside 0..1")
+        if not 0 <= self.max_black <= 255:
+            raise InputError(f"artefacts.max_black: {self.max_black} is outside 0..255")
+        for name in ("min_width_um", "margin_um", "min_black_mm2"):
+            if getattr(self, name) < 0:
+                raise InputError(f"artefacts.{name}: {getattr(self, name):g} is negative")
+        for name in ("blur_mpp", "min_detail"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"artefacts.{name}: {getattr(self, name):g} is not positive")
+
+
+def artefact_masks(
+    thumbnail: npt.NDArray[np.uint8], mpp: float, parameters: ArtefactParameters
+) -> dict[str, MaskArray]:
+    """Where pen and black lie, for the rules that are on.
+
+    Parameters
+    ----------
+    thumbnail: (H, W, 3) uint8 RGB of the whole slide.
+    mpp: µm per thumbnail pixel.
+
+    Returns
+    -------
+    ``pen`` and ``black``: (h, w) bool over the whole slide, at :data:`MPP` or the thumbnail's own
+    mpp where that is coarser. No pixel is in both.
+    """
+    if not (parameters.pen or parameters.black):
+        return {}
+    factor = max(1, int(MPP / mpp))
+    size = tuple(max(1, round(side / factor)) for side in thumbnail.shape[1::-1])
+    mpp *= thumbnail.shape[1] / size[0]
+    hsv = cv2.cvtColor(cv2.resize(thumbnail, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2HSV)
+    width_px, margin_px = parameters.min_width_um / mpp, parameters.margin_um / mpp
+    masks: dict[str, MaskArray] = {}
+    if parameters.pen:
+        ink = np.zeros(hsv.shape[:2], np.uint8)
+        for name in parameters.pen:
+            for lowest, highest in INKS[name]:
+                ink |= cv2.inRange(hsv, lowest, highest).astype(np.uint8)
+        masks["pen"] = _widened(_wide_parts(ink, width_px), margin_px)
+    if parameters.black:
+        dark = np.asarray(hsv[..., 2] <= parameters.max_black, dtype=np.uint8)
+        dark = _border_or_large(
+            _wide_parts(dark, width_px), parameters.min_black_mm2 * 1e6 / mpp**2
+        )
+        masks["black"] = _widened(dark, margin_px)
+    if len(masks) == 2:
+        masks["pen"] &= ~masks["black"]
+    return masks
+
+
+def exclude(masks: Mapping[str, MaskArray], thumbnail: npt.NDArray[np.uint8]) -> MaskArray:
+    """Paint what is left out white, in place, so that it does not move the tissue's threshold.
+
+    Returns
+    -------
+    (H, W) bool: what was painted, at the thumbnail's resolution.
+    """
+    excluded = np.any(list(masks.values()), axis=0).view(np.uint8)
+    size = thumbnail.shape[1::-1]
+    painted = cv2.resize(excluded, size, interpolation=cv2.INTER_NEAREST).view(bool)
+    np.copyto(thumbnail, 255, where=painted[..., None])
+    return painted
+
+
+def _disc(diameter_px: float) -> npt.NDArray[np.uint8]:
+    odd = 2 * round(diameter_px / 2) + 1
+    return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (odd, odd)), dtype=np.uint8)
+
+
+def _wide_parts(mask: npt.NDArray[np.uint8], width_px: float) -> npt.NDArray[np.uint8]:
+    return np.asarray(cv2.morphologyEx(mask, cv2.MORPH_OPEN, _disc(width_px)), dtype=np.uint8)
+
+
+def _widened(mask: npt.NDArray[np.uint8], margin_px: float) -> MaskArray:
+    return np.asarray(cv2.dilate(mask, _disc(2 * margin_px)), dtype=bool)
+
+
+def _border_or_large(mask: npt.NDArray[np.uint8], min_area_px: float) -> npt.NDArray[np.uint8]:
+    _, labels, statistics, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    keep = statistics[:, cv2.CC_STAT_AREA] >= min_area_px
+    for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
+        keep[edge] = True
+    keep[0] = False  # the background
+    return keep[labels].astype(np.uint8)

@@ -1,0 +1,490 @@
+"""TRIDENT's, CLAM's and STAMP's feature files become bags, and bags TRIDENT's files."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from bag_factory import write_bags
+from feature_files import CELLS, ancestors, make_features, write_clam, write_stamp, write_trident
+from road import CONF, CONFIGS
+
+from dasmil.bags import bag_path, read_bag, read_header, write_bag
+from dasmil.cli import main
+from dasmil.files import read_csv
+
+SCALES = {"x5": 4, "x10": 2, "x20": 1}  # ratio to the finest
+
+
+def trident_folders(root, slide_id="s1", scales=("x5", "x10", "x20"), cells=CELLS, **options):
+    return {
+        s: write_trident(root, slide_id, int(s[1:]), ancestors(cells, SCALES[s]), **options)
+        for s in scales
+    }
+
+
+def folder_options(folders, name="features"):
+    return [text for s, f in folders.items() for text in (f"--{name}.{s}", str(f))]
+
+
+def run(kind, dest, folders, *options):
+    return main(["import", kind, str(dest), *folder_options(folders), *map(str, options)])
+
+
+def rows_of(path):
+    return {row["slide_id"]: row for row in read_csv(path)[1]}
+
+
+# TRIDENT
+
+
+@pytest.mark.parametrize("level0", [20, 40, 60, 80])
+@pytest.mark.parametrize("scales", [("x20",), ("x10", "x20"), ("x5", "x20"), ("x5", "x10", "x20")])
+def test_tridents_tiles_keep_place_features_and_parents(tmp_path, level0, scales):
+    folders = trident_folders(tmp_path, scales=scales, level0=level0)
+    assert run("trident", tmp_path / "BAGS", folders) == 0
+    bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    assert bag.scales == scales
+    for scale, folder in folders.items():
+        with h5py.File(folder / "s1.h5") as file:
+            places = {tuple(xy): f for xy, f in zip(file["coords"][:].tolist(), file["features"])}
+        corners = bag.boxes_px0(scale)[:, :2].tolist()
+        assert len(corners) == len(places)
+        for xy, found in zip(corners, bag.features[scale], strict=True):
+            assert np.array_equal(found.numpy(), places[tuple(xy)])
+    assert all((bag.parent[scale] >= 0).all() for scale in scales[1:])  # validate() checked where
+    assert bag.header.size_px0 == (40_000, 30_000)
+    assert bag.header.slide_mpp == pytest.approx(10 / level0)
+
+
+def test_widths_and_dtypes_are_kept_per_scale(tmp_path):
+    folders = {
+        "x10": write_trident(tmp_path, "s1", 10, ancestors(CELLS, 2), width=5, dtype=np.float16),
+        "x20": write_trident(tmp_path, "s1", 20, CELLS, width=9, encoder="virchow2"),
+    }
+    assert run("trident", tmp_path / "BAGS", folders) == 0
+    bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    assert (bag.features["x10"].dtype, bag.features["x20"].dtype) == (torch.float16, torch.float32)
+    assert (bag.features["x10"].shape[1], bag.features["x20"].shape[1]) == (5, 9)
+    assert bag.header.extractors["x20"].name == "virchow2"
+    assert run("trident", tmp_path / "HALF", folders, "--dtype", "float16") == 0
+    half = read_bag(bag_path(tmp_path / "HALF", "s1"))
+    assert torch.equal(half.features["x20"], bag.features["x20"].half())
+
+
+def test_a_batch_axis_and_double_precision_are_taken_off(tmp_path):
+    folders = trident_folders(tmp_path, scales=("x20",), dtype=np.float64, batched=True)
+    assert run("trident", tmp_path / "BAGS", folders) == 0
+    bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    assert bag.features["x20"].shape == (len(CELLS), 8)
+    assert bag.features["x20"].dtype == torch.float32
+
+
+def test_a_fractional_side_is_the_rounded_step_that_trident_took(tmp_path):
+    """At 0.2277 µm/px a tool may say 562.14 px and step by 562."""
+    folder = write_trident(tmp_path, "s1", 20, CELLS, side=512.4)
+    assert run("trident", tmp_path / "BAGS", {"x20": folder}) == 0
+    bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    assert bag.boxes_px0("x20")[:, 0].unique().tolist() == [512 * c for c in range(8, 14)]
+
+
+def test_orphans_are_counted_and_kept_or_dropped(tmp_path, capsys):
+    coarse = [cell for cell in ancestors(CELLS, 2) if cell != (4, 2)] + [(20, 20)]
+    folders = {
+        "x10": write_trident(tmp_path, "s1", 10, coarse),
+        "x20": write_trident(tmp_path, "s1", 20, CELLS),
+    }
+    assert run("trident", tmp_path / "BAGS", folders) == 0
+    text = capsys.readouterr().out
+    assert "orphans: 4 tiles lie in no coarser tile, 1 hold no finer one (rule: keep)" in text
+    row = rows_of(tmp_path / "BAGS" / "import.csv")["s1"]
+    assert (row["orphans"], row["childless"], row["rule"]) == ("4", "1", "keep")
+    kept = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    assert (kept.parent["x20"] < 0).sum() == 4 and kept.num_tiles() == {"x10": 12, "x20": 48}
+    assert run("trident", tmp_path / "BAGS", folders, "--orphans", "drop") == 0
+    dropped = read_bag(bag_path(tmp_path / "BAGS", "s1"))  # other options: made anew
+    assert (dropped.parent["x20"] >= 0).all() and dropped.num_tiles() == {"x10": 11, "x20": 44}
+    assert len(dropped.parent["x20"].unique()) == 11
+
+
+def test_dropping_goes_down_and_up_the_whole_pyramid(tmp_path):
+    """A x10 tile without a x5 tile takes its x20 tiles along; a x5 tile left alone goes too."""
+    folders = trident_folders(tmp_path)
+    lonely = [cell for cell in ancestors(CELLS, 4) if cell != (2, 1)]
+    folders["x5"] = write_trident(tmp_path, "s1", 5, lonely)
+    assert run("trident", tmp_path / "BAGS", folders, "--orphans", "drop") == 0
+    bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    assert bag.num_tiles() == {"x5": 3, "x10": 8, "x20": 32}
+
+
+def test_a_slide_without_tiles_is_legal(tmp_path):
+    for slide_id, cells in (("s1", CELLS), ("s2", [])):
+        folders = trident_folders(tmp_path, slide_id, cells=cells)
+    assert run("trident", tmp_path / "BAGS", folders) == 0
+    assert set(read_bag(bag_path(tmp_path / "BAGS", "s2")).num_tiles().values()) == {0}
+    assert rows_of(tmp_path / "BAGS" / "import.csv")["s2"]["state"] == "empty"
+
+
+def shifted(folder, by):
+    with h5py.File(folder / "s1.h5", "a") as file:
+        file["coords"][:] = file["coords"][:] + np.array(by)
+
+
+def test_grids_that_cut_each_other_are_refused(tmp_path, capsys):
+    folders = trident_folders(tmp_path, scales=("x10", "x20"))
+    shifted(folders["x20"], (256, 0))  # half a fine tile
+    assert run("trident", tmp_path / "BAGS", folders) == 1
+    text = capsys.readouterr().out
+    assert str(folders["x20"] / "s1.h5") in text and "do not nest" in text and "--overlap 0" in text
+    assert not bag_path(tmp_path / "BAGS", "s1").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("overlap", 64, "tiles overlap by 64 px"),
+        ("target_magnification", 40, "x20 is 0.5"),
+        ("patch_size_level0", 1024, "its tiles have 1 µm/px"),
+        ("level0_magnification", None, "attribute level0_magnification is missing"),
+    ],
+)
+def test_attributes_that_contradict_are_refused(tmp_path, capsys, name, value, words):
+    folders = trident_folders(tmp_path, scales=("x20",))
+    write_trident(tmp_path, "s2", 20, CELLS)
+    with h5py.File(folders["x20"] / "s1.h5", "a") as file:
+        if value is None:
+            del file["coords"].attrs[name]
+        else:
+            file["coords"].attrs[name] = value
+    assert run("trident", tmp_path / "BAGS", folders) == 1
+    text = capsys.readouterr().out
+    assert words in text and str(folders["x20"] / "s1.h5") in text
+    assert "1 done, 1 failed" in text
+
+
+def test_one_bad_file_costs_one_row(tmp_path, capsys):
+    for slide_id in ("s1", "s2", "s3", "s4", "s5"):
+        folders = trident_folders(tmp_path, slide_id, scales=("x10", "x20"))
+    (folders["x20"] / "s1.h5").write_bytes(b"no HDF5")
+    (folders["x10"] / "s2.h5").unlink()
+    with h5py.File(folders["x20"] / "s3.h5", "a") as file:
+        file["features"][3, 3] = np.nan
+    write_trident(tmp_path, "s4", 20, CELLS, width=7)
+    assert run("trident", tmp_path / "BAGS", folders) == 1
+    capsys.readouterr()
+    found = rows_of(tmp_path / "BAGS" / "import.csv")
+    assert [found[f"s{n}"]["state"] for n in range(1, 6)] == ["failed"] * 4 + ["done"]
+    for slide_id, words in (
+        ("s1", "not a readable HDF5 file"),
+        ("s2", "no feature file at x10"),
+        ("s3", "not finite"),
+        ("s4", "7 wide"),
+    ):
+        assert words in found[slide_id]["message"], found[slide_id]
+    assert main(["status", str(tmp_path / "BAGS")]) == 0
+    assert "1 done, 4 failed" in capsys.readouterr().out
+
+
+def test_the_next_run_does_what_is_left(tmp_path):
+    for slide_id in ("s1", "s2"):
+        folders = trident_folders(tmp_path, slide_id, scales=("x10", "x20"))
+    broken = folders["x20"] / "s1.h5"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100])
+    assert run("trident", tmp_path / "BAGS", folders) == 1
+    done = bag_path(tmp_path / "BAGS", "s2")
+    before = done.stat().st_mtime_ns
+    broken.write_bytes(whole)
+    assert run("trident", tmp_path / "BAGS", folders) == 0
+    assert done.stat().st_mtime_ns == before
+    assert read_bag(bag_path(tmp_path / "BAGS", "s1")).num_tiles()["x20"] == len(CELLS)
+
+
+def test_encoders_never_mix(tmp_path):
+    one = trident_folders(tmp_path / "a", scales=("x20",))
+    other = trident_folders(tmp_path / "b", scales=("x20",), encoder="gigapath")
+    assert run("trident", tmp_path / "ONE", one) == run("trident", tmp_path / "TWO", other) == 0
+    cards = [
+        read_header(bag_path(tmp_path / name, "s1")).extractors["x20"] for name in ("ONE", "TWO")
+    ]
+    assert cards[0].fingerprint != cards[1].fingerprint
+    records = json.loads((tmp_path / "ONE" / "extractors.json").read_text())
+    assert records["x20"]["trained_on"] is None
+
+
+# the table
+
+
+def test_labels_come_from_clams_table_and_nobody_is_lost_silently(tmp_path, capsys):
+    for slide_id in ("s1", "s2", "extra"):
+        folders = trident_folders(tmp_path, slide_id, scales=("x20",))
+    table = tmp_path / "dataset.csv"
+    table.write_text("case_id,slide_id,label\np1,s1.svs,tumour\np1,s2,normal\np2,s3,normal\n")
+    assert run("trident", tmp_path / "BAGS", folders, "--cohort", table) == 1
+    text = capsys.readouterr().out
+    assert "left out: 1 slide(s) with features are not in the table: extra" in text
+    rows = rows_of(tmp_path / "BAGS" / "cohort.csv")
+    assert [(r["slide_id"], r["label"], r["patient_id"]) for r in rows.values()] == [
+        ("s1", "tumour", "p1"),
+        ("s2", "normal", "p1"),
+        ("s3", "normal", "p2"),
+    ]
+    assert "no feature file at x20" in rows_of(tmp_path / "BAGS" / "import.csv")["s3"]["message"]
+
+
+def test_fit_and_predict_run_on_imported_bags_of_two_widths(tmp_path):
+    lines = ["slide_id,path,label,split"]
+    for number in range(8):
+        cells = CELLS[number:]
+        write_trident(tmp_path, f"s{number}", 10, ancestors(cells, 2), width=5)
+        write_trident(tmp_path, f"s{number}", 20, cells, width=9, encoder="b")
+        part = ("train", "train", "val", "test")[number // 2]
+        lines.append(f"s{number},s{number}.svs,{('normal', 'tumour')[number % 2]},{part}")
+    (tmp_path / "cohort.csv").write_text("\n".join(lines))
+    folders = {
+        "x10": tmp_path / "10x_256px_0px_overlap" / "features_uni_v1",
+        "x20": tmp_path / "20x_256px_0px_overlap" / "features_b",
+    }
+    bags = tmp_path / "BAGS"
+    assert run("trident", bags, folders, "--cohort", tmp_path / "cohort.csv") == 0
+    fit = ["fit", "--config", str(CONFIGS / "dasmil.yaml"), "--config", str(CONF / "dasmil.yaml")]
+    logger = "--trainer.logger.init_args."
+    fit += ["--data.bags", str(bags), "--trainer.max_epochs", "1"]
+    fit += [f"{logger}save_dir", str(tmp_path), f"{logger}name", "run", f"{logger}version", ""]
+    assert main(fit) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    command = ["--ckpt_path", str(checkpoint), "--bags", str(bags), "--output", str(tmp_path / "P")]
+    assert main(["predict", *command]) == 0
+    assert len(rows_of(tmp_path / "P" / "predictions.csv")) == 8
+
+
+# CLAM
+
+
+def clam_contours(side, ratio, origins):
+    """Coords of tiles that start anew at each contour; all of six by four finest tiles."""
+    step = side * ratio
+    columns, rows = 8 // ratio, 4 // ratio
+    return [
+        (x + c * step, y + r * step)
+        for x, y in origins
+        for r in range(rows)
+        for c in range(columns)
+    ]
+
+
+ORIGINS = [(1000, 2000), (9137, 2111), (1003, 9001)]
+
+
+def clam_folders(root, as_pt=False, slide_id="s1"):
+    """x10 at level 1, x20 at level 0 of a slide of 20x."""
+    features, patches = {}, {}
+    for scale, ratio in (("x10", 2), ("x20", 1)):
+        coords = clam_contours(256, ratio, ORIGINS)
+        features[scale], patches[scale] = write_clam(
+            root / scale, slide_id, coords, level=ratio - 1, downsample=ratio, as_pt=as_pt
+        )
+    return features, patches
+
+
+def run_clam(dest, features, patches, *options):
+    return run("clam", dest, features, *folder_options(patches, "patches"), *options)
+
+
+@pytest.mark.parametrize("as_pt", [False, True], ids=["h5_files", "pt_files"])
+def test_clams_contours_nest_and_are_moved_as_wholes(tmp_path, as_pt, capsys):
+    features, patches = clam_folders(tmp_path, as_pt)
+    assert run_clam(tmp_path / "BAGS", features, patches) == 0
+    bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    assert bag.num_tiles() == {"x10": 3 * 8, "x20": 3 * 32}
+    assert (bag.parent["x20"] >= 0).all()
+    row = rows_of(tmp_path / "BAGS" / "import.csv")["s1"]
+    assert (row["orphans"], row["childless"]) == ("0", "0")
+    assert 0 < float(row["max_moved_px0"]) <= 512
+    assert "grids of pieces of tissue were moved onto one" in capsys.readouterr().out
+    # every tile has its own features, wherever its contour was moved
+    expected = dict(
+        zip(clam_contours(256, 1, ORIGINS), map(tuple, make_features(96, 8, seed=0).tolist()))
+    )
+    by_features = {features: place for place, features in expected.items()}
+    for box, found in zip(bag.boxes_px0("x20").tolist(), bag.features["x20"].tolist()):
+        x, y = by_features[tuple(found)]
+        assert max(abs(box[0] - x), abs(box[1] - y)) <= float(row["max_moved_px0"])
+
+
+def test_clams_grids_of_other_contours_are_refused(tmp_path, capsys):
+    features, patches = clam_folders(tmp_path)
+    other = [(x + 100, y) for x, y in clam_contours(256, 2, ORIGINS)]
+    features["x10"], patches["x10"] = write_clam(
+        tmp_path / "x10", "s1", other, level=1, downsample=2
+    )
+    assert run_clam(tmp_path / "BAGS", features, patches) == 1
+    assert "do not nest" in capsys.readouterr().out
+
+
+def test_features_of_other_patches_are_refused(tmp_path, capsys):
+    features, patches = clam_folders(tmp_path)
+    coords = np.array(clam_contours(256, 1, ORIGINS))
+    write_clam(tmp_path / "x20", "s1", coords, level=0, downsample=1, feature_coords=coords + 1)
+    assert run_clam(tmp_path / "BAGS", features, patches) == 2
+    assert "its coords are not those of" in capsys.readouterr().err
+
+
+def test_a_known_mpp_is_held_against_clams_tiles(tmp_path, capsys):
+    features, patches = clam_folders(tmp_path)
+    table = tmp_path / "cohort.csv"
+    table.write_text("slide_id,path,mpp\ns1,s1.svs,0.5\n")
+    assert run_clam(tmp_path / "BAGS", features, patches, "--cohort", table) == 0
+    table.write_text("slide_id,path,mpp\ns1,s1.svs,0.25\n")
+    assert run_clam(tmp_path / "OTHER", features, patches, "--cohort", table) == 2
+    assert "its tiles have 0.5 µm/px, x10 is 1" in capsys.readouterr().err
+
+
+def test_scales_of_other_tile_sizes_are_refused(tmp_path, capsys):
+    features, patches = clam_folders(tmp_path)
+    write_clam(
+        tmp_path / "x10",
+        "s1",
+        clam_contours(256, 4, ORIGINS),
+        level=1,
+        downsample=2,
+        patch_size=512,
+    )
+    assert run_clam(tmp_path / "BAGS", features, patches) == 2
+    assert "tile size differs from scale to scale (512, 256)" in capsys.readouterr().err
+
+
+def test_a_pickle_is_not_opened(tmp_path, capsys):
+    features, patches = clam_folders(tmp_path, as_pt=True)
+    torch.save({"f": print}, features["x20"] / "pt_files" / "s1.pt")
+    assert run_clam(tmp_path / "BAGS", features, patches) == 2
+    assert "cannot be loaded safely" in capsys.readouterr().err
+
+
+# STAMP
+
+
+def test_stamps_micrometres_become_pixels_of_the_slide(tmp_path, capsys):
+    folders = {
+        "x10": write_stamp(tmp_path, "s1", ancestors(CELLS, 2), tile_um=256.0, width=5),
+        "x20": write_stamp(tmp_path, "s1", CELLS, tile_um=128.0),
+    }
+    table = tmp_path / "cohort.csv"
+    table.write_text("slide_id,path,mpp\ns1,s1.svs,0.2277\n")
+    assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 0
+    bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    assert bag.features["x20"].dtype == torch.float16
+    assert bag.header.slide_mpp == pytest.approx(0.2277)
+    assert bag.header.scales[0].mpp == pytest.approx(256 / 224)
+    corners = bag.boxes_px0("x20")[:, :2].double() * 0.2277 / 128
+    assert (corners - corners.round()).abs().max() * 128 / 0.2277 < 0.51
+    assert sorted(map(tuple, corners.round().long().tolist())) == sorted(CELLS)
+    assert run("stamp", tmp_path / "PLAIN", folders) == 0
+    assert "no mpp of any slide is known" in capsys.readouterr().out
+    plain = read_bag(bag_path(tmp_path / "PLAIN", "s1"))
+    assert torch.equal(plain.grid["x20"], bag.grid["x20"])
+
+
+def test_stamps_other_units_and_magnifications_are_refused(tmp_path, capsys):
+    folder = write_stamp(tmp_path, "s1", CELLS, tile_um=128.0, unit="px")
+    assert run("stamp", tmp_path / "BAGS", {"x20": folder}) == 2
+    assert "its coords are in 'px'" in capsys.readouterr().err
+    folder = write_stamp(tmp_path, "s1", CELLS, tile_um=256.0)
+    assert run("stamp", tmp_path / "BAGS", {"x20": folder}) == 2
+    assert "its tiles have 1.14 µm/px, x20 is 0.5" in capsys.readouterr().err
+
+
+# what cannot be
+
+
+@pytest.mark.parametrize("kind", ["trident", "stamp"])
+def test_dsmils_tables_are_refused_with_the_reason(tmp_path, capsys, kind):
+    folder = tmp_path / "tumor"
+    folder.mkdir()
+    (folder / "s1.csv").write_text("0,1,2\n0.1,0.2,0.3\n")
+    assert run(kind, tmp_path / "BAGS", {"x20": folder}) == 2
+    assert "they do not say where a tile lies" in capsys.readouterr().err
+
+
+def test_tiles_that_overlap_are_refused(tmp_path, capsys):
+    folder = write_trident(tmp_path, "s1", 20, [*CELLS, CELLS[0]])
+    write_trident(tmp_path, "s2", 20, CELLS)
+    assert run("trident", tmp_path / "BAGS", {"x20": folder}) == 1
+    assert "overlap each other" in capsys.readouterr().out
+
+
+# export
+
+
+def exported(root: Path, bag):
+    return {
+        scale.name: root
+        / f"{scale.name[1:]}x_{bag.header.tile_px}px_0px_overlap"
+        / f"features_{bag.header.extractors[scale.name].name}"
+        for scale in bag.header.scales
+    }
+
+
+@pytest.mark.parametrize("slide_mpp", [0.25, 0.5, 0.2277])
+def test_bags_come_back_from_tridents_files_as_they_were(tmp_path, slide_mpp):
+    labels = {"a": "normal", "b": "tumour"}
+    folder = write_bags(
+        tmp_path / "bags", labels, dims={"x5": 3, "x10": 6, "x20": 4}, scales=("x5", "x10", "x20")
+    )
+    bags = {}
+    for slide_id in labels:
+        bag = read_bag(bag_path(folder, slide_id))
+        bags[slide_id] = replace(bag, header=replace(bag.header, slide_mpp=slide_mpp))
+        write_bag(bag_path(folder, slide_id), bags[slide_id])
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 0
+    folders = exported(tmp_path / "out", bags["a"])
+    table = tmp_path / "out" / "cohort.csv"
+    assert run("trident", tmp_path / "BACK", folders, "--cohort", table) == 0
+    for slide_id, bag in bags.items():
+        back = read_bag(bag_path(tmp_path / "BACK", slide_id))
+        assert back.header.slide_mpp == pytest.approx(slide_mpp)
+        assert back.header.size_px0 == bag.header.size_px0
+        for scale in bag.scales:
+            assert torch.equal(back.grid[scale], bag.grid[scale])
+            assert torch.equal(back.features[scale], bag.features[scale])
+            assert torch.equal(back.boxes_px0(scale), bag.boxes_px0(scale))
+        for scale in bag.scales[1:]:
+            assert torch.equal(back.parent[scale], bag.parent[scale])
+    assert rows_of(tmp_path / "BACK" / "cohort.csv")["b"]["label"] == "tumour"
+
+
+def test_tridents_files_come_back_from_bags_as_they_were(tmp_path):
+    folders = trident_folders(tmp_path / "in", scales=("x10", "x20"), dtype=np.float16)
+    assert run("trident", tmp_path / "BAGS", folders) == 0
+    assert main(["export", str(tmp_path / "BAGS"), str(tmp_path / "out")]) == 0
+    for scale, folder in folders.items():
+        ours = tmp_path / "out" / folder.parent.name / folder.name / "s1.h5"
+        with h5py.File(folder / "s1.h5") as theirs, h5py.File(ours) as file:
+            assert file["features"].dtype == theirs["features"].dtype
+            assert file["coords"].dtype == np.int64
+            pairs = [
+                sorted(
+                    zip(map(tuple, f["coords"][:].tolist()), map(tuple, f["features"][:].tolist()))
+                )
+                for f in (theirs, file)
+            ]
+            assert pairs[0] == pairs[1]
+            attributes = dict(theirs["coords"].attrs)
+            del attributes["savetodir"]
+            assert dict(file["coords"].attrs) == attributes
+            assert scale in ("x10", "x20")
+        patches = tmp_path / "out" / folder.parent.name / "patches" / "s1_patches.h5"
+        with h5py.File(patches) as file:
+            assert list(file) == ["coords"]
+
+
+def test_a_bag_that_cannot_be_read_is_named(tmp_path, capsys):
+    folder = write_bags(tmp_path / "bags", {"a": None, "b": None})
+    path = bag_path(folder, "a")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 1
+    text = capsys.readouterr().out
+    assert f"failed: {path}" in text and "1 done, 1 failed" in text
