@@ -48,10 +48,8 @@ class Status:
 
     def update(self) -> list[dict[str, Any]]:
         """The rows as of now."""
-        board, now = self._board, time.time()
-        board.update()
-        newest = {slide_id: claims[max(claims)] for slide_id, claims in board.claims().items()}
-        running = {slide_id: name for slide_id, name in newest.items() if board.lives(name, now)}
+        board = self._board
+        running = board.held(time.time())
         files = self._files()
         self.rows = []
         for slide_id in self.slide_ids:

@@ -116,7 +116,7 @@ class Worker:
         """Whether the slide is this worker's now; not when another one that lives has it."""
         claims = self.board.claims(slide_id).get(slide_id, {})
         number = max(claims, default=0)
-        if number and self.board.lives(claims[number], self._now()):
+        if number and self.board.living([claims[number]], self._now()):
             return False
         path = self._claim(slide_id, number + 1)
         if not self._owner.exists():  # it was taken for dead, and cleared away
@@ -162,9 +162,8 @@ class Worker:
 
     def others(self) -> list[str]:
         """Other workers that live."""
-        now = self._now()
-        names = [name for name in self.board.workers() if name != self.name]
-        return [name for name in names if self.board.lives(name, now)]
+        living = self.board.living(self.board.workers(), self._now())
+        return sorted(living - {self.name})
 
     def is_settled(self, slide_id: str) -> bool:
         """Whether a worker, this one or another, has settled it since this one began."""
@@ -173,13 +172,8 @@ class Worker:
 
     def held_by_others(self) -> dict[str, str]:
         """Slides that another living worker has claimed, and its name."""
-        now = self._now()
-        newest = {slide_id: found[max(found)] for slide_id, found in self.board.claims().items()}
-        return {
-            slide_id: owner
-            for slide_id, owner in newest.items()
-            if slide_id not in self._mine and self.board.lives(owner, now)
-        }
+        held = self.board.held(self._now())
+        return {slide_id: owner for slide_id, owner in held.items() if slide_id not in self._mine}
 
     def _claim(self, slide_id: str, number: int) -> Path:
         return self.folder / "work" / "claims" / f"{slide_id}.{number}"
@@ -275,20 +269,28 @@ class Board:
                     found.setdefault(slide_id, {})[int(number)] = owner
         return found
 
-    def lives(self, name: str, now: float) -> bool:
-        """Whether a worker beats.
+    def held(self, now: float) -> dict[str, str]:
+        """Slides that a living worker has claimed, and its name; ``now`` as in :meth:`living`."""
+        newest = {slide_id: found[max(found)] for slide_id, found in self.claims().items()}
+        living = self.living(newest.values(), now)
+        return {slide_id: owner for slide_id, owner in newest.items() if owner in living}
+
+    def living(self, names: Iterable[str], now: float) -> set[str]:
+        """Those of these workers that beat.
 
         Parameters
         ----------
         now: the time by the clock of the file system.
         """
-        path = self.folder / f"{name}.jsonl"
+        self.update()
+        return {name for name in set(names) if self._lives(name, now)}
+
+    def _lives(self, name: str, now: float) -> bool:
         try:
-            with open(path, "rb") as file:  # an open file's time is asked of the server
-                beat = os.fstat(file.fileno()).st_mtime
+            with open(self.folder / f"{name}.jsonl", "rb") as file:
+                beat = os.fstat(file.fileno()).st_mtime  # of an open file it is asked of the server
         except FileNotFoundError:
             return False
-        self.update()
         if name in self._ended:
             return False
         about = self._about.get(name, {})
