@@ -211,7 +211,10 @@ def _from_timm(source: ExtractorSource) -> Extractor:
     name = source.model.removeprefix(RANDOM)
     is_random = name != source.model
     if is_random and source.weights:
-        raise InputError(f"extractor {source.model!r}: random weights, or {source.weights}?")
+        raise InputError(
+            f"extractor {source.model!r}: random weights and the file {source.weights} are both "
+            "asked for; leave one of them out"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pretrained = not is_random and source.weights is None
@@ -227,7 +230,7 @@ def _from_timm(source: ExtractorSource) -> Extractor:
     made_for = source.options.get("img_size", config["input_size"][-1])
     if not isinstance(made_for, int):
         raise InputError(f"extractor {name!r}: img_size must be one whole number, tiles are square")
-    image_size = source.image_size or made_for
+    image_size = made_for if source.image_size is None else source.image_size
     if image_size != made_for:
         resize_network(backbone, name, image_size)
     return Extractor(

@@ -331,7 +331,7 @@ def test_a_dino_checkpoint_says_the_rest_itself(road):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model": SMALL, "weights": "w.pth"}, r"random weights, or w\.pth\?"),
+        ({"model": SMALL, "weights": "w.pth"}, r"random weights and the file w\.pth are both"),
         ({"model": "w.safetensors"}, "is given with its network: model NAME and weights FILE"),
         ({"options": {"depht": 2}}, r"timm does not make it with the options .*depht"),
         ({"options": {"act_layer": "silly"}}, r"timm does not make it .*KeyError.*silly"),
@@ -342,6 +342,7 @@ def test_a_dino_checkpoint_says_the_rest_itself(road):
         ({"options": {"checkpoint_path": "w.pth"}}, "checkpoint_path cannot be set under options"),
         ({"options": {"global_pool": ""}}, "does not pool by itself; name a pooling"),
         ({"image_size": 100}, r"test_vit.*100"),
+        ({"image_size": 0}, r"test_vit"),
         ({"options": {"img_size": [64, 64]}}, "img_size must be one whole number"),
         ({"model": "random:test_resnet", "pooling": "cls"}, r"'test_resnet': pooling cls needs a"),
     ],
