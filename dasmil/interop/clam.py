@@ -23,6 +23,7 @@ from dasmil.interop.feature_import import (
     files_by_slide,
     import_features,
     imported_card,
+    number,
     open_h5,
     parse_folders,
     read_dataset,
@@ -84,7 +85,12 @@ def clam(
         paths = [(found[slide_id], grid / f"{slide_id}.h5") for found, grid in zip(files, grids)]
         return read_slide(slide_id, scales, paths, encoder, mpps.get(slide_id))
 
-    return import_features(dest, scales, files, read, cohort, "clam", orphans, dtype)
+    def patches_of(slide_id: str) -> list[Path]:
+        return [grid / f"{slide_id}.h5" for grid in grids]
+
+    return import_features(
+        dest, scales, files, read, cohort, "clam", orphans, dtype, mpps, patches_of
+    )
 
 
 def _inner(folder: Path, name: str) -> Path:
@@ -126,12 +132,17 @@ def read_patches(path: Path) -> Patches:
     with open_h5(path) as file:
         place = read_dataset(file, "coords")
         coords = file["coords"]
-        tile_px = int(attribute(coords, "patch_size"))
-        downsample = np.broadcast_to(np.asarray(attribute(coords, "downsample"), float), 2)
-        size = np.asarray(attribute(coords, "level_dim"), float) * downsample
-        custom = coords.attrs.get("custom_downsample", 1)
+        tile_px = round(number(coords, "patch_size"))
+        try:
+            downsample = np.broadcast_to(np.asarray(attribute(coords, "downsample"), float), 2)
+            size = np.asarray(attribute(coords, "level_dim"), float) * downsample
+            custom = float(coords.attrs.get("custom_downsample", 1))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: its attributes are no numbers ({error})") from error
+        if not (downsample > 0).all() or custom <= 0:
+            raise InputError(f"{path}: its downsample is {downsample[0]:g}; cut the patches again")
     width, height = np.rint(size).astype(int).tolist()
-    side = tile_px * float(downsample[0]) * float(custom)
+    side = tile_px * float(downsample[0]) * custom
     return Patches(place.astype(np.int64), tile_px, side, (width, height))
 
 

@@ -149,7 +149,7 @@ def _ratios(slide: SlideFeatures) -> IntArray:
     for scale, file in zip(slide.scales, slide.files, strict=True):
         wanted = scale.mpp / slide.scales[-1].mpp
         found = file.side / slide.files[-1].side
-        if abs(found / wanted - 1) > 0.01:
+        if abs(found / wanted - 1) > 1e-4:
             raise InputError(
                 f"{file.path}: its tiles are {found:g} times as wide as those of "
                 f"{slide.scales[-1].name}, {scale.name} would be {wanted:g} times; tiles can nest "

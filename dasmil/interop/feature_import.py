@@ -1,6 +1,7 @@
 """Folders of feature files → a folder of bags: what importing from any tool has in common."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -96,6 +97,21 @@ def attribute(source: h5py.Dataset | h5py.File, name: str) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def number(source: h5py.Dataset | h5py.File, name: str) -> float:
+    """An attribute that must be a positive number."""
+    value = attribute(source, name)
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = float("nan")
+    if not 0 < found < float("inf"):
+        raise InputError(
+            f"{source.file.filename}: its attribute {name} is {value!r}, not a positive number; "
+            "extract it again"
+        )
+    return found
+
+
 def import_features(
     dest: Path,
     scales: Sequence[Scale],
@@ -105,6 +121,8 @@ def import_features(
     tool: str,
     orphans: Orphans,
     dtype: Dtype,
+    mpps: Mapping[str, float] | None = None,
+    beside: Callable[[str], list[Path]] = lambda slide_id: [],
 ) -> int:
     """A bag for each slide; what is wrong with one costs one row of import.csv and status.csv.
 
@@ -113,11 +131,13 @@ def import_features(
     files: per scale the files by slide.
     read: a slide, and the cards of its extractors.
     cohort: table with the labels, ours or CLAM's; without it slides have none.
+    mpps: of slides, where the places of tiles follow from them.
+    beside: other files that a slide is made of.
     """
     slide_ids = sorted(set().union(*files))
     any_file = {slide_id: path for found in files for slide_id, path in found.items()}
     rows, left_out = _cohort_rows(cohort, slide_ids, any_file)
-    tiling = json.dumps({"imported": tool, "orphans": orphans, "dtype": dtype})
+    options = {"imported": tool, "orphans": orphans, "dtype": dtype}
     with Worker(dest) as worker:
         write_cohort(dest / "cohort.csv", rows)
         cards = _first_cards(read, rows, scales, files)
@@ -125,6 +145,8 @@ def import_features(
         worker.on_beat = (status := bag_status(dest)).write
         for row in tqdm(rows, f"import {tool}", unit="slide"):
             sources = [found[row.slide_id] for found in files if row.slide_id in found]
+            sources += [path for path in beside(row.slide_id) if path.exists()]
+            tiling = json.dumps({**options, "mpp": (mpps or {}).get(row.slide_id)})
             if not worker.claim(row.slide_id):
                 continue  # another command has it
             if _is_done(bag_path(dest, row.slide_id), sources, cards, tiling):
@@ -134,7 +156,7 @@ def import_features(
                 if missing := [s.name for s, f in zip(scales, files) if row.slide_id not in f]:
                     raise InputError(f"{row.slide_id}: no feature file at {', '.join(missing)}")
                 slide, found = read(row.slide_id)
-                _refuse_other_cards(sources[-1], cards, found)
+                _refuse_other_cards(files[-1][row.slide_id], cards, found)
                 bag, figures = make_bag(slide, cards, tiling, orphans, dtype)
                 write_bag(bag_path(dest, row.slide_id), bag)
                 worker.settle(row.slide_id, {**status_row(bag.num_tiles()), **figures})
@@ -153,7 +175,11 @@ def _cohort_rows(
     if cohort is None:
         return [SlideRow(slide_id, files[slide_id]) for slide_id in slide_ids], []
     rows = [_renamed(row, slide_ids) for row in _read_table(cohort, files)]
-    named = {row.slide_id for row in rows}
+    counts = Counter(row.slide_id for row in rows)
+    twice = [slide_id for slide_id, count in counts.items() if count > 1]
+    if twice:
+        raise InputError(f"{cohort}: the slide {twice[0]} stands in it twice; keep one row of it")
+    named = set(counts)
     return rows, [slide_id for slide_id in slide_ids if slide_id not in named]
 
 
@@ -173,10 +199,22 @@ def _read_table(path: Path, files: Mapping[str, Path]) -> list[SlideRow]:
             path=files.get(record["slide_id"], Path(record["slide_id"])),
             label=record["label"] or None,
             patient_id=record.get("case_id") or record.get("patient_id") or None,
-            mpp=float(record["mpp"]) if record.get("mpp") else None,
+            mpp=_mpp(path, record),
         )
         for record in records
     ]
+
+
+def _mpp(path: Path, record: Mapping[str, str]) -> float | None:
+    text = record.get("mpp")
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"{path}: the mpp of {record['slide_id']} is {text!r}, not a number"
+        ) from None
 
 
 def table_mpps(cohort: Path | None) -> dict[str, float]:

@@ -20,6 +20,7 @@ from dasmil.interop.feature_import import (
     files_by_slide,
     import_features,
     imported_card,
+    number,
     open_h5,
     parse_folders,
     read_dataset,
@@ -69,7 +70,7 @@ def stamp(
     def read(slide_id: str) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
         return read_slide(slide_id, scales, [f[slide_id] for f in files], mpps.get(slide_id))
 
-    code = import_features(dest, scales, files, read, cohort, "stamp", orphans, dtype)
+    code = import_features(dest, scales, files, read, cohort, "stamp", orphans, dtype, mpps)
     if not mpps:
         print(
             "import stamp: no mpp of any slide is known, so places count in pixels of the finest "
@@ -94,8 +95,8 @@ def read_slide(
             unit = unit.decode() if isinstance(unit, bytes) else str(unit)
             if unit not in MICROMETRE:
                 raise InputError(f"{path}: its coords are in {unit!r}, not in um; extract it again")
-            side_um = float(attribute(file, "tile_size_um"))
-            tile_px.append(int(attribute(file, "tile_size_px")))
+            side_um = number(file, "tile_size_um")
+            tile_px.append(round(number(file, "tile_size_px")))
             extractor = attribute(file, "extractor")
             encoder = extractor.decode() if isinstance(extractor, bytes) else str(extractor)
         true_mpp = side_um / tile_px[-1]

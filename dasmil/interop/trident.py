@@ -1,5 +1,6 @@
 """The kind ``trident`` of the verb ``import``: TRIDENT's feature files → bag files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from dasmil.interop.feature_import import (
     files_by_slide,
     import_features,
     imported_card,
+    number,
     open_h5,
     parse_folders,
     read_dataset,
@@ -82,16 +84,17 @@ def read_slide(
                 raise InputError(
                     f"{path}: {len(values)} features for {len(place)} coords; extract it again"
                 )
-            overlap = float(attribute(coords, "overlap"))
+            overlap = attribute(coords, "overlap")
             if overlap != 0:
                 raise InputError(
-                    f"{path}: its tiles overlap by {overlap:g} px, so one lies in several coarser "
+                    f"{path}: its tiles overlap by {overlap} px, so one lies in several coarser "
                     "ones; extract it with --overlap 0"
                 )
-            tile_px.append(int(attribute(coords, "patch_size")))
-            side = float(attribute(coords, "patch_size_level0"))
-            slide_mpp.append(10 / float(attribute(coords, "level0_magnification")))
-            check_mpp(path, scale, 10 / float(attribute(coords, "target_magnification")))
+            tile_px.append(round(number(coords, "patch_size")))
+            side = number(coords, "patch_size_level0")
+            slide_mpp.append(10 / number(coords, "level0_magnification"))
+            target_mpp = 10 / number(coords, "target_magnification")
+            check_mpp(path, scale, target_mpp)
             check_mpp(path, scale, slide_mpp[-1] * side / tile_px[-1])
             if "level0_width" in coords.attrs:
                 sizes.append(
@@ -100,23 +103,34 @@ def read_slide(
                         int(attribute(coords, "level0_height")),
                     )
                 )
-        found.append(ScaleFeatures(path, values, place, step(place, side)))
+        sides = (round(side), round(tile_px[-1] * target_mpp / slide_mpp[-1]), side)
+        found.append(ScaleFeatures(path, values, place, step(path, place, sides)))
         encoder = path.parent.name.removeprefix("features_")
         cards[scale.name] = imported_card("trident", encoder, scale, tile_px[-1], values)
+    same(slide_mpp, "the magnification of level 0", paths[-1])
+    shared = same(tile_px, "the tile size", paths[-1])
     slide = SlideFeatures(
         slide_id=slide_id,
         scales=scales,
-        tile_px=same(tile_px, "the tile size", paths[-1]),
+        tile_px=shared,
         files=tuple(found),
-        slide_mpp=same(slide_mpp, "the magnification of level 0", paths[-1]),
+        slide_mpp=shared * scales[-1].mpp / found[-1].side,  # so that places are the grid's
         size_px0=same(sizes, "the size of the slide", paths[-1]) if sizes else None,
     )
     return slide, cards
 
 
-def step(place: np.ndarray, side: float) -> float:
-    """The step of the grid: TRIDENT rounds the side of a tile before it lays the grid."""
-    rounded = round(side)
-    if rounded > 0 and not (np.asarray(place) % rounded).any():
-        return float(rounded)
-    return side
+def step(path: Path, place: np.ndarray, sides: Sequence[float]) -> float:
+    """The step of the grid: TRIDENT rounds the side of a tile before it lays the grid.
+
+    Parameters
+    ----------
+    sides: what it may have made of it; the first with which all places are of the grid is taken.
+    """
+    for side in sides:
+        if side > 0 and np.abs(place - np.rint(place / side) * side).max(initial=0) <= 0.5:
+            return float(side)
+    raise InputError(
+        f"{path}: its coords lie on no grid of {sides[-1]:g} level-0 px from the slide's origin; "
+        "extract it again with TRIDENT, or cut with dasmil tile"
+    )

@@ -83,12 +83,21 @@ def test_a_batch_axis_and_double_precision_are_taken_off(tmp_path):
     assert bag.features["x20"].dtype == torch.float32
 
 
-def test_a_fractional_side_is_the_rounded_step_that_trident_took(tmp_path):
-    """At 0.2277 µm/px a tool may say 562.14 px and step by 562."""
-    folder = write_trident(tmp_path, "s1", 20, CELLS, side=512.4)
+@pytest.mark.parametrize(
+    ("level0", "side", "step"),
+    [(40, 512.4, 512), (40, 562, 562), (41, 524.8, 525), (41, 524, 525)],
+)
+def test_places_are_those_of_the_step_that_the_coords_have(tmp_path, level0, side, step):
+    """Attributes are rounded, or not, by this version or that; the coords say what was done."""
+    folder = write_trident(tmp_path, "s1", 20, CELLS, level0=level0, side=side)
+    with h5py.File(folder / "s1.h5", "a") as file:
+        file["coords"][:] = np.array(CELLS) * step
     assert run("trident", tmp_path / "BAGS", {"x20": folder}) == 0
     bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
-    assert bag.boxes_px0("x20")[:, 0].unique().tolist() == [512 * c for c in range(8, 14)]
+    assert sorted(map(tuple, bag.boxes_px0("x20")[:, :2].tolist())) == sorted(
+        (c * step, r * step) for c, r in CELLS
+    )
+    assert rows_of(tmp_path / "BAGS" / "import.csv")["s1"]["max_moved_px0"] == "0.0"
 
 
 def test_orphans_are_counted_and_kept_or_dropped(tmp_path, capsys):
@@ -133,12 +142,12 @@ def shifted(folder, by):
         file["coords"][:] = file["coords"][:] + np.array(by)
 
 
-def test_grids_that_cut_each_other_are_refused(tmp_path, capsys):
+def test_a_grid_that_does_not_start_at_the_origin_is_refused(tmp_path, capsys):
     folders = trident_folders(tmp_path, scales=("x10", "x20"))
     shifted(folders["x20"], (256, 0))  # half a fine tile
-    assert run("trident", tmp_path / "BAGS", folders) == 1
-    text = capsys.readouterr().out
-    assert str(folders["x20"] / "s1.h5") in text and "do not nest" in text and "--overlap 0" in text
+    assert run("trident", tmp_path / "BAGS", folders) == 2
+    error = capsys.readouterr().err
+    assert str(folders["x20"] / "s1.h5") in error and "lie on no grid of 512 level-0 px" in error
     assert not bag_path(tmp_path / "BAGS", "s1").exists()
 
 
@@ -149,6 +158,8 @@ def test_grids_that_cut_each_other_are_refused(tmp_path, capsys):
         ("target_magnification", 40, "x20 is 0.5"),
         ("patch_size_level0", 1024, "its tiles have 1 µm/px"),
         ("level0_magnification", None, "attribute level0_magnification is missing"),
+        ("level0_magnification", 0, "is 0, not a positive number"),
+        ("level0_magnification", "40x", "is '40x', not a positive number"),
     ],
 )
 def test_attributes_that_contradict_are_refused(tmp_path, capsys, name, value, words):
@@ -395,6 +406,41 @@ def test_stamps_other_units_and_magnifications_are_refused(tmp_path, capsys):
     folder = write_stamp(tmp_path, "s1", CELLS, tile_um=256.0)
     assert run("stamp", tmp_path / "BAGS", {"x20": folder}) == 2
     assert "its tiles have 1.14 µm/px, x20 is 0.5" in capsys.readouterr().err
+
+
+def test_what_a_slide_is_made_of_is_looked_at_again(tmp_path):
+    """STAMP's places follow from the table's mpp, CLAM's from its patches."""
+    folders = {"x20": write_stamp(tmp_path, "s1", CELLS, tile_um=128.0)}
+    assert run("stamp", tmp_path / "BAGS", folders) == 0
+    table = tmp_path / "cohort.csv"
+    table.write_text("slide_id,path,mpp\ns1,s1.svs,0.2277\n")
+    assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 0
+    header = read_header(bag_path(tmp_path / "BAGS", "s1"))
+    assert header.slide_mpp == pytest.approx(0.2277)
+
+    features, patches = clam_folders(tmp_path, as_pt=True)
+    assert run_clam(tmp_path / "CLAM", features, patches) == 0
+    before = read_bag(bag_path(tmp_path / "CLAM", "s1")).boxes_px0("x20")
+    for folder in patches.values():
+        path = folder / "patches" / "s1.h5"
+        with h5py.File(path, "a") as file:
+            file["coords"][:] = file["coords"][:] + 2560
+    assert run_clam(tmp_path / "CLAM", features, patches) == 0
+    after = read_bag(bag_path(tmp_path / "CLAM", "s1")).boxes_px0("x20")
+    assert (after - before).min() > 2000
+
+
+def test_a_table_with_a_slide_twice_or_no_mpp_is_refused(tmp_path, capsys):
+    folders = trident_folders(tmp_path, scales=("x20",))
+    table = tmp_path / "dataset.csv"
+    for text, words in (
+        ("slide_id,label\ns1,a\ns1.svs,a\n", "the slide s1 stands in it twice"),
+        ("slide_id,label,mpp\ns1,a,?\n", "the mpp of s1 is '?', not a number"),
+    ):
+        table.write_text(text)
+        assert run("trident", tmp_path / "BAGS", folders, "--cohort", table) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "BAGS" / "cohort.csv").exists()
 
 
 # what cannot be
