@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dasmil.errors import DiskFullError, InputError
-from dasmil.files import write_once
+from dasmil.files import write_once, write_text
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
 from dasmil.slides.reader import Slide
@@ -85,7 +85,7 @@ def tile(
     parameters = TilingParameters(names, tile_px, min_tissue, max_upsampling, tissue, artefacts)
     rows = read_cohort(cohort, leave_out=output)
     with ended_by_sigterm(), Worker(output, stale_after) as worker:
-        _refuse_other_parameters(output, rows, parameters)
+        _refuse_other_parameters(output, rows, parameters, worker)
         write_cohort(output / "cohort.csv", rows)
         status = tile_status(output)
         worker.on_beat = status.write
@@ -198,15 +198,13 @@ def _done_before(slide: Slide, output: Path, parameters: TilingParameters) -> St
 
 
 def _refuse_other_parameters(
-    output: Path, rows: Sequence[SlideRow], parameters: TilingParameters
+    output: Path, rows: Sequence[SlideRow], parameters: TilingParameters, worker: Worker
 ) -> None:
     """A folder holds tiles of one set of parameters, also when two commands begin together."""
     wanted = parameters.as_json()
     path = output / PARAMETERS
     tables = [tiles_path(output, row.slide_id) for row in rows]
     tables = [table for table in tables if table.exists()]
-    if not tables:
-        path.unlink(missing_ok=True)
     for table in tables:
         try:
             found = read_tiles(table).tiling
@@ -216,7 +214,9 @@ def _refuse_other_parameters(
         if found != wanted:
             raise _other_parameters(table)
     if write_once(path, wanted) != wanted:
-        raise _other_parameters(path)
+        if tables or worker.others():
+            raise _other_parameters(path)
+        write_text(path, wanted)  # of a run that came to nothing
 
 
 def _other_parameters(path: Path) -> InputError:
