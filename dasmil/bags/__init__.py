@@ -1,6 +1,13 @@
 """Vectors → graph: bags, their files, and the graph over their tiles."""
 
-from dasmil.bags.bag import Bag, BagHeader, ExtractorCard, ancestor_rows, describe_difference
+from dasmil.bags.bag import (
+    Bag,
+    BagHeader,
+    ExtractorCard,
+    all_finite,
+    ancestor_rows,
+    describe_difference,
+)
 from dasmil.bags.graph import UNKNOWN, BagGraph, bag_graph, join_graphs
 from dasmil.bags.neighbours import Neighbours, grid_neighbours
 from dasmil.bags.store import bag_path, read_bag, read_header, write_bag
@@ -12,6 +19,7 @@ __all__ = [
     "BagHeader",
     "ExtractorCard",
     "Neighbours",
+    "all_finite",
     "ancestor_rows",
     "bag_graph",
     "bag_path",

@@ -201,8 +201,7 @@ class Bag:
     def validate_features(self) -> None:
         """Check that every feature is finite; the one promise that needs all of them looked at."""
         for name, features in self.features.items():
-            # nan passes through minimum and maximum; isfinite of all takes 20 times as long
-            if features.numel() and not bool(torch.isfinite(torch.stack(features.aminmax())).all()):
+            if not all_finite(features):
                 self._refuse(f"{name}: some features are not finite")
 
     def validate_structure(self) -> None:
@@ -266,6 +265,12 @@ def ancestor_rows(parents: Sequence[Tensor]) -> Tensor:
     for parent in reversed(parents[:-1]):
         rows = torch.cat([parent, parent.new_full((1,), -1)])[rows.long()]  # row -1 reads -1
     return rows
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # nan passes through minimum and maximum; isfinite of all takes 20 times as long
+    return not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all())
 
 
 def _cell_numbers(grid: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from scipy.spatial import KDTree
 
-from dasmil.bags import Bag, BagHeader, ExtractorCard
+from dasmil.bags import Bag, BagHeader, ExtractorCard, all_finite
 from dasmil.errors import InputError
 from dasmil.interop.mil4wsi_bags import in_order_of_parents
 from dasmil.interop.mil4wsi_grid import place_on_grid
@@ -101,7 +101,7 @@ def make_bag(
         "childless": int(childless.sum()),
         "rule": orphans,
     }
-    features = [_as_stored(file.features, dtype) for file in slide.files]
+    features = [_as_stored(file, dtype) for file in slide.files]
     rows_of_file = np.concatenate([np.arange(len(f.place)) for f in slide.files])
     if orphans == "drop":
         kept = _with_relatives(scale, parent, last)
@@ -244,12 +244,18 @@ def _with_relatives(scale: IntArray, parent: IntArray, last: int) -> npt.NDArray
     return kept[:-1]
 
 
-def _as_stored(features: npt.NDArray[Any], dtype: Dtype) -> torch.Tensor:
+def _as_stored(file: ScaleFeatures, dtype: Dtype) -> torch.Tensor:
     """float16 and float32 as they are, all else as float32; or what was asked for."""
-    tensor = torch.from_numpy(np.ascontiguousarray(features))
-    if dtype != "keep":
-        return tensor.to(getattr(torch, dtype))
-    return tensor if tensor.dtype in (torch.float16, torch.float32) else tensor.float()
+    found = torch.from_numpy(np.ascontiguousarray(file.features))
+    if not all_finite(found):
+        raise InputError(f"{file.path}: some features are not finite; extract it again")
+    own = found.dtype if found.dtype in (torch.float16, torch.float32) else torch.float32
+    stored = found.to(own if dtype == "keep" else getattr(torch, dtype))
+    if not all_finite(stored):
+        raise InputError(
+            f"{file.path}: some features are too large for {dtype}; give --dtype keep or float32"
+        )
+    return stored
 
 
 def check_mpp(path: Path, scale: Scale, mpp: float, within: float = NEAR) -> None:

@@ -55,12 +55,14 @@ class Run(Step):
     seed: of ``fit``.
     bags: folder of bags.
     truth: folder of annotations for ``test``, or None.
+    truth_classes: those of the annotations that are lesions, where not the usual ones.
     """
 
     row: Path
     seed: int
     bags: Path
     truth: Path | None
+    truth_classes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -92,6 +94,8 @@ class Run(Step):
     def test(self) -> list[str]:
         best = ["--ckpt_path", str(self.checkpoints / "best.ckpt"), "--bags", str(self.bags)]
         truth = [] if self.truth is None else ["--truth", str(self.truth)]
+        if self.truth_classes:
+            truth += ["--truth_classes", json.dumps(self.truth_classes)]
         output = ["--output", str(self.metrics.parent)]
         return ["test", *best, *truth, *output, *QUIET, *self._as_fitted()]
 
@@ -106,6 +110,10 @@ class Run(Step):
             *("--data.allow_seen_slides", str(allowed).lower()),
             *("--trainer.accelerator", str(fitted["trainer"]["accelerator"])),
         ]
+
+    def options(self) -> dict[str, str]:
+        classes = ", ".join(self.truth_classes)
+        return super().options() | ({"choice of annotated classes": classes} if classes else {})
 
     def contents(self) -> dict[str, tuple[Path, str]]:
         found = {}
@@ -144,6 +152,7 @@ def plan(
     output: Path,
     bags: Mapping[Fold | None, Path | Embedding],
     truth: Path | None = None,
+    truth_classes: Sequence[str] = (),
 ) -> list[list[Run]]:
     """The runs of each row, one a fold and seed, in folders that are named by the row's configs.
 
@@ -178,6 +187,7 @@ def plan(
                     seed,
                     source.folder if isinstance(source, Embedding) else source,
                     truth,
+                    tuple(truth_classes),
                 )
                 for fold, source in bags.items()
                 for seed in seeds

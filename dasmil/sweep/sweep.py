@@ -24,6 +24,7 @@ def sweep(
     extractor: tuple[str, ...] = ("configs/dino.yaml",),
     embed: tuple[str, ...] = (),
     truth: Path | None = None,
+    truth_classes: tuple[str, ...] = (),
     rows: tuple[SweepRow, ...] = (),
     configs: tuple[str, ...] = (),
     base: tuple[str, ...] = ("configs/dasmil.yaml",),
@@ -62,6 +63,8 @@ def sweep(
         configs of the verb embed; with a cohort.
     truth:
         folder of annotations, as for test: figures of instances and lesions too.
+    truth_classes:
+        classes (QuPath) or groups (ASAP) of the annotations that are lesions, as for test.
     rows:
         of the table, see configs/sweep/.
     configs:
@@ -101,6 +104,8 @@ def sweep(
         raise InputError(f"sweep: --folds {folds} must be at least two, or not be given")
     if truth is not None and not truth.is_dir():
         raise InputError(f"{truth}: no such folder; give --truth a folder of annotations")
+    if truth_classes and truth is None:
+        raise InputError("sweep: --truth_classes needs --truth, the annotations' folder")
 
     all_folds = [None] if folds is None else [Fold(number, folds) for number in range(folds)]
     sources: Mapping[Fold | None, Path | Embedding]
@@ -120,7 +125,7 @@ def sweep(
             "slides to make the bags from"
         )
     truth = truth.resolve() if truth is not None else None
-    table = plan(rows, base, seeds, output.resolve(), sources, truth)
+    table = plan(rows, base, seeds, output.resolve(), sources, truth, truth_classes)
     runs = [run for runs_of_row in table for run in runs_of_row]
     steps = in_order(sorted(runs, key=lambda run: run.fold.number if run.fold else 0))
     refuse_other_steps(steps)

@@ -75,6 +75,16 @@ def test_widths_and_dtypes_are_kept_per_scale(tmp_path):
     assert torch.equal(half.features["x20"], bag.features["x20"].half())
 
 
+def test_features_that_float16_cannot_hold_are_refused(tmp_path, capsys):
+    folders = trident_folders(tmp_path, scales=("x20",))
+    with h5py.File(folders["x20"] / "s1.h5", "a") as file:
+        file["features"][3, 3] = 70_000
+    assert run("trident", tmp_path / "HALF", folders, "--dtype", "float16") == 1
+    text = capsys.readouterr().out
+    assert "s1.h5: some features are too large for float16; give --dtype keep or float32" in text
+    assert run("trident", tmp_path / "HALF", folders) == 0
+
+
 def test_a_batch_axis_and_double_precision_are_taken_off(tmp_path):
     folders = trident_folders(tmp_path, scales=("x20",), dtype=np.float64, batched=True)
     assert run("trident", tmp_path / "BAGS", folders) == 0
@@ -191,7 +201,7 @@ def test_one_bad_file_costs_one_row(tmp_path, capsys):
     for slide_id, words in (
         ("s1", "not a readable HDF5 file"),
         ("s2", "no feature file at x10"),
-        ("s3", "not finite"),
+        ("s3", "some features are not finite; extract it again"),
         ("s4", "7 wide"),
     ):
         assert words in found[slide_id]["message"], found[slide_id]

@@ -65,10 +65,12 @@ def make_bags(folder: Path) -> Path:
     return folder
 
 
-def plan_one(tmp_path, *configs, truth=None):
+def plan_one(tmp_path, *configs, truth=None, truth_classes=()):
     row = SweepRow("row", tuple(map(str, configs)))
     bags = {None: tmp_path / "bags"}
-    [[run]] = plan([row], ["configs/dasmil.yaml"], [0], tmp_path / "out", bags, truth)
+    [[run]] = plan(
+        [row], ["configs/dasmil.yaml"], [0], tmp_path / "out", bags, truth, truth_classes
+    )
     return run
 
 

@@ -52,6 +52,7 @@ def arguments(tmp_path, cohort, own):
         ({"cohort": None, "bags": "none"}, "none: it has no cohort.csv; give --bags the folder"),
         ({"cohort": "none"}, "none: no such table; give --cohort a CSV"),
         ({"truth": "none"}, "none: no such folder; give --truth a folder of annotations"),
+        ({"truth_classes": ("Gland",)}, "sweep: --truth_classes needs --truth"),
         ({"scales": ("x20", "twenty")}, "scale 'twenty': write a magnification"),
     ],
 )

@@ -179,6 +179,11 @@ def test_figures_of_other_annotations_are_refused(tmp_path, bags):
     write_record(plan_one(tmp_path))
     with pytest.raises(InputError, match=r"made with other annotations \(none\)"):
         refuse_other_steps([run])
+    write_record(run)
+    chosen = plan_one(tmp_path, truth=truth, truth_classes=("Tumor", "a b"))
+    assert chosen.test()[5:9] == ["--truth", str(truth), "--truth_classes", '["Tumor", "a b"]']
+    with pytest.raises(InputError, match=r"another choice of annotated classes \(none\)"):
+        refuse_other_steps([chosen])
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, bags):
