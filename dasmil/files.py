@@ -29,10 +29,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     DiskFullError
         when nothing more can be written there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(6)}.tmp{path.suffix}")
     try:
         with said_when_full(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             _flush(temporary)
             os.replace(temporary, path)
@@ -80,37 +80,26 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_once(path: Path, text: str) -> str:
-    """Write a file that is not there; returns what is there then, of whoever was first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        own = path.with_name(f".{path.stem}.{secrets.token_hex(6)}.tmp{path.suffix}")
-        try:
-            with said_when_full(path):
-                own.write_text(text, encoding="utf-8")
-            link_once(own, path)
-        except FileExistsError:
-            pass  # another process was first
-        finally:
-            own.unlink(missing_ok=True)
-    return path.read_text(encoding="utf-8")
-
-
 def link_once(source: Path, path: Path) -> None:
-    """Make ``path`` a copy of a small file, whole and at once, where nothing of its name is.
+    """Make ``path`` a copy of a small file where nothing of its name is.
+
+    It comes whole and at once; on a disk without hard links it is empty for a moment.
 
     Raises
     ------
     FileExistsError
         when something is; a file system lets one process alone succeed.
+    DiskFullError
+        when nothing more can be written there.
     """
-    try:
-        os.link(source, path)
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        with open(path, "x", encoding="utf-8") as file:  # the next best that such a disk has
-            file.write(source.read_text(encoding="utf-8"))
+    with said_when_full(path):
+        try:
+            os.link(source, path)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            with open(path, "x", encoding="utf-8") as file:  # the next best that such a disk has
+                file.write(source.read_text(encoding="utf-8"))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -88,7 +88,8 @@ class DasmilCLI(LightningCLI):
             parser.add_argument(
                 "--truth_classes",
                 type=list[str] | None,
-                help="classes (QuPath) or groups (ASAP) of the annotations that are lesions",
+                help="classes (QuPath) or groups (ASAP) of the annotations that are lesions; one "
+                "with a colon stands in quotes: '[\"Tumor: Positive\"]'",
             )
         if subcommand != "predict":
             parser.add_argument(

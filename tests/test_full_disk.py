@@ -96,3 +96,23 @@ def test_a_disk_that_is_really_full(road, bags, tmp_path, capsys, verb) -> None:
         assert not [path for path in disk.rglob(".*.tmp*")]
     finally:
         subprocess.run(["umount", str(disk)], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize("verb", ["tile", "embed"])
+@pytest.mark.parametrize("what", ["mkdir", "link"])
+def test_a_disk_without_room_for_a_folder_or_a_claim(
+    road, tmp_path, monkeypatch, capsys, verb, what
+) -> None:
+    monkeypatch.setattr(dasmil.slides.tile, "ChildProcess", InThisProcess)
+    args = tile_command(road, tmp_path / "out") if verb == "tile" else None
+    args = args or embed_command(road.tiles, tmp_path / "out", RANDOM)
+
+    def full(path: Path, *_: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Path, "mkdir") if what == "mkdir" else (os, "link")), full)
+        assert main(args) == 2
+    error = capsys.readouterr().err
+    assert "its disk is full; free some space" in error and "Traceback" not in error
+    assert main(args) == 0

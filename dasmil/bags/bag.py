@@ -58,7 +58,17 @@ class ExtractorCard:
 class BagHeader:
     """All that a bag file says beside its tensors; scales run from coarse to fine.
 
-    ``reader`` is the version of the code that read the pixels; nothing where they were not ours.
+    Parameters
+    ----------
+    size_px0: width and height of the slide.
+    tiling: tissue and tiling parameters, JSON.
+    num_tiles: of the finest scale.
+    reader: version of the code that read the pixels; nothing where they were not ours.
+    bounds_px0: left and top of what was scanned (``openslide.bounds-x, -y``), from which QuPath
+        counts; 0, 0 where that is not known.
+    size_is_extent: the slide's size is not known, ``size_px0`` is how far the tiles reach.
+    mpp_is_known: where False, places are in pixels of the finest scale instead of level 0, and
+        ``slide_mpp`` is that scale's.
     """
 
     slide_id: str
@@ -66,10 +76,13 @@ class BagHeader:
     tile_px: TilePx
     slide_mpp: Mpp
     size_px0: tuple[int, int]
-    tiling: str  # tissue and tiling parameters, JSON
+    tiling: str
     extractors: Mapping[str, ExtractorCard]
-    num_tiles: int  # of the finest scale
+    num_tiles: int
     reader: str = ""
+    bounds_px0: tuple[int, int] = (0, 0)
+    size_is_extent: bool = False
+    mpp_is_known: bool = True
 
     @property
     def geometry(self) -> PyramidGrid:
@@ -290,13 +303,17 @@ def header_to_metadata(header: BagHeader) -> dict[str, str]:
         "tiling": header.tiling,
         "num_tiles": str(header.num_tiles),
         "reader": header.reader,
+        "bounds_px0": json.dumps(list(header.bounds_px0)),
+        "size_is_extent": json.dumps(header.size_is_extent),
+        "mpp_is_known": json.dumps(header.mpp_is_known),
         "extractors": json.dumps({name: _plain(c) for name, c in header.extractors.items()}),
     }
 
 
 def header_from_metadata(metadata: Mapping[str, str]) -> BagHeader:
-    """The inverse of :func:`header_to_metadata`."""
+    """The inverse of :func:`header_to_metadata`; older files lack the last three entries."""
     width_px0, height_px0 = json.loads(metadata["size_px0"])
+    left_px0, top_px0 = json.loads(metadata.get("bounds_px0", "[0, 0]"))
     extractors = json.loads(metadata["extractors"])
     return BagHeader(
         slide_id=metadata["slide_id"],
@@ -307,5 +324,8 @@ def header_from_metadata(metadata: Mapping[str, str]) -> BagHeader:
         tiling=metadata["tiling"],
         num_tiles=int(metadata["num_tiles"]),
         reader=metadata["reader"],
+        bounds_px0=(left_px0, top_px0),
+        size_is_extent=json.loads(metadata.get("size_is_extent", "false")),
+        mpp_is_known=json.loads(metadata.get("mpp_is_known", "true")),
         extractors={name: ExtractorCard.from_dict(card) for name, card in extractors.items()},
     )

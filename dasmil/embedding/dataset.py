@@ -21,6 +21,8 @@ from dasmil.work.worker import Worker
 CACHE_BYTES = 128 * 2**20
 WAIT = -1  # index of no chunk, after a while
 WAIT_S = 1.0
+PREFETCHED = 3  # chunks for each reading process, by DataLoader and by Lightning, at most
+SUSPECT = "suspect"  # in what is written down of a slide: it may have killed a reading process
 
 
 @dataclass  # not frozen: Lightning converts the fields for precisions such as bf16-true
@@ -124,6 +126,9 @@ class ClaimingSampler(DistributedSampler[int]):
     is left it helps with the longest. While other workers still hold slides there is an empty chunk
     to wait for, since their slides are to be taken over where they die.
 
+    Slides that may have killed a reading process come last, each when all before it has come
+    through: should it do so again, nothing else is lost, and it is known which it is.
+
     Parameters
     ----------
     dataset: the slides that are to be done.
@@ -145,9 +150,20 @@ class ClaimingSampler(DistributedSampler[int]):
         self.is_done = is_done
         self.lanes: list[deque[int]] = [deque() for _ in range(max(1, num_workers))]
         num_tiles = [sum(counts.values()) for counts in dataset.num_tiles]
-        self.waiting = deque(sorted(range(len(num_tiles)), key=lambda slide: -num_tiles[slide]))
+        self.suspects: list[int] = []
+        self.waiting: deque[int] = deque()
+        for slide in sorted(range(len(num_tiles)), key=lambda slide: -num_tiles[slide]):
+            suspect = worker.last(dataset.rows[slide].slide_id).get(SUSPECT, False)
+            (self.suspects if suspect else self.waiting).append(slide)
 
     def __iter__(self) -> Iterator[int]:
+        yield from self._share()
+        for slide in self.suspects:
+            yield from [WAIT] * (PREFETCHED * len(self.lanes))
+            self.waiting.append(slide)
+            yield from self._share()
+
+    def _share(self) -> Iterator[int]:
         while True:
             empty = True
             for lane in self.lanes:

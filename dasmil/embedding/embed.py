@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dasmil.bags import ExtractorCard, bag_path, read_header
-from dasmil.bags.status import EXTRACTORS, bag_status
-from dasmil.embedding.dataset import ChunkDataset, ClaimingSampler, TileChunk
+from dasmil.bags.status import EXTRACTORS, bag_status, status_row
+from dasmil.embedding.dataset import SUSPECT, ChunkDataset, ClaimingSampler, TileChunk
 from dasmil.embedding.extractor import Extractor, ExtractorSource, load_extractor
 from dasmil.embedding.weights import say
 from dasmil.embedding.writer import BagWriter, Embedded, bag_header
 from dasmil.errors import InputError
-from dasmil.files import write_once, write_text
-from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
+from dasmil.files import write_text
+from dasmil.slides.cohort import SlideRow, describe_leaving, read_cohort, write_cohort
 from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path
 from dasmil.work.worker import STALE_AFTER_S, Worker
 
@@ -205,19 +205,21 @@ def embed(
     ]
     wanted = [tables[row.slide_id] for row in todo]
 
-    with Worker(output, stale_after) as worker:
-        write_cohort(output / "cohort.csv", cohort)
-        others = _write_extractors(output / EXTRACTORS, extractors, networks)
-        if others and worker.others():
+    wants = {"extractors": json.dumps([card.fingerprint for card in cards.values()])}
+    with Worker(output, stale_after, wants=wants) as worker:
+        if other := worker.refused_by("extractors"):
             raise InputError(
-                f"{output / EXTRACTORS}: another command that runs now embeds with other "
-                "extractors; choose another --output"
+                f"{output}: {other} embeds into it now with other extractors; choose another "
+                "--output"
             )
-        status = bag_status(output)
         if first:
-            worker.on_beat = status.write
+            if line := describe_leaving(output / "cohort.csv", cohort):
+                print(f"embed: {line}")
+            write_cohort(output / "cohort.csv", cohort)
             write_text(output / EXTRACTORS, _as_json(extractors, networks))
-            _note_what_is_not_tiled(worker, not_tiled, todo)
+            status = bag_status(output)
+            worker.on_beat = status.write
+            _note_what_is_known(worker, not_tiled, tables, todo)
         # other processes may find something to do, and wait for each other in the predict loop
         if todo or trainer.world_size > 1:
             dataset = ChunkDataset(todo, wanted, max_roots=batch_size)
@@ -245,10 +247,15 @@ def _predict(trainer: Trainer, module: EmbeddingModule, writer: BagWriter) -> No
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        suspects = writer.worker.claimed()
+        for slide_id in suspects:
+            message = f"a reading process was killed while it read one of {', '.join(suspects)}"
+            writer.worker.note(slide_id, {"state": "failed", "message": message, SUSPECT: True})
         raise InputError(
             f"{writer.output}: a reading process was killed while it read one of "
-            f"{', '.join(writer.worker.claimed())}: too little memory (take fewer num_workers), or "
-            "a damaged file; run the same command again, what is done is kept"
+            f"{', '.join(suspects)}: too little memory (take fewer num_workers), or a damaged "
+            "file; run the same command again: what is done is kept, and these come last, one by "
+            "one"
         ) from error
     trainer.strategy.barrier()
     if trainer.is_global_zero:
@@ -329,18 +336,6 @@ def _is_done(
     return False
 
 
-def _write_extractors(
-    path: Path, sources: Mapping[str, str | ExtractorSource], networks: Mapping[str, Extractor]
-) -> bool:
-    """True when the file that is there names other extractors; then it is left as it is."""
-    text = _as_json(sources, networks)
-    found, ours = (
-        {scale: record["fingerprint"] for scale, record in json.loads(some).items()}
-        for some in (write_once(path, text), text)
-    )
-    return found != ours
-
-
 def _as_json(
     sources: Mapping[str, str | ExtractorSource], networks: Mapping[str, Extractor]
 ) -> str:
@@ -355,14 +350,22 @@ def _as_json(
     return json.dumps(records, indent=2)
 
 
-def _note_what_is_not_tiled(
-    worker: Worker, not_tiled: Mapping[str, str], todo: Sequence[SlideRow]
+def _note_what_is_known(
+    worker: Worker,
+    not_tiled: Mapping[str, str],
+    tables: Mapping[str, TilePyramid],
+    todo: Sequence[SlideRow],
 ) -> None:
+    """What has changed since it was last written down, by `tile` or by a worker that was killed."""
     for slide_id, reason in not_tiled.items():
         worker.note(slide_id, {"state": "not tiled", "message": reason})
-    for row in todo:
-        if worker.last_state(row.slide_id) == "not tiled":
-            worker.note(row.slide_id, {"state": "waiting", "message": ""})
+    waiting = {row.slide_id for row in todo}
+    for slide_id, table in tables.items():
+        state = worker.last(slide_id)["state"]
+        if slide_id in waiting and state == "not tiled":
+            worker.note(slide_id, {"state": "waiting", "message": ""})
+        elif slide_id not in waiting and state in ("not tiled", "failed"):
+            worker.note(slide_id, status_row(table.num_tiles()))
 
 
 def _report_speed(num_tiles: int, seconds: float, seconds_waiting: float) -> None:

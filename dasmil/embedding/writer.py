@@ -34,6 +34,7 @@ def bag_header(tiles: TilePyramid, cards: Mapping[str, ExtractorCard]) -> BagHea
         extractors=dict(cards),
         num_tiles=tiles.num_tiles()[tiles.scales[-1].name],
         reader=READER,
+        bounds_px0=tiles.bounds_px0,
     )
 
 
@@ -133,7 +134,7 @@ class BagWriter(Callback):
     def num_settled(self) -> int:
         """Tiles of the slides that were settled in this run, by whatever worker."""
         self.worker.board.update()
-        return sum(self._num_tiles.get(slide_id, 0) for slide_id in self.worker.board.new)
+        return sum(self._num_tiles.get(slide_id, 0) for slide_id in self.worker.board.settled)
 
     def _show_progress(self, waits: bool = False) -> None:
         """The tiles of all slides that are settled, whoever did it, and of those begun here."""

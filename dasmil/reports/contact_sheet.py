@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from dasmil.errors import InputError
 from dasmil.files import atomic_path, read_csv
 from dasmil.slides.qc import CAPTION_PX
+from dasmil.slides.tile import PARAMETERS, tile_status
 from dasmil.slides.tile_slide import qc_path
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -35,6 +37,9 @@ Row = Mapping[str, str]
 
 def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = None) -> int:
     """The QC pictures of a cohort on one HTML page, to be sorted and filtered in a browser.
+
+    The status.csv of the tiles is renewed first; that of the bags is read as ``embed`` or
+    ``status`` has left it.
 
     Parameters
     ----------
@@ -54,6 +59,9 @@ def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = N
     InputError
         when a folder's status.csv is missing, or is not one of this version.
     """
+    if (tiles / PARAMETERS).is_file():
+        with suppress(OSError):  # who may only read the folder sees the table as it is
+            tile_status(tiles).write()
     rows = _read_status(tiles, "tile", {"tissue_mm2"})
     embedded = None if bags is None else _read_embedded(bags, rows)
     output = tiles / "contact_sheet.html" if output is None else output
@@ -177,6 +185,7 @@ def _card(row: Row, scales: Sequence[str], picture: str, embedded: Row | None) -
     figures = {key: float(row[key]) for key in keys if row[key]}
     state, message = html.escape(row["state"]), html.escape(row["message"])
     about = {"slide": row["slide_id"], "state": row["state"], "figures": json.dumps(figures)}
+    about["message"] = " ".join([row["message"], (embedded or {}).get("message", "")]).strip()
     lines = []
     if words := list(_figures(row, scales)):
         lines.append(f'<p class="figures">{" · ".join(words)}</p>')

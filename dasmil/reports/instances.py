@@ -232,10 +232,18 @@ class InstanceTruth(Callback):
 
     def _annotation(self, bag: Bag) -> Points | Areas:
         """Nothing marked on a negative slide; what its file says of any other."""
-        path, size_px0 = self._files.get(bag.slide_id), bag.header.size_px0
+        path, header = self._files.get(bag.slide_id), bag.header
         if path is None:
-            return Polygons(size_px0)
-        annotation = read_annotation(path, size_px0, self.classes)
+            return Polygons(header.size_px0)
+        if not header.mpp_is_known:
+            raise InputError(
+                f"{path}: the tiles of {bag.slide_id} have no place in level-0 pixels, since it "
+                "was imported without its mpp; give --cohort of `import stamp` a table with the "
+                "column mpp"
+            )
+        annotation = read_annotation(
+            path, header.size_px0, self.classes, header.bounds_px0, header.size_is_extent
+        )
         if bag.slide_id in self._negative and not annotation.is_empty:
             raise InputError(
                 f"{path}: it marks something on a slide of the negative class; correct the label, "

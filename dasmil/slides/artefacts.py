@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dasmil.errors import InputError
 from dasmil.slides.tissue import MaskArray
 
-MPP = 16.0  # µm/px on which is looked: a stroke of 300 µm is 19 px wide, a nucleus is gone
+MPP = 16.0  # about the µm/px looked at: a stroke of 300 µm is 19 px wide, a nucleus is gone
 
 Colour = tuple[int, int, int]  # OpenCV's 8-bit HSV: hue in steps of 2°, saturation, value
 
@@ -108,12 +108,12 @@ def artefact_masks(
 
     Returns
     -------
-    ``pen`` and ``black``: (h, w) bool over the whole slide, at :data:`MPP` or the thumbnail's own
-    mpp where that is coarser. No pixel is in both.
+    ``pen`` and ``black``: (h, w) bool over the whole slide, reduced by the whole number that comes
+    nearest to :data:`MPP`; not at all from 11 µm/px on. No pixel is in both.
     """
     if not (parameters.pen or parameters.black):
         return {}
-    factor = max(1, int(MPP / mpp))
+    factor = max(1, round(MPP / mpp))
     size = tuple(max(1, round(side / factor)) for side in thumbnail.shape[1::-1])
     mpp *= thumbnail.shape[1] / size[0]
     hsv = cv2.cvtColor(cv2.resize(thumbnail, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2HSV)

@@ -1,5 +1,6 @@
 """The table of slides: where each lies, its label, its patient and the part it plays."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from dasmil.files import read_csv, write_csv
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
+MAX_NAMED = 10
 COLUMNS = ("slide_id", "path", "label", "patient_id", "split", "mpp", "magnification")
 SLIDE_SUFFIXES = frozenset(
     [
@@ -78,6 +80,23 @@ def write_cohort(path: Path, rows: Iterable[SlideRow]) -> None:
     """Write the table with absolute slide paths, so that it can be read from anywhere."""
     records = ({**vars(row), "path": row.path.absolute()} for row in rows)
     write_csv(path, COLUMNS, records)
+
+
+def slides_digest(rows: Iterable[SlideRow]) -> str:
+    """The same for tables that name the same slides, wherever these lie."""
+    return hashlib.sha256("\n".join(sorted(row.slide_id for row in rows)).encode()).hexdigest()
+
+
+def describe_leaving(path: Path, rows: Iterable[SlideRow]) -> str:
+    """Which slides of the table at ``path``, if there is one, are not among those of the new."""
+    if not path.is_file():
+        return ""
+    new = {row.slide_id for row in rows}
+    gone = [row.slide_id for row in read_cohort(path) if row.slide_id not in new]
+    if not gone:
+        return ""
+    named = ", ".join(gone[:MAX_NAMED]) + (" …" if len(gone) > MAX_NAMED else "")
+    return f"{path}: {len(gone)} slide(s) of before leave it, their files stay: {named}"
 
 
 def _scan_folder(folder: Path, leave_out: Path | None) -> list[SlideRow]:

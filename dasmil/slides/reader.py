@@ -67,6 +67,7 @@ class Slide:
         self._jpegs: dict[int, JpegLevel | None] = {}
         self._lock = Lock()
         self.size_px0: tuple[int, int] = self._handle.dimensions
+        self.bounds_px0 = _bounds_px0(self._handle.properties)
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
         _refuse_giant_tiles(row.path, self._handle)
         self.physical_scale = _physical_scale(row, self._handle.properties)
@@ -290,6 +291,12 @@ def _physical_scale(row: SlideRow, properties: Mapping[str, str]) -> PhysicalSca
             "table"
         )
     return found
+
+
+def _bounds_px0(properties: Mapping[str, str]) -> tuple[int, int]:
+    """Left and top of what was scanned, which MIRAX, Leica and others say; 0, 0 where all was."""
+    left = int(properties.get(openslide.PROPERTY_NAME_BOUNDS_X, 0))
+    return left, int(properties.get(openslide.PROPERTY_NAME_BOUNDS_Y, 0))
 
 
 def _recorded(properties: Mapping[str, str], name: str) -> float:

@@ -17,9 +17,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dasmil.errors import DiskFullError, InputError
-from dasmil.files import write_once, write_text
+from dasmil.files import write_text
 from dasmil.slides.artefacts import ArtefactParameters
-from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
+from dasmil.slides.cohort import (
+    SlideRow,
+    describe_leaving,
+    read_cohort,
+    slides_digest,
+    write_cohort,
+)
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile_slide import StatusRow, qc_path, summary, tile_slide
 from dasmil.slides.tiling import TilingParameters, read_tiles, tiles_path
@@ -84,8 +90,16 @@ def tile(
     names = tuple(scale.name for scale in parse_scales(scales))
     parameters = TilingParameters(names, tile_px, min_tissue, max_upsampling, tissue, artefacts)
     rows = read_cohort(cohort, leave_out=output)
-    with ended_by_sigterm(), Worker(output, stale_after) as worker:
+    wants = {"parameters": parameters.as_json(), "cohort": slides_digest(rows)}
+    with ended_by_sigterm(), Worker(output, stale_after, wants=wants) as worker:
         _refuse_other_parameters(output, rows, parameters, worker)
+        if other := worker.refused_by("cohort"):
+            raise InputError(
+                f"{output}: {other} tiles other slides into it now; give both the same --cohort, "
+                "which they will share, or begin when it has ended"
+            )
+        if line := describe_leaving(output / "cohort.csv", rows):
+            print(f"tile: {line}")
         write_cohort(output / "cohort.csv", rows)
         status = tile_status(output)
         worker.on_beat = status.write
@@ -103,7 +117,7 @@ def tile_status(folder: Path) -> Status:
         [row.slide_id for row in read_cohort(folder / "cohort.csv")],
         [*columns, "tissue_mm2", "mpp", "mpp_source"],
         path=partial(tiles_path, folder),
-        describe=lambda path: summary(read_tiles(path), "", ""),
+        describe=lambda path: summary(read_tiles(path), ""),
     )
 
 
@@ -132,7 +146,9 @@ def _tile_all(
                 ready = wait(list(running), POLL_S) if running else []
                 for connection in [c for c in running if c in ready]:
                     process, row = running.pop(connection)
-                    worker.settle(row.slide_id, _result(process, row))
+                    # of a slide that was done before it is known how long it took then
+                    took = worker.last(row.slide_id).get("seconds")
+                    worker.settle(row.slide_id, {"seconds": took, **_result(process, row)})
                     idle.append(process)
                 bar.update(len(rows) - len(waiting) - len(running) - bar.n)
     finally:
@@ -169,9 +185,9 @@ def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> St
     start = time.monotonic()
     try:
         with Slide(row) as slide:
-            result = _done_before(slide, output, parameters) or tile_slide(
-                slide, output, parameters
-            )
+            if (done := _done_before(slide, output)) is not None:
+                return done
+            result = tile_slide(slide, output, parameters)
     except DiskFullError:
         raise
     except Exception as error:  # the message is reported in status.csv, on screen and by exit code
@@ -182,7 +198,7 @@ def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> St
     return {**result, "seconds": round(time.monotonic() - start, 2)}
 
 
-def _done_before(slide: Slide, output: Path, parameters: TilingParameters) -> StatusRow | None:
+def _done_before(slide: Slide, output: Path) -> StatusRow | None:
     """The status of a slide whose table and picture are there, and are of this very slide."""
     path = tiles_path(output, slide.row.slide_id)
     if not path.exists() or not qc_path(output, slide.row.slide_id).exists():
@@ -191,10 +207,10 @@ def _done_before(slide: Slide, output: Path, parameters: TilingParameters) -> St
         tiles = read_tiles(path)
     except InputError:  # cut off, or of another version: told when the run began
         return None
-    if (tiles.slide_mpp, tiles.size_px0) != (slide.mpp, slide.size_px0):
+    found = tiles.slide_mpp, tiles.size_px0, tiles.bounds_px0
+    if found != (slide.mpp, slide.size_px0, slide.bounds_px0):
         return None
-    message = "tiled before" if any(tiles.num_tiles().values()) else "tiled before, no tile kept"
-    return summary(tiles, slide.physical_scale.source, message)
+    return summary(tiles, slide.physical_scale.source)
 
 
 def _refuse_other_parameters(
@@ -203,24 +219,22 @@ def _refuse_other_parameters(
     """A folder holds tiles of one set of parameters, also when two commands begin together."""
     wanted = parameters.as_json()
     path = output / PARAMETERS
-    tables = [tiles_path(output, row.slide_id) for row in rows]
-    tables = [table for table in tables if table.exists()]
-    for table in tables:
+    if other := worker.refused_by("parameters"):
+        raise InputError(
+            f"{output}: {other} tiles into it now with other parameters; choose another --output"
+        )
+    for table in (tiles_path(output, row.slide_id) for row in rows):
+        if not table.exists():
+            continue
         try:
             found = read_tiles(table).tiling
         except InputError as error:
             print(f"tile: {error}: it is made anew")
             continue
         if found != wanted:
-            raise _other_parameters(table)
-    if write_once(path, wanted) != wanted:
-        if tables or worker.others():
-            raise _other_parameters(path)
-        write_text(path, wanted)  # of a run that came to nothing
-
-
-def _other_parameters(path: Path) -> InputError:
-    return InputError(
-        f"{path}: made with other parameters than asked for now; "
-        "choose another --output, or delete that folder to start over"
-    )
+            raise InputError(
+                f"{table}: made with other parameters than asked for now; "
+                "choose another --output, or delete that folder to start over"
+            )
+    if not path.exists() or path.read_text(encoding="utf-8") != wanted:
+        write_text(path, wanted)

@@ -36,31 +36,33 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
     mask = tissue_mask(thumbnail, thumbnail_mpp, parameters.tissue)
     if excluded is not None:  # a gap that was closed or a hole that was filled
         np.logical_and(mask, ~excluded, out=mask)
-    tiles = tile_pyramid(slide_id, mask, slide.size_px0, slide.mpp, parameters, artefacts)
+    tiles = tile_pyramid(
+        slide_id, mask, slide.size_px0, slide.mpp, parameters, artefacts, slide.bounds_px0
+    )
 
-    found, blurred_px0 = any(tiles.num_tiles().values()), None
+    blurred_px0 = None
     if parameters.artefacts.blur:
         blurred = blurred_tiles(slide, tiles, parameters.artefacts)
         blurred_px0 = tiles.boxes_px0(tiles.scales[-1].name)[blurred]
         tiles = without_blurred(tiles, blurred)
     write_png(qc_path(output, slide_id), draw_qc(picture, mask, tiles, artefacts, blurred_px0))
     write_tiles(tiles_path(output, slide_id), tiles)
-    if any(tiles.num_tiles().values()):
+    return summary(tiles, slide.physical_scale.source)
+
+
+def summary(tiles: TilePyramid, mpp_source: str) -> StatusRow:
+    """What the status table says of a slide that has been tiled."""
+    num_tiles = tiles.num_tiles()
+    if any(num_tiles.values()):
         message = ""
-    elif found:
+    elif tiles.excluded.get("blur"):
         message = "every tile is blurred"
-    elif not mask.any():
+    elif not tiles.tissue_mm2:
         message = "no tissue found"
-    elif not all(tiles.geometry.shape(0, slide.size_px0)):
+    elif not all(tiles.geometry.shape(0, tiles.size_px0)):
         message = f"smaller than one tile of {tiles.scales[0].name}"
     else:
         message = "tissue, but no tile holds enough"
-    return summary(tiles, slide.physical_scale.source, message)
-
-
-def summary(tiles: TilePyramid, mpp_source: str, message: str) -> StatusRow:
-    """What the status table says of a slide that has been tiled."""
-    num_tiles = tiles.num_tiles()
     excluded = ", ".join(
         f"{name} {share:.2%}" + (" of the tiles" if name == "blur" else "")
         for name, share in tiles.excluded.items()

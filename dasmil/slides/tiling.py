@@ -62,9 +62,11 @@ class TilePyramid:
     parent: per scale but the coarsest (N_s,) int32, row in the next coarser scale's grid.
     size_px0: width and height of the slide.
     tiling: the parameters, as JSON.
-    tissue_mm2: area of the tissue, without what was left out.
+    tissue_mm2: area of the tissue, without pen and black; blurred tiles still count.
     excluded: what the rules that were on left out: ``pen`` and ``black`` as shares of the slide's
         area, ``blur`` as a share of the finest tiles.
+    bounds_px0: left and top of what was scanned (``openslide.bounds-x, -y``), from which QuPath
+        counts; 0, 0 where the slide does not say.
     """
 
     slide_id: str
@@ -77,6 +79,7 @@ class TilePyramid:
     tiling: str = "{}"
     tissue_mm2: float = 0.0
     excluded: Mapping[str, float] = field(default_factory=dict)
+    bounds_px0: tuple[int, int] = (0, 0)
 
     @property
     def geometry(self) -> PyramidGrid:
@@ -98,6 +101,7 @@ def tile_pyramid(
     slide_mpp: Mpp,
     parameters: TilingParameters,
     artefacts: Mapping[str, MaskArray] | None = None,
+    bounds_px0: tuple[int, int] = (0, 0),
 ) -> TilePyramid:
     """Keep a finest tile when enough of it is tissue, a coarser one when a child of it is kept.
 
@@ -106,6 +110,7 @@ def tile_pyramid(
     mask: (H, W) bool over the whole slide, at any resolution.
     artefacts: name → (h, w) bool over the whole slide, all of one resolution. A finest tile is left
         out where they cover more than ``max_share`` of it.
+    bounds_px0: of the slide, as in :class:`TilePyramid`.
 
     Raises
     ------
@@ -139,6 +144,7 @@ def tile_pyramid(
         parameters.as_json(),
         tissue_mm2=float(mask.mean() * np.prod(size_px0) * slide_mpp**2 / 1e6),
         excluded={name: float(found.mean()) for name, found in artefacts.items()},
+        bounds_px0=bounds_px0,
     )
 
 
@@ -215,6 +221,7 @@ def write_tiles(path: Path, tiles: TilePyramid) -> None:
         "tiling": tiles.tiling,
         "tissue_mm2": repr(tiles.tissue_mm2),
         "excluded": json.dumps(dict(tiles.excluded)),
+        "bounds_px0": json.dumps(tiles.bounds_px0),
     }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, pack_metadata(metadata))
@@ -247,4 +254,5 @@ def read_tiles(path: Path) -> TilePyramid:
         tiling=header["tiling"],
         tissue_mm2=float(header["tissue_mm2"]),
         excluded=json.loads(header["excluded"]),
+        bounds_px0=tuple(json.loads(header.get("bounds_px0", "[0, 0]"))),
     )

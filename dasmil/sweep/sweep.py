@@ -64,7 +64,8 @@ def sweep(
     truth:
         folder of annotations, as for test: figures of instances and lesions too.
     truth_classes:
-        classes (QuPath) or groups (ASAP) of the annotations that are lesions, as for test.
+        classes (QuPath) or groups (ASAP) of the annotations that are lesions, as for test; one with
+        a colon stands in quotes: '["Tumor: Positive"]'.
     rows:
         of the table, see configs/sweep/.
     configs:

@@ -32,6 +32,8 @@ class ChildProcess:
 
     def begin(self, task: Any) -> None:
         """Hand it a task; :attr:`connection` is ready when there is a result."""
+        if not self._process.is_alive():  # it was killed between two tasks
+            self._start()
         self.connection.send(task)
 
     def result(self) -> Any:

@@ -6,7 +6,7 @@ All that the processes know of each other are files in ``FOLDER/work``:
 ``<worker>.jsonl``                    who it is, then one line for every slide that it settled; the
                                       time of the file is its heartbeat
 ``<worker>.owner``                    its name
-``claims/<slide_id>.<number>``        a slide that it works on: a hard link to its name
+``claims/<slide_id>.<number>``        a slide that it works on: a hard link to ``<worker>.owner``
 ``log.jsonl``                         the lines of workers that have ended
 ==================================== =============================================================
 
@@ -15,11 +15,13 @@ process alone. The claim of a worker that died is left where it lies: who takes 
 number. A claim never says that a slide is done: whoever has claimed one looks at its file first.
 """
 
+import errno
 import json
 import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +37,7 @@ from dasmil.files import atomic_path, left_behind, link_once, said_when_full
 
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 120.0  # network file systems may show a file's time a minute late
+SIGNED_AFTER_S = 2.0  # a claim; with hard links at once
 
 Record = dict[str, Any]
 
@@ -65,7 +68,8 @@ class Worker:
     ----------
     folder: what all workers share, the output of the verb.
     stale_after_s: silence after which others take this worker for dead.
-    on_beat: called at every heartbeat by the same thread, and once at the end.
+    on_beat: called again and again by a thread of its own, and once at the end.
+    wants: what all workers of the folder must have the same, as text; see :meth:`refused_by`.
     """
 
     def __init__(
@@ -73,44 +77,53 @@ class Worker:
         folder: Path,
         stale_after_s: float = STALE_AFTER_S,
         on_beat: Callable[[], None] | None = None,
+        wants: Mapping[str, str] | None = None,
     ):
         self.folder = folder
         self.stale_after_s = stale_after_s
         self.on_beat = on_beat
+        self.wants = dict(wants or {})
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.path = folder / "work" / f"{self.name}.jsonl"
         self.board = Board(folder)
         self._owner = self.path.with_suffix(".owner")
         self._mine: dict[str, int] = {}  # slide → number of the claim
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._ended, self._told = threading.Event(), threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._teller = threading.Thread(target=self._tell, name="status", daemon=True)
 
     def __enter__(self) -> "Worker":
         self._introduce()
         self.board.ignore_what_is_known()
         self._clear_away()
-        self._thread.start()
+        self._heart.start()
+        self._teller.start()
         return self
 
     def _introduce(self) -> None:
-        (self.folder / "work" / "claims").mkdir(parents=True, exist_ok=True)
-        self._append({"worker": self.name, "stale_after_s": self.stale_after_s, **_this_process()})
-        with said_when_full(self._owner):
+        with said_when_full(self.path):
+            (self.folder / "work" / "claims").mkdir(parents=True, exist_ok=True)
+            about = {"worker": self.name, "stale_after_s": self.stale_after_s, "wants": self.wants}
+            self._append({**about, **_this_process()})
             self._owner.write_text(self.name)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+        self._told.set()
+        self._teller.join()
         for slide_id in list(self._mine):
             self.release(slide_id)
         # On a full disk there is no room to say that this worker has ended: that it is seen no more
         # says so, too, and the error on its way is to be heard.
-        with suppress(OSError, DiskFullError) if kind is not None else nullcontext():
-            if self.on_beat is not None:
-                self.on_beat()
-            if not self._clear_away(also_own=True):
-                self._append({"ended": True})
-                self._owner.unlink(missing_ok=True)
+        try:
+            with suppress(OSError, DiskFullError) if kind is not None else nullcontext():
+                if self.on_beat is not None:
+                    self.on_beat()
+                if not self._clear_away(also_own=True):
+                    self._append({"ended": True})
+                    self._owner.unlink(missing_ok=True)
+        finally:
+            self._ended.set()
+            self._heart.join()
 
     def claim(self, slide_id: str) -> bool:
         """Whether the slide is this worker's now; not when another one that lives has it."""
@@ -144,17 +157,18 @@ class Worker:
 
     def settle(self, slide_id: str, record: Mapping[str, Any]) -> None:
         """Write down what became of a claimed slide, and give it back."""
-        self._append({"slide_id": slide_id, "time": self._now(), **record})
+        self._append({"slide_id": slide_id, "time": self._now(), "settled": True, **record})
         self.release(slide_id)
 
     def note(self, slide_id: str, record: Mapping[str, Any]) -> None:
-        """Write down what is known of a slide that is not worked on; once."""
-        known = self.board.records.get(slide_id, {})
+        """Write down what is known of a slide, once; it is not settled by this."""
+        known = self.last(slide_id)
         if any(known.get(key) != value for key, value in record.items()):
             self._append({"slide_id": slide_id, "time": self._now(), **record})
 
-    def last_state(self, slide_id: str) -> str:
-        return str(self.board.records.get(slide_id, {}).get("state", "waiting"))
+    def last(self, slide_id: str) -> Record:
+        """What was last written down of a slide; of one that nobody has come to, that it waits."""
+        return self.board.records.get(slide_id, {"state": "waiting"})
 
     def claimed(self) -> list[str]:
         """The slides that this worker holds."""
@@ -165,10 +179,27 @@ class Worker:
         living = self.board.living(self.board.workers(), self._now())
         return sorted(living - {self.name})
 
+    def refused_by(self, what: str) -> str | None:
+        """A worker that lives, came before this one, and wants another ``what``; in words.
+
+        Of two that begin together and want different things one goes on: both know the other.
+        """
+        for name in self.others():
+            if self.board.wants(name).get(what) != self.wants.get(what) and self._was_before(name):
+                return self.board.where(name)
+        return None
+
+    def _was_before(self, name: str) -> bool:
+        """By the times of their names' files; one that has none yet may have looked before this."""
+        with _may_be_gone():
+            theirs = (self.folder / "work" / f"{name}.owner").stat().st_mtime_ns
+            return (theirs, name) < (self._owner.stat().st_mtime_ns, self.name)
+        return True
+
     def is_settled(self, slide_id: str) -> bool:
         """Whether a worker, this one or another, has settled it since this one began."""
         self.board.update()
-        return slide_id in self.board.new
+        return slide_id in self.board.settled
 
     def held_by_others(self) -> dict[str, str]:
         """Slides that another living worker has claimed, and its name."""
@@ -184,17 +215,23 @@ class Worker:
             file.write("\n" + json.dumps(entry))
 
     def _beat(self) -> None:
-        due = 0.0
         while not self._ended.wait(HEARTBEAT_S):
-            # A beat that fails is a beat less: where the folder is lost, or its disk full, the work
-            # itself fails, and says so.
-            with suppress(OSError, DiskFullError):
+            with suppress(OSError):  # where the folder is lost, the work itself fails, and says so
                 os.utime(self.path)
-                start = time.monotonic()
-                if self.on_beat is not None and start >= due:
+
+    def _tell(self) -> None:
+        pause = HEARTBEAT_S
+        said = set()
+        while not self._told.wait(pause):
+            start = time.monotonic()
+            try:
+                if self.on_beat is not None:
                     self.on_beat()
-                    end = time.monotonic()
-                    due = end + 20 * (end - start)  # of a very large cohort less often
+            except Exception as error:  # the work goes on, and it is tried again
+                if str(error) not in said:
+                    print(f"the status was not written: {error}", file=sys.stderr)
+                said.add(str(error))
+            pause = max(HEARTBEAT_S, 20 * (time.monotonic() - start))  # a large cohort less often
 
     def _now(self) -> float:
         """The time of the machine that keeps the files, by which all heartbeats are judged."""
@@ -221,8 +258,8 @@ class Worker:
         return True
 
     def _is_not_mine(self, claim: Path) -> bool:
-        slide_id, _, number = claim.name.rpartition(".")
-        return self._mine.get(slide_id) != int(number)
+        parts = _parts(claim)
+        return parts is not None and self._mine.get(parts[0]) != parts[1]
 
 
 class Board:
@@ -234,7 +271,7 @@ class Board:
     def __init__(self, folder: Path):
         self.folder = folder / "work"
         self.records: dict[str, Record] = {}  # the last of each slide
-        self.new: dict[str, Record] = {}  # those since ignore_what_is_known
+        self.settled: set[str] = set()  # since ignore_what_is_known
         self._about: dict[str, Record] = {}  # worker → its first line
         self._ended: set[str] = set()
         self._read_to: dict[str, int] = {}
@@ -255,18 +292,18 @@ class Board:
 
     def ignore_what_is_known(self) -> None:
         self.update()
-        self.new = {}
+        self.settled = set()
 
     def claims(self, of: str | None = None) -> dict[str, dict[int, str]]:
         """Per slide the numbers of its claims and their owners; of one slide, or of all."""
         found: dict[str, dict[int, str]] = {}
         folder = self.folder / "claims"
         for path in folder.iterdir() if folder.is_dir() else ():
-            slide_id, _, number = path.name.rpartition(".")
-            if of in (None, slide_id):
-                with suppress(FileNotFoundError):  # given back meanwhile
-                    owner = path.read_text()
-                    found.setdefault(slide_id, {})[int(number)] = owner
+            parts = _parts(path)
+            if parts is not None and of in (None, parts[0]):
+                with _may_be_gone():  # given back meanwhile
+                    owner = _owner_of(path)
+                    found.setdefault(parts[0], {})[parts[1]] = owner
         return found
 
     def held(self, now: float) -> dict[str, str]:
@@ -286,12 +323,10 @@ class Board:
         return {name for name in set(names) if self._lives(name, now)}
 
     def _lives(self, name: str, now: float) -> bool:
-        try:
-            with open(self.folder / f"{name}.jsonl", "rb") as file:
-                beat = os.fstat(file.fileno()).st_mtime  # of an open file it is asked of the server
-        except FileNotFoundError:
-            return False
-        if name in self._ended:
+        beat = None
+        with _may_be_gone(), open(self.folder / f"{name}.jsonl", "rb") as file:
+            beat = os.fstat(file.fileno()).st_mtime  # of an open file it is asked of the server
+        if beat is None or name in self._ended:
             return False
         about = self._about.get(name, {})
         if about.get("machine") == _machine() and not _runs(about["pid"], about["started"]):
@@ -302,6 +337,10 @@ class Board:
         """A worker in words."""
         about = self._about.get(name, {})
         return f"process {about['pid']} on {about['host']}" if about else "another process"
+
+    def wants(self, name: str) -> Mapping[str, str]:
+        """What a worker wants all to have the same."""
+        return dict(self._about.get(name, {}).get("wants", {}))
 
     def fold(self, names: Iterable[str]) -> None:
         """Put the lines of dead workers into ``log.jsonl``, and remove their files."""
@@ -314,17 +353,16 @@ class Board:
             (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
 
     def _added_lines(self, name: str) -> list[Record]:
-        try:
-            with open(self.folder / f"{name}.jsonl", "rb") as file:
+        added = b""
+        with _may_be_gone(), open(self.folder / f"{name}.jsonl", "rb") as file:
+            if name == "log":  # it is replaced as a whole
                 state = os.fstat(file.fileno())
-                if name == "log":  # it is replaced as a whole
-                    if self._log == (state.st_ino, state.st_mtime_ns):
-                        return []
-                    self._log = (state.st_ino, state.st_mtime_ns)
-                file.seek(0 if name == "log" else self._read_to.get(name, 0))
-                *lines, last = file.read().split(b"\n")
-        except FileNotFoundError:
-            return []
+                if self._log == (state.st_ino, state.st_mtime_ns):
+                    return []
+                self._log = (state.st_ino, state.st_mtime_ns)
+            file.seek(0 if name == "log" else self._read_to.get(name, 0))
+            added = file.read()
+        *lines, last = added.split(b"\n")
         entries = [entry for line in [*lines, last] if (entry := _parse(line)) is not None]
         # the last line may be half there: then it is read again
         length = sum(len(line) + 1 for line in lines) + (len(last) if _parse(last) else 0)
@@ -339,7 +377,32 @@ class Board:
         else:
             known = self.records.get(entry["slide_id"])
             if known is None or known["time"] < entry["time"]:
-                self.records[entry["slide_id"]] = self.new[entry["slide_id"]] = entry
+                self.records[entry["slide_id"]] = entry
+                if entry.get("settled"):
+                    self.settled.add(entry["slide_id"])
+
+
+@contextmanager
+def _may_be_gone() -> Iterator[None]:
+    """Ends the block where a file is not there, or goes while a network file system reads it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
+
+
+def _parts(claim: Path) -> tuple[str, int] | None:
+    """Slide and number of a claim; None of a file that the system put there, as NFS does."""
+    slide_id, _, number = claim.name.rpartition(".")
+    return (slide_id, int(number)) if number.isdecimal() else None
+
+
+def _owner_of(claim: Path) -> str:
+    """Who made a claim; "" where its maker died before it signed, on a disk without links."""
+    while not (owner := claim.read_text()) and time.time() - claim.stat().st_mtime < SIGNED_AFTER_S:
+        time.sleep(0.05)
+    return owner
 
 
 def _parse(line: bytes) -> Record | None:

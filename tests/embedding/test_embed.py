@@ -1,7 +1,9 @@
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
@@ -315,3 +317,69 @@ def test_a_slide_without_tiles_gets_an_empty_bag(road, tmp_path):
     assert main(embed_command(tiles, tmp_path / "bags", RANDOM)) == 0
     bag = read_bag(bag_path(tmp_path / "bags", table.slide_id))
     assert set(bag.num_tiles().values()) == {0}
+
+
+def test_a_slide_that_is_tiled_later_is_embedded_by_the_next_run(road, tmp_path, capsys):
+    tiles, bags = tmp_path / "tiles", tmp_path / "bags"
+    shutil.copytree(road.tiles, tiles)
+    slide_id = slide_ids(road)[0]
+    away = tiles_path(tiles, slide_id).rename(tmp_path / "away")
+    args = embed_command(tiles, bags, RANDOM)
+    assert main(args) == 0
+    assert states(bags)[slide_id][0] == "not tiled"
+    shutil.copy(away, tiles_path(tiles, slide_id))
+    assert main(args) == 0
+    assert states(bags)[slide_id] == ("done", "")
+    assert bag_path(bags, slide_id).exists()
+
+    tiles_path(tiles, slide_id).write_bytes(b"cut off")
+    assert main(args) == 0
+    assert states(bags)[slide_id][0] == "not tiled"
+    shutil.copy(away, tiles_path(tiles, slide_id))
+    time = bag_path(bags, slide_id).stat().st_mtime_ns
+    assert main(args) == 0
+    assert bag_path(bags, slide_id).stat().st_mtime_ns == time
+    assert states(bags)[slide_id] == ("done", "")
+
+
+def test_a_bag_whose_worker_was_killed_before_it_said_so_counts(road, tmp_path):
+    bags = tmp_path / "bags"
+    shutil.copytree(road.bags, bags)
+    slide_id = slide_ids(road)[0]
+    with Worker(bags) as worker:
+        worker.note(slide_id, {"state": "failed", "message": "no such file"})
+    assert main(embed_command(road.tiles, bags, road.dino)) == 0
+    assert states(bags)[slide_id] == ("done", "")
+
+
+class DeadlyDataset(ChunkDataset):
+    def __getitem__(self, index):
+        if index >= 0 and self.rows[self.chunks[index][0]].slide_id == DEADLY:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+DEADLY = "demo_000"
+
+
+def test_a_slide_that_kills_its_reading_process_is_the_last_of_the_next_run(
+    road, tmp_path, monkeypatch, capsys
+):
+    assert DEADLY in slide_ids(road)
+    monkeypatch.setattr("dasmil.embedding.embed.ChunkDataset", DeadlyDataset)
+    monkeypatch.setattr("dasmil.embedding.dataset.WAIT_S", 0.02)
+    args = embed_command(road.tiles, tmp_path, RANDOM)
+    args[args.index("--num_workers") + 1] = "2"
+    assert main(args) == 2
+    assert "a reading process was killed while it read one of " in capsys.readouterr().err
+    found = states(tmp_path)
+    assert found[DEADLY][0] == "failed" and DEADLY in found[DEADLY][1]
+    for _ in range(2):
+        assert main(args) == 2
+        error = capsys.readouterr().err
+        assert f"was killed while it read one of {DEADLY}: too little memory" in error
+        done = {slide_id for slide_id, (state, _) in states(tmp_path).items() if state == "done"}
+        assert done == set(slide_ids(road)) - {DEADLY}
+    monkeypatch.undo()
+    assert main(args) == 0
+    assert states(tmp_path)[DEADLY] == ("done", "")

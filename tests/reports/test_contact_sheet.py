@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import errno
 import json
 import re
 import shutil
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 
 from dasmil.cli import main
+from dasmil.demo.slides import write_pyramid
 from dasmil.errors import InputError
 from dasmil.reports import contact_sheet as module
 from dasmil.reports.contact_sheet import MAX_PICTURE_BYTES, contact_sheet
 from dasmil.slides.qc import caption
+from dasmil.work.status import Status
 
 COLUMNS = ["slide_id", "state", "tiles/x10", "tiles/x20", "tissue_mm2", "mpp", "mpp_source"]
 COLUMNS += ["seconds", "message"]
@@ -275,6 +278,25 @@ def test_by_command_and_without_torch(tiles, tmp_path):
     assert main(["contact-sheet", str(tmp_path / "none")]) == 2
 
 
+def test_the_table_is_renewed_where_that_is_possible(tmp_path, monkeypatch):
+    """A worker that was killed has left a slide that is running."""
+    write_pyramid(tmp_path / "s1.tiff", np.full((600, 600, 3), (205, 140, 175), np.uint8), 1.0)
+    (tmp_path / "cohort.csv").write_text("slide_id,path\ns1,s1.tiff\n")
+    folder = tmp_path / "TILES"
+    tile = ["tile", "--cohort", str(tmp_path / "cohort.csv"), "--output", str(folder)]
+    assert main([*tile, "--scales", "[x10]", "--workers", "1"]) == 0
+    stale = (folder / "status.csv").read_text().replace("done", "running")
+
+    def refuse(_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for write, state in ((Status.write, "done"), (refuse, "running")):
+        (folder / "status.csv").write_text(stale)
+        monkeypatch.setattr(Status, "write", write)
+        assert contact_sheet(folder) == 0
+        assert [c["data-state"] for c in Page(folder / "contact_sheet.html").cards] == [state]
+
+
 def test_real_slides(shared_data, tmp_path):
     """By command from slide files: more tissue has more tiles, a bad file has its sentence."""
     slides = shared_data / "slides"
@@ -354,6 +376,38 @@ def test_order(key, descending, wanted):
 )
 def test_filter(hidden, text, shown):
     """All words must be there, in any order and case."""
-    slide = {"state": "failed", "text": "tumor_001 failed tumor_001.tif: bogus marker length"}
+    slide = {"state": "failed", "text": "tumor_001 tumor_001.tif: bogus marker length"}
     states = f"new Set({json.dumps(hidden)})"
     assert run_script(f"isShown({json.dumps(slide)}, {states}, {json.dumps(text)})") is shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s1", ["s10"]),
+        ("IS IT a slide?", ["bad"]),
+        ("full", ["s9"]),  # the message of its bag
+        *((word, []) for word in ("tissue", "mm²", "(slide)", "x20", "1,400", "picture", "done")),
+        ("embedded", []),
+    ],
+)
+def test_names_and_messages_are_searched_and_nothing_else(tiles, tmp_path, text, shown):
+    """As the page's script makes slides of the page's cards."""
+    rows = [{"slide_id": "s9", "state": "failed", "message": "the disk is full"}]
+    write_status(tmp_path / "BAGS", rows, ["slide_id", "state", "message"])
+    contact_sheet(tiles, bags=tmp_path / "BAGS")
+    cards = Page(tiles / "contact_sheet.html").cards
+    data = [{k.removeprefix("data-"): v for k, v in card.items() if "data-" in k} for card in cards]
+    slides = f"{json.dumps(data)}.map(asSlide)"
+    chosen = f"{slides}.filter((s) => isShown(s, new Set(), {json.dumps(text)}))"
+    assert run_script(f"{chosen}.map((s) => s.slide_id)") == shown
+
+
+def test_the_script_knows_of_a_card_what_it_is_sorted_by(tiles):
+    contact_sheet(tiles)
+    card = Page(tiles / "contact_sheet.html").by_slide["s10"]
+    data = {k.removeprefix("data-"): v for k, v in card.items() if "data-" in k}
+    found = run_script(f"asSlide({json.dumps(data)}, 3)")
+    figures = {"tissue_mm2": 31.25, "tiles/x10": 120, "tiles/x20": 1400}
+    wanted = {"slide_id": "s10", "state": "done", "embedded": "", "table": 3, "figures": figures}
+    assert found.items() >= wanted.items()

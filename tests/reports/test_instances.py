@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -291,6 +292,75 @@ def test_points_of_geojson_have_no_froc(bags, tmp_path):
         ("x20", "1"),
         ("x20", "1"),
     ]
+
+
+def set_header(folder: Path, slide_id: str, **changes) -> None:
+    bag = read_bag(bag_path(folder, slide_id))
+    header = replace(bag.header, **changes)
+    write_bag(bag_path(folder, slide_id), replace(bag, header=header))
+
+
+def geojson(left, top, right, bottom) -> str:
+    corners = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    geometry = {"type": "Polygon", "coordinates": [corners]}
+    properties = {"classification": {"name": "Tumor"}}
+    return json.dumps({"type": "Feature", "geometry": geometry, "properties": properties})
+
+
+def test_geojson_is_counted_from_the_bounds_of_the_slide(bags, tmp_path):
+    """One tile of x20, two tiles to the right and four down, as QuPath and as ASAP count it."""
+    set_header(bags, "t1", bounds_px0=(1024, 2048))
+    set_header(bags, "t2", bounds_px0=(1024, 2048))
+    (tmp_path / "truth" / "t1.xml").unlink()
+    (tmp_path / "truth" / "t1.geojson").write_text(geojson(0, 0, 512, 512))
+    (tmp_path / "truth" / "t2.xml").write_text(box_xml(1024, 2048, 1536, 2560))
+    run(bags, InstanceTruth(tmp_path / "truth", output=tmp_path / "out"))
+    for slide_id in ("t1", "t2"):
+        found = [r for r in tile_rows(tmp_path, slide_id) if r["positive"] == "1"]
+        assert [(r["scale"], r["row"], r["col"]) for r in found] == [("x20", "4", "2")]
+
+
+def test_truth_of_a_slide_without_its_mpp_is_refused(bags, tmp_path):
+    """Its tiles have no place in level-0 pixels; a normal slide needs none."""
+    set_header(bags, "n1", mpp_is_known=False)
+    run(bags, InstanceTruth(tmp_path / "truth"))
+    set_header(bags, "t2", mpp_is_known=False)
+    words = r"t2\.xml: the tiles of t2 have no place .* --cohort of `import stamp` a table with the"
+    with pytest.raises(InputError, match=words):
+        run(bags, InstanceTruth(tmp_path / "truth"))
+
+
+def test_lesions_beyond_the_tiles_of_a_slide_whose_size_is_not_known(bags, tmp_path):
+    """Points, polygons and QuPath's count there as elsewhere; a lesion without a tile is missed."""
+    truth = tmp_path / "truth"
+    (truth / "t1.xml").write_text(box_xml(6000, 6000, 8000, 8000))
+    with pytest.raises(InputError, match="lies outside the slide of 4096 x 4096 px"):
+        run(bags, InstanceTruth(truth))
+    for slide_id in ("t1", "t2"):
+        set_header(bags, slide_id, size_is_extent=True)
+    callback = InstanceTruth(truth)
+    run(bags, callback)
+    assert callback.curves["x20"].sensitivity.max() == 0.5  # of two lesions t1's is never found
+    (truth / "t1.xml").unlink()
+    (truth / "t1.geojson").write_text(geojson(6000, 6000, 8000, 8000))
+    again = InstanceTruth(truth)
+    run(bags, again)
+    assert again.figures == callback.figures
+    (truth / "t1.geojson").unlink()
+    (truth / "t1.csv").write_text("x,y\n5,5\n6000,6000\n")
+    run(bags, InstanceTruth(truth, output=tmp_path / "out"))
+    assert sum(r["positive"] == "1" for r in tile_rows(tmp_path, "t1")) == 2  # one a scale
+    (truth / "t1.csv").write_text("x,y\n-5,5\n")
+    with pytest.raises(InputError, match="the point -5,5 lies outside"):
+        run(bags, InstanceTruth(truth))
+
+
+def test_a_mask_of_a_slide_whose_size_is_not_known_is_refused_with_the_reason(bags, tmp_path):
+    (tmp_path / "truth" / "t1.xml").unlink()
+    Image.fromarray(np.ones((100, 150), np.uint8)).save(tmp_path / "truth" / "t1.png")
+    set_header(bags, "t1", size_is_extent=True)
+    with pytest.raises(InputError, match=r"t1\.png: .* imported without its size; give polygons"):
+        run(bags, InstanceTruth(tmp_path / "truth"))
 
 
 def test_nothing_that_trains_can_read_annotations():

@@ -111,6 +111,25 @@ def test_a_fine_thumbnail_is_looked_at_at_16_um() -> None:
     )
 
 
+def test_rounding_of_the_thumbnails_mpp_does_not_decide_how_it_is_looked_at() -> None:
+    """A slide's width is no multiple of the reduction: 8 µm/px are 7.9995 as often as 8.0005."""
+    picture = cv2.resize(on_glass((30, 70, 170), (40, 60, 200, 100)), None, fx=2, fy=2)
+    picture[:, :30] = 0
+    picture[300:309, :] = (20, 120, 70)  # 72 µm: too narrow for a pen
+    expected = artefact_masks(picture, 8.0, ALL)
+    assert expected["pen"].shape == (200, 240) and all(m.any() for m in expected.values())
+    for mpp in (7.9995, 8.0005):
+        found = artefact_masks(picture, mpp, ALL)
+        assert found.keys() == expected.keys()
+        for name, mask in found.items():
+            np.testing.assert_array_equal(mask, expected[name], err_msg=f"{name} at {mpp}")
+
+
+@pytest.mark.parametrize("mpp, factor", [(2.0, 8), (5.0, 3), (10.0, 2), (10.6, 2), (11.0, 1)])
+def test_a_thumbnail_is_reduced_to_what_comes_nearest_to_16_um(mpp: float, factor: int) -> None:
+    assert artefact_masks(glass(240, 240), mpp, ALL)["pen"].shape == (240 // factor,) * 2
+
+
 @pytest.mark.parametrize(
     "box, found",
     [
@@ -219,7 +238,7 @@ def test_the_area_of_the_tissue_is_in_square_millimetres() -> None:
     mask[:10] = True
     tiles = tile_pyramid("s1", mask, (5000, 3000), Mpp(0.25), parameters)
     assert tiles.tissue_mm2 == pytest.approx(1.25 * 0.25)
-    assert summary(tiles, "slide", "")["tissue_mm2"] == 0.312
+    assert summary(tiles, "slide")["tissue_mm2"] == 0.312
 
 
 def test_a_coarse_tile_goes_with_its_last_child() -> None:
@@ -350,10 +369,11 @@ def test_real_slides_without_pen_lose_next_to_nothing(shared_data: Path) -> None
         mpp = {"x20": 0.5, "x5": 2.0}[finest]
         with Slide(SlideRow(path.stem, path, mpp=mpp)) as slide:
             thumbnail = slide.thumbnail(8.0)
-            before = tissue_mask(thumbnail, 8.0, TissueParameters())
-            masks = artefact_masks(thumbnail, 8.0, ALL)
+            thumbnail_mpp = slide.mpp * slide.size_px0[0] / thumbnail.shape[1]
+            before = tissue_mask(thumbnail, thumbnail_mpp, TissueParameters())
+            masks = artefact_masks(thumbnail, thumbnail_mpp, ALL)
             painted = exclude(masks, thumbnail)
-            after = tissue_mask(thumbnail, 8.0, TissueParameters()) & ~painted
+            after = tissue_mask(thumbnail, thumbnail_mpp, TissueParameters()) & ~painted
             assert (before & ~after).sum() < 0.001 * before.sum(), path
             parameters = TilingParameters((finest,), artefacts=ALL)
             tiles = tile_pyramid("s1", after, slide.size_px0, slide.mpp, parameters, masks)

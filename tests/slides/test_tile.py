@@ -1,6 +1,7 @@
 """The verb ``tile`` on drawn slides and on all real ones."""
 
 import csv
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from faults import InThisProcess
 from dasmil.cli import main
 from dasmil.demo.slides import write_pyramid
 from dasmil.errors import InputError
-from dasmil.slides.cohort import SlideRow, read_cohort
+from dasmil.slides.cohort import SlideRow, read_cohort, slides_digest
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile import tile
 from dasmil.slides.tiling import FORMAT as TILES_FORMAT
-from dasmil.slides.tiling import TilePyramid, TilingParameters, read_tiles
+from dasmil.slides.tiling import TilePyramid, TilingParameters, read_tiles, tiles_path
 from dasmil.slides.tissue import TissueParameters
+from dasmil.work.worker import Worker
 
 REPOSITORY = Path(__file__).parents[2]
 SCALES = ("x5", "x20")
@@ -176,16 +178,21 @@ def test_a_second_run_skips_what_is_done(
     assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
     first = Run(0, output)
     before = {path: path.stat().st_mtime_ns for path in (output / "tiles").iterdir()}
-    counts = first.status["good"]["tiles/x20"]
+    before_rows = first.status
     capsys.readouterr()
     assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
     second = first.status
     assert {path: path.stat().st_mtime_ns for path in (output / "tiles").iterdir()} == before
-    assert (second["good"]["state"], second["good"]["message"]) == ("done", "tiled before")
-    assert (second["good"]["tiles/x20"], second["good"]["mpp"]) == (counts, "0.5")
-    assert second["blank"]["state"] == "empty"
-    assert second["blank"]["message"] == "tiled before, no tile kept"
-    assert "empty: blank: tiled before, no tile kept" in capsys.readouterr().out
+    assert float(first.status["good"]["seconds"]) > 0
+    assert second == before_rows  # also the seconds that it took, and why a slide is empty
+    assert second["good"]["tiles/x20"] != "0"
+    assert "empty: blank: no tissue found" in capsys.readouterr().out
+
+    shutil.rmtree(output / "work")  # then the tables tell all but the time
+    assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
+    third = Run(0, output).status
+    assert third["blank"] == {**second["blank"], "seconds": ""}
+    assert third["good"] == {**second["good"], "seconds": ""}
 
 
 def test_a_slide_that_failed_is_tried_again(two_slides: Path, tmp_path: Path) -> None:
@@ -218,7 +225,7 @@ def test_a_changed_mpp_in_the_table_means_tiling_anew(
     # a x5 tile is 512 px0 now, so 2 columns and 1 row fit; tissue is 2 columns by 4 rows of 128 px0
     assert (good["tiles/x5"], good["tiles/x20"]) == ("1", "8")
     assert run.tiles("good").slide_mpp == 0.25
-    assert blank["message"].startswith("tiled before")
+    assert blank["message"] == "no tissue found"
 
 
 def test_other_parameters_are_refused_and_nothing_is_touched(
@@ -241,6 +248,33 @@ def test_other_parameters_are_refused_and_nothing_is_touched(
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
+def test_what_another_command_wants_now_is_not_taken_away(two_slides, tmp_path) -> None:
+    output = tmp_path / "TILES"
+    rows = read_cohort(two_slides)
+    wants = {"parameters": TilingParameters(SCALES, 64).as_json(), "cohort": slides_digest(rows)}
+    with Worker(output, wants=wants):  # its process is this one
+        with pytest.raises(
+            InputError, match=r"process \d+ on .* tiles into it now with other para"
+        ):
+            tile(two_slides, output, SCALES, tile_px=32, workers=1)
+        half = write_table(tmp_path / "half.csv", [{"slide_id": "good", "path": rows[0].path}])
+        with pytest.raises(InputError, match=r"process \d+ on .* tiles other slides into it now"):
+            tile(half, output, SCALES, tile_px=64, workers=1)
+        assert not (output / "cohort.csv").exists()
+        assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
+
+
+def test_slides_that_leave_the_cohort_are_named(two_slides, tmp_path, capsys) -> None:
+    output = tmp_path / "TILES"
+    assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
+    assert "of before" not in capsys.readouterr().out
+    good = read_cohort(two_slides)[0]
+    half = write_table(tmp_path / "half.csv", [{"slide_id": good.slide_id, "path": good.path}])
+    assert tile(half, output, SCALES, tile_px=64, workers=1) == 0
+    assert "1 slide(s) of before leave it, their files stay: blank" in capsys.readouterr().out
+    assert tiles_path(output, "blank").exists()
+
+
 def test_a_damaged_tile_table_is_named_and_made_anew(
     two_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,14 +283,18 @@ def test_a_damaged_tile_table_is_named_and_made_anew(
     path = output / "tiles" / "good.safetensors"
     whole = path.read_bytes()
     other = whole.replace(TILES_FORMAT.encode(), TILES_FORMAT.replace("dasmil", "daskid").encode())
+    parameters = (output / "tiling.json").read_text()
     for damaged in (whole[:50], whole[:-1], b"", other):
         path.write_bytes(damaged)
+        if damaged is other:  # whose parameters had other names
+            (output / "tiling.json").write_text("{}")
         times = {p: p.stat().st_mtime_ns for p in output.glob("tiles/blank*")}
         capsys.readouterr()
         assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if "made anew" in line]
         assert len(said) == 1 and str(path) in said[0]
         assert path.read_bytes() == whole
+        assert (output / "tiling.json").read_text() == parameters
         assert {p: p.stat().st_mtime_ns for p in output.glob("tiles/blank*")} == times
 
 

@@ -72,3 +72,10 @@ def test_the_death_of_the_parent_ends_it_in_the_middle_of_a_task(tmp_path) -> No
             return
         time.sleep(0.05)
     pytest.fail("the child goes on without its parent")
+
+
+def test_a_death_between_two_tasks_costs_none(child: ChildProcess) -> None:
+    assert ask(child, 3) == 6
+    os.kill(child._process.pid, signal.SIGKILL)  # as by the system where memory is short
+    child._process.join()
+    assert ask(child, 4) == 8

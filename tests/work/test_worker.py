@@ -1,5 +1,6 @@
 """Workers on one folder: claims are exclusive, and outlive nobody."""
 
+import errno
 import json
 import os
 import signal
@@ -270,3 +271,112 @@ def test_an_error_on_its_way_is_heard_though_the_disk_is_full(
         monkeypatch.setattr(worker, "_append", full)
         raise RuntimeError("the first")
     assert claims_in(tmp_path) == []
+
+
+def test_a_note_settles_nothing(tmp_path: Path) -> None:
+    with Worker(tmp_path) as worker:
+        worker.note("a", {"state": "waiting"})
+        worker.note("b", {"state": "not tiled"})
+        assert worker.last("b")["state"] == "waiting"  # until the files are read
+        assert not worker.is_settled("a") and not worker.is_settled("b")
+        assert worker.last("b")["state"] == "not tiled"
+        assert worker.claim("b")
+        worker.settle("b", {"state": "done"})
+        assert worker.is_settled("b")
+
+
+def test_files_that_a_system_leaves_among_claims_disturb_nobody(tmp_path: Path) -> None:
+    """As NFS does of one that is removed while somebody reads it, or macOS wherever it goes."""
+    claims = tmp_path / "work" / "claims"
+    claims.mkdir(parents=True)
+    for name in (".nfs00000000000ab", ".DS_Store"):
+        (claims / name).write_text("somebody")
+    with Worker(tmp_path) as worker:
+        assert worker.claim("a")
+        assert worker.held_by_others() == {}
+        worker.settle("a", {"state": "done"})
+    with Worker(tmp_path) as worker:
+        assert worker.claim("b")
+
+
+def test_a_file_that_goes_while_it_is_read_is_one_that_is_not_there(
+    stranger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_text
+
+    def stale(path: Path, *args: str, **options: str) -> str:
+        if path.name == "a.1":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    with Worker(tmp_path) as worker:
+        assert worker.held_by_others() == {}
+
+
+def test_a_claim_without_hard_links_is_not_taken_before_it_is_signed(tmp_path: Path) -> None:
+    with Worker(tmp_path) as first, Worker(tmp_path) as second:
+        path = tmp_path / "work" / "claims" / "a.1"
+        path.touch()  # as open(path, "x") leaves it for a moment
+        threading.Timer(0.3, path.write_text, [first.name]).start()
+        assert not second.claim("a")
+        dead = tmp_path / "work" / "claims" / "b.1"
+        dead.touch()
+        os.utime(dead, (time.time() - 60, time.time() - 60))  # never signed
+        assert second.claim("b")
+
+
+def test_of_two_that_want_different_things_the_later_one_is_refused(tmp_path: Path) -> None:
+    with Worker(tmp_path, wants={"x": "1"}) as first:
+        assert first.refused_by("x") is None
+        time.sleep(0.02)  # file systems tell times to some milliseconds
+        with Worker(tmp_path, wants={"x": "2"}) as second, Worker(tmp_path, wants={"x": "1"}) as c:
+            assert first.refused_by("x") is None
+            assert second.refused_by("x") == first.board.where(first.name)
+            assert c.refused_by("y") is None
+        assert Worker(tmp_path).board.wants(first.name) == {}  # its lines are not read yet
+    with Worker(tmp_path, wants={"x": "2"}) as third:
+        assert third.refused_by("x") is None  # the others have ended
+
+
+def test_the_heart_beats_while_a_large_table_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    writes, go_on = threading.Event(), threading.Event()
+
+    def on_beat() -> None:
+        writes.set()
+        assert go_on.wait(20)
+
+    with Worker(tmp_path, on_beat=on_beat) as worker:
+        assert writes.wait(20)
+        age(tmp_path, 1000)
+        before = worker.path.stat().st_mtime
+        for _ in range(500):
+            if worker.path.stat().st_mtime > before:
+                break
+            time.sleep(0.01)
+        beaten = worker.path.stat().st_mtime > before
+        go_on.set()
+    assert beaten
+
+
+def test_what_is_wrong_with_the_table_is_said_once_and_the_work_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    beats = []
+
+    def on_beat() -> None:
+        beats.append(1)
+        if len(beats) < 4:
+            raise ValueError("no table")
+
+    with Worker(tmp_path, on_beat=on_beat):
+        for _ in range(500):
+            if len(beats) > 5:
+                break
+            time.sleep(0.01)
+    assert len(beats) > 5
+    assert capsys.readouterr().err == "the status was not written: no table\n"

@@ -4,8 +4,8 @@ It is there for evaluation alone: nothing that trains imports this package.
 
 ==================================== =============================================================
 ``<slide_id>.xml``                    polygons in level-0 pixels, as ASAP and Camelyon16 write them
-``<slide_id>.geojson, .json,``        polygons or points in level-0 pixels, as QuPath exports them
-``.geojson.gz``
+``<slide_id>.geojson, .json,``        polygons or points as QuPath exports them, in level-0 pixels
+``.geojson.gz``                       from the origin of the slide's bounds
 ``<slide_id>.tif, .tiff, .png``       mask over the whole slide, at any resolution; also
                                       ``<slide_id>_mask.tif``, as Camelyon16 names them
 ``<slide_id>.csv``                    points: columns x and y in level-0 pixels
@@ -61,7 +61,11 @@ def find_truth(folder: Path, slide_id: str) -> Path | None:
 
 
 def read_annotation(
-    path: Path, size_px0: tuple[int, int], lesions: Collection[str] | None = None
+    path: Path,
+    size_px0: tuple[int, int],
+    lesions: Collection[str] | None = None,
+    bounds_px0: tuple[int, int] = (0, 0),
+    size_is_extent: bool = False,
 ) -> Points | Areas:
     """What a file marks on a slide.
 
@@ -70,6 +74,8 @@ def read_annotation(
     size_px0: width and height of the slide.
     lesions: the classes, or groups of ASAP, that are positive; those that the format's module
         names where None. Masks and tables of points have no classes.
+    bounds_px0: where what QuPath shows of the slide begins; all other files count from 0, 0.
+    size_is_extent: the slide's size is not known, ``size_px0`` is how far its tiles reach.
 
     Raises
     ------
@@ -77,11 +83,18 @@ def read_annotation(
         when the file is not readable as what its name says, or does not fit the slide.
     """
     if path.suffix == ".csv":
-        return read_points(path, size_px0)
+        return read_points(path, size_px0, size_is_extent)
     if path.suffix == ".xml":
-        return asap.read_asap(path, size_px0, asap.GROUPS.with_lesions(lesions))
+        groups = asap.GROUPS.with_lesions(lesions)
+        return asap.read_asap(path, size_px0, groups, size_is_extent)
     if path.name.endswith(GEOJSON_SUFFIXES):
-        return geojson.read_geojson(path, size_px0, geojson.CLASSES.with_lesions(lesions))
+        classes = geojson.CLASSES.with_lesions(lesions)
+        return geojson.read_geojson(path, size_px0, classes, bounds_px0, size_is_extent)
+    if size_is_extent:
+        raise InputError(
+            f"{path}: a mask covers the whole slide, but the slide's bag was imported without its "
+            "size; give polygons or points, or embed the slide with dasmil"
+        )
     return read_mask(path, size_px0)
 
 

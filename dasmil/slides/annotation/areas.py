@@ -86,6 +86,7 @@ class Polygons(Areas):
     ----------
     lesions: polygons; each its outline and then its holes, (V, 2) x, y in level-0 pixels.
     excluded: polygons that are cut out of all lesions.
+    size_is_extent: the slide's size is not known: it reaches at least as far as the lesions.
     """
 
     def __init__(
@@ -93,7 +94,12 @@ class Polygons(Areas):
         size_px0: tuple[int, int],
         lesions: Sequence[Rings] = (),
         excluded: Sequence[Rings] = (),
+        size_is_extent: bool = False,
     ):
+        if size_is_extent:
+            corners = np.concatenate([np.array([size_px0]), *(rings[0] for rings in lesions)])
+            width, height = np.ceil(corners.max(axis=0)).astype(int).tolist()
+            size_px0 = width, height
         super().__init__(size_px0)
         self.lesions = lesions
         self.excluded = excluded
@@ -151,10 +157,11 @@ def _fill(mask: MaskArray, rings: Rings, value: bool) -> None:
 
 
 def refuse_other_slide(
-    path: Path, what: str, xy_px0: FloatArray, size_px0: tuple[int, int]
+    path: Path, what: str, xy_px0: FloatArray, size_px0: tuple[int, int], size_is_extent: bool
 ) -> None:
-    """A shape (V, 2) must at least touch the slide."""
-    if (xy_px0.max(axis=0) < 0).any() or (xy_px0.min(axis=0) > size_px0).any():
+    """A shape (V, 2) must at least touch the slide, as far as its size is known."""
+    beyond = (xy_px0.min(axis=0) > size_px0).any() and not size_is_extent
+    if beyond or (xy_px0.max(axis=0) < 0).any():
         raise InputError(
             f"{path}: {what} lies outside the slide of {size_px0[0]} x {size_px0[1]} px; "
             "is it of another slide?"

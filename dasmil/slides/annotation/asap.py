@@ -17,7 +17,12 @@ GROUPS = Classes(
 POLYGON_TYPES = frozenset(["Polygon", "Spline", "Rectangle"])
 
 
-def read_asap(path: Path, size_px0: tuple[int, int], groups: Classes = GROUPS) -> Polygons:
+def read_asap(
+    path: Path,
+    size_px0: tuple[int, int],
+    groups: Classes = GROUPS,
+    size_is_extent: bool = False,
+) -> Polygons:
     """Annotations of ASAP.
 
     Groups _0, _1, Tumor, Metastases and None are lesions; _2, Exclusion and Normal are cut out of
@@ -36,9 +41,9 @@ def read_asap(path: Path, size_px0: tuple[int, int], groups: Classes = GROUPS) -
             )
         xy = _corners(path, name, annotation)
         if len(xy) >= 3:
-            refuse_other_slide(path, repr(name), xy, size_px0)
+            refuse_other_slide(path, repr(name), xy, size_px0, size_is_extent)
             polygons[meaning].append([xy])
-    return Polygons(size_px0, polygons["lesion"], polygons["excluded"])
+    return Polygons(size_px0, polygons["lesion"], polygons["excluded"], size_is_extent)
 
 
 def asap_groups(path: Path) -> set[str]:

@@ -62,7 +62,7 @@ class Classes:
         raise InputError(
             f"{path}: {what} is of the {self.noun} {name!r}, which is not known; lesions are "
             f"{_listed(self.lesions)}, what is cut out {_listed(self.excluded)}; to say yourself "
-            "what is a lesion give --truth_classes, for example '[Tumor]'"
+            "what is a lesion give --truth_classes, as '[Tumor]' or '[\"Tumor: Positive\"]'"
         )
 
 

@@ -1,4 +1,7 @@
-"""Annotations as QuPath writes them: GeoJSON, coordinates in level-0 pixels.
+"""Annotations as QuPath writes them: GeoJSON, coordinates in level-0 pixels of what it shows.
+
+QuPath shows a slide from its bounds on (MIRAX, Leica), OpenSlide the glass around them, too: the
+bounds' origin is added to all coordinates.
 
 Read as QuPath reads its own files (qupath/lib/io/QuPathTypeAdapters.java, of versions 0.2 to 0.6):
 a FeatureCollection, a Feature, a list of them or a bare geometry, with objects nested in
@@ -76,13 +79,21 @@ class Mark:
 
 
 def read_geojson(
-    path: Path, size_px0: tuple[int, int], classes: Classes = CLASSES
+    path: Path,
+    size_px0: tuple[int, int],
+    classes: Classes = CLASSES,
+    bounds_px0: tuple[int, int] = (0, 0),
+    size_is_extent: bool = False,
 ) -> Polygons | Points:
     """Polygons or points of an export of QuPath.
 
     Classes are told by their name: those of ``CLASSES.lesions`` are positive, of a derived class
     (Tumor: Positive) the base says so. An annotation without a class is refused: QuPath outlines
     tissue so. What has less than three corners has no area, and is left out.
+
+    Parameters
+    ----------
+    bounds_px0, size_is_extent: of the slide, as a bag's header has them.
 
     Raises
     ------
@@ -100,16 +111,19 @@ def read_geojson(
             if kind.endswith("LineString"):
                 raise InputError(f"{path}: {mark.what} is a line, without an area; draw a polygon")
             if kind.endswith("Polygon"):
-                for rings in coordinates if kind == "MultiPolygon" else [coordinates]:
-                    _add_polygon(polygons[meaning], path, mark, rings, size_px0)
+                for lists in coordinates if kind == "MultiPolygon" else [coordinates]:
+                    rings = _arrays(path, mark, lists, bounds_px0)
+                    if rings and len(rings[0]) >= 3:
+                        refuse_other_slide(path, mark.what, rings[0], size_px0, size_is_extent)
+                        polygons[meaning].append([xy for xy in rings if len(xy) >= 3])
             elif meaning == "lesion":
                 positions = coordinates if kind == "MultiPoint" else [coordinates]
-                points += _arrays(path, mark, [positions])
+                points += _arrays(path, mark, [positions], bounds_px0)
     if points and polygons["lesion"]:
         raise InputError(f"{path}: it marks lesions by points and by areas; keep one of the two")
     if points:
-        return points_of(path, np.concatenate(points), size_px0)
-    return Polygons(size_px0, polygons["lesion"], polygons["excluded"])
+        return points_of(path, np.concatenate(points), size_px0, size_is_extent)
+    return Polygons(size_px0, polygons["lesion"], polygons["excluded"], size_is_extent)
 
 
 def marks_points(path: Path, classes: Classes = CLASSES) -> bool:
@@ -195,18 +209,8 @@ def _parts(path: Path, mark: Mark, geometry: Any) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _add_polygon(
-    polygons: list[Rings], path: Path, mark: Mark, rings: Any, size_px0: tuple[int, int]
-) -> None:
-    """Its outline and its holes, where it has an area."""
-    arrays = _arrays(path, mark, rings)
-    if arrays and len(arrays[0]) >= 3:
-        refuse_other_slide(path, mark.what, arrays[0], size_px0)
-        polygons.append([xy for xy in arrays if len(xy) >= 3])
-
-
-def _arrays(path: Path, mark: Mark, lists: Any) -> list[FloatArray]:
-    """Each list of positions as (V, 2); a position may have a third number."""
+def _arrays(path: Path, mark: Mark, lists: Any, bounds_px0: tuple[int, int]) -> list[FloatArray]:
+    """Each list of positions as (V, 2) on the slide; a position may have a third number."""
     try:
         arrays = [
             np.array([(p[0], p[1]) for p in positions], dtype=np.float64).reshape(-1, 2)
@@ -218,7 +222,7 @@ def _arrays(path: Path, mark: Mark, lists: Any) -> list[FloatArray]:
         ) from error
     if not all(np.isfinite(xy).all() for xy in arrays):
         raise InputError(f"{path}: the coordinates of {mark.what} are not all finite")
-    return arrays
+    return [xy + bounds_px0 for xy in arrays]
 
 
 def _names(path: Path, what: str, properties: dict[str, Any]) -> tuple[str, ...]:

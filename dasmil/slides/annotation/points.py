@@ -44,7 +44,7 @@ class Points:
         return overlap > 0
 
 
-def read_points(path: Path, size_px0: tuple[int, int]) -> Points:
+def read_points(path: Path, size_px0: tuple[int, int], size_is_extent: bool = False) -> Points:
     """A table with the columns x and y; others are not read."""
     columns, rows = read_csv(path)
     if not {"x", "y"} <= set(columns):
@@ -53,12 +53,15 @@ def read_points(path: Path, size_px0: tuple[int, int]) -> Points:
         xy = np.array([(float(row["x"]), float(row["y"])) for row in rows]).reshape(-1, 2)
     except ValueError as error:
         raise InputError(f"{path}: {error}; x and y are level-0 pixels") from None
-    return points_of(path, xy, size_px0)
+    return points_of(path, xy, size_px0, size_is_extent)
 
 
-def points_of(path: Path, xy_px0: FloatArray, size_px0: tuple[int, int]) -> Points:
-    """The points (P, 2) that a file marks; all must lie on the slide."""
-    outside = ~((xy_px0 >= 0) & (xy_px0 <= np.array(size_px0))).all(axis=1)
+def points_of(
+    path: Path, xy_px0: FloatArray, size_px0: tuple[int, int], size_is_extent: bool
+) -> Points:
+    """The points (P, 2) that a file marks; all must lie on the slide, as far as that is known."""
+    limit = np.full(2, np.inf) if size_is_extent else np.array(size_px0)
+    outside = ~((xy_px0 >= 0) & (xy_px0 <= limit)).all(axis=1)
     if outside.any():
         x, y = xy_px0[outside][0]
         raise InputError(
