@@ -63,6 +63,7 @@ class SlideFeatures:
     files: one a scale.
     slide_mpp: µm per level-0 pixel.
     size_px0: width and height; None where the files do not say.
+    mpp_is_known: as in :class:`~dasmil.bags.BagHeader`.
     """
 
     slide_id: str
@@ -71,6 +72,7 @@ class SlideFeatures:
     files: tuple[ScaleFeatures, ...]
     slide_mpp: float
     size_px0: tuple[int, int] | None
+    mpp_is_known: bool = True
 
 
 def make_bag(
@@ -124,6 +126,8 @@ def make_bag(
         tile_px=TilePx(slide.tile_px),
         slide_mpp=Mpp(slide.tile_px * finest.mpp / side_px0),
         size_px0=size_px0,
+        size_is_extent=slide.size_px0 is None,
+        mpp_is_known=slide.mpp_is_known,
         tiling=tiling,
         extractors=dict(cards),
         num_tiles=len(rows[-1]),

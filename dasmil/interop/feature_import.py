@@ -17,7 +17,13 @@ from dasmil.bags.status import EXTRACTORS, bag_status, status_row
 from dasmil.errors import DiskFullError, InputError
 from dasmil.files import read_csv, write_csv, write_text
 from dasmil.interop.feature_grids import Dtype, Orphans, SlideFeatures, make_bag
-from dasmil.slides.cohort import SLIDE_SUFFIXES, SlideRow, read_cohort, write_cohort
+from dasmil.slides.cohort import (
+    SLIDE_SUFFIXES,
+    SlideRow,
+    describe_leaving,
+    read_cohort,
+    write_cohort,
+)
 from dasmil.units import Scale, parse_scales
 from dasmil.work.worker import Worker
 
@@ -139,6 +145,8 @@ def import_features(
     rows, left_out = _cohort_rows(cohort, slide_ids, any_file)
     options = {"imported": tool, "orphans": orphans, "dtype": dtype}
     with Worker(dest) as worker:
+        if line := describe_leaving(dest / "cohort.csv", rows):
+            print(f"import: {line}")
         write_cohort(dest / "cohort.csv", rows)
         cards = _first_cards(read, rows, scales, files)
         _write_extractors(dest / EXTRACTORS, cards, tool)
@@ -149,7 +157,8 @@ def import_features(
             tiling = json.dumps({**options, "mpp": (mpps or {}).get(row.slide_id)})
             if not worker.claim(row.slide_id):
                 continue  # another command has it
-            if _is_done(bag_path(dest, row.slide_id), sources, cards, tiling):
+            failed = worker.last(row.slide_id)["state"] == "failed"  # killed before it told more
+            if not failed and _is_done(bag_path(dest, row.slide_id), sources, cards, tiling):
                 worker.release(row.slide_id)
                 continue
             try:

@@ -199,6 +199,7 @@ def make_bag(graph: PreparedGraph, tile_px: int = 256) -> tuple[Bag, dict[str, A
         tile_px=TilePx(tile_px),
         slide_mpp=Mpp(tile_px * scales[-1].mpp / side_px0),
         size_px0=_extent_px0(cells, sides[scale]),
+        size_is_extent=True,
         tiling=json.dumps({"imported": "mil4wsi"}),
         extractors={s.name: extractor_card(s.name, dim) for s in scales},
         num_tiles=len(rows[-1]),

@@ -26,6 +26,7 @@ from dasmil.interop.feature_import import (
     read_dataset,
     table_mpps,
 )
+from dasmil.slides.cohort import read_cohort
 from dasmil.units import Mpp, Scale
 
 MICROMETRE = frozenset(["um", "µm", "μm"])
@@ -42,8 +43,8 @@ def stamp(
 
     STAMP counts in µm and does not keep the slide's mpp. Where the cohort table has it, places are
     in level-0 pixels as everywhere; where not, in pixels of the finest scale, which training and
-    scores do not mind, but overlays do. Scales keep STAMP's own µm per pixel: tiles of 256 µm in
-    224 px have 1.143 µm/px, which goes for x10 within a fifth.
+    scores do not mind; overlays do, and ``test --truth`` refuses such a slide. Scales keep STAMP's
+    own µm per pixel: tiles of 256 µm in 224 px have 1.143 µm/px, which goes for x10 within a fifth.
 
     Parameters
     ----------
@@ -71,10 +72,13 @@ def stamp(
         return read_slide(slide_id, scales, [f[slide_id] for f in files], mpps.get(slide_id))
 
     code = import_features(dest, scales, files, read, cohort, "stamp", orphans, dtype, mpps)
-    if not mpps:
+    rows = read_cohort(dest / "cohort.csv")
+    unknown = sum(not row.mpp for row in rows)
+    if unknown:
         print(
-            "import stamp: no mpp of any slide is known, so places count in pixels of the finest "
-            "scale; give --cohort a table with the column mpp for overlays on slides"
+            f"import stamp: the mpp of {unknown} of {len(rows)} slides is not known, so their "
+            "places count in pixels of the finest scale; give --cohort a table with the column mpp "
+            "for overlays and test --truth"
         )
     return code
 
@@ -111,5 +115,6 @@ def read_slide(
         files=tuple(found),
         slide_mpp=mpp or true_scales[-1].mpp,
         size_px0=None,
+        mpp_is_known=bool(mpp),
     )
     return slide, cards

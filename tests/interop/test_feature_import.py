@@ -56,7 +56,7 @@ def test_tridents_tiles_keep_place_features_and_parents(tmp_path, level0, scales
         for xy, found in zip(corners, bag.features[scale], strict=True):
             assert np.array_equal(found.numpy(), places[tuple(xy)])
     assert all((bag.parent[scale] >= 0).all() for scale in scales[1:])  # validate() checked where
-    assert bag.header.size_px0 == (40_000, 30_000)
+    assert bag.header.size_px0 == (40_000, 30_000) and not bag.header.size_is_extent
     assert bag.header.slide_mpp == pytest.approx(10 / level0)
 
 
@@ -404,9 +404,24 @@ def test_stamps_micrometres_become_pixels_of_the_slide(tmp_path, capsys):
     assert (corners - corners.round()).abs().max() * 128 / 0.2277 < 0.51
     assert sorted(map(tuple, corners.round().long().tolist())) == sorted(CELLS)
     assert run("stamp", tmp_path / "PLAIN", folders) == 0
-    assert "no mpp of any slide is known" in capsys.readouterr().out
+    assert "the mpp of 1 of 1 slides is not known, so their places" in capsys.readouterr().out
     plain = read_bag(bag_path(tmp_path / "PLAIN", "s1"))
     assert torch.equal(plain.grid["x20"], bag.grid["x20"])
+    assert bag.header.mpp_is_known and not plain.header.mpp_is_known
+    assert bag.header.size_is_extent and plain.header.size_is_extent
+
+
+def test_stamp_says_of_how_many_slides_the_mpp_is_not_known(tmp_path, capsys):
+    for slide_id in ("s1", "s2", "s3"):
+        folders = {"x20": write_stamp(tmp_path, slide_id, CELLS, tile_um=128.0)}
+    table = tmp_path / "cohort.csv"
+    rows = ["s1,s1.svs,0.25", "s2,s2.svs,", "s3,s3.svs,"]
+    for known, words in ((1, "the mpp of 2 of 3 slides is not known"), (3, "")):
+        lines = [row if row[-1] != "," else row + "0.25" * (known == 3) for row in rows]
+        table.write_text("\n".join(["slide_id,path,mpp", *lines]))
+        assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 0
+        printed = capsys.readouterr().out
+        assert words in printed and ("import stamp: the mpp" in printed) == bool(words)
 
 
 def test_stamps_other_units_and_magnifications_are_refused(tmp_path, capsys):

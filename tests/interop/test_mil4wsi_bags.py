@@ -63,7 +63,7 @@ def test_children_come_in_the_order_of_their_parents(tmp_path):
     assert places(bag, "x20") == [(768, 0), (512, 256), (256, 0)]
     assert bag.parent["x20"].tolist() == [0, 0, 1]
     assert torch.equal(bag.features["x20"], graph.features[[0, 4, 1]])
-    assert bag.header.size_px0 == (1024, 512)
+    assert bag.header.size_px0 == (1024, 512) and bag.header.size_is_extent
 
 
 @pytest.mark.parametrize(("base", "slide_mpp"), [(2048, 0.5), (4096, 0.25)])
