@@ -16,7 +16,6 @@ from dasmil.interop.feature_grids import (
     ScaleFeatures,
     SlideFeatures,
     check_mpp,
-    same,
 )
 from dasmil.interop.feature_import import (
     attribute,
@@ -36,8 +35,9 @@ def clam(
     dest: Path,
     features: dict[str, Path],
     patches: dict[str, Path],
+    encoder: str,
+    tile_px: int | None = None,
     cohort: Path | None = None,
-    encoder: str = "unknown",
     orphans: Orphans = "keep",
     dtype: Dtype = "keep",
 ) -> int:
@@ -57,11 +57,14 @@ def clam(
         per scale CLAM's feature folder, with h5_files/<slide_id>.h5 or pt_files/<slide_id>.pt.
     patches:
         per scale the folder of create_patches, with patches/<slide_id>.h5.
+    encoder:
+        the name of the network, which the files do not say; features of other names never mix.
+    tile_px:
+        side of a tile as the network saw it, where CLAM resized tiles (its --target_patch_size):
+        then patches of 512 px at 40x are x20 for tiles of 256 px.
     cohort:
         table with the labels: ours (slide_id, path, label, ...) or CLAM's (case_id, slide_id,
         label); without it the bags are for predict.
-    encoder:
-        the name of the network, which the files do not say; features of other names never mix.
     orphans:
         keep or drop tiles without a parent, and coarser ones without a child.
     dtype:
@@ -83,7 +86,7 @@ def clam(
 
     def read(slide_id: str) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
         paths = [(found[slide_id], grid / f"{slide_id}.h5") for found, grid in zip(files, grids)]
-        return read_slide(slide_id, scales, paths, encoder, mpps.get(slide_id))
+        return read_slide(slide_id, scales, paths, encoder, tile_px, mpps.get(slide_id))
 
     def patches_of(slide_id: str) -> list[Path]:
         return [grid / f"{slide_id}.h5" for grid in grids]
@@ -142,7 +145,12 @@ def read_patches(path: Path) -> Patches:
         if not (downsample > 0).all() or custom <= 0:
             raise InputError(f"{path}: its downsample is {downsample[0]:g}; cut the patches again")
     width, height = np.rint(size).astype(int).tolist()
-    side = tile_px * float(downsample[0]) * custom
+    side = tile_px * int(downsample[0]) * custom  # as CLAM steps, though levels are 4.0003
+    if side < 0.99 * tile_px * downsample[0] * custom:
+        raise InputError(
+            f"{path}: CLAM laid tiles with a step of {int(downsample[0])} px on a level of "
+            f"downsample {downsample[0]:g}, so they overlap; cut them anew with dasmil tile"
+        )
     return Patches(place.astype(np.int64), tile_px, side, (width, height))
 
 
@@ -151,6 +159,7 @@ def read_slide(
     scales: tuple[Scale, ...],
     paths: list[tuple[Path, Path]],
     encoder: str,
+    seen_px: int | None,
     mpp: float | None,
 ) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
     """One slide of CLAM's, coarse to fine; ``paths`` of features and of patches."""
@@ -172,13 +181,18 @@ def read_slide(
                 "extracted from"
             )
         side = patches.side_px0
+        tile_px.append(seen_px or patches.tile_px)
         if mpp is not None:
-            check_mpp(path, scale, mpp * side / patches.tile_px)
+            check_mpp(path, scale, mpp * side / tile_px[-1])
         found.append(ScaleFeatures(path, values, place, side))
-        tile_px.append(patches.tile_px)
         sizes.append(patches.size_px0)
-        cards[scale.name] = imported_card("clam", encoder, scale, patches.tile_px, values)
-    shared = same(tile_px, "the tile size", paths[-1][1])
+        cards[scale.name] = imported_card("clam", encoder, scale, tile_px[-1], values)
+    if len(set(tile_px)) > 1:
+        raise InputError(
+            f"{paths[-1][1]}: the tile size differs from scale to scale ({tile_px[0]}, "
+            f"{tile_px[-1]} px); if all were resized for the network say to what, by --tile_px"
+        )
+    shared = tile_px[-1]
     slide = SlideFeatures(
         slide_id, scales, shared, tuple(found), shared * scales[-1].mpp / side, sizes[-1]
     )

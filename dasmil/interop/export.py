@@ -4,16 +4,20 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from dasmil.bags import Bag, bag_path, read_bag
 from dasmil.errors import InputError
-from dasmil.files import atomic_path, write_csv
+from dasmil.files import atomic_path, read_csv, write_csv
+from dasmil.interop.feature_grids import Dtype
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.units import Scale
 
+MAX_NAMED = 10
 
-def export(bags: Path, output: Path) -> int:
+
+def export(bags: Path, output: Path, dtype: Dtype = "float32") -> int:
     """Write every bag as TRIDENT's HDF5 files, which other tools' MIL code reads.
 
     For each scale OUTPUT/<magnification>x_<tile px>px_0px_overlap/ with TRIDENT's folders:
@@ -27,6 +31,9 @@ def export(bags: Path, output: Path) -> int:
         folder that embed or import wrote.
     output:
         folder for the files; what is there of the same slides is replaced.
+    dtype:
+        of the features: float32, which others' code takes without a cast, float16, or as they are
+        in the bag (keep).
 
     Returns
     -------
@@ -42,25 +49,40 @@ def export(bags: Path, output: Path) -> int:
             failed.append(f"failed: {error}")
             continue
         for scale in bag.header.scales:
-            _write_scale(bag, scale, output)
+            _write_scale(bag, scale, output, dtype)
         done.append(row)
     columns = ("case_id", "slide_id", "label")
     records = ({"case_id": r.patient, "slide_id": r.slide_id, "label": r.label} for r in done)
     write_csv(output / "cohort.csv", columns, records)
+    if moved := _moved(bags):
+        print(
+            f"moved: tiles of {len(moved)} slide(s) do not lie where they were cut, see "
+            f"max_moved_px0 in {bags / 'import.csv'}: {', '.join(moved[:MAX_NAMED])}"
+            + (" …" if len(moved) > MAX_NAMED else "")
+        )
     print("\n".join([*failed, f"export: {len(done)} done, {len(failed)} failed; see {output}"]))
     return int(bool(failed))
 
 
 def scale_folder(bag: Bag, scale: Scale, output: Path) -> Path:
     """The folder that TRIDENT would give a scale."""
-    return output / f"{scale.name.removeprefix('x')}x_{bag.header.tile_px}px_0px_overlap"
+    return output / f"{_whole(10 / scale.mpp):g}x_{bag.header.tile_px}px_0px_overlap"
 
 
-def _write_scale(bag: Bag, scale: Scale, output: Path) -> None:
+def _moved(bags: Path) -> list[str]:
+    """Slides of CLAM's whose contours `import` has moved onto one grid."""
+    path = bags / "import.csv"
+    rows = read_csv(path)[1] if path.is_file() else []
+    return [row["slide_id"] for row in rows if int(row.get("moved") or 0)]
+
+
+def _write_scale(bag: Bag, scale: Scale, output: Path, dtype: Dtype) -> None:
     folder = scale_folder(bag, scale, output)
     extractor = bag.header.extractors[scale.name].name.replace("/", "_")
     corners = bag.boxes_px0(scale.name)[:, :2].numpy().astype(np.int64)
-    features = bag.features[scale.name].numpy()
+    features = bag.features[scale.name]
+    if dtype != "keep":
+        features = features.to(getattr(torch, dtype))
     for path, holds_features in (
         (folder / f"features_{extractor}" / f"{bag.slide_id}.h5", True),
         (folder / "patches" / f"{bag.slide_id}_patches.h5", False),
@@ -69,14 +91,15 @@ def _write_scale(bag: Bag, scale: Scale, output: Path) -> None:
             coords = file.create_dataset("coords", data=corners)
             coords.attrs.update(_attributes(bag, scale))
             if holds_features:
-                file.create_dataset("features", data=features)
+                file.create_dataset("features", data=features.numpy())
 
 
 def _attributes(bag: Bag, scale: Scale) -> dict[str, int | float | str]:
     header = bag.header
     side_px0 = float(header.tile_px * scale.mpp / header.slide_mpp)
     nearest = round(side_px0)
-    width, height = header.size_px0
+    known = not header.size_is_extent
+    size = zip(("level0_width", "level0_height"), header.size_px0) if known else ()
     return {
         "patch_size": int(header.tile_px),
         "patch_size_level0": nearest if abs(side_px0 - nearest) < 1e-6 else side_px0,
@@ -84,8 +107,7 @@ def _attributes(bag: Bag, scale: Scale) -> dict[str, int | float | str]:
         "target_magnification": _whole(10 / scale.mpp),
         "overlap": 0,
         "name": bag.slide_id,
-        "level0_width": width,
-        "level0_height": height,
+        **dict(size),
     }
 
 

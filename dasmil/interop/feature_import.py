@@ -1,5 +1,6 @@
 """Folders of feature files → a folder of bags: what importing from any tool has in common."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -39,18 +40,20 @@ def parse_folders(folders: Mapping[str, Path]) -> tuple[tuple[Scale, ...], list[
     return scales, [Path(folders[scale.name]) for scale in scales]
 
 
-def files_by_slide(folder: Path, suffix: str = ".h5") -> dict[str, Path]:
-    """The files of a folder by slide.
+def files_by_slide(folder: Path, suffix: str = ".h5", below: bool = False) -> dict[str, Path]:
+    """The files of a folder by slide, ``below`` those of folders in it, too.
 
     Raises
     ------
     InputError
-        when there is none; of DSMIL's CSVs with the reason why they can be no bags.
+        when there is none, or two of a slide; of DSMIL's CSVs with the reason why they can be no
+        bags.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    paths = [path for path in sorted(folder.glob(f"*{suffix}")) if path.name[0] != "."]
-    if not paths and any(folder.rglob("*.csv")):
+    found = folder.rglob(f"*{suffix}") if below else folder.glob(f"*{suffix}")
+    paths = [path for path in sorted(found) if path.name[0] != "."]
+    if not paths and any(map(_is_dsmils, folder.rglob("*.csv"))):
         raise InputError(
             f"{folder}: it holds CSV files as DSMIL writes them; they do not say where a tile "
             "lies, so no graph can be made of them: extract the features with a tool that keeps "
@@ -58,7 +61,17 @@ def files_by_slide(folder: Path, suffix: str = ".h5") -> dict[str, Path]:
         )
     if not paths:
         raise InputError(f"{folder}: no {suffix} file in it")
-    return {path.name.removesuffix(suffix): path for path in paths}
+    files: dict[str, Path] = {}
+    for path in paths:
+        if (other := files.setdefault(path.name.removesuffix(suffix), path)) != path:
+            raise InputError(f"{other} and {path} are of the same slide; keep one of them")
+    return files
+
+
+def _is_dsmils(path: Path) -> bool:
+    """A table of features, whose columns have numbers for names."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return all(name.strip().isdecimal() for name in file.readline().split(","))
 
 
 def open_h5(path: Path) -> h5py.File:
@@ -154,11 +167,12 @@ def import_features(
         for row in tqdm(rows, f"import {tool}", unit="slide"):
             sources = [found[row.slide_id] for found in files if row.slide_id in found]
             sources += [path for path in beside(row.slide_id) if path.exists()]
-            tiling = json.dumps({**options, "mpp": (mpps or {}).get(row.slide_id)})
+            mpp = (mpps or {}).get(row.slide_id)
+            tiling = json.dumps({**options, "mpp": mpp, "files": _digest(sources)})
             if not worker.claim(row.slide_id):
                 continue  # another command has it
             failed = worker.last(row.slide_id)["state"] == "failed"  # killed before it told more
-            if not failed and _is_done(bag_path(dest, row.slide_id), sources, cards, tiling):
+            if not failed and _is_done(bag_path(dest, row.slide_id), cards, tiling):
                 worker.release(row.slide_id)
                 continue
             try:
@@ -276,11 +290,16 @@ def _refuse_other_cards(
             )
 
 
-def _is_done(
-    path: Path, sources: Sequence[Path], cards: Mapping[str, ExtractorCard], tiling: str
-) -> bool:
-    """True when the bag is there, of these very files and options."""
-    if not path.exists() or any(s.stat().st_mtime > path.stat().st_mtime for s in sources):
+def _digest(files: Sequence[Path]) -> str:
+    """Of the place, size and time of files."""
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    text = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_done(path: Path, cards: Mapping[str, ExtractorCard], tiling: str) -> bool:
+    """True when the bag is there, of these very files and options, which ``tiling`` says."""
+    if not path.exists():
         return False
     try:
         header = read_header(path)

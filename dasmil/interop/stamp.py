@@ -1,5 +1,6 @@
 """The kind ``stamp`` of the verb ``import``: STAMP's feature files → bag files."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from dasmil.slides.cohort import read_cohort
 from dasmil.units import Mpp, Scale
 
 MICROMETRE = frozenset(["um", "µm", "μm"])
+ROUNDED_UM = 1.0  # of places
 
 
 def stamp(
@@ -45,6 +47,9 @@ def stamp(
     in level-0 pixels as everywhere; where not, in pixels of the finest scale, which training and
     scores do not mind; overlays do, and ``test --truth`` refuses such a slide. Scales keep STAMP's
     own µm per pixel: tiles of 256 µm in 224 px have 1.143 µm/px, which goes for x10 within a fifth.
+
+    It rounds a tile up to whole level-0 pixels: 256 and 128 µm are 1,024 and 512 px at 0.25 µm/px,
+    which nest, but 1,125 and 563 px at 0.2277, which do not and are refused.
 
     Parameters
     ----------
@@ -65,7 +70,7 @@ def stamp(
     The exit code: 1 when a slide failed, else 0.
     """
     scales, folders = parse_folders(features)
-    files = [files_by_slide(folder) for folder in folders]
+    files = [files_by_slide(folder, below=True) for folder in folders]  # as the slides lay
     mpps = table_mpps(cohort)
 
     def read(slide_id: str) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
@@ -106,15 +111,53 @@ def read_slide(
         true_mpp = side_um / tile_px[-1]
         check_mpp(path, scale, true_mpp, within=0.2)
         true_scales.append(replace(scale, mpp=Mpp(true_mpp)))
-        found.append(ScaleFeatures(path, values, np.asarray(place_um, dtype=float), side_um))
+        side = math.ceil(side_um / mpp) if mpp else side_um
+        cells, drift_um = _cells(path, np.asarray(place_um, dtype=float), side_um, mpp)
+        if mpp is None and len(scales) > 1 and drift_um > ROUNDED_UM:
+            raise InputError(
+                f"{path}: its grid shows that tiles were rounded to whole level-0 px, and whether "
+                "those of several magnifications nest depends on the slide's mpp; give --cohort a "
+                "table with the column mpp"
+            )
+        found.append(ScaleFeatures(path, values, cells * side, side))
         cards[scale.name] = imported_card("stamp", encoder, scale, tile_px[-1], values)
+    finest = found[-1].side
+    if mpp and any(f.side != finest * round(f.side / finest) for f in found):
+        sides = ", ".join(f"{s.name} {f.side:g} px" for s, f in zip(scales, found))
+        raise InputError(
+            f"{paths[0]}: STAMP rounds tiles up to whole level-0 px, on this slide {sides}, so the "
+            "grids do not nest; import one magnification, or cut with dasmil tile"
+        )
     slide = SlideFeatures(
         slide_id=slide_id,
         scales=tuple(true_scales),
         tile_px=same(tile_px, "the tile size", paths[-1]),
         files=tuple(found),
-        slide_mpp=mpp or true_scales[-1].mpp,
+        slide_mpp=side_um / finest if mpp else true_scales[-1].mpp,  # so that a tile is `side` wide
         size_px0=None,
         mpp_is_known=bool(mpp),
     )
     return slide, cards
+
+
+def _cells(
+    path: Path, place_um: np.ndarray, side_um: float, mpp: float | None
+) -> tuple[np.ndarray, float]:
+    """(N, 2) column, row of tiles, and by how much at most a place is not that many times the side.
+
+    STAMP cuts supertiles of some tiles, each rounded up to whole level-0 pixels, and counts from a
+    supertile's corner in tiles of exactly ``side_um``: between the two lies less than half a tile.
+    """
+    step = math.ceil(side_um / mpp) * mpp if mpp else side_um
+    cells = np.rint(place_um / step)
+    behind = (cells * step - place_um) * (1 if mpp else -1)
+    if behind.size and (behind.min() < -ROUNDED_UM or behind.max() > 0.45 * side_um):
+        raise InputError(
+            f"{path}: its coords lie on no grid of {side_um:g} µm "
+            + (
+                f"on a slide of {mpp:g} µm/px; is the mpp of the table the slide's own?"
+                if mpp
+                else "without the slide's mpp; give --cohort a table with the column mpp"
+            )
+        )
+    return cells, float(np.abs(place_um - cells * side_um).max(initial=0))

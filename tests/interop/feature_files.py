@@ -1,5 +1,6 @@
 """Feature files written by h5py in the very layout of TRIDENT, CLAM and STAMP."""
 
+import math
 from pathlib import Path
 
 import h5py
@@ -66,6 +67,7 @@ def write_clam(
     downsample: float,
     patch_size: int = 256,
     width: int = 8,
+    size=(40_000, 30_000),
     as_pt: bool = False,
     feature_coords=None,
 ) -> tuple[Path, Path]:
@@ -77,8 +79,9 @@ def write_clam(
         dataset.attrs["patch_size"] = patch_size
         dataset.attrs["patch_level"] = level
         dataset.attrs["downsample"] = (downsample, downsample)
-        dataset.attrs["downsampled_level_dim"] = (40_000 / downsample, 30_000 / downsample)
-        dataset.attrs["level_dim"] = (40_000 / downsample, 30_000 / downsample)
+        level_dim = tuple(round(side / downsample) for side in size)
+        dataset.attrs["downsampled_level_dim"] = level_dim
+        dataset.attrs["level_dim"] = level_dim
         dataset.attrs["name"] = slide_id
         dataset.attrs["save_path"] = str(root)
     features = make_features(len(coords), width, seed=level)
@@ -100,16 +103,25 @@ def write_stamp(
     cells,
     *,
     tile_um: float,
+    mpp: float = 0.25,
     tile_px: int = 224,
     width: int = 8,
     extractor: str = "ctranspath",
     unit: str = "um",
     name: str = "feats",
 ) -> Path:
-    """``<extractor>/<slide>.h5`` as STAMP writes it; returns that folder."""
+    """``<extractor>/<slide>.h5`` as STAMP writes it; returns that folder.
+
+    Tiles are of whole level-0 pixels, rounded up; supertiles of at most 4,096 of them lie side by
+    side, and inside one places are counted in ``tile_um``.
+    """
     folder = root / f"{tile_um:g}um" / extractor
     folder.mkdir(parents=True, exist_ok=True)
-    coords = np.array(cells, dtype=np.float64).reshape(-1, 2) * tile_um
+    side_px0 = math.ceil(tile_um / mpp)
+    tiles = max(1, int(4096 * mpp // tile_um))
+    supertile, inside = np.divmod(np.array(cells, dtype=np.float64).reshape(-1, 2), tiles)
+    coords = supertile * tiles * side_px0 * mpp + inside * tile_um
+    (folder / slide_id).parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(folder / f"{slide_id}.h5", "w") as file:
         file.create_dataset("coords", data=coords)
         file.create_dataset(name, data=make_features(len(coords), width, dtype=np.float16))

@@ -1,6 +1,8 @@
 """TRIDENT's, CLAM's and STAMP's feature files become bags, and bags TRIDENT's files."""
 
 import json
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -312,7 +314,8 @@ def clam_folders(root, as_pt=False, slide_id="s1"):
 
 
 def run_clam(dest, features, patches, *options):
-    return run("clam", dest, features, *folder_options(patches, "patches"), *options)
+    encoder = () if "--encoder" in options else ("--encoder", "resnet50")
+    return run("clam", dest, features, *folder_options(patches, "patches"), *encoder, *options)
 
 
 @pytest.mark.parametrize("as_pt", [False, True], ids=["h5_files", "pt_files"])
@@ -375,7 +378,56 @@ def test_scales_of_other_tile_sizes_are_refused(tmp_path, capsys):
         patch_size=512,
     )
     assert run_clam(tmp_path / "BAGS", features, patches) == 2
-    assert "tile size differs from scale to scale (512, 256)" in capsys.readouterr().err
+    assert "tile size differs from scale to scale (512, 256 px)" in capsys.readouterr().err
+
+
+def test_clams_tiles_may_have_been_resized_for_the_network(tmp_path):
+    """Of a 40x slide with levels of 40x and 10x: x20 is 512 px at 40x, shown as 256."""
+    features, patches = {}, {}
+    for scale, size, level, downsample in (("x10", 256, 1, 4), ("x20", 512, 0, 1)):
+        coords = clam_contours(512, size * downsample // 512, ORIGINS)
+        options = {"level": level, "downsample": downsample, "patch_size": size}
+        features[scale], patches[scale] = write_clam(tmp_path / scale, "s1", coords, **options)
+    table = tmp_path / "cohort.csv"
+    table.write_text("slide_id,path,mpp\ns1,s1.svs,0.25\n")
+    options = ("--cohort", table, "--tile_px", 256)
+    assert run_clam(tmp_path / "BAGS", features, patches, *options) == 0
+    bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    assert (bag.header.tile_px, bag.header.slide_mpp) == (256, pytest.approx(0.25))
+    assert (bag.parent["x20"] >= 0).all() and bag.num_tiles() == {"x10": 24, "x20": 96}
+    boxes = bag.boxes_px0("x20")
+    assert set((boxes[:, 2] - boxes[:, 0]).tolist()) == {512}
+    assert run_clam(tmp_path / "OTHER", features, patches, "--cohort", table) == 2
+
+
+@pytest.mark.parametrize("width", [47_823, 31_337])
+def test_clams_levels_are_not_quite_whole(tmp_path, width):
+    """CLAM keeps 47,823 / 2,988 = 16.005 for a downsample and steps by 16 times the patch."""
+    features, patches = {}, {}
+    for scale, level, whole in (("x2.5", 2, 16), ("x10", 1, 4)):
+        coords = clam_contours(1024, whole // 4, [(4 * x, 4 * y) for x, y in ORIGINS])
+        downsample = width / (width // whole)
+        assert int(downsample) == whole != downsample
+        options = {"level": level, "downsample": downsample, "size": (width, width)}
+        features[scale], patches[scale] = write_clam(tmp_path / scale, "s1", coords, **options)
+    assert run_clam(tmp_path / "BAGS", features, patches) == 0
+    bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    assert (bag.parent["x10"] >= 0).all() and bag.num_tiles() == {"x2.5": 6, "x10": 96}
+    assert bag.header.size_px0 == (width, width)
+
+
+def test_clams_tiles_that_overlap_for_its_rounding_are_refused(tmp_path, capsys):
+    folders = write_clam(tmp_path, "s1", clam_contours(768, 1, ORIGINS), level=1, downsample=3.9998)
+    assert run_clam(tmp_path / "BAGS", {"x20": folders[0]}, {"x20": folders[1]}) == 2
+    assert "a step of 3 px on a level of downsample 3.9998" in capsys.readouterr().err
+
+
+def test_clams_encoder_must_be_named(tmp_path, capsys):
+    features, patches = clam_folders(tmp_path)
+    command = [*folder_options(features), *folder_options(patches, "patches")]
+    with pytest.raises(SystemExit, match="2"):
+        main(["import", "clam", str(tmp_path / "BAGS"), *command])
+    assert "encoder" in capsys.readouterr().err
 
 
 def test_a_pickle_is_not_opened(tmp_path, capsys):
@@ -388,27 +440,79 @@ def test_a_pickle_is_not_opened(tmp_path, capsys):
 # STAMP
 
 
-def test_stamps_micrometres_become_pixels_of_the_slide(tmp_path, capsys):
-    folders = {
-        "x10": write_stamp(tmp_path, "s1", ancestors(CELLS, 2), tile_um=256.0, width=5),
-        "x20": write_stamp(tmp_path, "s1", CELLS, tile_um=128.0),
-    }
-    table = tmp_path / "cohort.csv"
-    table.write_text("slide_id,path,mpp\ns1,s1.svs,0.2277\n")
+BLOCK = [(c, r) for r in range(60, 88) for c in range(100, 128)]
+
+
+def stamp_table(path, mpp):
+    path.write_text(f"slide_id,path,mpp\ns1,s1.svs,{mpp}\n")
+    return path
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.252, 0.2277, 0.2485, 0.5, 0.5021])
+def test_stamps_micrometres_become_pixels_of_the_slide(tmp_path, mpp):
+    folders = {"x20": write_stamp(tmp_path, "s1", BLOCK, tile_um=128.0, mpp=mpp)}
+    table = stamp_table(tmp_path / "cohort.csv", mpp)
     assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 0
     bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
     assert bag.features["x20"].dtype == torch.float16
-    assert bag.header.slide_mpp == pytest.approx(0.2277)
-    assert bag.header.scales[0].mpp == pytest.approx(256 / 224)
-    corners = bag.boxes_px0("x20")[:, :2].double() * 0.2277 / 128
-    assert (corners - corners.round()).abs().max() * 128 / 0.2277 < 0.51
-    assert sorted(map(tuple, corners.round().long().tolist())) == sorted(CELLS)
+    assert bag.header.scales[0].mpp == pytest.approx(128 / 224)
+    side = math.ceil(128 / mpp)
+    places = [(c * side, r * side) for c, r in BLOCK]
+    assert sorted(map(tuple, bag.boxes_px0("x20")[:, :2].tolist())) == sorted(places)
+    assert bag.header.slide_mpp == pytest.approx(mpp, rel=1 / side)
+    assert rows_of(tmp_path / "BAGS" / "import.csv")["s1"]["moved"] == "0"
+    assert bag.header.mpp_is_known and bag.header.size_is_extent
+
     assert run("stamp", tmp_path / "PLAIN", folders) == 0
-    assert "the mpp of 1 of 1 slides is not known, so their places" in capsys.readouterr().out
     plain = read_bag(bag_path(tmp_path / "PLAIN", "s1"))
     assert torch.equal(plain.grid["x20"], bag.grid["x20"])
-    assert bag.header.mpp_is_known and not plain.header.mpp_is_known
-    assert bag.header.size_is_extent and plain.header.size_is_extent
+    assert torch.equal(plain.features["x20"], bag.features["x20"])
+    assert not plain.header.mpp_is_known and plain.header.size_is_extent
+
+
+@pytest.mark.parametrize(
+    ("mpp", "nests"), [(0.25, True), (0.5, True), (0.2526, True), (0.2277, False)]
+)
+def test_stamps_magnifications_nest_where_its_pixels_do(tmp_path, capsys, mpp, nests):
+    """256 and 128 µm are 1,014 and 507 px at 0.2526 µm/px, but 1,125 and 563 at 0.2277."""
+    folders = {
+        "x10": write_stamp(tmp_path, "s1", ancestors(BLOCK, 2), tile_um=256.0, mpp=mpp, width=5),
+        "x20": write_stamp(tmp_path, "s1", BLOCK, tile_um=128.0, mpp=mpp),
+    }
+    table = stamp_table(tmp_path / "cohort.csv", mpp)
+    if not nests:
+        assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 2
+        words = "on this slide x10 1125 px, x20 563 px, so the grids do not nest"
+        assert words in capsys.readouterr().err
+    else:
+        assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 0
+        bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+        assert bag.num_tiles() == {"x10": 196, "x20": 784}
+        assert (bag.parent["x20"] >= 0).all()
+    capsys.readouterr()
+    if mpp in (0.25, 0.5):
+        assert run("stamp", tmp_path / "PLAIN", folders) == 0
+        assert "the mpp of 1 of 1 slides is not known, so their places" in capsys.readouterr().out
+    else:
+        assert run("stamp", tmp_path / "PLAIN", folders) == 2
+        assert "nest depends on the slide's mpp; give --cohort" in capsys.readouterr().err
+
+
+def test_a_wrong_mpp_is_seen_by_stamps_places(tmp_path, capsys):
+    folders = {"x20": write_stamp(tmp_path, "s1", BLOCK, tile_um=128.0, mpp=0.2485)}
+    table = stamp_table(tmp_path / "cohort.csv", 0.5021)
+    assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 2
+    assert "on a slide of 0.5021 µm/px; is the mpp of the table the" in capsys.readouterr().err
+
+
+def test_stamps_folders_of_slides_are_looked_into(tmp_path, capsys):
+    for slide_id in ("gdc-1/s1", "gdc-2/s2", "s3"):
+        folders = {"x20": write_stamp(tmp_path, slide_id, CELLS, tile_um=128.0)}
+    assert run("stamp", tmp_path / "BAGS", folders) == 0
+    assert set(rows_of(tmp_path / "BAGS" / "import.csv")) == {"s1", "s2", "s3"}
+    write_stamp(tmp_path, "gdc-4/s3", CELLS, tile_um=128.0)
+    assert run("stamp", tmp_path / "OTHER", folders) == 2
+    assert "are of the same slide; keep one of them" in capsys.readouterr().err
 
 
 def test_stamp_says_of_how_many_slides_the_mpp_is_not_known(tmp_path, capsys):
@@ -433,15 +537,33 @@ def test_stamps_other_units_and_magnifications_are_refused(tmp_path, capsys):
     assert "its tiles have 1.14 µm/px, x20 is 0.5" in capsys.readouterr().err
 
 
+def test_other_folders_of_the_same_encoder_are_imported_anew(tmp_path):
+    """Also where they are older than the bags."""
+    first, second = (
+        {"x20": write_trident(tmp_path / name, "s1", 20, CELLS, dtype=np.float16)}
+        for name in ("v1", "v2")
+    )
+    with h5py.File(second["x20"] / "s1.h5", "a") as file:
+        file["features"][:] = 2 * file["features"][:]
+    os.utime(second["x20"] / "s1.h5", (1e9, 1e9))
+    found = []
+    for folders in (first, second, second):
+        assert run("trident", tmp_path / "BAGS", folders) == 0
+        found.append(bag_path(tmp_path / "BAGS", "s1").stat().st_mtime_ns)
+        bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    with h5py.File(first["x20"] / "s1.h5") as file:
+        assert bag.features["x20"].sum() == 2 * torch.from_numpy(file["features"][:]).sum()
+    assert found[0] < found[1] == found[2]
+
+
 def test_what_a_slide_is_made_of_is_looked_at_again(tmp_path):
     """STAMP's places follow from the table's mpp, CLAM's from its patches."""
     folders = {"x20": write_stamp(tmp_path, "s1", CELLS, tile_um=128.0)}
     assert run("stamp", tmp_path / "BAGS", folders) == 0
-    table = tmp_path / "cohort.csv"
-    table.write_text("slide_id,path,mpp\ns1,s1.svs,0.2277\n")
+    table = stamp_table(tmp_path / "cohort.csv", 0.25)
     assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 0
     header = read_header(bag_path(tmp_path / "BAGS", "s1"))
-    assert header.slide_mpp == pytest.approx(0.2277)
+    assert header.slide_mpp == pytest.approx(0.25)
 
     features, patches = clam_folders(tmp_path, as_pt=True)
     assert run_clam(tmp_path / "CLAM", features, patches) == 0
@@ -478,6 +600,9 @@ def test_dsmils_tables_are_refused_with_the_reason(tmp_path, capsys, kind):
     (folder / "s1.csv").write_text("0,1,2\n0.1,0.2,0.3\n")
     assert run(kind, tmp_path / "BAGS", {"x20": folder}) == 2
     assert "they do not say where a tile lies" in capsys.readouterr().err
+    (folder / "s1.csv").write_text("slide_id,status,seg_level\ns1,processed,2\n")  # CLAM's list
+    assert run(kind, tmp_path / "BAGS", {"x20": folder}) == 2
+    assert f"{folder}: no .h5 file in it" in capsys.readouterr().err
 
 
 def test_tiles_that_overlap_are_refused(tmp_path, capsys):
@@ -510,7 +635,7 @@ def test_bags_come_back_from_tridents_files_as_they_were(tmp_path, slide_mpp):
         bag = read_bag(bag_path(folder, slide_id))
         bags[slide_id] = replace(bag, header=replace(bag.header, slide_mpp=slide_mpp))
         write_bag(bag_path(folder, slide_id), bags[slide_id])
-    assert main(["export", str(folder), str(tmp_path / "out")]) == 0
+    assert main(["export", str(folder), str(tmp_path / "out"), "--dtype", "keep"]) == 0
     folders = exported(tmp_path / "out", bags["a"])
     table = tmp_path / "out" / "cohort.csv"
     assert run("trident", tmp_path / "BACK", folders, "--cohort", table) == 0
@@ -530,8 +655,8 @@ def test_bags_come_back_from_tridents_files_as_they_were(tmp_path, slide_mpp):
 def test_tridents_files_come_back_from_bags_as_they_were(tmp_path):
     folders = trident_folders(tmp_path / "in", scales=("x10", "x20"), dtype=np.float16)
     assert run("trident", tmp_path / "BAGS", folders) == 0
-    assert main(["export", str(tmp_path / "BAGS"), str(tmp_path / "out")]) == 0
-    for scale, folder in folders.items():
+    assert main(["export", str(tmp_path / "BAGS"), str(tmp_path / "out"), "--dtype", "keep"]) == 0
+    for folder in folders.values():
         ours = tmp_path / "out" / folder.parent.name / folder.name / "s1.h5"
         with h5py.File(folder / "s1.h5") as theirs, h5py.File(ours) as file:
             assert file["features"].dtype == theirs["features"].dtype
@@ -546,10 +671,43 @@ def test_tridents_files_come_back_from_bags_as_they_were(tmp_path):
             attributes = dict(theirs["coords"].attrs)
             del attributes["savetodir"]
             assert dict(file["coords"].attrs) == attributes
-            assert scale in ("x10", "x20")
         patches = tmp_path / "out" / folder.parent.name / "patches" / "s1_patches.h5"
         with h5py.File(patches) as file:
             assert list(file) == ["coords"]
+
+
+def test_others_code_reads_exported_features_without_a_cast(tmp_path):
+    """As CLAM does: torch.from_numpy(file["features"][:]) through a Linear of float32."""
+    folders = trident_folders(tmp_path / "in", scales=("x20",), dtype=np.float16)
+    assert run("trident", tmp_path / "BAGS", folders) == 0
+    assert main(["export", str(tmp_path / "BAGS"), str(tmp_path / "out")]) == 0
+    with h5py.File(tmp_path / "out" / "20x_256px_0px_overlap/features_uni_v1/s1.h5") as file:
+        features = torch.from_numpy(file["features"][:])
+    assert torch.nn.Linear(8, 2)(features).shape == (len(CELLS), 2)
+    bag = read_bag(bag_path(tmp_path / "BAGS", "s1"))
+    assert torch.equal(features, bag.features["x20"].float())
+
+
+def test_exported_bags_of_stamp_come_back_by_their_own_magnification(tmp_path):
+    folders = {"x20": write_stamp(tmp_path, "s1", CELLS, tile_um=128.0)}
+    table = stamp_table(tmp_path / "cohort.csv", 0.25)
+    assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 0
+    assert main(["export", str(tmp_path / "BAGS"), str(tmp_path / "out"), "--dtype", "keep"]) == 0
+    folder = tmp_path / "out" / "17.5x_224px_0px_overlap" / "features_ctranspath"
+    with h5py.File(folder / "s1.h5") as file:
+        assert "level0_width" not in file["coords"].attrs  # nobody knows it
+    assert run("trident", tmp_path / "BACK", {"x17.5": folder}) == 0
+    bag, back = (read_bag(bag_path(tmp_path / name, "s1")) for name in ("BAGS", "BACK"))
+    assert torch.equal(back.boxes_px0("x17.5"), bag.boxes_px0("x20"))
+    assert torch.equal(back.features["x17.5"], bag.features["x20"])
+    assert back.header.size_is_extent
+
+
+def test_places_that_were_moved_are_told_when_they_go_out(tmp_path, capsys):
+    features, patches = clam_folders(tmp_path)
+    assert run_clam(tmp_path / "BAGS", features, patches) == 0
+    assert main(["export", str(tmp_path / "BAGS"), str(tmp_path / "out")]) == 0
+    assert "moved: tiles of 1 slide(s) do not lie where they were cut" in capsys.readouterr().out
 
 
 def test_a_bag_that_cannot_be_read_is_named(tmp_path, capsys):
