@@ -77,9 +77,13 @@ class EmbeddingModule(LightningModule):
             pin_memory=self.on_gpu,
         )
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """Channels last, as tiles are read, is faster on a GPU only."""
+        return torch.channels_last if self.on_gpu else torch.contiguous_format
+
     def on_predict_start(self) -> None:
-        if self.on_gpu:
-            self.extractors.to(memory_format=torch.channels_last)  # as the tiles are
+        self.extractors.to(memory_format=self.layout)
 
     def predict_step(self, chunk: TileChunk, batch_idx: int) -> list[Embedded]:
         """Embed all batches that are full; a slide's last tiles need not fill one."""
@@ -94,11 +98,10 @@ class EmbeddingModule(LightningModule):
             key = chunk.slide, name
             if key not in self._batches:
                 num_tiles = self.dataset.num_tiles[chunk.slide][name]
-                self._batches[key] = _Batches(num_tiles, self.batch_size)
+                self._batches[key] = _Batches(num_tiles, self.batch_size, self.layout)
             network = self.extractors[self.names.index(name)]
             for start, images in self._batches[key].put(chunk.start[name], tiles):
-                # channels lie last in memory, which is faster on a GPU only
-                features = network(images if self.on_gpu else images.contiguous())
+                features = network(images.contiguous(memory_format=self.layout))
                 embedded.append(Embedded(chunk.slide, name, start, features))
             if self._batches[key].are_done:
                 del self._batches[key]
@@ -116,11 +119,13 @@ class _Batches:
     ----------
     num_tiles: of the slide.
     size: of a batch; the last one holds what is left.
+    layout: of a batch in memory, where it is put together.
     """
 
-    def __init__(self, num_tiles: int, size: int):
+    def __init__(self, num_tiles: int, size: int, layout: torch.memory_format):
         self.num_tiles = num_tiles
         self.size = size
+        self.layout = layout
         self.to_come = num_tiles
         self._begun: dict[int, tuple[Tensor, int]] = {}  # start → tiles, how many are there
 
@@ -140,8 +145,12 @@ class _Batches:
             else:
                 batch, found = self._begun.pop(first, (None, 0))
                 if batch is None:
-                    shape = (length, *tiles.shape[1:])
-                    batch = tiles.new_empty(shape).to(memory_format=torch.channels_last)
+                    batch = torch.empty(
+                        (length, *tiles.shape[1:]),
+                        dtype=tiles.dtype,
+                        device=tiles.device,
+                        memory_format=self.layout,
+                    )
                 batch[start - first : start - first + len(piece)] = piece
                 if found + len(piece) == length:
                     yield first, batch

@@ -166,7 +166,7 @@ def import_features(
         worker.on_beat = (status := bag_status(dest)).write
         for row in tqdm(rows, f"import {tool}", unit="slide"):
             sources = [found[row.slide_id] for found in files if row.slide_id in found]
-            sources += [path for path in beside(row.slide_id) if path.exists()]
+            sources += beside(row.slide_id)
             mpp = (mpps or {}).get(row.slide_id)
             tiling = json.dumps({**options, "mpp": mpp, "files": _digest(sources)})
             if not worker.claim(row.slide_id):
@@ -291,8 +291,8 @@ def _refuse_other_cards(
 
 
 def _digest(files: Sequence[Path]) -> str:
-    """Of the place, size and time of files."""
-    stats = [(str(file.resolve()), file.stat()) for file in files]
+    """Of the place, size and time of files; that one is gone is said when it is read."""
+    stats = [(str(file.resolve()), file.stat()) for file in files if file.exists()]
     text = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -32,6 +32,8 @@ from dasmil.units import Mpp, Scale
 
 MICROMETRE = frozenset(["um", "µm", "μm"])
 ROUNDED_UM = 1.0  # of places
+ROUNDED_MPP = 3e-4  # of a table with four digits
+SUPERTILE = 64  # more tiles in a row than any supertile has; by default 8 of 128 µm at 0.25 µm/px
 
 
 def stamp(
@@ -150,8 +152,13 @@ def _cells(
     """
     step = math.ceil(side_um / mpp) * mpp if mpp else side_um
     cells = np.rint(place_um / step)
-    behind = (cells * step - place_um) * (1 if mpp else -1)
-    if behind.size and (behind.min() < -ROUNDED_UM or behind.max() > 0.45 * side_um):
+    behind = cells * step - place_um
+    if mpp:
+        rounded = ROUNDED_UM + ROUNDED_MPP * place_um
+        fits = (-rounded <= behind) & (behind <= SUPERTILE * (step - side_um) + rounded)
+    else:
+        fits = (-0.45 * side_um <= behind) & (behind <= ROUNDED_UM)
+    if not fits.all():
         raise InputError(
             f"{path}: its coords lie on no grid of {side_um:g} µm "
             + (

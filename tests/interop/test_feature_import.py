@@ -189,8 +189,10 @@ def test_attributes_that_contradict_are_refused(tmp_path, capsys, name, value, w
 
 
 def test_one_bad_file_costs_one_row(tmp_path, capsys):
-    for slide_id in ("s1", "s2", "s3", "s4", "s5"):
+    for slide_id in ("s1", "s2", "s3", "s4", "s5", "s6"):
         folders = trident_folders(tmp_path, slide_id, scales=("x10", "x20"))
+    (folders["x20"] / "s6.h5").unlink()
+    (folders["x20"] / "s6.h5").symlink_to(tmp_path / "gone.h5")
     (folders["x20"] / "s1.h5").write_bytes(b"no HDF5")
     (folders["x10"] / "s2.h5").unlink()
     with h5py.File(folders["x20"] / "s3.h5", "a") as file:
@@ -199,16 +201,18 @@ def test_one_bad_file_costs_one_row(tmp_path, capsys):
     assert run("trident", tmp_path / "BAGS", folders) == 1
     capsys.readouterr()
     found = rows_of(tmp_path / "BAGS" / "import.csv")
-    assert [found[f"s{n}"]["state"] for n in range(1, 6)] == ["failed"] * 4 + ["done"]
+    states = [found[f"s{n}"]["state"] for n in range(1, 7)]
+    assert states == [*["failed"] * 4, "done", "failed"]
     for slide_id, words in (
         ("s1", "not a readable HDF5 file"),
         ("s2", "no feature file at x10"),
         ("s3", "some features are not finite; extract it again"),
         ("s4", "7 wide"),
+        ("s6", "s6.h5: no such file"),
     ):
         assert words in found[slide_id]["message"], found[slide_id]
     assert main(["status", str(tmp_path / "BAGS")]) == 0
-    assert "1 done, 4 failed" in capsys.readouterr().out
+    assert "1 done, 5 failed" in capsys.readouterr().out
 
 
 def test_the_next_run_does_what_is_left(tmp_path):
@@ -498,11 +502,24 @@ def test_stamps_magnifications_nest_where_its_pixels_do(tmp_path, capsys, mpp, n
         assert "nest depends on the slide's mpp; give --cohort" in capsys.readouterr().err
 
 
-def test_a_wrong_mpp_is_seen_by_stamps_places(tmp_path, capsys):
-    folders = {"x20": write_stamp(tmp_path, "s1", BLOCK, tile_um=128.0, mpp=0.2485)}
-    table = stamp_table(tmp_path / "cohort.csv", 0.5021)
+@pytest.mark.parametrize(
+    ("mpp", "wrong"), [(0.2485, 0.5021), (0.25, 0.2485), (0.25, 0.2277), (0.5, 0.49)]
+)
+def test_a_wrong_mpp_is_seen_by_stamps_places(tmp_path, capsys, mpp, wrong):
+    folders = {"x20": write_stamp(tmp_path, "s1", BLOCK, tile_um=128.0, mpp=mpp)}
+    table = stamp_table(tmp_path / "cohort.csv", wrong)
     assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 2
-    assert "on a slide of 0.5021 µm/px; is the mpp of the table the" in capsys.readouterr().err
+    assert f"on a slide of {wrong:g} µm/px; is the mpp of the table the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mpp", "written"), [(0.22774, 0.2277), (0.25203, 0.252)])
+def test_an_mpp_that_a_table_rounds_is_near_enough_for_stamps_places(tmp_path, mpp, written):
+    folders = {"x20": write_stamp(tmp_path, "s1", BLOCK, tile_um=128.0, mpp=mpp)}
+    table = stamp_table(tmp_path / "cohort.csv", written)
+    assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 0
+    side = math.ceil(128 / mpp)
+    places = read_bag(bag_path(tmp_path / "BAGS", "s1")).boxes_px0("x20")[:, :2].tolist()
+    assert sorted(map(tuple, places)) == sorted((c * side, r * side) for c, r in BLOCK)
 
 
 def test_stamps_folders_of_slides_are_looked_into(tmp_path, capsys):
@@ -689,17 +706,28 @@ def test_others_code_reads_exported_features_without_a_cast(tmp_path):
 
 
 def test_exported_bags_of_stamp_come_back_by_their_own_magnification(tmp_path):
-    folders = {"x20": write_stamp(tmp_path, "s1", CELLS, tile_um=128.0)}
+    folders = {
+        "x10": write_stamp(tmp_path, "s1", ancestors(CELLS, 2), tile_um=256.0),
+        "x20": write_stamp(tmp_path, "s1", CELLS, tile_um=128.0),
+    }
     table = stamp_table(tmp_path / "cohort.csv", 0.25)
     assert run("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 0
     assert main(["export", str(tmp_path / "BAGS"), str(tmp_path / "out"), "--dtype", "keep"]) == 0
-    folder = tmp_path / "out" / "17.5x_224px_0px_overlap" / "features_ctranspath"
-    with h5py.File(folder / "s1.h5") as file:
+    names = {"x8.75": "x10", "x17.5": "x20"}
+    written = {
+        own: tmp_path / "out" / f"{own[1:]}x_224px_0px_overlap" / "features_ctranspath"
+        for own in names
+    }
+    with h5py.File(written["x17.5"] / "s1.h5") as file:
         assert "level0_width" not in file["coords"].attrs  # nobody knows it
-    assert run("trident", tmp_path / "BACK", {"x17.5": folder}) == 0
+    both = ", ".join(f"{own}: {folder}" for own, folder in written.items())
+    command = ["import", "trident", str(tmp_path / "BACK"), "--features", f"{{{both}}}"]
+    assert main(command) == 0
     bag, back = (read_bag(bag_path(tmp_path / name, "s1")) for name in ("BAGS", "BACK"))
-    assert torch.equal(back.boxes_px0("x17.5"), bag.boxes_px0("x20"))
-    assert torch.equal(back.features["x17.5"], bag.features["x20"])
+    for own, name in names.items():
+        assert torch.equal(back.boxes_px0(own), bag.boxes_px0(name))
+        assert torch.equal(back.features[own], bag.features[name])
+    assert torch.equal(back.parent["x17.5"], bag.parent["x20"])
     assert back.header.size_is_extent
 
 
