@@ -137,8 +137,11 @@ class Worker:
         try:
             link_once(self._owner, path)
         except FileExistsError:
-            if path.read_text() != self.name:  # a network may repeat what it has done
-                return False  # another one was faster
+            owner = ""
+            with _may_be_gone():
+                owner = path.read_text()
+            if owner != self.name:  # a network may repeat what it has done
+                return False  # another one was faster, and may be done already
         self._mine[slide_id] = number + 1
         return True
 

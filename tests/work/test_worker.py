@@ -380,3 +380,14 @@ def test_what_is_wrong_with_the_table_is_said_once_and_the_work_goes_on(
             time.sleep(0.01)
     assert len(beats) > 5
     assert capsys.readouterr().err == "the status was not written: no table\n"
+
+
+def test_a_faster_one_may_be_done_before_it_is_asked_who_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(source: Path, path: Path) -> None:
+        raise FileExistsError(path)  # and gone again
+
+    with Worker(tmp_path) as worker:
+        monkeypatch.setattr(module, "link_once", taken)
+        assert not worker.claim("a")
