@@ -1,6 +1,8 @@
 """The command line: LightningCLI's verbs and the pipeline's verbs, nothing else."""
 
 import inspect
+import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -187,12 +189,30 @@ def _import(args: Sequence[str]) -> int:
         parser.add_argument("--config", action=ActionConfigFile)
         parser.add_argument("dest", type=Path, metavar="BAGS", help="folder for the bags")
         parser.add_function_arguments(function, skip={"dest"}, as_positional=False)
-        values = parser.instantiate(parser.parse_args(rest)).as_dict()
+        values = parser.instantiate(parser.parse_args(_scales_together(rest))).as_dict()
         values.pop("config", None)
         return int(function(**values))
     from jsonargparse import auto_cli
 
     return int(auto_cli(function, as_positional=True, prog=prog, args=rest))
+
+
+def _scales_together(args: Sequence[str]) -> list[str]:
+    """Options such as --features.x2.5 FOLDER as one: for jsonargparse each dot is a level."""
+    rest: list[str] = []
+    together: dict[str, dict[str, str]] = {}
+    words = iter(args)
+    for word in words:
+        found = re.fullmatch(r"--(features|patches)\.(x[\d.]+)(?:=(.*))?", word)
+        value = (found[3] or next(words, None)) if found else None
+        if found is None or value is None:
+            rest.append(word)
+        else:
+            together.setdefault(found[1], {})[found[2]] = value
+    return [
+        *rest,
+        *(text for name in together for text in (f"--{name}", json.dumps(together[name]))),
+    ]
 
 
 def _about(function: Callable[..., int]) -> str:

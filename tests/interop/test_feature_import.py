@@ -720,9 +720,7 @@ def test_exported_bags_of_stamp_come_back_by_their_own_magnification(tmp_path):
     }
     with h5py.File(written["x17.5"] / "s1.h5") as file:
         assert "level0_width" not in file["coords"].attrs  # nobody knows it
-    both = ", ".join(f"{own}: {folder}" for own, folder in written.items())
-    command = ["import", "trident", str(tmp_path / "BACK"), "--features", f"{{{both}}}"]
-    assert main(command) == 0
+    assert run("trident", tmp_path / "BACK", written) == 0  # --features.x8.75, --features.x17.5
     bag, back = (read_bag(bag_path(tmp_path / name, "s1")) for name in ("BAGS", "BACK"))
     for own, name in names.items():
         assert torch.equal(back.boxes_px0(own), bag.boxes_px0(name))
