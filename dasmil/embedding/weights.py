@@ -11,12 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 
 WRAPPERS = ("state_dict", "model", "teacher")
 PREFIXES = ("module.", "backbone.")
 HEADS = ("head", "fc")  # classifiers; timm names a network's own in its configuration
-MAX_NAMED = 3
 OPTIONS = {  # part of a key → the network's option that decides whether there is such a key
     ".ls1.": "init_values",
     "reg_token": "reg_tokens",
@@ -77,7 +76,7 @@ def load_weights(network: nn.Module, name: str, path: Path) -> None:
             "unexpected": unexpected,
             "of another shape": list(shapes.values()),
         }
-        found = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in kinds.items() if keys)
+        found = "; ".join(f"{kind}: {some_of(keys)}" for kind, keys in kinds.items() if keys)
         cause = _likely_cause(network, missing, unexpected, {k: weights[k] for k in shapes})
         raise InputError(f"{path}: these weights do not fit {name} ({found}); {cause}")
     network.load_state_dict(weights)
@@ -96,7 +95,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path}: {what} where they are looked for, at the top or under one of "
             f"{', '.join(WRAPPERS)} (a student alone is not taken: DINO's result is its teacher); "
-            f"it holds {_some(content)}: save the state dict of the network alone"
+            f"it holds {some_of(content)}: save the state dict of the network alone"
         )
     if held == ["teacher"] and "student" in content:
         say(f"{path}: holds a teacher and a student; the teacher is taken")
@@ -171,11 +170,6 @@ def _trained_size(network: Any, position: Tensor) -> int | None:
     if side == 0 or side**2 + prefix != position.shape[1]:
         return None
     return side * int(network.patch_embed.patch_size[0])
-
-
-def _some(keys: Collection[str]) -> str:
-    named = ", ".join(list(map(str, keys))[:MAX_NAMED])
-    return named + (f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else "")
 
 
 @rank_zero_only

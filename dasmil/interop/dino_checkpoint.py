@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dasmil.embedding.extractor import BACKBONE_PREFIX, ExtractorRecord
 from dasmil.embedding.networks import vit_backbone
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path
-from dasmil.interop.restricted import load_restricted, some_of
+from dasmil.interop.restricted import load_restricted
 from dasmil.units import Scale
 
 NAMES = {  # by width; timm's ViT has the original's keys

@@ -8,13 +8,11 @@ import torch
 from tqdm import tqdm
 
 from dasmil.bags import Bag, bag_path, read_bag
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path, read_csv, write_csv
 from dasmil.interop.feature_grids import Dtype
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.units import Scale
-
-MAX_NAMED = 10
 
 
 def export(bags: Path, output: Path, dtype: Dtype = "float32") -> int:
@@ -57,8 +55,7 @@ def export(bags: Path, output: Path, dtype: Dtype = "float32") -> int:
     if moved := _moved(bags):
         print(
             f"moved: tiles of {len(moved)} slide(s) do not lie where they were cut, see "
-            f"max_moved_px0 in {bags / 'import.csv'}: {', '.join(moved[:MAX_NAMED])}"
-            + (" …" if len(moved) > MAX_NAMED else "")
+            f"max_moved_px0 in {bags / 'import.csv'}: {some_of(moved)}"
         )
     print("\n".join([*failed, f"export: {len(done)} done, {len(failed)} failed; see {output}"]))
     return int(bool(failed))

@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from dasmil.bags import ExtractorCard, bag_path, read_header, write_bag
 from dasmil.bags.status import EXTRACTORS, bag_status, status_row
-from dasmil.errors import DiskFullError, InputError
+from dasmil.errors import DiskFullError, InputError, some_of
 from dasmil.files import read_csv, write_csv, write_text
 from dasmil.interop.feature_grids import Dtype, Orphans, SlideFeatures, make_bag
 from dasmil.slides.cohort import (
     SLIDE_SUFFIXES,
     SlideRow,
     describe_leaving,
+    positive_number,
     read_cohort,
     write_cohort,
 )
@@ -222,22 +223,10 @@ def _read_table(path: Path, files: Mapping[str, Path]) -> list[SlideRow]:
             path=files.get(record["slide_id"], Path(record["slide_id"])),
             label=record["label"] or None,
             patient_id=record.get("case_id") or record.get("patient_id") or None,
-            mpp=_mpp(path, record),
+            mpp=positive_number(record, "mpp", f"{path}: {record['slide_id']}"),
         )
         for record in records
     ]
-
-
-def _mpp(path: Path, record: Mapping[str, str]) -> float | None:
-    text = record.get("mpp")
-    if not text:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(
-            f"{path}: the mpp of {record['slide_id']} is {text!r}, not a number"
-        ) from None
 
 
 def table_mpps(cohort: Path | None) -> dict[str, float]:
@@ -333,10 +322,9 @@ def _report(
     if len(failed) > MAX_NAMED:
         print(f"failed: and {len(failed) - MAX_NAMED} more")
     if left_out:
-        more = " …" if len(left_out) > MAX_NAMED else ""
         print(
             f"left out: {len(left_out)} slide(s) with features are not in the table: "
-            f"{', '.join(left_out[:MAX_NAMED])}{more}"
+            f"{some_of(left_out)}"
         )
     done = [row for row in rows if row not in failed]
     orphans, childless = (sum(row.get(c) or 0 for row in done) for c in ("orphans", "childless"))

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from dasmil.bags import BagHeader
 from dasmil.embedding.extractor import ExtractorSource, load_extractor
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path, configs_folder
 from dasmil.interop.mil4wsi_bags import extractor_card
-from dasmil.interop.restricted import load_restricted, some_of
+from dasmil.interop.restricted import load_restricted
 from dasmil.modules.mil import DASMILModule
 from dasmil.nn.gat import Residual
 from dasmil.nn.pgnn import module_key

@@ -4,7 +4,7 @@ import gzip
 import re
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +16,6 @@ from dasmil.errors import InputError
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_UNPACKED_BYTES = 16 * 2**30
 BLOCK_BYTES = 2**20
-MAX_NAMED = 5  # keys of a file that a message names
 
 
 def load_restricted(
@@ -89,9 +88,3 @@ def _reason(error: Exception) -> str:
     message = str(error).rsplit("WeightsUnpickler error: ", 1)[-1].strip()
     sentence = re.split(r"\. |\n", message)[0]
     return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
-
-
-def some_of(texts: Collection[str]) -> str:
-    """The first few, and how many more there are; for messages about a file's keys."""
-    named = ", ".join(list(texts)[:MAX_NAMED])
-    return named + (f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else "")

@@ -16,7 +16,7 @@ from torch import Tensor
 from dasmil.bags import Bag, BagGraph
 from dasmil.data.bags import BagDataModule
 from dasmil.distributed import gather_lists
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path, write_csv, write_text
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.froc import (
@@ -43,8 +43,6 @@ from dasmil.slides.annotation import (
     marks_points,
     read_annotation,
 )
-
-MAX_NAMED = 10  # slides that a warning names
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ class InstanceTruth(Callback):
             warnings.warn(
                 f"{self.truth}: {len(unknown)} {part} slide(s) of class {data.classes[1]} have no "
                 "annotation and are left out of the figures of instances: "
-                f"{', '.join(unknown[:MAX_NAMED])}{' …' if len(unknown) > MAX_NAMED else ''}",
+                f"{some_of(unknown)}",
                 stacklevel=2,
             )
 

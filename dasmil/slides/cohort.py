@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.files import read_csv, write_csv
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-MAX_NAMED = 10
 COLUMNS = ("slide_id", "path", "label", "patient_id", "split", "mpp", "magnification")
 SLIDE_SUFFIXES = frozenset(
     [
@@ -95,8 +94,7 @@ def describe_leaving(path: Path, rows: Iterable[SlideRow]) -> str:
     gone = [row.slide_id for row in read_cohort(path) if row.slide_id not in new]
     if not gone:
         return ""
-    named = ", ".join(gone[:MAX_NAMED]) + (" …" if len(gone) > MAX_NAMED else "")
-    return f"{path}: {len(gone)} slide(s) of before leave it, their files stay: {named}"
+    return f"{path}: {len(gone)} slide(s) of before leave it, their files stay: {some_of(gone)}"
 
 
 def _scan_folder(folder: Path, leave_out: Path | None) -> list[SlideRow]:
@@ -141,14 +139,15 @@ def _read_table(path: Path) -> list[SlideRow]:
                 label=record.get("label") or None,
                 patient_id=record.get("patient_id") or None,
                 split=split,
-                mpp=_number(record, "mpp", where),
-                magnification=_number(record, "magnification", where),
+                mpp=positive_number(record, "mpp", where),
+                magnification=positive_number(record, "magnification", where),
             )
         )
     return rows
 
 
-def _number(record: Mapping[str, str], column: str, where: str) -> float | None:
+def positive_number(record: Mapping[str, str], column: str, where: str) -> float | None:
+    """The number in a column of a row; None of an empty cell, or where there is no such column."""
     text = record.get(column)
     if not text:
         return None

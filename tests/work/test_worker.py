@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def age(folder: Path, seconds: float) -> None:
     for path in (folder / "work").glob("*.jsonl"):
         then = path.stat().st_mtime - seconds
         os.utime(path, (then, then))
+
+
+def comes(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true within five seconds."""
+    end = time.monotonic() + 5
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
 
 
 def claims_in(folder: Path) -> list[str]:
@@ -154,11 +163,7 @@ def test_the_heartbeat_keeps_a_worker_alive(
     with Worker(tmp_path) as worker:
         age(tmp_path, 1000)
         before = worker.path.stat().st_mtime
-        for _ in range(500):
-            if worker.path.stat().st_mtime > before:
-                return
-            time.sleep(0.01)
-        pytest.fail("no beat in five seconds")
+        assert comes(lambda: worker.path.stat().st_mtime > before)
 
 
 def test_a_beat_that_fails_does_not_end_the_heart(
@@ -173,11 +178,7 @@ def test_a_beat_that_fails_does_not_end_the_heart(
             raise DiskFullError("full")
 
     with Worker(tmp_path, on_beat=on_beat):
-        for _ in range(500):
-            if len(beats) > 4:
-                return
-            time.sleep(0.01)
-        pytest.fail("the heart has stopped")
+        assert comes(lambda: len(beats) > 4)
 
 
 def test_lines_of_all_workers_come_together_and_the_last_counts(tmp_path: Path) -> None:
@@ -353,11 +354,7 @@ def test_the_heart_beats_while_a_large_table_is_written(
         assert writes.wait(20)
         age(tmp_path, 1000)
         before = worker.path.stat().st_mtime
-        for _ in range(500):
-            if worker.path.stat().st_mtime > before:
-                break
-            time.sleep(0.01)
-        beaten = worker.path.stat().st_mtime > before
+        beaten = comes(lambda: worker.path.stat().st_mtime > before)
         go_on.set()
     assert beaten
 
@@ -374,11 +371,7 @@ def test_what_is_wrong_with_the_table_is_said_once_and_the_work_goes_on(
             raise ValueError("no table")
 
     with Worker(tmp_path, on_beat=on_beat):
-        for _ in range(500):
-            if len(beats) > 5:
-                break
-            time.sleep(0.01)
-    assert len(beats) > 5
+        assert comes(lambda: len(beats) > 5)
     assert capsys.readouterr().err == "the status was not written: no table\n"
 
 
