@@ -69,6 +69,7 @@ class BagHeader:
     size_is_extent: the slide's size is not known, ``size_px0`` is how far the tiles reach.
     mpp_is_known: where False, places are in pixels of the finest scale instead of level 0, and
         ``slide_mpp`` is that scale's.
+    slide_digest: of the slide file (:func:`dasmil.files.sample_digest`); "" if it is not known.
     """
 
     slide_id: str
@@ -83,6 +84,7 @@ class BagHeader:
     bounds_px0: tuple[int, int] = (0, 0)
     size_is_extent: bool = False
     mpp_is_known: bool = True
+    slide_digest: str = ""
 
     @property
     def geometry(self) -> PyramidGrid:
@@ -306,12 +308,13 @@ def header_to_metadata(header: BagHeader) -> dict[str, str]:
         "bounds_px0": json.dumps(list(header.bounds_px0)),
         "size_is_extent": json.dumps(header.size_is_extent),
         "mpp_is_known": json.dumps(header.mpp_is_known),
+        "slide_digest": header.slide_digest,
         "extractors": json.dumps({name: _plain(c) for name, c in header.extractors.items()}),
     }
 
 
 def header_from_metadata(metadata: Mapping[str, str]) -> BagHeader:
-    """The inverse of :func:`header_to_metadata`; older files lack the last three entries."""
+    """The inverse of :func:`header_to_metadata`; older files lack some entries."""
     width_px0, height_px0 = json.loads(metadata["size_px0"])
     left_px0, top_px0 = json.loads(metadata.get("bounds_px0", "[0, 0]"))
     extractors = json.loads(metadata["extractors"])
@@ -327,5 +330,6 @@ def header_from_metadata(metadata: Mapping[str, str]) -> BagHeader:
         bounds_px0=(left_px0, top_px0),
         size_is_extent=json.loads(metadata.get("size_is_extent", "false")),
         mpp_is_known=json.loads(metadata.get("mpp_is_known", "true")),
+        slide_digest=metadata.get("slide_digest", ""),
         extractors={name: ExtractorCard.from_dict(card) for name, card in extractors.items()},
     )

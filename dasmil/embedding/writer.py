@@ -35,6 +35,7 @@ def bag_header(tiles: TilePyramid, cards: Mapping[str, ExtractorCard]) -> BagHea
         num_tiles=tiles.num_tiles()[tiles.scales[-1].name],
         reader=READER,
         bounds_px0=tiles.bounds_px0,
+        slide_digest=tiles.slide_digest,
     )
 
 

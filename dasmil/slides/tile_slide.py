@@ -1,9 +1,11 @@
 """One slide → its tile table and QC picture."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from dasmil.files import file_state, sample_digest
 from dasmil.slides.artefacts import artefact_masks, exclude
 from dasmil.slides.focus import blurred_tiles
 from dasmil.slides.qc import draw_qc, shrink, write_png
@@ -27,7 +29,8 @@ def qc_path(folder: Path, slide_id: str) -> Path:
 
 def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> StatusRow:
     """Find tissue, lay the tiles, draw the picture; the tile table is written last."""
-    slide_id = slide.row.slide_id
+    slide_id, path = slide.row.slide_id, slide.row.path
+    state, digest = file_state(path), sample_digest(path)
     thumbnail = slide.thumbnail(parameters.tissue.mpp)
     thumbnail_mpp = slide.mpp * slide.size_px0[0] / thumbnail.shape[1]
     picture = shrink(thumbnail)  # before anything is painted over
@@ -45,6 +48,7 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
         blurred = blurred_tiles(slide, tiles, parameters.artefacts)
         blurred_px0 = tiles.boxes_px0(tiles.scales[-1].name)[blurred]
         tiles = without_blurred(tiles, blurred)
+    tiles = replace(tiles, slide_digest=digest, slide_state=state)
     write_png(qc_path(output, slide_id), draw_qc(picture, mask, tiles, artefacts, blurred_px0))
     write_tiles(tiles_path(output, slide_id), tiles)
     return summary(tiles, slide.physical_scale.source)

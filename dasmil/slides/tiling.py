@@ -16,7 +16,7 @@ from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.tissue import MaskArray, TissueParameters, tissue_fraction
 from dasmil.units import Mpp, PyramidGrid, Scale, TilePx, parse_scales
 
-FORMAT = "dasmil-tiles-2"
+FORMAT = "dasmil-tiles-3"
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class TilePyramid:
         area, ``blur`` as a share of the finest tiles.
     bounds_px0: left and top of what was scanned (``openslide.bounds-x, -y``), from which QuPath
         counts; 0, 0 where the slide does not say.
+    slide_digest: of the slide file that was tiled (:func:`dasmil.files.sample_digest`).
+    slide_state: its size and time then (:func:`dasmil.files.file_state`).
     """
 
     slide_id: str
@@ -80,6 +82,8 @@ class TilePyramid:
     tissue_mm2: float = 0.0
     excluded: Mapping[str, float] = field(default_factory=dict)
     bounds_px0: tuple[int, int] = (0, 0)
+    slide_digest: str = ""
+    slide_state: str = ""
 
     @property
     def geometry(self) -> PyramidGrid:
@@ -222,37 +226,49 @@ def write_tiles(path: Path, tiles: TilePyramid) -> None:
         "tissue_mm2": repr(tiles.tissue_mm2),
         "excluded": json.dumps(dict(tiles.excluded)),
         "bounds_px0": json.dumps(tiles.bounds_px0),
+        "slide_digest": tiles.slide_digest,
+        "slide_state": tiles.slide_state,
     }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, pack_metadata(metadata))
 
 
 def read_tiles(path: Path) -> TilePyramid:
-    """Read what :func:`write_tiles` wrote."""
+    """Read what :func:`write_tiles` wrote.
+
+    Raises
+    ------
+    InputError
+        if the file is missing, damaged, or of another version.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             header = unpack_metadata(file.metadata())
             if header.get("format") != FORMAT:
                 raise InputError(
-                    f"{path}: not a tile table of this version ({FORMAT}); delete it and tile again"
+                    f"{path}: a tile table of another version ({header.get('format')}, this one "
+                    f"reads {FORMAT}); run tile again"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: no readable tile table ({error}); delete it and tile again"
-        ) from error
-    return TilePyramid(
-        slide_id=header["slide_id"],
-        scales=parse_scales(json.loads(header["scales"])),
-        tile_px=TilePx(int(header["tile_px"])),
-        slide_mpp=Mpp(float(header["slide_mpp"])),
-        size_px0=tuple(json.loads(header["size_px0"])),
-        grid={n.removeprefix("grid/"): t for n, t in tensors.items() if n.startswith("grid/")},
-        parent={
-            n.removeprefix("parent/"): t for n, t in tensors.items() if n.startswith("parent/")
-        },
-        tiling=header["tiling"],
-        tissue_mm2=float(header["tissue_mm2"]),
-        excluded=json.loads(header["excluded"]),
-        bounds_px0=tuple(json.loads(header.get("bounds_px0", "[0, 0]"))),
-    )
+        width_px0, height_px0 = json.loads(header["size_px0"])
+        left_px0, top_px0 = json.loads(header["bounds_px0"])
+        scales = parse_scales(json.loads(header["scales"]))
+        return TilePyramid(
+            slide_id=header["slide_id"],
+            scales=scales,
+            tile_px=TilePx(int(header["tile_px"])),
+            slide_mpp=Mpp(float(header["slide_mpp"])),
+            size_px0=(width_px0, height_px0),
+            grid={scale.name: tensors[f"grid/{scale.name}"] for scale in scales},
+            parent={scale.name: tensors[f"parent/{scale.name}"] for scale in scales[1:]},
+            tiling=header["tiling"],
+            tissue_mm2=float(header["tissue_mm2"]),
+            excluded=json.loads(header["excluded"]),
+            bounds_px0=(left_px0, top_px0),
+            slide_digest=header["slide_digest"],
+            slide_state=header["slide_state"],
+        )
+    except InputError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: no readable tile table ({error}); run tile again") from error

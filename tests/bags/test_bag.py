@@ -239,9 +239,16 @@ def test_the_header_survives_its_metadata() -> None:
     metadata = header_to_metadata(header)
     assert all(isinstance(value, str) for value in metadata.values())
     assert header_from_metadata(metadata) == header
-    odd = replace(header, bounds_px0=(1000, 2000), size_is_extent=True, mpp_is_known=False)
+    odd = replace(
+        header, bounds_px0=(1000, 2000), size_is_extent=True, mpp_is_known=False, slide_digest="ab"
+    )
     assert header_from_metadata(header_to_metadata(odd)) == odd
-    for name in ("bounds_px0", "size_is_extent", "mpp_is_known"):  # of an older file
+    for name in (
+        "bounds_px0",
+        "size_is_extent",
+        "mpp_is_known",
+        "slide_digest",
+    ):  # of an older file
         del metadata[name]
     assert header_from_metadata(metadata) == header
 

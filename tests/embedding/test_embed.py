@@ -19,6 +19,7 @@ from dasmil.bags import bag_path, read_bag
 from dasmil.cli import main
 from dasmil.embedding.dataset import WAIT, ChunkDataset, ClaimingSampler
 from dasmil.embedding.extractor import Extractor, load_extractor
+from dasmil.files import sample_digest
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.cutting import TileCutter
 from dasmil.slides.reader import Slide
@@ -45,8 +46,10 @@ def test_every_slide_gets_a_bag_and_the_folder_is_complete(road):
     assert [r.split for r in read_cohort(road.bags / "cohort.csv")] == [
         r.split for r in read_cohort(road.cohort)
     ]
+    paths = {row.slide_id: row.path for row in read_cohort(road.cohort)}
     for slide_id in slide_ids(road):
         bag = read_bag(bag_path(road.bags, slide_id))
+        assert bag.header.slide_digest == sample_digest(paths[slide_id])
         assert bag.num_tiles() == read_tiles(tiles_path(road.tiles, slide_id)).num_tiles()
 
 

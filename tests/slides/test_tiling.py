@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from dasmil.errors import InputError
 from dasmil.files import pack_metadata
 from dasmil.slides.tiling import (
+    FORMAT,
     TilePyramid,
     TilingParameters,
     read_tiles,
@@ -300,7 +301,7 @@ def test_a_truncated_table_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="no readable tile table") as caught:
             read_tiles(path)
         assert str(path) in str(caught.value)
-        assert "delete it and tile again" in str(caught.value)
+        assert "run tile again" in str(caught.value)
 
 
 def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
@@ -308,13 +309,15 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     text.write_text("slide_id,path\n")
     plain = tmp_path / "plain.safetensors"
     save_file({"grid/x20": np.zeros((1, 2), np.int32)}, plain)
-    newer = tmp_path / "newer.safetensors"
+    older = tmp_path / "older.safetensors"
     save_file(
-        {"grid/x20": np.zeros((1, 2), np.int32)}, newer, pack_metadata({"format": "dasmil-tiles-3"})
+        {"grid/x20": np.zeros((1, 2), np.int32)}, older, pack_metadata({"format": "dasmil-tiles-2"})
     )
-    for path in (text, plain, newer, tmp_path / "none.safetensors", tmp_path):
+    short = tmp_path / "short.safetensors"
+    save_file({"grid/x20": np.zeros((1, 2), np.int32)}, short, pack_metadata({"format": FORMAT}))
+    for path in (text, plain, older, short, tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(InputError) as caught:
             read_tiles(path)
         assert str(caught.value).startswith(f"{path}: ")
-    with pytest.raises(InputError, match="dasmil-tiles-2"):
-        read_tiles(newer)
+    with pytest.raises(InputError, match=f"another version .dasmil-tiles-2, .* {FORMAT}"):
+        read_tiles(older)
