@@ -28,7 +28,7 @@ class Standardize(nn.Module):
             self.register_buffer(f"std_{module_key(scale)}", torch.ones(width))
 
     def set_statistics(self, scale: str, mean: Tensor, std: Tensor) -> None:
-        """(D_s,) each; a feature that never varies is only centred."""
+        """(D_s,) each; a feature whose deviation is 0 is only centred."""
         self.get_buffer(f"mean_{module_key(scale)}").copy_(mean)
         self.get_buffer(f"std_{module_key(scale)}").copy_(torch.where(std > 0, std, 1))
 

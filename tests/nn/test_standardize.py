@@ -1,8 +1,9 @@
 import numpy as np
+import pytest
 import torch
 from bag_factory import make_graphs, write_bags
 
-from dasmil.bags import bag_path, read_bag
+from dasmil.bags import Bag, bag_path, read_bag, write_bag
 from dasmil.data import BagDataModule
 from dasmil.nn import Standardize
 
@@ -35,3 +36,32 @@ def test_the_statistics_are_those_of_the_training_tiles_alone(tmp_path):
         tiles = np.concatenate([bag.features[scale].double().numpy() for bag in bags])
         np.testing.assert_allclose(mean, tiles.mean(0), atol=1e-6)
         np.testing.assert_allclose(std, tiles.std(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_feature_that_varies_by_rounding_alone_is_only_centred(tmp_path, dtype):
+    """Columns: constants, constants that alternate with their neighbour, and one that varies."""
+    labels = {f"s{i}": ("normal", "tumour")[i % 2] for i in range(8)}
+    split = {s: ("train", "train", "val", "test")[i // 2] for i, s in enumerate(labels)}
+    write_bags(tmp_path, labels, split, dims=64)
+    constants = torch.linspace(-3e3, 3e3, 62).to(dtype)
+    above = torch.from_numpy(
+        np.nextafter(constants.numpy(), np.array(np.inf, constants.numpy().dtype))
+    )
+    for slide_id in labels:
+        path = bag_path(tmp_path, slide_id)
+        bag = read_bag(path)
+        features = {}
+        for scale, x in bag.features.items():
+            x = x.to(dtype).clone()
+            x[:, :62] = constants
+            x[::2, 31:62] = above[31:]
+            x[:, 62] = 0
+            features[scale] = x
+        write_bag(path, Bag(bag.header, features, bag.grid, bag.parent))
+    data = BagDataModule(tmp_path, ["normal", "tumour"])
+    data.setup("fit")
+    for mean, std in data.train_statistics().values():
+        assert not std[:63].any()
+        assert std[63] > 0.1
+        assert torch.equal(mean[:31], constants.float()[:31])
