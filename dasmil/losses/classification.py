@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch_geometric.utils import segment
+
+from dasmil.tensors import at_least_float32, bag_rows, first_max
 
 
 def bag_loss(bag_logits: Tensor, labels: Tensor) -> Tensor:
@@ -18,6 +19,7 @@ def bag_loss(bag_logits: Tensor, labels: Tensor) -> Tensor:
     -------
     (B,)
     """
+    bag_logits = at_least_float32(bag_logits)
     if bag_logits.shape[1] == 1:
         target = labels.to(bag_logits.dtype)
         return F.binary_cross_entropy_with_logits(bag_logits[:, 0], target, reduction="none")
@@ -28,6 +30,8 @@ def max_instance_loss(
     instance_logits: Tensor, ptr: Tensor, labels: Tensor, shown: Tensor | None = None
 ) -> Tensor:
     """The label loss of each bag's largest instance logit per class (D7; not in the paper).
+
+    Only the first of equal ones learns.
 
     Parameters
     ----------
@@ -43,5 +47,5 @@ def max_instance_loss(
     if shown is not None:
         before = torch.cat([shown.new_zeros(1, dtype=torch.int64), shown.cumsum(0)])
         instance_logits, ptr = instance_logits[shown], before[ptr]
-    top = segment(instance_logits, ptr, reduce="max")  # (B, C)
+    top = first_max(instance_logits, bag_rows(ptr), len(ptr) - 1)  # (B, C)
     return torch.where(ptr.diff() > 0, bag_loss(top, labels), 0)

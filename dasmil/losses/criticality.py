@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch_geometric.utils import scatter, segment
 
+from dasmil.tensors import at_least_float32, first_max
+
 ChildrenPooling = Literal["mean", "max"]
 Reduction = Literal["mean", "sum"]
 
@@ -29,7 +31,7 @@ def criticality_loss(
     parent: (N_2,) row of each fine tile's parent, -1 for none.
     ptr: (B + 1,) boundaries of the bags in the coarse scale.
     children_pooling: GraphPooling: the ``mean`` of a tile's children as printed, or their ``max``
-        as released (D9).
+        as released, of which the first of equal ones learns (D9).
     reduction: ``sum`` over the tiles as printed, or their ``mean``, which does not grow with the
         bag (D8).
     detach_teacher: no gradient reaches the finer scale (D11).
@@ -40,11 +42,13 @@ def criticality_loss(
     """
     if detach_teacher:
         fine = fine.detach()
-    precision = torch.promote_types(coarse.dtype, torch.float32)  # half ones cannot count tiles
-    coarse, fine = coarse.to(precision), fine.to(precision)
+    coarse, fine = at_least_float32(coarse), at_least_float32(fine)  # half ones cannot count tiles
     held = parent >= 0
     parent = parent[held]
-    pooled = scatter(fine[held], parent, dim_size=len(coarse), reduce=children_pooling)  # (N_1, C)
+    if children_pooling == "max":
+        pooled = first_max(fine[held], parent, len(coarse))  # (N_1, C)
+    else:
+        pooled = scatter(fine[held], parent, dim_size=len(coarse), reduce="mean")
     has_children = torch.bincount(parent, minlength=len(coarse)) > 0
     distance = (coarse - pooled).square().sum(1) * has_children  # (N_1,)
     total = segment(distance, ptr)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dasmil.tensors import at_least_float32
+
 EPSILON, EPSILON_SCALE = 1e-7, 1e-8  # of the released code (D5)
 
 Direction = Literal["teacher_student", "student_teacher"]
@@ -44,6 +46,7 @@ def distillation_loss(
     -------
     (B,)
     """
+    student, teacher = at_least_float32(student), at_least_float32(teacher)  # close ones differ
     if detach_teacher:
         teacher = teacher.detach()
     log_student = _log_probabilities(student / temperature, class_distribution)  # (B, D, P)

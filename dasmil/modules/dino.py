@@ -26,6 +26,7 @@ from dasmil.embedding.extractor import ExtractorRecord
 from dasmil.embedding.networks import vit_backbone
 from dasmil.errors import InputError
 from dasmil.seeds import seed_step
+from dasmil.tensors import at_least_float32
 
 SHOWN_TILES = 8
 
@@ -174,14 +175,24 @@ class DINOModule(LightningModule):
         student_out = [*self.student(torch.cat(large)).chunk(2)]
         if small:
             student_out += self.student(torch.cat(small)).chunk(len(small))
+        teacher_out = at_least_float32(teacher_out)
         self._log_teacher(teacher_out)
-        loss = self.dino_loss(list(teacher_out.chunk(2)), student_out, epoch=self.current_epoch)
+        loss = self._loss(teacher_out, student_out)
         size = len(crops[0])
         self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         self.log("train/loss_step", loss, prog_bar=True)
         if batch_idx == 0 and self.current_epoch == 0:
             self._show(crops)
         return loss
+
+    def _loss(self, teacher_out: Tensor, student_out: list[Tensor]) -> Tensor:
+        """DINO's loss of two large views (2B, K) and of all views (B, K) each, in float32.
+
+        Under autocast lightly's matrix product would round it to half precision.
+        """
+        with torch.autocast(teacher_out.device.type, enabled=False):
+            views = [at_least_float32(view) for view in student_out]
+            return self.dino_loss(list(teacher_out.chunk(2)), views, epoch=self.current_epoch)
 
     def on_after_backward(self) -> None:
         self.student.head.cancel_last_layer_gradients(self.current_epoch)

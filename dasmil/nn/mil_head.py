@@ -7,13 +7,16 @@ from math import sqrt
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.utils import segment
 
 from dasmil.output import ScaleOutput
+from dasmil.tensors import at_least_float32, bag_rows, first_argmax, precisely
 
 
 class MILHead(nn.Module):
     """Instance logits, and a bag embedding that attends to tiles akin to the critical instance.
+
+    Whatever the precision, logits and attention are computed in at least float32: they are compared
+    and ranked, and many would be equal in half precision.
 
     Parameters
     ----------
@@ -35,17 +38,20 @@ class MILHead(nn.Module):
 
         ``shown``, (N,) bool, leaves tiles out: they have an instance logit, and nothing else.
         """
-        if shown is not None:
-            return self._forward_shown(h, ptr, shown)
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.to(self.value.weight.dtype)
+            return self._forward(h, ptr) if shown is None else self._forward_shown(h, ptr, shown)
+
+    def _forward(self, h: Tensor, ptr: Tensor) -> ScaleOutput:
         sizes = ptr.diff().tolist()
         bag_index = bag_rows(ptr)
 
-        z = self.instance_classifier(h)  # (N, C)
+        z = precisely(self.instance_classifier, h)  # (N, C)
         f = self.transform(h)  # (N, K)
-        q = self.query(f)  # (N, Q)
-        v = self.value(f)  # (N, K)
+        q = at_least_float32(self.query(f))  # (N, Q)
+        v = at_least_float32(self.value(f))  # (N, K)
 
-        critical = first_argmax(z, ptr, bag_index)  # (B, C)
+        critical = first_argmax(z, bag_index, len(sizes))  # (B, C)
         q_critical = torch.cat([q, q.new_zeros(1, q.shape[1])])[critical]  # (B, C, Q)
         attention, embedding = [], []
         for q_bag, v_bag, q_top in zip(q.split(sizes), v.split(sizes), q_critical, strict=True):
@@ -54,30 +60,14 @@ class MILHead(nn.Module):
             a = score.softmax(0)
             attention.append(a)
             embedding.append(a.T @ v_bag)  # (C, K)
-        bag_logits = self.bag_classifier(torch.stack(embedding)).squeeze(2)  # (B, C)
+        bag_logits = precisely(self.bag_classifier, torch.stack(embedding)).squeeze(2)  # (B, C)
         shown = torch.ones_like(bag_index, dtype=torch.bool)
         return ScaleOutput(bag_logits, z, torch.cat(attention), bag_index, shown)
 
     def _forward_shown(self, h: Tensor, ptr: Tensor, shown: Tensor) -> ScaleOutput:
         before = torch.cat([shown.new_zeros(1, dtype=torch.int64), shown.cumsum(0)])
-        part = self(h[shown], before[ptr])
-        logits = self.instance_classifier(h)  # (N, C)
-        attention = torch.zeros_like(logits, dtype=part.attention.dtype)
+        part = self._forward(h[shown], before[ptr])
+        logits = precisely(self.instance_classifier, h)  # (N, C)
+        attention = torch.zeros_like(logits)
         attention[shown] = part.attention
         return ScaleOutput(part.bag_logits, logits, attention, bag_rows(ptr), shown)
-
-
-def bag_rows(ptr: Tensor) -> Tensor:
-    """(N,) the bag of each row."""
-    return torch.repeat_interleave(torch.arange(len(ptr) - 1, device=ptr.device), ptr.diff())
-
-
-def first_argmax(z: Tensor, ptr: Tensor, bag_index: Tensor) -> Tensor:
-    """(B, C) row of each bag's largest logit per class; N for a bag without tiles."""
-    z = z.detach()
-    is_top = z == segment(z, ptr, reduce="max")[bag_index]
-    rows = torch.arange(len(z), device=z.device)[:, None]
-    candidates = torch.where(is_top, rows, len(z))
-    index = bag_index[:, None].expand_as(candidates)
-    empty = candidates.new_full((len(ptr) - 1, z.shape[1]), len(z))
-    return empty.scatter_reduce(0, index, candidates, "amin")

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.utils import segment
 
-from dasmil.nn.mil_head import bag_rows, first_argmax
 from dasmil.output import ScaleOutput
+from dasmil.tensors import bag_rows, first_argmax, precisely
 
 
 class PoolingHead(nn.Module):
     """One hidden layer, a logit for each tile, and their mean or maximum for the bag.
+
+    Logits are computed in at least float32, as :class:`dasmil.nn.MILHead` does it.
 
     Parameters
     ----------
@@ -38,13 +40,14 @@ class PoolingHead(nn.Module):
         bag_index = bag_rows(ptr)
         if shown is None:
             shown = torch.ones_like(bag_index, dtype=torch.bool)
-        z = self.instance_classifier(self.transform(h))  # (N, C)
+        z = precisely(self.instance_classifier, precisely(self.transform, h))  # (N, C)
         if self.pooling == "mean":
             counted = shown[:, None].to(z.dtype)
             count = segment(counted, ptr, reduce="sum").clamp(min=1)  # (B, 1)
             attention = (counted / count[bag_index]).expand_as(z)
         else:
-            top = first_argmax(z.masked_fill(~shown[:, None], -torch.inf), ptr, bag_index)  # (B, C)
+            seen = z.masked_fill(~shown[:, None], -torch.inf)
+            top = first_argmax(seen, bag_index, len(ptr) - 1)  # (B, C)
             rows = torch.arange(len(z), device=z.device)[:, None]
             attention = ((top[bag_index] == rows) & shown[:, None]).to(z.dtype)  # (N, C)
         bag_logits = segment(attention * z, ptr, reduce="sum")  # (B, C)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from losses.numeric import slope
 
 from dasmil.losses import bag_loss, max_instance_loss
 
@@ -95,3 +96,28 @@ def test_all_shown_is_as_none_said() -> None:
     assert torch.equal(
         max_instance_loss(rows, ends, labels), max_instance_loss(rows, ends, labels, everything)
     )
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("num_logits", [1, 3])
+def test_of_equal_largest_logits_the_first_alone_learns(num_logits: int, label: int) -> None:
+    """The slopes sum to that of the loss if all logits of the class rise together."""
+    rows = np.array([[-1.0], [0.5], [0.5], [0.0], [0.5], [0.5]]).repeat(num_logits, axis=1)
+    ends, labels = torch.tensor([0, 6]), torch.tensor([label])
+
+    def loss(shift: np.ndarray) -> float:
+        return float(max_instance_loss(torch.from_numpy(rows + shift), ends, labels))
+
+    logits = torch.from_numpy(rows).requires_grad_()
+    max_instance_loss(logits, ends, labels).sum().backward()
+    np.testing.assert_allclose(logits.grad[1], slope(loss, np.zeros(num_logits)), atol=1e-8)
+    assert not logits.grad[[0, 2, 3, 4, 5]].any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_logit_that_is_not_finite_makes_a_loss_that_is_not(value: float) -> None:
+    rows = torch.tensor([[0.0], [value], [1.0]])
+    if value < 0:
+        rows[:] = value
+    loss = max_instance_loss(rows, torch.tensor([0, 3]), torch.tensor([1 if value < 0 else 0]))
+    assert not loss.isfinite().any()

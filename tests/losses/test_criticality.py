@@ -180,3 +180,26 @@ def test_many_tiles_are_counted_right_in_half_precision(dtype: torch.dtype) -> N
     coarse, fine = torch.full((5000, 1), 2.0, dtype=dtype), torch.zeros(5000, 1, dtype=dtype)
     assert criticality_loss(coarse, fine, parent, ptr).item() == 4
     assert criticality_loss(coarse, fine, parent, ptr, reduction="sum").item() == 20_000
+
+
+def test_of_equal_largest_children_the_first_alone_learns() -> None:
+    """The slopes sum to that of the loss if all children rise together."""
+    coarse = torch.tensor([[3.0], [-1.0]], dtype=torch.float64)
+    fine = np.array([[0.5], [0.5], [-2.0], [0.5], [2.0], [2.0]])
+    graph = (torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 2]))
+
+    def loss(children: Tensor) -> Tensor:
+        return criticality_loss(
+            coarse, children, *graph, children_pooling="max", detach_teacher=False
+        )
+
+    children = torch.from_numpy(fine).requires_grad_()
+    loss(children).sum().backward()
+    for rows in (slice(0, 4), slice(4, 6)):
+        family = np.zeros_like(fine)
+        family[rows] = 1
+        together = slope(
+            lambda t, of=family: float(loss(torch.from_numpy(fine + t * of))), np.zeros(1)
+        )
+        np.testing.assert_allclose(children.grad[rows][0], together, atol=1e-7)
+        assert not children.grad[rows][1:].any()

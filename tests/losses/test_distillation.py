@@ -177,3 +177,13 @@ def test_bags_are_taken_one_by_one(switches: dict) -> None:
     together = distillation_loss(student, teacher, **switches)
     alone = [distillation_loss(s[None], t[None], **switches) for s, t in zip(student, teacher)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
+def test_half_precision_costs_what_the_same_logits_cost_in_float32(switches: dict) -> None:
+    """The divergence of close logits is smaller than the rounding of bfloat16."""
+    torch.manual_seed(0)
+    student = torch.randn(20, 2, dtype=torch.bfloat16)
+    teacher = (student + 0.02 * torch.randn(20, 2)).bfloat16()
+    found = distillation_loss(student, teacher, **switches)
+    assert torch.equal(found, distillation_loss(student.float(), teacher.float(), **switches))

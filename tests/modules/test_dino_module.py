@@ -189,3 +189,16 @@ def test_lightlys_own_transform_can_be_chosen(road, monkeypatch):
 def test_a_gpu_trains_on_the_same_views(road):
     there = first_loss(road, trainer={"accelerator": "gpu", "devices": 1})
     assert there == pytest.approx(first_loss(road), rel=0.02)
+
+
+def test_under_autocast_the_loss_is_that_of_float32():
+    torch.manual_seed(0)
+    module = DINOModule(**SMALL)
+    teacher, views = torch.randn(8, 32).bfloat16(), list(torch.randn(3, 4, 32).bfloat16())
+    start = module.dino_loss.center.clone()
+    expected = module._loss(teacher.float(), [view.float() for view in views])
+    module.dino_loss.center = start
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module._loss(teacher.float(), views)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

@@ -312,3 +312,25 @@ def test_the_order_of_the_bags_does_not_matter(num_logits: int) -> None:
         torch.cat(h.split(SIZES)[::-1]), torch.tensor([0, *SIZES[::-1]]).cumsum(0)
     ).bag_logits
     torch.testing.assert_close(back.flip(0), forth, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_under_autocast_logits_and_attention_are_those_of_float32(pooled: bool) -> None:
+    """In half precision close bags have equal logits, and other tiles are critical."""
+    head = make_head(2).float()
+    h = torch.randn(1, WIDTH) + 1e-4 * torch.randn(90, WIDTH)
+    ptr = torch.arange(0, 91, 3)
+    shown = torch.rand(90) < 0.7 if pooled else None
+    expected = head(h, ptr, shown)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(h, ptr, shown)
+    for part in PARTS:
+        assert torch.equal(getattr(found, part), getattr(expected, part))
+    assert len(found.bag_logits[:, 0].unique()) >= 29
+
+
+def test_with_weights_of_half_precision_logits_and_attention_are_float32() -> None:
+    head = make_head(2).bfloat16()
+    output = head(torch.randn(90, WIDTH).bfloat16(), torch.arange(0, 91, 3))
+    assert {getattr(output, part).dtype for part in PARTS} == {torch.float32}
+    assert len(output.bag_logits[:, 0].unique()) == 30

@@ -63,3 +63,23 @@ def test_a_model_of_pooling_heads_gives_a_batch_what_it_gives_the_bags(pooling):
             torch.testing.assert_close(
                 together[scale].bag_logits[number], alone[scale].bag_logits[0]
             )
+
+
+def test_of_equal_largest_tiles_the_first_alone_learns():
+    head, h = head_and_tiles("max")
+    h = h[[0, 0, 0, 1]].requires_grad_()
+    output = head(h, torch.tensor([0, 3, 4]))
+    output.bag_logits.sum().backward()
+    assert h.grad[0].any() and not h.grad[1:3].any()
+    alone = h.detach()[[0, 3]].requires_grad_()
+    head(alone, torch.tensor([0, 1, 2])).bag_logits.sum().backward()
+    torch.testing.assert_close(h.grad[[0, 3]], alone.grad)
+
+
+def test_logits_are_not_rounded_to_half_precision():
+    head, h = head_and_tiles("mean")
+    h = h[:1].float() + 1e-4 * torch.randn(30, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = head.float()(h, torch.arange(31))
+    assert output.bag_logits.dtype == torch.float32
+    assert len(output.bag_logits[:, 0].unique()) == 30

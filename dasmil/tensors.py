@@ -1,0 +1,65 @@
+"""Operations on tensors whose rows belong to bags, for models and losses alike."""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The same values; half precision becomes float32, other types stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def precisely(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)`` in at least float32, under autocast and with half-precision weights too."""
+    weights = {name: at_least_float32(weight) for name, weight in layer.named_parameters()}
+    with torch.autocast(x.device.type, enabled=False):
+        return functional_call(layer, weights, at_least_float32(x))
+
+
+def bag_rows(ptr: Tensor) -> Tensor:
+    """(N,) the bag of each row, from the (B + 1,) boundaries of the bags."""
+    return torch.repeat_interleave(torch.arange(len(ptr) - 1, device=ptr.device), ptr.diff())
+
+
+def first_argmax(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Row of each group's first largest value per column; a NaN counts as the largest.
+
+    Parameters
+    ----------
+    z: (N, C).
+    group: (N,) int64, the group of each row.
+    num_groups: G.
+
+    Returns
+    -------
+    (G, C) int64; N for a group without rows.
+    """
+    z = z.detach()
+    index = group[:, None].expand_as(z)
+    lowest = z.new_full((num_groups, z.shape[1]), -torch.inf)
+    is_top = (z == lowest.scatter_reduce(0, index, z, "amax")[group]) | z.isnan()
+    rows = torch.arange(len(z), device=z.device)[:, None]
+    candidates = torch.where(is_top, rows, len(z))
+    none = candidates.new_full((num_groups, z.shape[1]), len(z))
+    return none.scatter_reduce(0, index, candidates, "amin")
+
+
+def first_max(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Largest value of each group per column; only the first of equal ones gets a gradient.
+
+    torch's ``segment_reduce`` and ``scatter_reduce`` divide the gradient among ties by rules that
+    differ from each other, and the former only if the gradient is positive.
+
+    Parameters
+    ----------
+    z: (N, C).
+    group: (N,) int64, the group of each row.
+    num_groups: G.
+
+    Returns
+    -------
+    (G, C); zero for a group without rows.
+    """
+    padded = torch.cat([z, z.new_zeros(1, z.shape[1])])
+    return padded.gather(0, first_argmax(z, group, num_groups))
