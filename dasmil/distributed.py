@@ -3,6 +3,7 @@
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -14,3 +15,11 @@ def gather_lists(items: list[T]) -> list[T]:
     parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def is_true_anywhere(flag: Tensor) -> bool:
+    """Whether a bool scalar is True in any process; every process gets the same answer."""
+    if dist.is_available() and dist.is_initialized():
+        flag = flag.int()
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)

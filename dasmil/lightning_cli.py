@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from dasmil.checkpoint import read_checkpoint
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.metrics import Evaluation
 from dasmil.modules import DASMILModule
 from dasmil.modules.evaluation import mean_losses
@@ -29,8 +30,7 @@ STAGES = {"fit": "val", "validate": "val", "test": "test"}  # the part whose fig
 
 def run(verb: str, args: Sequence[str]) -> int:
     """One of LightningCLI's verbs; returns the exit code."""
-    DasmilCLI(verb, list(args))
-    return 0
+    return DasmilCLI(verb, list(args)).exit_code
 
 
 class DasmilCLI(LightningCLI):
@@ -43,6 +43,7 @@ class DasmilCLI(LightningCLI):
     def __init__(self, verb: str, args: list[str]):
         self.verb = verb
         self.command = [verb, *args]
+        self.exit_code = 0
         self.resume_from: Path | None = None
         if verb == "fit":
             args, self.resume_from = split_resume(args)
@@ -150,6 +151,25 @@ class DasmilCLI(LightningCLI):
             raise InputError("predict: give --output, the folder for predictions and overlays")
         self._add_callbacks(PredictionWriter(self.output))
 
+    def after_predict(self) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PredictionWriter):
+                self._say_failed(callback.failed)
+
+    def _say_failed(self, slide_ids: Sequence[str], consequence: str = "") -> None:
+        """Name slides whose output is not finite; the exit code is then 1.
+
+        Of the first process only: one that ends with an error would end the others.
+        """
+        if slide_ids and self.trainer.is_global_zero:
+            print(
+                f"error: {self.verb}: the output is not finite for {len(slide_ids)} slide(s), "
+                f"which have no class: {some_of(slide_ids)}{consequence}; run it again with "
+                "--trainer.precision 32-true, or check their features",
+                file=sys.stderr,
+            )
+            self.exit_code = 1
+
     def _judge_instances(self) -> None:
         truth, classes = self._get(self.config, "truth"), self._get(self.config, "truth_classes")
         if classes and not truth:
@@ -187,6 +207,7 @@ class DasmilCLI(LightningCLI):
     def _write_evaluation(self, folder: Path | None, checkpoint: str | None) -> None:
         """Tables, intervals and figures of the last evaluation, by one process."""
         evaluation = getattr(self.model, "evaluation", None)
+        self._say_failed(getattr(self.model, "failed", ()), "; so no metrics are written")
         if folder is None or evaluation is None or not self.trainer.is_global_zero:
             return
         stage = STAGES[self.verb]
@@ -201,8 +222,11 @@ class DasmilCLI(LightningCLI):
             digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
             about = {"checkpoint": Path(checkpoint).name, "checkpoint_sha256": digest}
         draws = self._get(self.config, "draws", DRAWS)
-        pooling = self.model.hparams["patient_pooling"]
-        write_evaluation(folder, stage, evaluation, more, about, pooling=pooling, draws=draws)
+        pooling, failed = self.model.hparams["patient_pooling"], self.model.failed
+        options = {"pooling": pooling, "draws": draws, "failed": failed}
+        write_evaluation(folder, stage, evaluation, more, about, **options)
+        if failed:
+            return
         figures = evaluation_figures(evaluation, stage, draws)
         save_figures(folder / "figures", figures)
         show_in_tensorboard(folder, stage, figures)

@@ -87,7 +87,12 @@ class EvenSlideSampler(DistributedSampler[list[Tensor]]):
         super().__init__(range(num_samples), world, rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:  # type: ignore[override]
-        generator = np.random.default_rng((self.seed, self.epoch))
+        start, self.skipped = self.skipped, 0
+        return iter(self.items(self.epoch)[start:])
+
+    def items(self, epoch: int) -> list[tuple[int, int, int]]:
+        """All items of this process in an epoch, in their order."""
+        generator = np.random.default_rng((self.seed, epoch))
         rounds = -(-self.draws // len(self.sizes))
         slides = np.concatenate([generator.permutation(len(self.sizes)) for _ in range(rounds)])
         orders = [
@@ -99,9 +104,9 @@ class EvenSlideSampler(DistributedSampler[list[Tensor]]):
             rows[slides == number] = order[:rounds]
         seeds = generator.integers(2**63, size=len(slides))
         mine = slice(self.rank, self.total_size, self.num_replicas)
-        items = zip(slides[mine].tolist(), rows[mine].tolist(), seeds[mine].tolist(), strict=True)
-        start, self.skipped = self.skipped, 0
-        return iter(list(items)[start:])
+        return list(
+            zip(slides[mine].tolist(), rows[mine].tolist(), seeds[mine].tolist(), strict=True)
+        )
 
 
 class TileDataModule(LightningDataModule):
@@ -252,13 +257,7 @@ class TileDataModule(LightningDataModule):
         if isinstance(self.views, TensorViews) and self._is_on_gpu:
             views = self.views.draw  # the rest in on_after_batch_transfer
         dataset = TileDataset(self.rows, self.boxes_px0, self.tile_px, views)
-        sampler = EvenSlideSampler(
-            [len(boxes) for boxes in self.boxes_px0],
-            self.tiles_per_epoch or len(dataset),
-            self.trainer.world_size if self.trainer else 1,
-            self.trainer.global_rank if self.trainer else 0,
-            training_seed(),
-        )
+        sampler = self._sampler()
         go_on(sampler, self.trainer, self.batch_size)
         if len(sampler) < self.batch_size:
             raise InputError(
@@ -273,6 +272,22 @@ class TileDataModule(LightningDataModule):
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+        )
+
+    def slides_of(self, epoch: int, batch_idx: int) -> list[str]:
+        """The slide_ids of the tiles of a batch of this process."""
+        start = batch_idx * self.batch_size
+        items = self._sampler().items(epoch)[start : start + self.batch_size]
+        return [self.rows[number].slide_id for number, _, _ in items]
+
+    def _sampler(self) -> EvenSlideSampler:
+        sizes = [len(boxes) for boxes in self.boxes_px0]
+        return EvenSlideSampler(
+            sizes,
+            self.tiles_per_epoch or sum(sizes),
+            self.trainer.world_size if self.trainer else 1,
+            self.trainer.global_rank if self.trainer else 0,
+            training_seed(),
         )
 
     @property

@@ -5,6 +5,7 @@ Caron et al. 2021 (DINO), the loss, head and crops lightly's.
 """
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from dasmil.data.tiles import TileDataModule
 from dasmil.embedding.extractor import ExtractorRecord
 from dasmil.embedding.networks import vit_backbone
 from dasmil.errors import InputError
+from dasmil.modules.finite import FiniteLoss
 from dasmil.seeds import seed_step
 from dasmil.tensors import at_least_float32
 
@@ -138,6 +140,7 @@ class DINOModule(LightningModule):
         )
         self.record: dict[str, Any] | None = None
         self._teacher_step = 0
+        self._finite_loss = FiniteLoss()
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -164,6 +167,7 @@ class DINOModule(LightningModule):
         seed_step(self.current_epoch, batch_idx * world + rank)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._finite_loss.check_weights(checkpoint["state_dict"])
         checkpoint["extractor"] = self.record
 
     def training_step(self, crops: list[Tensor], batch_idx: int) -> Tensor:
@@ -181,9 +185,20 @@ class DINOModule(LightningModule):
         size = len(crops[0])
         self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         self.log("train/loss_step", loss, prog_bar=True)
+        slides = partial(self._slides_of, self.current_epoch, batch_idx)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._finite_loss.watch(self.global_step, loss, slides, every)
         if batch_idx == 0 and self.current_epoch == 0:
             self._show(crops)
         return loss
+
+    def _slides_of(self, epoch: int, batch_idx: int) -> list[str]:
+        """Slides of the tiles of a batch of this process, as far as known."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data.slides_of(epoch, batch_idx) if isinstance(data, TileDataModule) else []
+
+    def on_train_epoch_end(self) -> None:
+        self._finite_loss.check()
 
     def _loss(self, teacher_out: Tensor, student_out: list[Tensor]) -> Tensor:
         """DINO's loss of two large views (2B, K) and of all views (B, K) each, in float32.

@@ -7,7 +7,7 @@ processes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum
+from math import fsum, isfinite
 
 import torch
 from torch import Tensor
@@ -59,6 +59,16 @@ def gather_results(results: list[SlideResult]) -> list[SlideResult]:
     """The results of all processes, each slide once, sorted by slide_id."""
     unique = {result.slide_id: result for result in gather_lists(results)}
     return [unique[slide_id] for slide_id in sorted(unique)]
+
+
+def not_finite(results: Sequence[SlideResult]) -> list[str]:
+    """The slides that have a logit or a loss that is not finite: they have no class."""
+    return [
+        result.slide_id
+        for result in results
+        if not all(bool(logits.isfinite().all()) for logits in result.logits.values())
+        or not all(map(isfinite, result.losses.values()))
+    ]
 
 
 def evaluation_of(

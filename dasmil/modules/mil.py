@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dasmil.bags import BagGraph, describe_difference
 from dasmil.data.bags import BagDataModule
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.files import write_csv
 from dasmil.losses import ObjectiveOptions, balanced_weights, objective
 from dasmil.metrics.evaluation import Evaluation
@@ -21,8 +21,10 @@ from dasmil.modules.evaluation import (
     evaluation_of,
     gather_results,
     mean_losses,
+    not_finite,
     slide_results,
 )
+from dasmil.modules.finite import ADVICE, FiniteLoss
 from dasmil.nn import DASMIL, ScaleOutput, Standardize
 from dasmil.reports.history import run_folder
 from dasmil.seeds import seed_step
@@ -172,6 +174,8 @@ class DASMILModule(LightningModule):
             raise InputError(f"specificity: {specificity} is not between 0 and 1")
         self.results: list[SlideResult] = []
         self.evaluation: Evaluation | None = None  # of the last part that was evaluated
+        self.failed: list[str] = []  # its slides whose output is not finite
+        self._finite_loss = FiniteLoss()
         self.network: DASMIL
         self.standardize: Standardize | None
         if bag_format is not None:
@@ -305,8 +309,17 @@ class DASMILModule(LightningModule):
             batch_size=graph.num_bags,
             sync_dist=True,
         )
-        self.log("train/loss_step", total.mean(), prog_bar=True, batch_size=graph.num_bags)
-        return total.mean()
+        loss, slide_ids = total.mean(), graph.slide_ids
+        self.log("train/loss_step", loss, prog_bar=True, batch_size=graph.num_bags)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._finite_loss.watch(self.global_step, loss, lambda: slide_ids, every)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self._finite_loss.check()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._finite_loss.check_weights(checkpoint["state_dict"])
 
     def configure_optimizers(self) -> Any:
         hp = self.hparams
@@ -324,6 +337,7 @@ class DASMILModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_validation_epoch_start(self) -> None:
+        self._finite_loss.check()
         self.results = []
 
     def on_test_epoch_start(self) -> None:
@@ -357,12 +371,18 @@ class DASMILModule(LightningModule):
         self.results = gather_results(self.results)
         found = evaluation_of(self.results, self.classes, None, self.hparams["specificity"])
         fitting = self.trainer.state.fn == TrainerFn.FITTING
+        self.failed = not_finite(self.results)
+        if fitting and self.failed:
+            raise InputError(
+                f"fit: the output is not finite for {len(self.failed)} validation slide(s): "
+                f"{some_of(self.failed)}; {ADVICE}"
+            )
         if fitting and self.hparams["val_part"] != "test" and len(self.classes) == 2:
             self.hparams["thresholds"] = found.operating_points()
         self.evaluation = replace(found, thresholds=self.hparams["thresholds"])
         for scale in self.scales:
             figures = self.evaluation.figures(scale)
-            if stage == "test":
+            if stage == "test" and not self.failed:
                 figures |= self.evaluation.test_chosen_figures(scale)
             self._log_figures({f"{stage}/{scale}/{k}": value for k, value in figures.items()})
         self._log_figures({f"{stage}/{k}": value for k, value in figures.items()})

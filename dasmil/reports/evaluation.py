@@ -14,7 +14,7 @@ The last two are the evaluation itself, to the last digit: :func:`read_evaluatio
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal
@@ -46,8 +46,11 @@ def write_evaluation(
     pooling: Literal["mean", "max"] = "mean",
     draws: int = 1000,
     seed: int = 0,
+    failed: Collection[str] = (),
 ) -> None:
     """Write the four files; those of an earlier evaluation of this part are replaced.
+
+    If a slide has failed, there are no metrics: of the files only the table of slides is written.
 
     Figures are of slides, and of patients too (``patient_auroc``) where a patient has several
     slides. Those of the finest scale stand in the JSON without a scale as well.
@@ -61,15 +64,24 @@ def write_evaluation(
     pooling: of a patient's slides; see :meth:`Evaluation.by_patient`.
     draws: of the bootstrap that gives the intervals.
     seed: of the draws.
+    failed: slides whose output is not finite; their probabilities are empty.
     """
     evaluation_file(folder, stage).unlink(missing_ok=True)
+    slides, columns = folder / f"{stage}_slides.csv", _slide_columns(evaluation)
+    if failed:
+        for kind in ("csv", "json"):
+            (folder / f"{stage}_metrics.{kind}").unlink(missing_ok=True)
+        empty = dict.fromkeys(columns[len(SLIDE_COLUMNS) :])
+        of_slides = _slide_rows(evaluation)
+        write_csv(slides, columns, (r | empty if r["slide_id"] in failed else r for r in of_slides))
+        return
     rows = [
         *_rows_of_levels(stage, evaluation, pooling, draws, seed),
         *_extra_rows(extra_figures or {}, evaluation.scales),
     ]
     figures = _flat(stage, rows, evaluation.scales[-1])
     figures |= {f"{stage}/{name}": _known(value) for name, value in (extra_figures or {}).items()}
-    write_csv(folder / f"{stage}_slides.csv", _slide_columns(evaluation), _slide_rows(evaluation))
+    write_csv(slides, columns, _slide_rows(evaluation))
     write_csv(folder / f"{stage}_metrics.csv", METRIC_COLUMNS, rows)
     write_text(folder / f"{stage}_metrics.json", json.dumps(figures, indent=2) + "\n")
     described = {

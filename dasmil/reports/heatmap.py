@@ -53,7 +53,7 @@ def draw_heatmap(
     Parameters
     ----------
     canvas: (H, W, 3) uint8 RGB of the whole slide.
-    scores: by caption (N_s,), from 0 to 1.
+    scores: by caption (N_s,), from 0 to 1; a tile whose score is not finite stays uncoloured.
     title: over the slide.
 
     Returns
@@ -65,9 +65,10 @@ def draw_heatmap(
     boxes = (bag.boxes_px0(scale).numpy() * to_canvas).round().astype(int)
     panels = [caption(canvas, title)]
     for text, values in scores.items():
-        colours = _colours(values)
+        known = np.isfinite(values)
+        colours = _colours(values[known])
         panel = canvas.copy()
-        for (left, top, right, bottom), colour in zip(boxes, colours, strict=True):
+        for (left, top, right, bottom), colour in zip(boxes[known], colours, strict=True):
             tile = panel[top:bottom, left:right]
             tile[:] = ((1 - OPACITY) * tile + OPACITY * colour).round()
         panels.append(caption(np.concatenate([panel, _colour_bar(height)], axis=1), text))

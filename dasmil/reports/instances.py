@@ -111,6 +111,7 @@ class InstanceTruth(Callback):
         self._positive_class = ""
         self._has_froc = False
         self._slides: list[SlideTruth] = []
+        self._failed: list[str] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: BagDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -169,7 +170,7 @@ class InstanceTruth(Callback):
         self._refuse_missing_classes()
         points = [marks_points(path, self.classes) for path in self._files.values()]
         self._has_froc = self.froc and not any(points)
-        self._slides, self.figures, self.curves = [], {}, {}
+        self._slides, self._failed, self.figures, self.curves = [], [], {}, {}
         unknown = sorted(found.keys() - self._files.keys() - self._negative)
         if unknown:
             warnings.warn(
@@ -207,6 +208,9 @@ class InstanceTruth(Callback):
             for scale, output in outputs.items():
                 rows = slice(*batch.ptr[scale][number : number + 2].tolist())
                 scores[scale] = class_probabilities(output.instance_logits[rows].cpu())[:, 1]
+            if not all(bool(values.isfinite().all()) for values in scores.values()):
+                self._failed.append(slide_id)
+                continue
             self._slides.append(self._judge(bag, scores))
 
     def _judge(self, bag: Bag, scores: Mapping[str, Tensor]) -> SlideTruth:
@@ -293,7 +297,9 @@ class InstanceTruth(Callback):
             write_text(self.output / "detections" / scale / f"{slide_id}.csv", "".join(lines))
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Figures of all slides, each once, the same in every process."""
+        """Figures of all slides, each once, the same in every process; none if a slide failed."""
+        if gather_lists(self._failed):
+            return
         unique = {slide.slide_id: slide for slide in gather_lists(self._slides)}
         slides = [unique[slide_id] for slide_id in sorted(unique)]
         for scale in slides[0].scores if slides else ():

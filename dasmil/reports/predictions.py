@@ -19,10 +19,14 @@ from dasmil.reports.heatmap import draw_heatmap, slide_canvas
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.qc import write_png
 
+NOT_FINITE = "the output is not finite"
+OF_OUTPUT = ("logit/", "prob/", "called")  # columns that a failed slide leaves empty
+
 
 class PredictionWriter(Callback):
     """Writes predictions.csv, instances/<slide_id>.csv and overlays/<slide_id>_<scale>.png.
 
+    A slide whose output is not finite has the state ``failed`` in the table, and no other file.
     The trainer's model and datamodule tell it the classes, the labels and where bags lie.
 
     Parameters
@@ -36,6 +40,7 @@ class PredictionWriter(Callback):
         self.classes: tuple[str, ...] = ()
         self.logit_classes: tuple[str, ...] = ()
         self.thresholds: Mapping[str, Mapping[str, float]] = {}
+        self.failed: list[str] = []  # slides of all processes
         self._slides: list[dict[str, Any]] = []
         self._notes: list[str] = []
 
@@ -62,9 +67,18 @@ class PredictionWriter(Callback):
                 bag_logits[scale] = output.bag_logits[number].float().cpu()
                 instance_logits[scale] = output.instance_logits[rows].float().cpu()
                 attention[scale] = output.attention[rows].float().cpu()
-            self._slides.append(self._slide_row(slide_id, bag_logits))
-            self._write_instances(bag, instance_logits, attention)
-            self._write_overlays(bag, bag_logits, instance_logits, attention)
+            row = self._slide_row(slide_id, bag_logits)
+            parts = (*bag_logits.values(), *instance_logits.values(), *attention.values())
+            if all(bool(part.isfinite().all()) for part in parts):
+                self._slides.append({**row, "state": "done", "message": ""})
+                self._write_instances(bag, instance_logits, attention)
+                self._write_overlays(bag, bag_logits, instance_logits, attention)
+            else:
+                known = {k: None if k.startswith(OF_OUTPUT) else v for k, v in row.items()}
+                self._slides.append({**known, "state": "failed", "message": NOT_FINITE})
+                (self.output / "instances" / f"{slide_id}.csv").unlink(missing_ok=True)
+                for scale in bag.scales:
+                    (self.output / "overlays" / f"{slide_id}_{scale}.png").unlink(missing_ok=True)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         unique = {row["slide_id"]: row for row in gather_lists(self._slides)}
@@ -75,6 +89,7 @@ class PredictionWriter(Callback):
             for note in notes:
                 print(note)
             print(f"predict: {len(ordered)} slides; see {self.output / 'predictions.csv'}")
+        self.failed = [name for name, row in unique.items() if row["state"] == "failed"]
 
     def _slide_row(self, slide_id: str, bag_logits: dict[str, Tensor]) -> dict[str, Any]:
         row: dict[str, Any] = {"slide_id": slide_id, "label": self.rows[slide_id].label}

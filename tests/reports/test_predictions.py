@@ -48,6 +48,8 @@ def test_columns_name_scale_and_class_and_an_unknown_label_is_empty(predicted):
         *logits,
         *(f"prob/{n}" for n in CLASSES),
         "called",
+        "state",
+        "message",
     ]
     assert [row["label"] for row in rows] == ["benign", "invasive", "", "in situ"]
     for row in rows:

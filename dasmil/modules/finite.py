@@ -1,0 +1,81 @@
+"""What is not a number ends a training: no checkpoint of it is written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dasmil.distributed import gather_lists, is_true_anywhere
+from dasmil.errors import InputError, some_of
+
+ADVICE = (
+    "check the features of these slides, or lower model.learning_rate, or train with "
+    "--trainer.precision 32-true; checkpoints of earlier epochs are sound"
+)
+
+
+class FiniteLoss:
+    """Ends a training in all processes once the loss of a step is not finite in one of them.
+
+    The losses of several steps are read together: to read one makes the process wait for the GPU.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, Tensor, Callable[[], Sequence[str]]]] = []
+
+    def watch(
+        self, step: int, loss: Tensor, slides: Callable[[], Sequence[str]], every: int
+    ) -> None:
+        """Note the loss of a step.
+
+        Parameters
+        ----------
+        step: number of the step.
+        loss: a scalar.
+        slides: gives the slide_ids of the step; called only if its loss is not finite.
+        every: number of steps that are checked together.
+        """
+        self._steps.append((step, loss.detach().isfinite(), slides))
+        if len(self._steps) >= every:
+            self.check()
+
+    def check(self) -> None:
+        """Check the steps noted so far; every process must call it after the same step.
+
+        Raises
+        ------
+        InputError
+            if a loss is not finite, with the first such step and its slides.
+        """
+        if not self._steps:
+            return
+        broken = ~torch.stack([finite for _, finite, _ in self._steps]).all()
+        if not is_true_anywhere(broken):
+            self._steps.clear()
+            return
+        mine = [(step, list(slides())) for step, finite, slides in self._steps if not finite]
+        found = gather_lists(mine)
+        first = min(step for step, _ in found)
+        names = sorted({name for step, slides in found if step == first for name in slides})
+        raise InputError(
+            f"fit: the loss of step {first} is not finite; its slides are {some_of(names)}; "
+            + ADVICE
+        )
+
+    def check_weights(self, state: Mapping[str, Any]) -> None:
+        """Check what a checkpoint is about to hold, and the steps noted so far.
+
+        Raises
+        ------
+        InputError
+            if a loss or a weight is not finite.
+        """
+        self.check()
+        tensors = [value for value in state.values() if isinstance(value, Tensor)]
+        if not all(bool(value.isfinite().all()) for value in tensors):
+            raise InputError(
+                "fit: weights are not finite after the last step of the epoch, although its loss "
+                "is; lower model.learning_rate, or train with --trainer.precision 32-true; "
+                "checkpoints of earlier epochs are sound"
+            )
