@@ -1,15 +1,15 @@
 """The command line: LightningCLI's verbs and the pipeline's verbs, nothing else."""
 
 import inspect
-import json
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, input_error_in, near
 from dasmil.quiet import hush
 
 USAGE = """\
@@ -61,73 +61,49 @@ IMPORTERS = {
 }
 FEATURE_KINDS = ("clam", "stamp", "trident")
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
+VERBS = {  # verb → its module; the function has the name of the verb
+    "tile": "slides.tile",
+    "embed": "embedding.embed",
+    "status": "reports.status",
+    "export": "interop.export",
+    "sweep": "sweep.sweep",
+    "compare": "compare.compare",
+    "contact-sheet": "reports.contact_sheet",
+    "demo": "demo.run",
+}
+BY_PLACE = ("export", "contact-sheet")  # verbs whose required parameters are no options
+MANY = {  # verbs whose first parameter is any number of folders
+    "status": ("folders", "FOLDER", "of tiles or of bags"),
+    "compare": ("run_dirs", "RUN_DIR", "one per method"),
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 well, 1 something failed, 2 bad input)."""
     args = list(sys.argv[1:] if args is None else args)
     hush()
-    verb, rest = (args[0], args[1:]) if args else ("", [])
     try:
-        if verb in LIGHTNING_VERBS:
-            from dasmil.lightning_cli import run
-
-            _keep_whole_numbers()
-            return run(verb, rest)
-        if verb == "embed":
-            return _embed(rest)
-        if verb == "tile":
-            from jsonargparse import auto_cli
-
-            from dasmil.slides.tile import tile
-
-            return int(auto_cli(tile, as_positional=False, args=rest))
-        if verb == "status":
-            from dasmil.reports.status import status
-
-            return _with_folders(status, "folders", "of tiles or of bags", rest)
-        if verb == "import":
-            return _import(rest)
-        if verb == "export":
-            from jsonargparse import auto_cli
-
-            from dasmil.interop.export import export
-
-            return int(auto_cli(export, prog="dasmil export", args=rest))
-        if verb == "sweep":
-            from jsonargparse import auto_cli
-
-            from dasmil.sweep.sweep import sweep
-
-            return int(auto_cli(sweep, as_positional=False, args=rest))
-        if verb == "compare":
-            from dasmil.compare.compare import compare
-
-            return _with_folders(compare, "run_dirs", "one a method", rest)
-        if verb == "contact-sheet":
-            from jsonargparse import auto_cli
-
-            from dasmil.reports.contact_sheet import contact_sheet
-
-            prog = "dasmil contact-sheet"
-            return int(auto_cli(contact_sheet, as_positional=True, prog=prog, args=rest))
-        if verb == "demo":
-            from jsonargparse import auto_cli
-
-            from dasmil.demo.run import demo
-
-            return int(auto_cli(demo, as_positional=False, args=rest))
-    except InputError as error:
-        # a reading process wraps the sentence in its traceback
-        sentence = str(error).rsplit("InputError: ", 1)[-1].strip()
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
+        return run(args)
     except SystemExit as stop:
         if type(stop).__name__ == "SIGTERMException":  # Lightning's, without an exit code: not done
-            print(f"error: {verb} was ended by SIGTERM", file=sys.stderr)
+            print(f"error: {args[0]} was ended by SIGTERM", file=sys.stderr)
             return 128 + signal.SIGTERM
         raise
-    if verb in ("", "-h", "--help"):
+    except Exception as error:
+        # Lightning says so what it cannot do with its options
+        misconfigured = type(error).__name__ == "MisconfigurationException"
+        said = str(error) if misconfigured else input_error_in(error)
+        if not said:
+            raise
+        # a reading process wraps the sentence in its traceback
+        print(f"error: {said.rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
+        return 2
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one verb; raises :class:`InputError` for bad input."""
+    verb, rest = (args[0], args[1:]) if args else ("--help", [])
+    if verb in ("-h", "--help"):
         print(USAGE)
         return 0
     if verb == "--version":
@@ -135,41 +111,17 @@ def main(args: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    print(f"error: no verb {verb!r}\n\n{USAGE}", file=sys.stderr)
-    return 2
+    if verb in LIGHTNING_VERBS:
+        from dasmil.lightning_cli import run as run_lightning
 
-
-def _embed(args: Sequence[str]) -> int:
-    from jsonargparse import ActionConfigFile, ArgumentParser
-    from lightning.pytorch import Trainer
-
-    from dasmil.embedding.embed import embed
-
-    _keep_whole_numbers()
-    parser = ArgumentParser(prog="dasmil embed", description=inspect.getdoc(embed))
-    parser.add_argument("--config", action=ActionConfigFile)
-    parser.add_function_arguments(embed, skip={"trainer"}, as_positional=False)
-    parser.add_class_arguments(Trainer, "trainer")
-    parser.set_defaults({"trainer.logger": False, "trainer.enable_checkpointing": False})
-    parser.set_defaults({"trainer.enable_model_summary": False})
-    values = parser.instantiate(parser.parse_args(list(args)))
-    values.pop("config", None)
-    return embed(**values.as_dict())
-
-
-def _with_folders(
-    function: Callable[..., int], folders: str, about: str, args: Sequence[str]
-) -> int:
-    """A verb whose first parameter is any number of folders; its others are options."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
-
-    parser = ArgumentParser(prog=f"dasmil {function.__name__}", description=_about(function))
-    parser.add_argument("--config", action=ActionConfigFile)
-    parser.add_argument(folders, nargs="+", type=Path, metavar=folders[:-1].upper(), help=about)
-    parser.add_function_arguments(function, skip={folders}, as_positional=False)
-    values = parser.instantiate(parser.parse_args(list(args))).as_dict()
-    values.pop("config", None)
-    return function(tuple(values.pop(folders)), **values)
+        _keep_whole_numbers()
+        return run_lightning(verb, rest)
+    if verb == "import":
+        return _import(rest)
+    if verb not in VERBS:
+        raise InputError(f"no verb {verb!r}{near(verb, (*VERBS, *LIGHTNING_VERBS, 'import'))}")
+    function = getattr(import_module(f"dasmil.{VERBS[verb]}"), verb.replace("-", "_"))
+    return _call(function, f"dasmil {verb}", rest, MANY.get(verb), verb in BY_PLACE)
 
 
 def _import(args: Sequence[str]) -> int:
@@ -178,41 +130,64 @@ def _import(args: Sequence[str]) -> int:
         print(IMPORT_USAGE)
         return 0
     if kind not in IMPORTERS:
-        print(f"error: import: no kind {kind!r}\n\n{IMPORT_USAGE}", file=sys.stderr)
-        return 2
+        raise InputError(f"import: no kind {kind!r}{near(kind, IMPORTERS)}")
     function = getattr(import_module(f"dasmil.interop.{IMPORTERS[kind]}"), IMPORTERS[kind])
-    prog, rest = f"dasmil import {kind}", list(args[1:])
-    if kind in FEATURE_KINDS:  # --features.x20 FOLDER is an option, as long as it is required
-        from jsonargparse import ActionConfigFile, ArgumentParser
-
-        parser = ArgumentParser(prog=prog, description=_about(function))
-        parser.add_argument("--config", action=ActionConfigFile)
-        parser.add_argument("dest", type=Path, metavar="BAGS", help="folder for the bags")
-        parser.add_function_arguments(function, skip={"dest"}, as_positional=False)
-        values = parser.instantiate(parser.parse_args(_scales_together(rest))).as_dict()
-        values.pop("config", None)
-        return int(function(**values))
-    from jsonargparse import auto_cli
-
-    return int(auto_cli(function, as_positional=True, prog=prog, args=rest))
+    if kind in FEATURE_KINDS:  # --features.x20 FOLDER is an option, although it is required
+        first = ("dest", "BAGS", "folder for the bags")
+        return _call(function, f"dasmil import {kind}", args[1:], first)
+    return _call(function, f"dasmil import {kind}", args[1:], by_place=True)
 
 
-def _scales_together(args: Sequence[str]) -> list[str]:
-    """Options such as --features.x2.5 FOLDER as one: for jsonargparse each dot is a level."""
-    rest: list[str] = []
-    together: dict[str, dict[str, str]] = {}
-    words = iter(args)
-    for word in words:
-        found = re.fullmatch(r"--(features|patches)\.(x[\d.]+)(?:=(.*))?", word)
-        value = (found[3] or next(words, None)) if found else None
-        if found is None or value is None:
-            rest.append(word)
-        else:
-            together.setdefault(found[1], {})[found[2]] = value
-    return [
-        *rest,
-        *(text for name in together for text in (f"--{name}", json.dumps(together[name]))),
-    ]
+def _call(
+    function: Callable[..., int],
+    prog: str,
+    args: Sequence[str],
+    first: tuple[str, str, str] | None = None,
+    by_place: bool = False,
+) -> int:
+    """Call a function with what stands on the command line.
+
+    Parameters
+    ----------
+    first: a parameter that is given by its place, and its name and explanation for --help.
+    by_place: all required parameters are.
+    """
+    from jsonargparse import ActionConfigFile
+
+    from dasmil.arguments import (
+        SentenceParser,
+        said_of_trainer,
+        with_configs,
+        with_scales_together,
+    )
+
+    parameters = inspect.signature(function).parameters
+    parser = SentenceParser(prog=prog, description=_about(function))
+    parser.add_argument("--config", action=ActionConfigFile, help="file of options, in YAML")
+    skip: set[str | int] = {"trainer"}
+    if first is not None:
+        name, metavar, explanation = first
+        skip.add(name)
+        several = "+" if parameters[name].annotation != Path else None
+        parser.add_argument(name, type=Path, metavar=metavar, nargs=several, help=explanation)
+    parser.add_function_arguments(function, skip=skip, as_positional=by_place, sub_configs=True)
+    if "trainer" in parameters:
+        _add_trainer(parser)
+    parsed = parser.parse_args(with_scales_together(with_configs(args)))
+    with said_of_trainer() if "trainer" in parameters else nullcontext():
+        values = parser.instantiate(parsed).as_dict()
+    values.pop("config", None)
+    return int(function(**values))
+
+
+def _add_trainer(parser: Any) -> None:
+    """Lightning's Trainer as a verb uses it that trains nothing."""
+    from lightning.pytorch import Trainer
+
+    _keep_whole_numbers()
+    parser.add_class_arguments(Trainer, "trainer")
+    parser.set_defaults({"trainer.logger": False, "trainer.enable_checkpointing": False})
+    parser.set_defaults({"trainer.enable_model_summary": False})
 
 
 def _about(function: Callable[..., int]) -> str:

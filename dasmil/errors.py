@@ -1,6 +1,7 @@
 """The one exception that means "your input is wrong", as opposed to "our code is wrong"."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 
 MAX_NAMED = 5
 
@@ -20,3 +21,16 @@ def some_of(texts: Collection[object]) -> str:
     """The first few, and how many more there are; for sentences about slides or keys of a file."""
     named = ", ".join(list(map(str, texts))[:MAX_NAMED])
     return named + (f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else "")
+
+
+def near(name: str, options: Iterable[str]) -> str:
+    """The option that looks like a mistyped one, as the end of a sentence."""
+    found = get_close_matches(name, list(options), n=1, cutoff=0.7)
+    return f"; did you mean {found[0]}?" if found else ", see --help"
+
+
+def input_error_in(error: BaseException | None) -> str:
+    """The sentence of the :class:`InputError` that caused an error; "" if none did."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return str(error or "")

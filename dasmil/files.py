@@ -221,3 +221,12 @@ def configs_folder() -> Path:
         if folder.is_dir():
             return folder
     raise InputError(f"{package}: the configs folder is missing; install dasmil again")
+
+
+def find_config(name: str) -> Path:
+    """A config where it is given, else in dasmil's own folder ``configs/``."""
+    given, ours = Path(name), configs_folder() / name.removeprefix("configs/")
+    for path in (given, ours):
+        if path.is_file():
+            return path.resolve()
+    raise InputError(f"{name}: no such config, neither here nor in {configs_folder()}")

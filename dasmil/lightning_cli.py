@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from dasmil.arguments import SentenceParser, said_of_trainer, with_configs
 from dasmil.checkpoint import read_checkpoint
 from dasmil.errors import InputError, some_of
 from dasmil.metrics import Evaluation
@@ -33,6 +35,10 @@ def run(verb: str, args: Sequence[str]) -> int:
     return DasmilCLI(verb, list(args)).exit_code
 
 
+class LightningSentenceParser(SentenceParser, LightningArgumentParser):
+    """LightningCLI's parser, with our errors."""
+
+
 class DasmilCLI(LightningCLI):
     """LightningCLI with ``--bags`` and ``--output`` for evaluation, where ``--ckpt_path`` suffices.
 
@@ -49,6 +55,8 @@ class DasmilCLI(LightningCLI):
             args, self.resume_from = split_resume(args)
         else:  # evaluation saves no checkpoints, wherever the one it reads has been saved
             warnings.filterwarnings("ignore", "The dirpath has changed from")
+        args = with_configs(args)
+        _refuse_too_little(verb, args)
         self.defaults = {} if verb == "fit" else _evaluation_defaults(args)
         super().__init__(
             LightningModule,
@@ -61,6 +69,18 @@ class DasmilCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             args=[verb, *args],
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """One whose errors are sentences."""
+        parser = LightningSentenceParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="file of options, in YAML"
+        )
+        return parser
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        with said_of_trainer():
+            return super().instantiate_trainer(**kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the verb that is run: building the others' parsers takes seconds."""
@@ -244,6 +264,24 @@ def _refuse_other_slides(folder: Path, stage: str, evaluation: Evaluation) -> No
             f"{folder}: holds the figures of other {stage} slides (the two differ in "
             f"{', '.join(other[:3])}); give --output to keep both"
         )
+
+
+def _refuse_too_little(verb: str, args: Sequence[str]) -> None:
+    """Say what a verb cannot do without; the parser would name Python classes."""
+    names = {word.split("=")[0] for word in args}
+    if names & {"-h", "--help", "--model.help", "--data.help", "-c", "--config", "--model"}:
+        return
+    if verb == "fit":
+        raise InputError(
+            "fit: give --config configs/dasmil.yaml (DAS-MIL) or --config configs/dino.yaml (an "
+            "extractor)"
+        )
+    for option, what in (
+        ("--ckpt_path", "the checkpoint that fit wrote"),
+        ("--bags", "the folder that embed wrote"),
+    ):
+        if not names & {option, f"--data.{option[2:]}"}:
+            raise InputError(f"{verb}: give {option}, {what}")
 
 
 def _evaluation_defaults(args: Sequence[str]) -> dict[str, Any]:

@@ -95,8 +95,10 @@ def assert_contains(printed, written):
             assert printed[key] == value or isinstance(value, list), key
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_a_typing_mistake_in_any_yaml_is_named(path, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "path", [path for path in YAMLS if path.parent == CONFIGS], ids=lambda path: path.name
+)
+def test_a_typing_mistake_in_a_yaml_is_named(path, tmp_path, capsys):
     content = yaml.safe_load(path.read_text())
     place = content
     for key in ("model", "init_args"):
@@ -105,21 +107,8 @@ def test_a_typing_mistake_in_any_yaml_is_named(path, tmp_path, capsys):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump(content))
     arguments = [str(wrong) if text == str(path) else text for text in arguments_for(path)]
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--print_config"])
-    assert stop.value.code == 2
-    assert "num_haeds" in capsys.readouterr().err
-
-
-def test_a_typing_mistake_on_the_command_line_is_named(capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", str(CONFIGS / "dasmil.yaml"), "--data.bagz", "B"])
-    assert "bagz" in capsys.readouterr().err
-
-
-def test_an_unknown_verb_is_answered_with_the_verbs(capsys):
-    assert main(["trian"]) == 2
-    assert "no verb 'trian'" in capsys.readouterr().err
+    assert main([*arguments, "--print_config"]) == 2
+    assert "num_haeds: no such option" in capsys.readouterr().err
 
 
 def test_help_lists_every_verb(capsys):

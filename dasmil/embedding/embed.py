@@ -29,11 +29,6 @@ from dasmil.slides.cohort import SlideRow, describe_leaving, read_cohort, write_
 from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path
 from dasmil.work.worker import STALE_AFTER_S, Worker
 
-MISREAD = (
-    "; on the command line .model comes before a scale's other settings, and those of a scale "
-    "with a dot in its name stand in a --config file"
-)
-
 
 class EmbeddingModule(LightningModule):
     """The extractors of all scales under the Trainer's predict loop.
@@ -298,11 +293,9 @@ def _load_extractors(
 ) -> dict[str, Extractor]:
     names = [scale.name for scale in tiles.scales]
     if set(sources) != set(names):
-        misread = any(name.startswith(tuple(f"{scale}." for scale in names)) for name in sources)
         raise InputError(
             f"extractors: given for {', '.join(sorted(sources)) or 'no scale'}, the tiles have "
             f"{', '.join(names)}; give one extractor for each of them"
-            + (MISREAD if misread else "")
         )
     networks = {
         scale.name: load_extractor(sources[scale.name], scale, tiles.tile_px)

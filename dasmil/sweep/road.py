@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dasmil.errors import InputError
-from dasmil.files import read_csv
+from dasmil.files import find_config, read_csv
 from dasmil.sweep.steps import (
     QUIET,
     Fold,
     Step,
     config_arguments,
-    find_config,
     fold_folder,
     log_to,
     name_of,

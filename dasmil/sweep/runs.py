@@ -8,13 +8,13 @@ from pathlib import Path
 import yaml
 
 from dasmil.errors import InputError
+from dasmil.files import find_config
 from dasmil.sweep.road import Embedding
 from dasmil.sweep.steps import (
     QUIET,
     Fold,
     Step,
     config_arguments,
-    find_config,
     fold_folder,
     log_to,
     name_of,

@@ -11,7 +11,6 @@ from typing import Any
 
 from dasmil import __version__
 from dasmil.errors import InputError
-from dasmil.files import configs_folder
 
 LOCK = "run.lock"
 QUIET = ("--trainer.enable_progress_bar", "false")
@@ -116,14 +115,6 @@ def log_to(folder: Path) -> list[str]:
     logger = "--trainer.logger.init_args."
     place = [f"{logger}save_dir", str(folder.parent), f"{logger}name", folder.name]
     return [*place, f"{logger}version", ""]
-
-
-def find_config(name: str) -> Path:
-    """A config where it is given, else in dasmil's own folder ``configs/``."""
-    for path in (Path(name), configs_folder() / name.removeprefix("configs/")):
-        if path.is_file():
-            return path.resolve()
-    raise InputError(f"{name}: no such config, neither here nor in {configs_folder()}")
 
 
 def sha256(paths: Iterable[Path]) -> str:

@@ -10,10 +10,10 @@ from road import CONFIGS
 from stand_in import plan_one
 
 from dasmil.errors import InputError
-from dasmil.files import write_text
+from dasmil.files import find_config, write_text
 from dasmil.sweep.road import plan_road
 from dasmil.sweep.runs import SweepRow, plan
-from dasmil.sweep.steps import Fold, find_config, in_order, refuse_other_steps
+from dasmil.sweep.steps import Fold, in_order, refuse_other_steps
 
 SWEEPS = [p for p in CONFIGS.rglob("*.yaml") if "rows" in yaml.safe_load(p.read_text())]
 DEFAULT = ["ablation/scales_x10_x20.yaml"]  # λ = 1, β = 1, τ = 1.5

@@ -1,0 +1,136 @@
+"""Mistakes on the command line: one sentence with the option's name, whatever the verb."""
+
+import json
+
+import pytest
+import yaml
+from road import CONFIGS
+
+from dasmil.arguments import with_scales_together
+from dasmil.cli import main
+
+DASMIL = "fit --config configs/dasmil.yaml"
+DINO = "fit --config configs/dino.yaml"
+FIT = f"{DASMIL} --data.bags BAGS --data.classes [a,b]"
+TILE = "tile --cohort COHORT --output OUT --scales [x10]"
+EMBED = "embed --tiles TILES --output OUT"
+TRIDENT = "import trident BAGS"
+
+MISTAKES = [  # command, what its sentence says
+    ("trian", "no verb 'trian'"),
+    ("tets", "no verb 'tets'; did you mean test?"),
+    ("fit", "give --config configs/dasmil.yaml"),
+    (DASMIL, "give --data.bags and --data.classes"),
+    (f"{DASMIL} --data.bags BAGS", "give --data.classes"),
+    (DINO, "give --data.tiles and --data.scale"),
+    (f"{FIT} --data.classes [a]", "data.classes: ['a'] must name at least two"),
+    (f"{FIT} --data.bagz B", "--data.bagz: no such option; did you mean --data.bags?"),
+    (f"{FIT} --model.num_heads 3", "--model.num_heads: no such option; did you mean --model.heads"),
+    (f"{FIT} --model.hidden_dim many", "--model.hidden_dim: 'many' is not a whole number"),
+    (f"{FIT} --data.cache disk", "--data.cache: 'disk' is not one of none, ram, device"),
+    (f"{FIT} --trainer.max_epochs ten", "--trainer.max_epochs: 'ten' is not a whole number"),
+    (f"{FIT} --trainer.precision 8", "--trainer.precision: '8' is not one of 64, 32, 16, "),
+    (f"{FIT} --trainer.max_epoch 3", "--trainer.max_epoch: no such option; did you mean --trainer"),
+    (f"{FIT} --trainer.strategy xyz", "invalid strategy name: `strategy='xyz'`"),
+    (f"{FIT} --trainer.devices 0", "`Trainer(devices='0')` value is not a valid input"),
+    (f"{FIT} --model dasmil.modules.Nope", "'Nope'"),
+    (f"{FIT} --config none.yaml", "none.yaml: no such config"),
+    (f"{FIT} --config broken.yaml", "broken.yaml: not YAML with keys"),
+    ("fit --resume NOWHERE", "NOWHERE: holds no config.yaml"),
+    ("test", "give --ckpt_path"),
+    ("predict --bags BAGS", "give --ckpt_path"),
+    ("test --ckpt_path none.ckpt", "give --bags"),
+    ("validate --ckpt_path none.ckpt --bags BAGS", "none.ckpt: no such checkpoint"),
+    ("tile --cohort COHORT", "give --output and --scales"),
+    ("tile --cohort", "--cohort: its value is missing"),
+    (f"{TILE} --tile_px big", "--tile_px: 'big' is not a whole number"),
+    (f"{TILE} --scales x10", "--scales: 'x10' is not a list such as [a,b]"),
+    (f"{TILE} --tissue.mppp 3", "--tissue.mppp: no such option; did you mean --tissue.mpp?"),
+    (f"{TILE} --artefacts.pen [pink]", "artefacts.pen: 'pink' is not an ink"),
+    (f"{TILE} slide.svs", "slide.svs: no such option"),
+    ("embed --output OUT", "give --tiles and --extractors"),
+    (f"{EMBED} --extractors.x10 A --batch_size x", "--batch_size: 'x' is not a whole number"),
+    (f"{EMBED} --extractors.x10.model A --extractors.x10.image_sise 64", "image_sise: no such"),
+    (f"{EMBED} --extractors.x10.model A --extractors.x10.mean big", "mean: 'big' is not a list"),
+    ("status", "give FOLDER"),
+    ("compare", "give RUN_DIR"),
+    ("contact-sheet", "give TILES"),
+    ("export", "give BAGS and OUTPUT"),
+    ("demo", "give --output"),
+    ("sweep --output OUT --seeds [a]", "--seeds: 'a' is not a whole number"),
+    ("sweep --output OUT --rows [{labl:a}]", "--rows"),
+    ("import tridnet", "no kind 'tridnet'; did you mean trident?"),
+    (TRIDENT, "give --features"),
+    (f"{TRIDENT} --features.x10 NOWHERE", "NOWHERE: no such folder"),
+    (f"{TRIDENT} --features.x10 F --dtype float8", "--dtype: 'float8' is not one of keep, float16"),
+]
+
+
+@pytest.mark.parametrize(("command", "sentence"), MISTAKES, ids=lambda text: text[-40:])
+def test_a_mistake_is_answered_with_one_sentence(command, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    assert main(command.split()) == 2
+    printed, said = capsys.readouterr()
+    assert printed == ""
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert sentence in said and len(said) < 300
+    assert list(tmp_path.iterdir()) == [tmp_path / "broken.yaml"]
+
+
+def test_every_scale_takes_every_setting_in_any_order(tmp_path, capsys):
+    file = tmp_path / "embed.yaml"
+    file.write_text("extractors: {x10: {model: A, options: {init_values: 1e-5}}, x5: D}\n")
+    command = f"{EMBED} --config {file} --extractors.x10.image_size 64 --extractors.x20 B"
+    command += " --extractors.x20.mean [0.1,0.2,0.3] --extractors.x2.5.pooling=cls"
+    command += " --extractors.x2.5.model C --extractors.x2.5.image_size 32"
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["tiles"] == "TILES"
+    found = printed["extractors"]
+    asked = {
+        "x10": {"model": "A", "image_size": 64, "options": {"init_values": 1e-5}},
+        "x5": "D",
+        "x20": {"model": "B", "mean": [0.1, 0.2, 0.3]},
+        "x2.5": {"model": "C", "pooling": "cls", "image_size": 32},
+    }
+    assert found.keys() == asked.keys()
+    for scale, settings in asked.items():
+        if isinstance(settings, str):
+            assert found[scale] == settings
+        else:
+            assert settings.items() <= found[scale].items()
+
+
+def test_folders_of_features_go_together_with_those_of_a_scale_with_a_dot():
+    command = "--features.x2.5 A --cohort C --features.x10=B --patches.x10 P"
+    option, values, *rest = with_scales_together(command.split())
+    assert (rest, option) == (["--cohort", "C"], "--config")
+    assert json.loads(values) == {"features": {"x2.5": "A", "x10": "B"}, "patches": {"x10": "P"}}
+
+
+SHIPPED = [
+    (TILE, "tile.yaml"),
+    (f"{EMBED} --extractors.x10 E", "embed.yaml"),
+    (FIT, "dasmil.yaml"),
+    ("sweep --output OUT --bags BAGS", "sweep/table2.yaml"),
+]
+
+
+@pytest.mark.parametrize(("command", "name"), SHIPPED, ids=lambda text: text.split()[0])
+def test_a_shipped_config_is_found_from_any_folder(command, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--config", f"configs/{name}", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert yaml.safe_load((CONFIGS / name).read_text()).keys() <= printed.keys()
+
+
+def test_a_config_of_that_name_in_the_current_folder_wins(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tile.yaml").write_text("tile_px: 77\n")
+    with pytest.raises(SystemExit, match="0"):
+        main([*TILE.split(), "--config=configs/tile.yaml", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["tile_px"] == 77
