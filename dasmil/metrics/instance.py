@@ -5,7 +5,8 @@ from math import nan
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
+
+from dasmil.metrics.slide import as_array, auroc
 
 
 def instance_auroc(scores: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -34,6 +35,4 @@ def instance_auroc_per_slide(scores: Sequence[Tensor], truth: Sequence[Tensor]) 
 
 
 def _auroc(scores: Tensor, truth: Tensor) -> float:
-    if len(truth.unique()) < 2:
-        return nan
-    return float(binary_auroc(scores, truth.long()))
+    return float(auroc(as_array(scores), as_array(truth).astype(bool)))

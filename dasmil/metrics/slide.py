@@ -1,35 +1,28 @@
-"""Slide-level figures from the probabilities of all slides at once."""
+"""Slide-level metrics from the probabilities of all slides at once, in float64.
+
+The functions of arrays take any number of leading axes, so that thousands of variants of the same
+slides (the swaps of a paired test) cost one call.
+"""
 
 from collections.abc import Callable, Collection
-from functools import partial
 from math import ceil, nan
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_accuracy,
-    binary_auroc,
-    binary_average_precision,
-    binary_calibration_error,
-    binary_f1_score,
-    binary_recall,
-    binary_roc,
-    binary_sensitivity_at_specificity,
-    binary_specificity,
-    multiclass_accuracy,
-    multiclass_auroc,
-    multiclass_average_precision,
-    multiclass_calibration_error,
-    multiclass_f1_score,
-    multiclass_sensitivity_at_specificity,
-)
+from torchmetrics.functional.classification import binary_roc
 
-Measure = Callable[[Tensor, Tensor], Tensor]  # (n,) or (n, P) probabilities, (n,) labels → figure
+Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.integer]
 
 CALIBRATION_BINS = 15
 LOWER_IS_BETTER = frozenset(["brier", "calibration_error"])
 OF_ANY_LABELS = frozenset(["accuracy", "brier", "calibration_error"])  # need not all the classes
+OF_RANKS = ("auroc", "average_precision", "sensitivity_at_specificity")  # ask for the order alone
 
 
 def class_probabilities(logits: Tensor) -> Tensor:
@@ -44,13 +37,113 @@ def class_probabilities(logits: Tensor) -> Tensor:
     return logits.softmax(dim=1)
 
 
+def auroc(scores: Array, positive: BoolArray) -> Array:
+    """Share of the pairs of a positive and a negative slide in the right order; a tie counts half.
+
+    Computed from midranks, which are exact in float64: models with equal counts have equal values.
+
+    Parameters
+    ----------
+    scores: (..., n).
+    positive: (n,).
+
+    Returns
+    -------
+    (...,); nan where a class has no slide.
+    """
+    return same_fold_auroc(scores, positive, np.zeros(len(positive), dtype=int))
+
+
+def same_fold_auroc(scores: Array, positive: BoolArray, folds: IntArray) -> Array:
+    """:func:`auroc` over the pairs of slides of the same fold.
+
+    Parameters
+    ----------
+    folds: (n,) of each slide.
+    """
+    in_order, pairs = np.zeros(scores.shape[:-1]), 0
+    for fold in np.unique(folds):
+        here = folds == fold
+        of_fold = positive[here]
+        num_positive, num_negative = int(of_fold.sum()), int((~of_fold).sum())
+        if num_positive and num_negative:
+            ranks = rankdata(scores[..., here], axis=-1)[..., of_fold]
+            in_order += ranks.sum(axis=-1) - num_positive * (num_positive + 1) / 2
+            pairs += num_positive * num_negative
+    return in_order / pairs if pairs else np.full(scores.shape[:-1], nan)
+
+
+def average_precision(scores: Array, positive: BoolArray) -> Array:
+    """Mean over the positive slides of the precision at each one's score.
+
+    This is the area under the precision-recall steps. Slides of equal score are called together.
+
+    Parameters
+    ----------
+    scores: (..., n).
+    positive: (n,).
+
+    Returns
+    -------
+    (...,); nan without a positive slide.
+    """
+    if not positive.any():
+        return np.full(scores.shape[:-1], nan)
+    called = rankdata(-scores, method="max", axis=-1)[..., positive]
+    hits = rankdata(-scores[..., positive], method="max", axis=-1)
+    return np.sort(hits / called, axis=-1).mean(axis=-1)  # one order: equal terms, equal sums
+
+
+def sensitivity_at_specificity(scores: Array, positive: BoolArray, specificity: float) -> Array:
+    """The best sensitivity at which at least this share of the negative slides is spared.
+
+    Parameters
+    ----------
+    scores: (..., n).
+    positive: (n,).
+    specificity: above 0, at most 1.
+
+    Returns
+    -------
+    (...,); nan where a class has no slide.
+    """
+    if positive.all() or not positive.any():
+        return np.full(scores.shape[:-1], nan)
+    threshold = _highest_spared(scores[..., ~positive], specificity)
+    return (scores[..., positive] > threshold[..., None]).mean(axis=-1)
+
+
+def _highest_spared(negative: Array, specificity: float) -> Array:
+    """(..., m) scores of negative slides → (...,) the highest that must not be called positive."""
+    m = negative.shape[-1]
+    num_spared = ceil(specificity * m - 1e-9)  # 0.9 · 10 is 9, whatever its last digit
+    return np.partition(negative, num_spared - 1, axis=-1)[..., num_spared - 1]
+
+
+def calibration_error(confidence: Array, came_true: Array) -> Array:
+    """Expected calibration error in 15 bins of equal width (Guo et al., 2017).
+
+    Parameters
+    ----------
+    confidence: (..., n) probabilities.
+    came_true: (..., n) 0 or 1.
+    """
+    n = confidence.shape[-1]
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    rows = bins.reshape(-1, n) + CALIBRATION_BINS * np.arange(bins.size // n)[:, None]
+    excess = np.bincount(
+        rows.ravel(), (confidence - came_true).ravel(), rows.shape[0] * CALIBRATION_BINS
+    )
+    return np.abs(excess).reshape(*confidence.shape[:-1], CALIBRATION_BINS).sum(axis=-1) / n
+
+
 def slide_metrics(
     probabilities: Tensor,
     labels: Tensor,
     specificity: float = 0.9,
     names: Collection[str] | None = None,
 ) -> dict[str, float]:
-    """Figures that need no threshold from elsewhere.
+    """Metrics that need no threshold from elsewhere.
 
     Two classes: of the positive (second) class. More classes: AUROC, average precision, F1 and
     sensitivity at a specificity are plain means over the classes, each against the rest.
@@ -60,7 +153,7 @@ def slide_metrics(
     probabilities: (n, P), all slides at once.
     labels: (n,) int64.
     specificity: at which the best sensitivity is read from the ROC of these very slides.
-    names: only these figures; all where None.
+    names: only these metrics; all if None.
 
     Returns
     -------
@@ -72,107 +165,137 @@ def slide_metrics(
     ``calibration_error``: expected calibration error in 15 bins of equal width (Guo et al., 2017),
     of the positive class; P > 2: of the most probable class.
 
-    A figure is nan where a class that it needs has no slide, or where a probability is nan.
+    A metric is nan if a class that it needs has no slide, or if a probability is nan.
     """
-    num_classes = probabilities.shape[1]
-    if num_classes == 2:
-        measures, scores = _two_class_measures(specificity), probabilities[:, 1].contiguous()
-    else:
-        measures, scores = _multiclass_measures(num_classes, specificity), probabilities
-    whole = len(labels.unique()) == num_classes
-    known = bool(probabilities.isfinite().all())
+    found = metric_arrays(as_array(probabilities), as_array(labels), specificity, names)
+    return {name: float(value) for name, value in found.items()}
+
+
+def as_array(values: Tensor) -> npt.NDArray[Any]:
+    """A tensor of any device and precision as numpy's, floats in float64."""
+    values = values.detach().cpu()
+    return values.double().numpy() if values.is_floating_point() else values.numpy()
+
+
+def metric_arrays(
+    probabilities: Array,
+    labels: IntArray,
+    specificity: float,
+    names: Collection[str] | None = None,
+    folds: IntArray | None = None,
+) -> dict[str, Array]:
+    """:func:`slide_metrics` of (..., n, P) probabilities, each of shape (...,).
+
+    With ``folds``, (n,) of each slide, there is ``auroc_same_fold`` too; see
+    :func:`same_fold_auroc`.
+    """
+    num_classes = probabilities.shape[-1]
+    two = num_classes == 2
+    calls = probabilities[..., 1] > 0.5 if two else probabilities.argmax(axis=-1)
+    classes = [1] if two else range(num_classes)  # each against the rest
+    positive = {number: labels == number for number in range(num_classes)}
+
+    def over_classes(measure: Callable[[Array, BoolArray], Array]) -> Array:
+        return np.mean([measure(probabilities[..., c], positive[c]) for c in classes], axis=0)
+
+    def brier() -> Array:
+        errors = np.square(probabilities - np.eye(num_classes)[labels])
+        return (errors[..., 1] if two else errors.sum(axis=-1)).mean(axis=-1)
+
+    measures: dict[str, Callable[[], Array]] = {
+        "auroc": lambda: over_classes(auroc),
+        "average_precision": lambda: over_classes(average_precision),
+        "accuracy": lambda: (calls == labels).mean(axis=-1),
+        "balanced_accuracy": lambda: np.mean(
+            [share(calls == c, positive[c]) for c in range(num_classes)], axis=0
+        ),
+        "f1": lambda: np.mean([f1(calls == c, positive[c]) for c in classes], axis=0),
+        f"sensitivity_at_specificity_{specificity:g}": lambda: over_classes(
+            lambda scores, of_class: sensitivity_at_specificity(scores, of_class, specificity)
+        ),
+        "brier": brier,
+        "calibration_error": lambda: calibration_error(*confidence(probabilities, labels)),
+    }
+    if folds is not None:
+        measures["auroc_same_fold"] = lambda: over_classes(
+            lambda scores, of_class: same_fold_auroc(scores, of_class, folds)
+        )
+    whole = len(np.unique(labels)) == num_classes
+    known = bool(np.isfinite(probabilities).all())
+    undefined = np.full(probabilities.shape[:-2], nan)
     return {
-        name: float(measure(scores, labels)) if known and (whole or name in OF_ANY_LABELS) else nan
+        name: measure() if known and (whole or name in OF_ANY_LABELS) else undefined
         for name, measure in measures.items()
         if names is None or name in names
     }
 
 
 def threshold_metrics(
-    positive: Tensor, labels: Tensor, threshold: float, names: Collection[str] | None = None
+    positive: Tensor,
+    labels: Tensor,
+    threshold: float | Tensor,
+    names: Collection[str] | None = None,
 ) -> dict[str, float]:
-    """Figures of two classes when a slide above a threshold is called positive.
+    """Metrics of two classes if a slide above a threshold is called positive.
 
     Parameters
     ----------
     positive: (n,) probabilities of the positive class.
     labels: (n,) 0 or 1.
-    threshold: a probability.
-    names: only these figures; all where None.
+    threshold: a probability, or (n,) one per slide.
+    names: only these metrics; all if None.
 
     Returns
     -------
-    ``accuracy, balanced_accuracy, f1, sensitivity, specificity``; nan where a class that the figure
-    needs has no slide, or where a probability is nan.
+    ``accuracy, balanced_accuracy, f1, sensitivity, specificity``; nan if a class that the metric
+    needs has no slide, or if a probability is nan.
     """
-    classes = set(labels.unique().tolist())
-    known = bool(positive.isfinite().all())
+    margin = as_array(positive) - as_array(torch.as_tensor(threshold, dtype=positive.dtype))
+    found = call_arrays(margin, as_array(labels) == 1, names)
+    return {name: float(value) for name, value in found.items()}
+
+
+def call_arrays(
+    margin: Array, positive: BoolArray, names: Collection[str] | None = None
+) -> dict[str, Array]:
+    """:func:`threshold_metrics` of (..., n) probabilities less their threshold, each (...,)."""
+    called = margin > 0
+    measures: dict[str, tuple[Callable[[], Array], bool]] = {
+        "accuracy": (lambda: (called == positive).mean(axis=-1), True),
+        "balanced_accuracy": (
+            lambda: (share(called, positive) + share(~called, ~positive)) / 2,
+            True,
+        ),
+        "f1": (lambda: f1(called, positive), bool(positive.any() and not positive.all())),
+        "sensitivity": (lambda: share(called, positive), True),
+        "specificity": (lambda: share(~called, ~positive), True),
+    }
+    known = bool(np.isfinite(margin).all())
     return {
-        name: float(measure(positive, labels)) if known and needed <= classes else nan
-        for name, (measure, needed) in _threshold_measures(threshold).items()
+        name: measure() if known and defined else np.full(margin.shape[:-1], nan)
+        for name, (measure, defined) in measures.items()
         if names is None or name in names
     }
 
 
-def _two_class_measures(specificity: float) -> dict[str, Measure]:
-    """Of (n,) probabilities of the positive class."""
-    at_half = {name: measure for name, (measure, _) in _threshold_measures(0.5).items()}
-
-    def at_specificity(positive: Tensor, labels: Tensor) -> Tensor:
-        sensitivity, _ = binary_sensitivity_at_specificity(
-            positive, labels, specificity, validate_args=False
-        )
-        return sensitivity
-
-    return {
-        "auroc": partial(binary_auroc, validate_args=False),
-        "average_precision": partial(binary_average_precision, validate_args=False),
-        **{name: at_half[name] for name in ("accuracy", "balanced_accuracy", "f1")},
-        f"sensitivity_at_specificity_{specificity:g}": at_specificity,
-        "brier": lambda p, y: (p - y).square().mean(),
-        "calibration_error": partial(
-            binary_calibration_error, n_bins=CALIBRATION_BINS, validate_args=False
-        ),
-    }
+def share(called: BoolArray, of: BoolArray) -> Array:
+    """(..., n) called, (n,) of which → (...,); nan of none."""
+    return called[..., of].mean(axis=-1) if of.any() else np.full(called.shape[:-1], nan)
 
 
-def _multiclass_measures(num_classes: int, specificity: float) -> dict[str, Measure]:
-    """Of (n, P) probabilities."""
-    of: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
-
-    def at_specificity(probabilities: Tensor, labels: Tensor) -> Tensor:
-        each, _ = multiclass_sensitivity_at_specificity(
-            probabilities, labels, min_specificity=specificity, **of
-        )
-        return each.mean()
-
-    return {
-        "auroc": partial(multiclass_auroc, average="macro", **of),
-        "average_precision": partial(multiclass_average_precision, average="macro", **of),
-        "accuracy": partial(multiclass_accuracy, average="micro", **of),
-        "balanced_accuracy": partial(multiclass_accuracy, average="macro", **of),
-        "f1": partial(multiclass_f1_score, average="macro", **of),
-        f"sensitivity_at_specificity_{specificity:g}": at_specificity,
-        "brier": lambda p, y: (p - torch.eye(num_classes)[y]).square().sum(dim=1).mean(),
-        "calibration_error": partial(multiclass_calibration_error, n_bins=CALIBRATION_BINS, **of),
-    }
+def f1(called: BoolArray, positive: BoolArray) -> Array:
+    """(..., n) called positive, (n,) positive → (...,)."""
+    hits = (called & positive).sum(axis=-1)
+    return 2 * hits / (called.sum(axis=-1) + positive.sum())
 
 
-def _threshold_measures(threshold: float) -> dict[str, tuple[Measure, set[int]]]:
-    """Each of (n,) probabilities of the positive class, with the classes that it needs."""
-    at: dict[str, Any] = {"threshold": threshold, "validate_args": False}
-
-    def balanced_accuracy(positive: Tensor, labels: Tensor) -> Tensor:
-        called = (positive > threshold).long()
-        return multiclass_accuracy(called, labels, 2, average="macro", validate_args=False)
-
-    return {
-        "accuracy": (partial(binary_accuracy, **at), set()),
-        "balanced_accuracy": (balanced_accuracy, {0, 1}),
-        "f1": (partial(binary_f1_score, **at), {0, 1}),
-        "sensitivity": (partial(binary_recall, **at), {1}),
-        "specificity": (partial(binary_specificity, **at), {0}),
-    }
+def confidence(probabilities: Array, labels: IntArray) -> tuple[Array, Array]:
+    """What ``calibration_error`` bins, (..., n), and 0 or 1 whether it came true, (..., n)."""
+    if probabilities.shape[-1] == 2:
+        positive = probabilities[..., 1]
+        return positive, np.broadcast_to(labels.astype(float), positive.shape)
+    came_true = probabilities.argmax(axis=-1) == labels
+    return probabilities.max(axis=-1), came_true.astype(float)
 
 
 def youden_threshold(positive: Tensor, labels: Tensor) -> float:
@@ -214,9 +337,7 @@ def specificity_threshold(positive: Tensor, labels: Tensor, specificity: float) 
     """
     if len(labels.unique()) < 2:
         return 0.5
-    negative = positive[labels == 0].sort().values
-    num_spared = ceil(specificity * len(negative) - 1e-9)  # 0.9 · 10 is 9, whatever its last digit
-    highest_spared = float(negative[num_spared - 1])
+    highest_spared = float(_highest_spared(as_array(positive[labels == 0]), specificity))
     above = positive[positive > highest_spared]
     return _halfway(highest_spared, float(above.min()) if len(above) else 1.0)
 

@@ -1,6 +1,6 @@
 """Slide-level figures against pairs and hits counted by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from itertools import product
 from math import isnan
@@ -26,7 +26,7 @@ def counted_auroc(scores: list[float], positive: list[bool]) -> float:
     return sum(won) / len(won)
 
 
-def two_columns(positive: list[float]) -> torch.Tensor:
+def two_columns(positive: Iterable[float]) -> torch.Tensor:
     return torch.tensor([[1 - p, p] for p in positive])
 
 
@@ -98,6 +98,25 @@ def test_three_slides_of_three_classes_by_hand() -> None:
         },
         rel=1e-6,
     )
+
+
+@pytest.mark.parametrize("num_positive", [3, 7, 11, 13])
+def test_models_with_equal_counts_of_pairs_have_equal_figures_to_the_last_digit(
+    num_positive: int,
+) -> None:
+    """Slides that change places within a class, and ties: the counts decide, not the order."""
+    rng = np.random.default_rng(num_positive)
+    labels = np.arange(41) < num_positive
+    scores = rng.integers(0, 20, 41) / 20
+    found = set()
+    for _ in range(10):
+        for of_class in (labels, ~labels):
+            scores[of_class] = rng.permutation(scores[of_class])
+        figures = slide_metrics(two_columns(scores), torch.from_numpy(labels).long())
+        found.add((figures["auroc"], figures["average_precision"]))
+    ((auroc, _),) = found
+    won = sum((p > n) + (p == n) / 2 for p, n in product(scores[labels], scores[~labels]))
+    assert auroc == won / (num_positive * (41 - num_positive))
 
 
 @pytest.mark.parametrize(
