@@ -17,6 +17,11 @@ class DiskFullError(InputError):
     """Nothing more can be written; no fault of the slide that was being worked on."""
 
 
+def say_error(error: Exception) -> str:
+    """What a row of a table says of an error: its sentence, or that of a library with its kind."""
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+
+
 def some_of(texts: Collection[object]) -> str:
     """The first few, and how many more there are; for sentences about slides or keys of a file."""
     named = ", ".join(list(map(str, texts))[:MAX_NAMED])

@@ -1,20 +1,24 @@
 """Files that are written whole or not at all, and where dasmil's own configs lie."""
 
+import codecs
 import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dasmil.errors import DiskFullError, InputError
+from dasmil.errors import DiskFullError, InputError, some_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+DELIMITERS = ",;\t"  # of tables; the first of those that a header has equally many of
+SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx and .ods files begin, and .xls
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 SAMPLES = 24  # blocks that tell one slide from another: the first, the last and those between
 SAMPLE_BYTES = 4096
@@ -80,7 +84,7 @@ def left_behind(folder: Path) -> list[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def link_once(source: Path, path: Path) -> None:
@@ -109,31 +113,56 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     """Rows as dictionaries; a missing value or None becomes an empty cell."""
     with (
         atomic_path(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names, and one dictionary a row with every value stripped."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such table")
+def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], list[dict[str, str]]]:
+    """Column names, and one dictionary per row with every value stripped.
+
+    Cells are separated by commas, semicolons or tabs, whichever the header has most of; a first
+    line such as ``sep=;`` decides, as in Excel. The text is UTF-8, or UTF-16 with its mark. Rows
+    and columns without any text are skipped.
+
+    Parameters
+    ----------
+    verbatim: columns whose values are not stripped.
+
+    Raises
+    ------
+    InputError
+        if there is no such table, it is a spreadsheet, its text is in another encoding, a column
+        name stands twice, or a row has more or fewer cells than the header.
+    """
+    lines = _read_lines(path)
+    told = re.fullmatch(r"sep=(.)\s*", lines[0]) if lines else None
+    header = re.sub(r'"[^"]*"', "", lines[0]) if lines else ""
+    delimiter = told[1] if told else max(DELIMITERS, key=header.count)
+    reader = csv.reader(lines[1:] if told else lines, delimiter=delimiter)
     rows = []
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = [name.strip() for name in reader.fieldnames or []]
-            for values in reader:
-                if None in values or None in values.values():
-                    raise InputError(
-                        f"{path} line {reader.line_num}: it has not the {len(columns)} cells "
-                        "of the header"
-                    )
-                rows.append({k.strip(): v.strip() for k, v in values.items()})
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV table in UTF-8 ({error})") from error
+        columns = [name.strip() for name in next(reader, [])]
+        while columns and not columns[-1]:
+            columns.pop()
+        if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
+            raise InputError(
+                f"{path}: the column {some_of(twice)} stands twice; remove or rename one of them"
+            )
+        for cells in reader:
+            if not any(map(str.strip, cells)):
+                continue
+            if len(cells) < len(columns) or any(map(str.strip, cells[len(columns) :])):
+                raise InputError(
+                    f"{path} line {reader.line_num}: it has not the {len(columns)} cells of the "
+                    "header"
+                )
+            pairs = zip(columns, cells, strict=False)
+            rows.append({k: v if k in verbatim else v.strip() for k, v in pairs})
+    except csv.Error as error:
+        raise InputError(f"{path} line {reader.line_num}: not a CSV table ({error})") from error
     return columns, rows
 
 
@@ -202,6 +231,27 @@ def _parts_of(path: Path) -> list[Path]:
     beside = path.with_suffix("")
     is_mirax = path.suffix.lower() == ".mrxs" and beside.is_dir()
     return [path, *(_parts_of(beside) if is_mirax else ())]
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Lines of a table with their ends, from its encoding."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such table")
+    data = path.read_bytes()
+    if data.startswith(SPREADSHEETS):
+        raise InputError(f"{path}: a spreadsheet; save it as CSV (UTF-8) and give that file")
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    try:
+        text = data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} line {line}: not a CSV table in UTF-8 ({error.reason}); save it as UTF-8"
+        ) from error
+    lines = list(io.StringIO(text, newline=""))
+    if lines and "\0" in lines[0]:
+        raise InputError(f"{path}: not a CSV table in UTF-8; save it as UTF-8")
+    return lines
 
 
 def pack_metadata(entries: Mapping[str, str]) -> dict[str, str]:

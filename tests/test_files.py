@@ -110,7 +110,48 @@ def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
     path.write_bytes("slide_id,label\ns1,gutartig ä\n".encode("latin-1"))
     with pytest.raises(InputError, match="not a CSV table in UTF-8") as caught:
         read_csv(path)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).startswith(f"{path} line 2: ")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "slide_id,label\ns1,ä b\n",
+        "slide_id;label;\r\ns1;ä b;\r\n;;\r\n",
+        "slide_id\tlabel\ns1\tä b\n",
+    ],
+    ids=["commas", "semicolons and an empty column", "tabs"],
+)
+def test_a_table_is_read_as_spreadsheets_save_it(tmp_path: Path, text: str, encoding: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(text.encode(encoding))
+    assert read_csv(path) == (["slide_id", "label"], [{"slide_id": "s1", "label": "ä b"}])
+
+
+def test_a_delimiter_in_quotes_is_text_and_a_first_line_may_name_another(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text('slide_id,"x;y;z"\ns1,"1;2"\n')
+    assert read_csv(path)[1] == [{"slide_id": "s1", "x;y;z": "1;2"}]
+    path.write_text("sep=|\nslide_id|path\ns1|a,b.svs\n")
+    assert read_csv(path)[1] == [{"slide_id": "s1", "path": "a,b.svs"}]
+
+
+def test_a_column_that_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("slide_id,label,path, label\ns1,tumour,a.svs,\n")
+    with pytest.raises(InputError, match="the column label stands twice"):
+        read_csv(path)
+
+
+@pytest.mark.parametrize("head", [b"PK\x03\x04", b"\xd0\xcf\x11\xe0"], ids=["xlsx", "xls"])
+def test_a_spreadsheet_is_refused_with_advice(tmp_path: Path, head: bytes) -> None:
+    path = tmp_path / "cohort.xlsx"
+    path.write_bytes(head + bytes(100))
+    with pytest.raises(InputError, match="a spreadsheet; save it as CSV"):
+        read_csv(path)
 
 
 def test_an_empty_table_has_no_columns(tmp_path: Path) -> None:

@@ -280,6 +280,9 @@ def _read_tables(
     """Tile tables by slide_id, and why others have none."""
     tables, missing = {}, {}
     for row in cohort:
+        if row.fault:
+            missing[row.slide_id] = row.fault
+            continue
         path = tiles_path(folder, row.slide_id)
         try:
             tables[row.slide_id] = read_tiles(path)

@@ -82,7 +82,7 @@ def clam(
         )
     files = [_feature_files(folder) for folder in folders]
     grids = [_inner(Path(patches[scale.name]), "patches") for scale in scales]
-    mpps = table_mpps(cohort)
+    mpps = table_mpps(cohort, files)
 
     def read(slide_id: str) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
         paths = [(found[slide_id], grid / f"{slide_id}.h5") for found, grid in zip(files, grids)]

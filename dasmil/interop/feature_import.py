@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,28 @@ from tqdm import tqdm
 
 from dasmil.bags import ExtractorCard, bag_path, read_header, write_bag
 from dasmil.bags.status import EXTRACTORS, bag_status, status_row
-from dasmil.errors import DiskFullError, InputError, some_of
+from dasmil.errors import DiskFullError, InputError, say_error, some_of
 from dasmil.files import read_csv, write_csv, write_text
 from dasmil.interop.feature_grids import Dtype, Orphans, SlideFeatures, make_bag
 from dasmil.slides.cohort import (
-    SLIDE_SUFFIXES,
     SlideRow,
     describe_leaving,
+    match_names,
+    patient_of,
     positive_number,
     read_cohort,
+    readable,
+    refuse_faulty,
+    refuse_twice,
+    safe_id,
+    say_unknown_columns,
     write_cohort,
 )
 from dasmil.units import Scale, parse_scales
 from dasmil.work.worker import Worker
 
 MAX_NAMED = 10
+CLAM_COLUMNS = ("case_id", "slide_id", "label", "patient_id", "mpp")
 FIGURES = ("orphans", "childless", "rule", "moved", "max_moved_px0")
 
 
@@ -64,7 +70,7 @@ def files_by_slide(folder: Path, suffix: str = ".h5", below: bool = False) -> di
         raise InputError(f"{folder}: no {suffix} file in it")
     files: dict[str, Path] = {}
     for path in paths:
-        if (other := files.setdefault(path.name.removesuffix(suffix), path)) != path:
+        if (other := files.setdefault(readable(path.name.removesuffix(suffix)), path)) != path:
             raise InputError(f"{other} and {path} are of the same slide; keep one of them")
     return files
 
@@ -162,6 +168,7 @@ def import_features(
         if line := describe_leaving(dest / "cohort.csv", rows):
             print(f"import: {line}")
         write_cohort(dest / "cohort.csv", rows)
+        rows = refuse_faulty(rows, worker)
         cards = _first_cards(read, rows, scales, files)
         _write_extractors(dest / EXTRACTORS, cards, tool)
         worker.on_beat = (status := bag_status(dest)).write
@@ -186,9 +193,9 @@ def import_features(
                 worker.settle(row.slide_id, {**status_row(bag.num_tiles()), **figures})
             except DiskFullError:
                 raise
-            except InputError as error:  # one row of the tables; the cohort goes on
+            except Exception as error:  # one row of the tables; the cohort goes on
                 bag_path(dest, row.slide_id).unlink(missing_ok=True)  # of an import before
-                worker.settle(row.slide_id, {"state": "failed", "message": str(error)})
+                worker.settle(row.slide_id, {"state": "failed", "message": say_error(error)})
     return _report(dest, status.rows, scales, left_out, tool)
 
 
@@ -198,12 +205,9 @@ def _cohort_rows(
     """The slides of the table, or all that have features; and feature files it does not name."""
     if cohort is None:
         return [SlideRow(slide_id, files[slide_id]) for slide_id in slide_ids], []
-    rows = [_renamed(row, slide_ids) for row in _read_table(cohort, files)]
-    counts = Counter(row.slide_id for row in rows)
-    twice = [slide_id for slide_id, count in counts.items() if count > 1]
-    if twice:
-        raise InputError(f"{cohort}: the slide {twice[0]} stands in it twice; keep one row of it")
-    named = set(counts)
+    rows = match_names(_read_table(cohort, files), slide_ids)
+    refuse_twice(cohort, rows)
+    named = {row.slide_id for row in rows}
     return rows, [slide_id for slide_id in slide_ids if slide_id not in named]
 
 
@@ -217,33 +221,25 @@ def _read_table(path: Path, files: Mapping[str, Path]) -> list[SlideRow]:
             f"{path}: neither a cohort table (slide_id, path, ...) nor one of CLAM's (case_id, "
             "slide_id, label)"
         )
+    say_unknown_columns(path, columns, CLAM_COLUMNS)
     return [
         SlideRow(
-            slide_id=record["slide_id"],
+            slide_id=safe_id(record["slide_id"], f"{path}"),
             path=files.get(record["slide_id"], Path(record["slide_id"])),
             label=record["label"] or None,
-            patient_id=record.get("case_id") or record.get("patient_id") or None,
+            patient_id=patient_of(record, "case_id", "patient_id"),
             mpp=positive_number(record, "mpp", f"{path}: {record['slide_id']}"),
         )
         for record in records
     ]
 
 
-def table_mpps(cohort: Path | None) -> dict[str, float]:
-    """The mpp of the slides that the table knows it of."""
+def table_mpps(cohort: Path | None, files: Sequence[Mapping[str, Path]]) -> dict[str, float]:
+    """The mpp of the slides that the table knows it of, by the names of their files."""
     if cohort is None:
         return {}
-    rows = _read_table(cohort, {})
-    known = {row.slide_id: row.mpp for row in rows if row.mpp is not None}
-    return known | {Path(name).stem: mpp for name, mpp in known.items()}
-
-
-def _renamed(row: SlideRow, slide_ids: Sequence[str]) -> SlideRow:
-    """Some tables name the slide's file; feature files lack its suffix."""
-    stem, suffix = Path(row.slide_id).stem, Path(row.slide_id).suffix
-    if row.slide_id not in slide_ids and suffix.lower() in SLIDE_SUFFIXES and stem in slide_ids:
-        return replace(row, slide_id=stem)
-    return row
+    rows = match_names(_read_table(cohort, {}), set().union(*files))
+    return {row.slide_id: row.mpp for row in rows if row.mpp is not None}
 
 
 def _first_cards(
@@ -258,8 +254,8 @@ def _first_cards(
         if all(row.slide_id in found for found in files):
             try:
                 slide, cards = read(row.slide_id)
-            except InputError as error:
-                reason = str(error)
+            except Exception as error:
+                reason = say_error(error)
                 continue
             if len(slide.files[-1].features) and len(cards) == len(scales):
                 return cards

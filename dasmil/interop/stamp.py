@@ -73,7 +73,7 @@ def stamp(
     """
     scales, folders = parse_folders(features)
     files = [files_by_slide(folder, below=True) for folder in folders]  # as the slides lay
-    mpps = table_mpps(cohort)
+    mpps = table_mpps(cohort, files)
 
     def read(slide_id: str) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
         return read_slide(slide_id, scales, [f[slide_id] for f in files], mpps.get(slide_id))

@@ -138,7 +138,9 @@ def _picture(path: Path, num_panels: int) -> npt.NDArray[np.uint8] | None:
     Of a QC picture's panels the first (tissue) and the last (tiles of the finest scale), without
     the line of text over them.
     """
-    picture = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
+    picture = None
+    with suppress(OSError):  # a name that is too long for a file
+        picture = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
     if picture is None:
         return None
     panels = np.array_split(picture[CAPTION_PX:], num_panels, axis=1)

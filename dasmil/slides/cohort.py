@@ -1,13 +1,19 @@
 """The table of slides: where each lies, its label, its patient and the part it plays."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import os
+import unicodedata
+import warnings
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path, PurePath
 from typing import Literal, get_args
 
 from dasmil.errors import InputError, some_of
 from dasmil.files import read_csv, write_csv
+from dasmil.work.worker import Worker
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -31,6 +37,24 @@ SLIDE_SUFFIXES = frozenset(
         ".jpeg",
     ]
 )
+NOT_KNOWN = frozenset(  # what other programs write for an empty cell, in lower case
+    (
+        "na",
+        "n/a",
+        "#n/a",
+        "<na>",
+        "nan",
+        "none",
+        "null",
+        "nil",
+        "unknown",
+        "not available",
+        "-",
+        "?",
+    )
+)
+UNWRITABLE = ("Cc", "Cs")  # control characters, and bytes of names that are not UTF-8
+MAX_ID_BYTES = 200  # names of files have at most 255, and endings are added
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,45 @@ class SlideRow:
         """The patient; a slide without one is its own patient."""
         return self.patient_id or self.slide_id
 
+    @property
+    def fault(self) -> str | None:
+        """Why no files can be named after the slide, or a table cannot name its file."""
+        size = len(self.slide_id.encode())
+        if size > MAX_ID_BYTES:
+            return (
+                f"its slide_id has {size} bytes, too many for the names of its files; give it one "
+                f"of at most {MAX_ID_BYTES} bytes in a cohort table"
+            )
+        for what, text in (("slide_id", self.slide_id), ("path", str(self.path))):
+            if not text.isprintable() and any(unicodedata.category(c) in UNWRITABLE for c in text):
+                return f"its {what} {text!a} holds control characters or is not UTF-8; rename it"
+        return None
+
+
+def slide_name(name: str) -> str:
+    """The slide that a file is named after: without the suffix of a slide and blanks around it.
+
+    What follows the last dot is otherwise part of the name: ``16.1`` is another slide than ``16``.
+    """
+    suffix = PurePath(name).suffix
+    return readable(name.removesuffix(suffix) if suffix.lower() in SLIDE_SUFFIXES else name)
+
+
+def readable(name: str) -> str:
+    """A file's name as a table can hold it: UTF-8, without blanks around it."""
+    return os.fsencode(name).decode(errors="backslashreplace").strip() or name
+
+
+def match_names(rows: Sequence[SlideRow], slide_ids: Collection[str]) -> list[SlideRow]:
+    """Rows of a table under the names that files have: as they stand, else without the suffix."""
+    known = set(slide_ids)
+    return [
+        row
+        if row.slide_id in known or (name := slide_name(row.slide_id)) not in known
+        else replace(row, slide_id=name)
+        for row in rows
+    ]
+
 
 def read_cohort(source: Path, leave_out: Path | None = None) -> list[SlideRow]:
     """Rows of a cohort table (CSV), or one row for every slide found below a folder.
@@ -64,21 +127,36 @@ def read_cohort(source: Path, leave_out: Path | None = None) -> list[SlideRow]:
         raise InputError(f"{source}: neither a cohort table nor a folder of slides")
     if not rows:
         raise InputError(f"{source}: no slides in it")
-    seen: dict[str, Path] = {}
-    for row in rows:
-        if row.slide_id in seen:
-            raise InputError(
-                f"{source}: slide_id {row.slide_id!r} stands twice ({seen[row.slide_id]} and "
-                f"{row.path}); give each slide a slide_id of its own in a cohort table"
-            )
-        seen[row.slide_id] = row.path
+    refuse_twice(source, rows)
     return rows
+
+
+def refuse_twice(source: Path, rows: Iterable[SlideRow]) -> None:
+    """Slides need names that every file system tells apart: some ignore case."""
+    seen: dict[str, SlideRow] = {}
+    for row in rows:
+        other = seen.setdefault(unicodedata.normalize("NFC", row.slide_id).casefold(), row)
+        if other is not row:
+            same = other.slide_id == row.slide_id
+            what = "stands twice" if same else f"is the same as {other.slide_id!r} on some disks"
+            raise InputError(
+                f"{source}: slide_id {row.slide_id!r} {what} ({other.path} and {row.path}); give "
+                "each slide a slide_id of its own in a cohort table"
+            )
 
 
 def write_cohort(path: Path, rows: Iterable[SlideRow]) -> None:
     """Write the table with absolute slide paths, so that it can be read from anywhere."""
     records = ({**vars(row), "path": row.path.absolute()} for row in rows)
     write_csv(path, COLUMNS, records)
+
+
+def refuse_faulty(rows: Sequence[SlideRow], worker: Worker) -> list[SlideRow]:
+    """The rows that can be worked on; each of the others has failed."""
+    for row in rows:
+        if row.fault:
+            worker.note(row.slide_id, {"state": "failed", "message": row.fault})
+    return [row for row in rows if not row.fault]
 
 
 def slides_digest(rows: Iterable[SlideRow]) -> str:
@@ -98,46 +176,66 @@ def describe_leaving(path: Path, rows: Iterable[SlideRow]) -> str:
 
 
 def _scan_folder(folder: Path, leave_out: Path | None) -> list[SlideRow]:
-    """Slides below a folder, named by their stem; a folder of DICOM files is one slide."""
+    """Slides below a folder, named after their files; a folder of DICOM files is one slide."""
     rows = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SLIDE_SUFFIXES or not path.is_file():
+    for path in _files_below(folder, leave_out):
+        if path.suffix.lower() not in SLIDE_SUFFIXES:
             continue
-        if leave_out is not None and leave_out.resolve() in path.resolve().parents:
-            continue
-        if path.name.startswith("."):  # a file half written, or what macOS leaves on foreign disks
+        if path.name.strip().startswith("."):  # half written, or what macOS leaves on other disks
             continue
         if path.suffix.lower() == ".dcm":
-            rows[path.parent] = SlideRow(path.parent.name, path.parent)
+            rows[path.parent] = SlideRow(slide_name(path.parent.absolute().name), path.parent)
         else:
-            rows[path] = SlideRow(path.stem, path)
-    return list(rows.values())
+            rows[path] = SlideRow(slide_name(path.name), path)
+    return [rows[path] for path in sorted(rows)]
+
+
+def _files_below(folder: Path, leave_out: Path | None) -> Iterator[Path]:
+    """Files in a folder and all folders below it; each folder once, also if links lead to it."""
+    seen = set()
+    folders, links = deque([folder]), deque[Path]()  # a folder keeps its own name before a link's
+    while folders or links:
+        current = folders.popleft() if folders else links.popleft()
+        resolved = current.resolve()
+        is_ours = leave_out is not None and leave_out.resolve() in (resolved, *resolved.parents)
+        if is_ours or resolved in seen:
+            continue
+        seen.add(resolved)
+        try:
+            entries = list(os.scandir(current))
+        except OSError as error:
+            warnings.warn(f"{current}: its slides are left out: {error.strerror}", stacklevel=2)
+            continue
+        for entry in entries:
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(Path(entry.path))
+            elif entry.is_file():
+                yield Path(entry.path)
 
 
 def _read_table(path: Path) -> list[SlideRow]:
-    columns, records = read_csv(path)
+    columns, records = read_csv(path, verbatim=("path",))
     missing = {"slide_id", "path"} - set(columns)
     if missing:
         raise InputError(
             f"{path}: column {' and '.join(sorted(missing))} is missing; "
             f"a cohort table has the columns {', '.join(COLUMNS)} (the first two are required)"
         )
+    say_unknown_columns(path, columns, COLUMNS)
     rows = []
     for line, record in enumerate(records, start=2):
         where = f"{path} line {line}"
-        if not record["slide_id"] or not record["path"]:
+        if not record["slide_id"] or not record["path"].strip():
             raise InputError(f"{where}: slide_id or path is empty")
-        if "/" in record["slide_id"] or record["slide_id"].startswith("."):
-            raise InputError(f"{where}: slide_id {record['slide_id']!r} cannot be a file name")
         split = record.get("split") or None
         if split not in (None, *PARTS):
             raise InputError(f"{where}: split {split!r} is none of {', '.join(PARTS)}")
         rows.append(
             SlideRow(
-                slide_id=record["slide_id"],
-                path=path.parent / record["path"],
+                slide_id=safe_id(record["slide_id"], where),
+                path=_slide_path(path.parent, record["path"]),
                 label=record.get("label") or None,
-                patient_id=record.get("patient_id") or None,
+                patient_id=patient_of(record, "patient_id"),
                 split=split,
                 mpp=positive_number(record, "mpp", where),
                 magnification=positive_number(record, "magnification", where),
@@ -146,13 +244,43 @@ def _read_table(path: Path) -> list[SlideRow]:
     return rows
 
 
+def _slide_path(folder: Path, text: str) -> Path:
+    """As it stands, since names may end with a blank; else without blanks around it."""
+    exact, stripped = folder / text, folder / text.strip()
+    return exact if exact != stripped and os.path.lexists(exact) else stripped
+
+
+def say_unknown_columns(path: Path, columns: Sequence[str], read: Sequence[str]) -> None:
+    """Warn of columns that are not read, with the one that may have been meant."""
+    near = {name: get_close_matches(name.lower(), read, 1) for name in columns if name not in read}
+    if near:
+        names = [f"{name} ({is_it[0]}?)" if is_it else name for name, is_it in near.items()]
+        warnings.warn(f"{path}: columns that are not read: {some_of(names)}", stacklevel=2)
+
+
+def safe_id(slide_id: str, where: str) -> str:
+    """A slide_id as it is, if no file that is named after it can lie in another folder."""
+    if "/" in slide_id or slide_id.startswith("."):
+        raise InputError(f"{where}: slide_id {slide_id!r} cannot be a file name")
+    return slide_id
+
+
+def patient_of(record: Mapping[str, str], *columns: str) -> str | None:
+    """The patient in the first of these columns that has one; None if it is not known."""
+    for column in columns:
+        text = record.get(column)
+        if text and text.lower() not in NOT_KNOWN:
+            return text
+    return None
+
+
 def positive_number(record: Mapping[str, str], column: str, where: str) -> float | None:
-    """The number in a column of a row; None of an empty cell, or where there is no such column."""
+    """The number in a column of a row, with a point or a decimal comma; None of an empty cell."""
     text = record.get(column)
     if not text:
         return None
     try:
-        value = float(text)
+        value = float(text if "." in text else text.replace(",", "."))
     except ValueError:
         raise InputError(f"{where}: {column} {text!r} is not a number") from None
     if not 0 < value < float("inf"):

@@ -228,7 +228,7 @@ def _slide_file(path: Path) -> Path:
         raise InputError(f"{path}: no such file")
     if not path.is_dir():
         return path
-    files = sorted(path.glob("*.dcm"))
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".dcm" and p.name[0] != ".")
     if not files:
         raise InputError(f"{path}: a folder without DICOM (.dcm) files is no slide")
     return files[0]

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dasmil.errors import DiskFullError, InputError
+from dasmil.errors import DiskFullError, InputError, say_error
 from dasmil.files import write_text
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.cohort import (
     SlideRow,
     describe_leaving,
     read_cohort,
+    refuse_faulty,
     slides_digest,
     write_cohort,
 )
@@ -103,6 +104,7 @@ def tile(
         write_cohort(output / "cohort.csv", rows)
         status = tile_status(output)
         worker.on_beat = status.write
+        rows = refuse_faulty(rows, worker)
         _tile_all(rows, output, parameters, min(workers or os.cpu_count() or 1, len(rows)), worker)
     print(status.summary("tile"))
     return int(any(row["state"] not in ("done", "empty") for row in status.rows))
@@ -191,10 +193,7 @@ def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> St
     except DiskFullError:
         raise
     except Exception as error:  # the message is reported in status.csv, on screen and by exit code
-        message = (
-            str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        )
-        result = {"state": "failed", "message": message}
+        result = {"state": "failed", "message": say_error(error)}
     return {**result, "seconds": round(time.monotonic() - start, 2)}
 
 
@@ -223,7 +222,7 @@ def _refuse_other_parameters(
         raise InputError(
             f"{output}: {other} tiles into it now with other parameters; choose another --output"
         )
-    for table in (tiles_path(output, row.slide_id) for row in rows):
+    for table in (tiles_path(output, row.slide_id) for row in rows if not row.fault):
         if not table.exists():
             continue
         try:

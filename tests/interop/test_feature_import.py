@@ -597,7 +597,7 @@ def test_a_table_with_a_slide_twice_or_no_mpp_is_refused(tmp_path, capsys):
     folders = trident_folders(tmp_path, scales=("x20",))
     table = tmp_path / "dataset.csv"
     for text, words in (
-        ("slide_id,label\ns1,a\ns1.svs,a\n", "the slide s1 stands in it twice"),
+        ("slide_id,label\ns1,a\ns1.svs,a\n", "slide_id 's1' stands twice"),
         ("slide_id,label,mpp\ns1,a,?\n", "dataset.csv: s1: mpp '?' is not a number"),
         ("slide_id,label,mpp\ns1,a,nan\n", "dataset.csv: s1: mpp 'nan' is not a positive number"),
     ):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dasmil.errors import InputError
-from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
+from dasmil.slides.cohort import SlideRow, match_names, read_cohort, slide_name, write_cohort
 from dasmil.slides.splits import split_cohort
 
 
@@ -92,7 +92,7 @@ def test_a_slide_without_patient_is_its_own_patient() -> None:
     [
         ("slide_id,label\ns1,a\n", "column path is missing"),
         ("label\na\n", "column path and slide_id is missing"),
-        ("slide_id;path\ns1;a.svs\n", "column path and slide_id is missing"),
+        ("slide_id|path\ns1|a.svs\n", "column path and slide_id is missing"),
         ("", "column path and slide_id is missing"),
         ("slide_id,path\n", "no slides in it"),
         ("slide_id,path\ns1,a.svs\ns2\n", " line 3: it has not the 2 cells of the header"),
@@ -139,6 +139,76 @@ def test_a_slide_id_that_stands_twice_is_refused_with_both_paths(tmp_path: Path)
     assert f"{tmp_path / 'a.svs'} and {tmp_path / 'c.svs'}" in message
 
 
+def test_numbers_of_a_table_may_have_decimal_commas(tmp_path: Path) -> None:
+    path = write_table(tmp_path, "slide_id;path;mpp\ns1;a.svs;0,2527\n")
+    assert read_cohort(path) == [SlideRow("s1", tmp_path / "a.svs", mpp=0.2527)]
+
+
+def test_what_other_programs_write_for_no_patient_is_no_patient_but_a_label(tmp_path: Path) -> None:
+    cells = ["NA", "n/a", "NaN", "None", "null", "unknown", "Nana"]
+    text = "".join(f"s{i},{i}.svs,{cell},{cell}\n" for i, cell in enumerate(cells))
+    rows = read_cohort(write_table(tmp_path, "slide_id,path,label,patient_id\n" + text))
+    assert [row.patient_id for row in rows] == [None] * 6 + ["Nana"]
+    assert [row.label for row in rows] == cells
+
+
+def test_columns_that_are_not_read_are_named_with_what_may_have_been_meant(tmp_path: Path) -> None:
+    path = write_table(tmp_path, "slide_id,path,lable,age\ns1,a.svs,x,60\n")
+    with pytest.warns(UserWarning, match=r"columns that are not read: lable \(label\?\), age$"):
+        read_cohort(path)
+
+
+def test_slide_ids_that_some_disks_do_not_tell_apart_are_refused(tmp_path: Path) -> None:
+    path = write_table(tmp_path, "slide_id,path\nS1,a.svs\ns1,b.svs\n")
+    assert "slide_id 's1' is the same as 'S1' on some disks" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "slide_id"),
+    [
+        ("16.1.SVS", "16.1"),
+        ("a.b.c.svs", "a.b.c"),
+        ("16.1", "16.1"),
+        ("x.ome.tiff", "x.ome"),
+        (" b.svs", "b"),
+        ("a .svs", "a"),
+        ("c\u00a0.svs", "c"),
+        (os.fsdecode(b"caf\xe9.svs"), "caf\\xe9"),
+    ],
+)
+def test_only_the_suffix_of_a_slide_and_blanks_are_no_part_of_its_name(
+    name: str, slide_id: str
+) -> None:
+    assert slide_name(name) == slide_id
+
+
+def test_exact_names_win_over_those_without_a_suffix() -> None:
+    rows = [SlideRow(slide_id, Path("x")) for slide_id in ("16", "16.1", "17.svs", "18.svs")]
+    found = match_names(rows, ["16", "16.1", "17", "18", "18.svs"])
+    assert [row.slide_id for row in found] == ["16", "16.1", "17", "18.svs"]
+
+
+def test_a_path_may_end_with_a_blank_if_its_folder_does(tmp_path: Path) -> None:
+    (tmp_path / "case ").mkdir()
+    path = write_table(tmp_path, "slide_id,path\na,case \nb, b.svs \n")
+    assert [row.path.name for row in read_cohort(path)] == ["case ", "b.svs"]
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (SlideRow("x" * 200, Path("a.svs")), None),
+        (SlideRow("ä" * 101, Path("a.svs")), "its slide_id has 202 bytes, too many"),
+        (SlideRow("a\nb", Path("a.svs")), "its slide_id 'a\\nb' holds control characters"),
+        (SlideRow("a\0b", Path("a.svs")), "its slide_id 'a\\x00b' holds control characters"),
+        (SlideRow("a", Path(os.fsdecode(b"\xe9.svs"))), "its path '\\udce9.svs' holds"),
+    ],
+    ids=["longest", "too long", "two lines", "NUL", "not UTF-8"],
+)
+def test_a_slide_that_no_file_can_be_named_after_says_why(row: SlideRow, fault: str | None) -> None:
+    assert (row.fault or "")[: len(fault or "") or None] == (fault or "")
+
+
 def test_a_source_that_is_nothing_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "none"
     assert refusal(path) == f"{path}: neither a cohort table nor a folder of slides"
@@ -155,7 +225,7 @@ def test_a_folder_gives_a_row_for_every_slide_below_it(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_dicom_files_is_one_slide(tmp_path: Path) -> None:
-    touch(tmp_path, "case7/level-0.dcm", "case7/level-1.dcm", "case8/level-0.dcm", "x.svs")
+    touch(tmp_path, "case7/level-0.DCM", "case7/level-1.DCM", "case8/level-0.dcm", "x.svs")
     found = {row.slide_id: row.path for row in read_cohort(tmp_path)}
     assert found == {
         "case7": tmp_path / "case7",
@@ -168,6 +238,20 @@ def test_hidden_files_and_folders_named_like_slides_are_no_slides(tmp_path: Path
     touch(tmp_path, "a.svs", "._a.svs", ".b.123.tmp.tiff")
     (tmp_path / "c.svs").mkdir()
     assert [row.slide_id for row in read_cohort(tmp_path)] == ["a"]
+
+
+def test_linked_folders_are_read_once_under_their_own_names_first(tmp_path: Path) -> None:
+    touch(tmp_path / "far", "b.svs")
+    touch(tmp_path / "cohort", "real/a.svs")
+    (tmp_path / "cohort" / "a link").symlink_to(tmp_path / "cohort" / "real")
+    (tmp_path / "cohort" / "far").symlink_to(tmp_path / "far")
+    (tmp_path / "cohort" / "same").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "loop").symlink_to(tmp_path / "cohort")
+    folder = tmp_path / "cohort"
+    assert [row.path for row in read_cohort(folder)] == [
+        folder / "far" / "b.svs",
+        folder / "real" / "a.svs",
+    ]
 
 
 def test_a_folder_without_slides_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The verb ``tile`` on drawn slides and on all real ones."""
 
 import csv
+import os
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,25 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def two_slides(tmp_path: Path) -> Path:
     """The table of a good slide and a blank one."""
     return write_table(tmp_path / "cohort.csv", write_slides(tmp_path / "slides")[:2])
+
+
+def test_odd_names_cost_no_more_than_their_row_and_are_done_once(tmp_path: Path) -> None:
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    write_pyramid(folder / "good.tiff", draw_slide(600, 600, tissue=(0, 0, 300, 512)), 0.5)
+    for name in (" b.tiff", "c\u00a0.tiff", "two\nlines.tiff", os.fsdecode(b"caf\xe9.tiff")):
+        shutil.copy(folder / "good.tiff", folder / name)
+    (folder / ("x" * 240 + ".tiff")).touch()
+    for _ in range(2):  # nothing waits, also at a second look
+        run = Run(
+            tile(folder, tmp_path / "TILES", SCALES, tile_px=64, workers=1), tmp_path / "TILES"
+        )
+        assert run.code == 1
+        states = {slide_id: row["state"] for slide_id, row in run.status.items()}
+        failed = dict.fromkeys(["caf\\xe9", "two\nlines", "x" * 240], "failed")
+        assert states == {"good": "done", "b": "done", "c": "done", **failed}
+    assert "has 240 bytes, too many" in run.status["x" * 240]["message"]
+    assert main(["contact-sheet", str(run.output)]) == 0
 
 
 def test_a_status_has_one_row_a_slide_in_the_order_of_the_table(first_run: Run) -> None:
