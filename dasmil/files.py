@@ -166,6 +166,27 @@ def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], lis
     return columns, rows
 
 
+def _read_lines(path: Path) -> list[str]:
+    """Lines of a table with their ends, from its encoding."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such table")
+    data = path.read_bytes()
+    if data.startswith(SPREADSHEETS):
+        raise InputError(f"{path}: a spreadsheet; save it as CSV (UTF-8) and give that file")
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    try:
+        text = data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} line {line}: not a CSV table in UTF-8 ({error.reason}); save it as UTF-8"
+        ) from error
+    lines = list(io.StringIO(text, newline=""))
+    if lines and "\0" in lines[0]:
+        raise InputError(f"{path}: not a CSV table in UTF-8; save it as UTF-8")
+    return lines
+
+
 def sample_digest(path: Path) -> str:
     """A digest by which a slide is recognised, wherever it lies and whatever its name is.
 
@@ -231,27 +252,6 @@ def _parts_of(path: Path) -> list[Path]:
     beside = path.with_suffix("")
     is_mirax = path.suffix.lower() == ".mrxs" and beside.is_dir()
     return [path, *(_parts_of(beside) if is_mirax else ())]
-
-
-def _read_lines(path: Path) -> list[str]:
-    """Lines of a table with their ends, from its encoding."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such table")
-    data = path.read_bytes()
-    if data.startswith(SPREADSHEETS):
-        raise InputError(f"{path}: a spreadsheet; save it as CSV (UTF-8) and give that file")
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
-    try:
-        text = data.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path} line {line}: not a CSV table in UTF-8 ({error.reason}); save it as UTF-8"
-        ) from error
-    lines = list(io.StringIO(text, newline=""))
-    if lines and "\0" in lines[0]:
-        raise InputError(f"{path}: not a CSV table in UTF-8; save it as UTF-8")
-    return lines
 
 
 def pack_metadata(entries: Mapping[str, str]) -> dict[str, str]:

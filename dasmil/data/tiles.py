@@ -213,6 +213,7 @@ class TileDataModule(LightningDataModule):
             if augmentation_backend == "pil"
             else TensorViews(self.transform)
         )
+        self.crop_sizes = {"global_crop_px": global_crop_px, "local_crop_px": local_crop_px}
         self.rows: list[SlideRow] = []
         self.boxes_px0: list[np.ndarray] = []
         self.tile_px = 0
@@ -234,7 +235,11 @@ class TileDataModule(LightningDataModule):
             row.patient for row in cohort if split.get(row.slide_id, row.split) in EVALUATED
         }
         training = [row for row in cohort if row.patient not in held_out]
-        tiled = [row for row in training if tiles_path(self.folder, row.slide_id).exists()]
+        tiled = [
+            row
+            for row in training
+            if not row.fault and tiles_path(self.folder, row.slide_id).exists()
+        ]
         say_missing(self.folder, "tiles", [r.slide_id for r in training if r not in tiled])
         self.rows, self.boxes_px0 = [], []
         for row in tiled:

@@ -13,7 +13,13 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from dasmil.bags.bag import ExtractorCard
-from dasmil.embedding.networks import RANDOM, create_network, resize_network, vit_backbone
+from dasmil.embedding.networks import (
+    RANDOM,
+    create_network,
+    nearest_sizes,
+    resize_network,
+    vit_backbone,
+)
 from dasmil.embedding.pooling import Pooling, pool
 from dasmil.embedding.weights import load_checkpoint, load_weights, say
 from dasmil.errors import InputError
@@ -132,16 +138,37 @@ class Extractor(nn.Module):
 
     def _feature_dim(self, name: str, image_size: int) -> int:
         try:
-            with torch.inference_mode():
-                images = torch.zeros(1, 3, image_size, image_size)
-                return pool(self.backbone, images, self.pooling).shape[1]
+            if image_size < 1:
+                raise ValueError("no pixel")
+            features = self._features_of_noise(image_size)
         except InputError as error:
             raise InputError(f"extractor {name!r}: {error}") from error
         except (AssertionError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"extractor {name!r}: cannot embed images of {image_size} px "
-                f"({str(error).splitlines()[0]}); give the image_size that it takes"
+                f"({str(error).splitlines()[0]}); give the image_size that it takes, such as "
+                f"{nearest_sizes(self.backbone, image_size)}"
             ) from error
+        if torch.equal(features, self._features_of_noise(image_size, border=1)) and not torch.equal(
+            features, self._features_of_noise(image_size, border=image_size)
+        ):
+            raise InputError(
+                f"extractor {name!r}: the right and lower border of an image of {image_size} px "
+                "changes nothing, since it makes no whole patch; take an image_size of "
+                f"{nearest_sizes(self.backbone, image_size)}"
+            )
+        return features.shape[1]
+
+    def _features_of_noise(self, image_size: int, border: int = 0) -> Tensor:
+        """(1, D) of an image that is the same at each call, but for its last rows and columns."""
+        images = torch.rand(
+            1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)
+        )
+        inner = image_size - border
+        images[..., inner:, :] = 1 - images[..., inner:, :]
+        images[..., :inner, inner:] = 1 - images[..., :inner, inner:]
+        with torch.inference_mode():
+            return pool(self.backbone, images, self.pooling)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 RGB → (N, D)."""

@@ -112,11 +112,44 @@ def resize_network(network: Any, name: str, image_size: int) -> None:
         raise InputError(f"extractor {name!r}: no images of {image_size} px ({error})") from error
 
 
+def nearest_sizes(network: Any, image_size: int) -> str:
+    """The sides in px next to this one that a network's strides divide, in words."""
+    strides = [info["reduction"] for info in getattr(network, "feature_info", ())]
+    stride = max([*strides, *_patch(network)], default=1)
+    below = image_size // stride * stride
+    return " or ".join(f"{size}" for size in (below, below + stride) if size)
+
+
+def _patch(network: Any) -> tuple[int, ...]:
+    """Height and width of a ViT's patches in px; empty for other networks."""
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", ())
+    return (patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
 def vit_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
-    """A timm ViT that also takes images of other sizes, as DINO's small crops need."""
+    """A timm ViT that also takes images of other sizes, as DINO's small crops need.
+
+    Raises
+    ------
+    InputError
+        when timm has no such ViT, or images of this size are no whole number of patches.
+    """
     try:
-        return create_backbone(name, img_size=image_size, dynamic_img_size=True, **options)
+        network = create_backbone(name, img_size=image_size, dynamic_img_size=True, **options)
     except TypeError as error:
         raise InputError(
             f"backbone {name!r} with {options}: not a ViT that takes crops of any size ({error})"
         ) from error
+    refuse_cut_patches(network, name, "image_size", image_size)
+    return network
+
+
+def refuse_cut_patches(network: Any, name: str, what: str, size: int) -> None:
+    """A ViT sees whole patches alone, unless it pads: the rest of an image is lost on it."""
+    pads = getattr(getattr(network, "patch_embed", None), "dynamic_img_pad", False)
+    cut = [patch for patch in _patch(network) if size % patch]
+    if size < 1 or (cut and not pads):
+        raise InputError(
+            f"{what}: {size} px is no whole number of patches of {name}; take "
+            f"{nearest_sizes(network, size)}"
+        )

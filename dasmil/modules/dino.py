@@ -24,7 +24,7 @@ from torchvision.utils import make_grid
 
 from dasmil.data.tiles import TileDataModule
 from dasmil.embedding.extractor import ExtractorRecord
-from dasmil.embedding.networks import vit_backbone
+from dasmil.embedding.networks import refuse_cut_patches, vit_backbone
 from dasmil.errors import InputError
 from dasmil.modules.finite import FiniteLoss
 from dasmil.seeds import seed_step
@@ -145,6 +145,9 @@ class DINOModule(LightningModule):
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TileDataModule):
+            for what, size in data.crop_sizes.items():
+                name, network = self.hparams["backbone"], self.teacher.backbone
+                refuse_cut_patches(network, name, f"data.{what}", size)
             record = ExtractorRecord(
                 name=self.hparams["backbone"],
                 options=self.hparams["backbone_options"] or {},

@@ -17,6 +17,7 @@ from dasmil.errors import InputError
 from dasmil.units import Scale
 
 X20 = Scale.parse("x20")
+PATCH_14 = {"model": "random:test_vit", "options": {"patch_size": 14, "dynamic_img_size": False}}
 SMALL = "random:test_vit"  # timm's own tiny test network, 160 px
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 
@@ -255,6 +256,15 @@ def test_convolutional_networks_take_any_image_size(tmp_path, name):
     assert extractor.card.interpolation == network.pretrained_cfg["interpolation"]
 
 
+def test_a_vit_that_pads_sees_the_border_of_any_image():
+    options = {"patch_size": 14, "dynamic_img_size": True, "dynamic_img_pad": True}
+    extractor = load("random:test_vit", options=options, image_size=100)
+    tiles = some_tiles(100)
+    other = tiles.clone()
+    other[..., -1] = 255 - other[..., -1]
+    assert not torch.equal(extractor(tiles), extractor(other))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_vit_of_another_size_resamples_its_position_embedding(tmp_path, dynamic):
     network = save_weights(tmp_path / "w.safetensors")
@@ -341,8 +351,13 @@ def test_a_dino_checkpoint_says_the_rest_itself(road):
         ({"options": {"num_classes": 5}}, "num_classes cannot be set under options"),
         ({"options": {"checkpoint_path": "w.pth"}}, "checkpoint_path cannot be set under options"),
         ({"options": {"global_pool": ""}}, "does not pool by itself; name a pooling"),
-        ({"image_size": 100}, r"test_vit.*100"),
+        ({"image_size": 100}, r"test_vit.*100 px .*such as 96 or 112"),
         ({"image_size": 0}, r"test_vit"),
+        ({**PATCH_14, "image_size": 100}, "image of 100 px .*take an image_size of 98 or 112"),
+        (
+            {"model": "random:test_convnext", "image_size": 250},
+            "250 px .*take an image_size of 224 or 256",
+        ),
         ({"options": {"img_size": [64, 64]}}, "img_size must be one whole number"),
         ({"model": "random:test_resnet", "pooling": "cls"}, r"'test_resnet': pooling cls needs a"),
     ],

@@ -10,6 +10,7 @@ from road import NUM_SLIDES
 from dasmil.data import TileDataModule
 from dasmil.data.augment import TensorViews
 from dasmil.embedding.weights import load_checkpoint
+from dasmil.errors import InputError
 from dasmil.modules import DINOModule
 from dasmil.slides.cohort import read_cohort
 
@@ -202,3 +203,29 @@ def test_under_autocast_the_loss_is_that_of_float32():
         found = module._loss(teacher.float(), views)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"local_crop_px": 20}, "data.local_crop_px: 20 px is no whole number .* take 16 or 32"),
+        ({"global_crop_px": 40}, "data.global_crop_px: 40 px is no whole .* take 32 or 48"),
+    ],
+)
+def test_crops_that_are_no_whole_number_of_patches_are_refused(road, tmp_path, options, words):
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(InputError, match=words):
+        trainer.fit(DINOModule(**SMALL), datamodule=small_data(road, **options))
+
+
+def test_an_image_size_that_is_no_whole_number_of_patches_is_refused():
+    with pytest.raises(InputError, match=r"image_size: 40 px is no whole number .* take 32 or 48"):
+        DINOModule(**{**SMALL, "image_size": 40})
