@@ -59,7 +59,8 @@ class PyramidGrid:
 
     The grid starts at the slide's origin. A tile's edges are whole multiples of the finest scale's
     edges, rounded once, so children fill their parent exactly and no two tiles overlap:
-    x0 = round(col · tile_px · mpp_scale / mpp_slide).
+    x0 = round(col · tile_px · mpp_scale / mpp_slide). Tiles may reach over the right and lower
+    border of the slide.
 
     Parameters
     ----------
@@ -90,7 +91,10 @@ class PyramidGrid:
         return np.concatenate([top_left[:, ::-1], bottom_right[:, ::-1]], axis=1)
 
     def shape(self, scale: int, size_px0: Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of the tiles whose coarsest ancestor lies wholly inside the slide.
+        """Rows and columns of the tiles that cover the slide.
+
+        The last ones may reach over its right and lower border; each touches the slide, and so
+        does its parent.
 
         Parameters
         ----------
@@ -100,8 +104,7 @@ class PyramidGrid:
         return self._count(scale, height_px0), self._count(scale, width_px0)
 
     def _count(self, scale: int, length_px0: int) -> int:
-        coarsest_px0 = self.tile_px * self.scales[0].mpp / self.slide_mpp
-        count = int(length_px0 / coarsest_px0) + 1  # one too many, to be cut by the rounded edge
-        while count > 0 and self.edges_px0(0, np.array(count)) > length_px0:
-            count -= 1
-        return count * self.ratio(0, scale)
+        count = int(length_px0 / (self.tile_px * self.scales[scale].mpp / self.slide_mpp))
+        while self.edges_px0(scale, np.array(count)) < length_px0:  # edges are rounded
+            count += 1
+        return count

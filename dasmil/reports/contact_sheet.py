@@ -209,7 +209,8 @@ def _card(row: Row, scales: Sequence[str], picture: str, embedded: Row | None) -
 
 def _figures(row: Row, scales: Sequence[str]) -> Iterator[str]:
     if row["tissue_mm2"]:
-        yield f"<b>{float(row['tissue_mm2']):.3g} mm²</b> tissue"
+        covered = f", {float(row['covered']):.1%} in tiles" if row.get("covered") else ""
+        yield f"<b>{float(row['tissue_mm2']):.3g} mm²</b> tissue{covered}"
     for scale in scales:
         if row[f"tiles/{scale}"]:
             yield f"{html.escape(scale)} <b>{int(row[f'tiles/{scale}']):,}</b>"

@@ -227,7 +227,8 @@ class InstanceTruth(Callback):
             lesions = self._lesions(annotation, bag.header.slide_mpp)
             radius_px0 = NMS_RADIUS_UM / bag.header.slide_mpp
             for scale, boxes in boxes_px0.items():
-                found = detections(scores[scale].numpy(), boxes, radius_px0)
+                on_slide = np.clip(boxes, 0, bag.header.size_px0 * 2)
+                found = detections(scores[scale].numpy(), on_slide, radius_px0)
                 hits[scale] = slide_hits(found, lesions)
                 self._write_detections(scale, bag.slide_id, found)
         return SlideTruth(bag.slide_id, scores, truth, hits)

@@ -52,8 +52,28 @@ def blurred_tiles(
     for run in _runs(tiles.grid[finest.name]):
         box_px0 = (*boxes_px0[run[0], :2], *boxes_px0[run[-1], 2:])
         strip = slide.read(box_px0, (len(run) * side_px, side_px))
+        strip = _mirrored_outside(strip, box_px0, slide.size_px0)
         found[run] = detail(strip, len(run)) < parameters.min_detail
     return found
+
+
+def _mirrored_outside(
+    strip: RgbArray, box_px0: tuple[int, ...], size_px0: tuple[int, int]
+) -> RgbArray:
+    """The strip with what lies beyond the slide's border replaced by its mirror image.
+
+    A tile is judged by what it shows of the slide: the edge to the white outside is always sharp.
+    """
+    height, width = strip.shape[:2]
+    left, top, right, bottom = (int(edge) for edge in box_px0)
+    inside_x = max(1, int((size_px0[0] - left) / (right - left) * width))
+    inside_y = max(1, int((size_px0[1] - top) / (bottom - top) * height))
+    if inside_x >= width and inside_y >= height:
+        return strip
+    inside = strip[:inside_y, :inside_x]
+    below, behind = max(0, height - inside_y), max(0, width - inside_x)
+    mirrored = cv2.copyMakeBorder(inside, 0, below, 0, behind, cv2.BORDER_REFLECT)
+    return np.asarray(mirrored, dtype=np.uint8)
 
 
 def _runs(grid: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:

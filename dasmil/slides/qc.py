@@ -66,8 +66,10 @@ def draw_qc(
         inside, lines = _tile_areas(tiles, number, size)
         panel[inside] = (panel[inside] * 0.65 + np.array(TILE) * 0.35).round().astype(np.uint8)
         panel[lines] = TILE
-        num_tiles = len(tiles.grid[scale.name])
-        panels.append(caption(panel, f"{scale.name} ({scale.mpp:g} um/px): {num_tiles} tiles"))
+        text = f"{scale.name} ({scale.mpp:g} um/px): {len(tiles.grid[scale.name])} tiles"
+        if scale == tiles.scales[-1] and tiles.tissue_mm2:
+            text += f", {tiles.covered:.1%} of the tissue"
+        panels.append(caption(panel, text))
     row = np.concatenate(panels, axis=1)
     return np.concatenate([row, _legend(tiles, row.shape[1])]) if areas else row
 
@@ -100,7 +102,7 @@ def _tile_areas(
     """
     geometry = tiles.geometry
     num_rows, num_columns = geometry.shape(number, tiles.size_px0)
-    kept = np.zeros((num_rows + 1, num_columns + 1), bool)  # the last ones: past the grid
+    kept = np.zeros((num_rows, num_columns), bool)
     kept[tuple(tiles.grid[tiles.scales[number].name].T)] = True
     column, row = (
         np.searchsorted(

@@ -52,14 +52,17 @@ class JpegLevel:
     def read(self, left: int, top: int, width: int, height: int) -> RgbArray | None:
         """Pixels of a part of the level; None where this way of reading does not lead to them.
 
+        Beyond the right and lower border of the level it is white.
+
         Parameters
         ----------
         left, top, width, height: in pixels of the level.
         """
-        right, bottom = left + width, top + height
-        if left < 0 or top < 0 or right > self.size_px[0] or bottom > self.size_px[1]:
+        if left < 0 or top < 0 or left >= self.size_px[0] or top >= self.size_px[1]:
             return None
+        right, bottom = min(left + width, self.size_px[0]), min(top + height, self.size_px[1])
         into = np.empty((height, width, 3), np.uint8)
+        into[bottom - top :] = into[:, right - left :] = 255
         side_x, side_y = self.side_px
         for row in range(top // side_y, -(-bottom // side_y)):
             y0, y1 = max(top, row * side_y), min(bottom, (row + 1) * side_y)

@@ -117,7 +117,7 @@ def tile_status(folder: Path) -> Status:
     return Status(
         folder,
         [row.slide_id for row in read_cohort(folder / "cohort.csv")],
-        [*columns, "tissue_mm2", "mpp", "mpp_source"],
+        [*columns, "tissue_mm2", "covered", "mpp", "mpp_source"],
         path=partial(tiles_path, folder),
         describe=lambda path: summary(read_tiles(path), ""),
     )

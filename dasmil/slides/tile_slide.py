@@ -13,6 +13,7 @@ from dasmil.slides.reader import Slide
 from dasmil.slides.tiling import (
     TilePyramid,
     TilingParameters,
+    covered_share,
     tile_pyramid,
     tiles_path,
     without_blurred,
@@ -48,7 +49,8 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
         blurred = blurred_tiles(slide, tiles, parameters.artefacts)
         blurred_px0 = tiles.boxes_px0(tiles.scales[-1].name)[blurred]
         tiles = without_blurred(tiles, blurred)
-    tiles = replace(tiles, slide_digest=digest, slide_state=state)
+    covered = covered_share(mask, tiles)
+    tiles = replace(tiles, covered=covered, slide_digest=digest, slide_state=state)
     write_png(qc_path(output, slide_id), draw_qc(picture, mask, tiles, artefacts, blurred_px0))
     write_tiles(tiles_path(output, slide_id), tiles)
     return summary(tiles, slide.physical_scale.source)
@@ -63,8 +65,6 @@ def summary(tiles: TilePyramid, mpp_source: str) -> StatusRow:
         message = "every tile is blurred"
     elif not tiles.tissue_mm2:
         message = "no tissue found"
-    elif not all(tiles.geometry.shape(0, tiles.size_px0)):
-        message = f"smaller than one tile of {tiles.scales[0].name}"
     else:
         message = "tissue, but no tile holds enough"
     excluded = ", ".join(
@@ -76,6 +76,7 @@ def summary(tiles: TilePyramid, mpp_source: str) -> StatusRow:
         "state": "done" if any(num_tiles.values()) else "empty",
         **{f"tiles/{name}": count for name, count in num_tiles.items()},
         "tissue_mm2": round(tiles.tissue_mm2, 3),
+        "covered": round(tiles.covered, 4) if tiles.tissue_mm2 else "",
         "mpp": tiles.slide_mpp,
         "mpp_source": mpp_source,
         "message": "; ".join(filter(None, [message, excluded and f"left out: {excluded}"])),

@@ -63,6 +63,7 @@ class TilePyramid:
     size_px0: width and height of the slide.
     tiling: the parameters, as JSON.
     tissue_mm2: area of the tissue, without pen and black; blurred tiles still count.
+    covered: the share of it that lies in tiles of the finest scale, in 0..1; 0 without tissue.
     excluded: what the rules that were on left out: ``pen`` and ``black`` as shares of the slide's
         area, ``blur`` as a share of the finest tiles.
     bounds_px0: left and top of what was scanned (``openslide.bounds-x, -y``), from which QuPath
@@ -80,6 +81,7 @@ class TilePyramid:
     parent: Mapping[str, npt.NDArray[np.int32]]
     tiling: str = "{}"
     tissue_mm2: float = 0.0
+    covered: float = 0.0
     excluded: Mapping[str, float] = field(default_factory=dict)
     bounds_px0: tuple[int, int] = (0, 0)
     slide_digest: str = ""
@@ -108,6 +110,8 @@ def tile_pyramid(
     bounds_px0: tuple[int, int] = (0, 0),
 ) -> TilePyramid:
     """Keep a finest tile when enough of it is tissue, a coarser one when a child of it is kept.
+
+    What of a tile lies outside the slide is no tissue.
 
     Parameters
     ----------
@@ -164,15 +168,36 @@ def without_blurred(tiles: TilePyramid, blurred: npt.NDArray[np.bool_]) -> TileP
     return replace(tiles, grid=grid, parent=parent, excluded={**tiles.excluded, "blur": share})
 
 
+def covered_share(mask: MaskArray, tiles: TilePyramid) -> float:
+    """The share of a mask's area that lies in tiles of the finest scale; 0 of an empty mask.
+
+    Parameters
+    ----------
+    mask: (H, W) bool over the whole slide, at any resolution.
+    """
+    y_edges, x_edges = _edges(mask, tiles.geometry, tiles.size_px0)
+    area = tissue_fraction(mask, x_edges, y_edges) * np.outer(np.diff(y_edges), np.diff(x_edges))
+    rows, columns = tiles.grid[tiles.scales[-1].name].T
+    return float(area[rows, columns].sum() / max(1, np.count_nonzero(mask)))
+
+
 def _share(
     mask: MaskArray, geometry: PyramidGrid, size_px0: tuple[int, int]
 ) -> npt.NDArray[np.float64]:
     """(rows, columns) of the finest scale: how much of each tile the mask covers."""
+    y_edges, x_edges = _edges(mask, geometry, size_px0)
+    return tissue_fraction(mask, x_edges, y_edges)
+
+
+def _edges(
+    mask: MaskArray, geometry: PyramidGrid, size_px0: tuple[int, int]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Upper and left edges of the finest tiles, and the last lower and right, in mask pixels."""
     finest = len(geometry.scales) - 1
     rows, columns = geometry.shape(finest, size_px0)
-    x_edges = geometry.edges_px0(finest, np.arange(columns + 1)) * (mask.shape[1] / size_px0[0])
     y_edges = geometry.edges_px0(finest, np.arange(rows + 1)) * (mask.shape[0] / size_px0[1])
-    return tissue_fraction(mask, x_edges, y_edges)
+    x_edges = geometry.edges_px0(finest, np.arange(columns + 1)) * (mask.shape[1] / size_px0[0])
+    return y_edges, x_edges
 
 
 def _grids(
@@ -224,6 +249,7 @@ def write_tiles(path: Path, tiles: TilePyramid) -> None:
         "size_px0": json.dumps(tiles.size_px0),
         "tiling": tiles.tiling,
         "tissue_mm2": repr(tiles.tissue_mm2),
+        "covered": repr(tiles.covered),
         "excluded": json.dumps(dict(tiles.excluded)),
         "bounds_px0": json.dumps(tiles.bounds_px0),
         "slide_digest": tiles.slide_digest,
@@ -263,6 +289,7 @@ def read_tiles(path: Path) -> TilePyramid:
             parent={scale.name: tensors[f"parent/{scale.name}"] for scale in scales[1:]},
             tiling=header["tiling"],
             tissue_mm2=float(header["tissue_mm2"]),
+            covered=float(header["covered"]),
             excluded=json.loads(header["excluded"]),
             bounds_px0=(left_px0, top_px0),
             slide_digest=header["slide_digest"],

@@ -244,7 +244,8 @@ def usual_way(slide, box_px0, side):
     level = handle.get_best_level_for_downsample((right - left) / side * 1.001)
     stored = handle.level_downsamples[level]
     size = round((right - left) / stored), round((bottom - top) / stored)
-    pixels = np.asarray(handle.read_region((left, top), level, size).convert("RGB"))
+    rgba = np.array(handle.read_region((left, top), level, size))
+    pixels = np.where(rgba[..., 3:] == 0, 255, rgba[..., :3]).astype(np.uint8)  # outside
     shrinks = min(size) >= side
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(pixels, (side, side), interpolation=interpolation)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -37,6 +38,19 @@ def test_a_tile_has_its_score_s_colour_where_it_lies_and_nowhere_else(bag):
         assert np.abs(middle - expected).max() <= 1
     beside = panel[: canvas.shape[0], : canvas.shape[1]][~covered]
     assert (beside == 200).all()
+
+
+def test_a_tile_that_reaches_over_the_border_is_drawn_as_far_as_the_slide_goes(bag):
+    right, bottom = (int(edge) - 16 for edge in bag.boxes_px0("x20")[:, 2:].max(0).values)
+    cut = replace(bag, header=replace(bag.header, size_px0=(right, bottom)))
+    canvas = np.full((bottom // 4, right // 4, 3), 200, np.uint8)
+    values = np.linspace(0, 1, bag.num_tiles()["x20"])
+    picture = draw_heatmap(canvas, cut, "x20", {"score": values}, "slide").astype(int)
+    panel = picture[CAPTION_PX:, canvas.shape[1] + 3 * EDGE :][: bottom // 4, : right // 4]
+    last = int(bag.boxes_px0("x20")[:, 2].argmax())
+    expected = (1 - OPACITY) * 200 + OPACITY * turbo(values[last])
+    top = int(bag.boxes_px0("x20")[last, 1]) // 4
+    assert np.abs(panel[top + 2, -1] - expected).max() <= 1
 
 
 def test_the_canvas_is_the_slide_or_says_why_not(bag, tmp_path):

@@ -320,6 +320,20 @@ def test_geojson_is_counted_from_the_bounds_of_the_slide(bags, tmp_path):
         assert [(r["scale"], r["row"], r["col"]) for r in found] == [("x20", "4", "2")]
 
 
+def test_tiles_that_reach_over_the_border_are_judged_by_what_lies_on_the_slide(bags, tmp_path):
+    """100 px of the last row and column of x20 tiles lie on the slide, all of it lesion."""
+    size = 7 * 512 + 100
+    for slide_id in ("t1", "t2"):
+        set_header(bags, slide_id, size_px0=(size, size))
+        (tmp_path / "truth" / f"{slide_id}.xml").unlink()
+        (tmp_path / "truth" / f"{slide_id}.geojson").write_text(geojson(3584, 0, size, size))
+    run(bags, InstanceTruth(tmp_path / "truth", output=tmp_path / "out"))
+    found = [r for r in tile_rows(tmp_path, "t2") if r["positive"] == "1" and r["scale"] == "x20"]
+    assert {(r["col"], r["overlap"]) for r in found} == {("7", "1.0")} and len(found) == 8
+    line = (tmp_path / "out" / "detections" / "x20" / "t2.csv").read_text().splitlines()[0]
+    assert line.split(",")[1:] == ["3634", "3634"]  # the best tile's centre, as far as it is there
+
+
 def test_truth_of_a_slide_without_its_mpp_is_refused(bags, tmp_path):
     """Its tiles have no place in level-0 pixels; a normal slide needs none."""
     set_header(bags, "n1", mpp_is_known=False)

@@ -92,6 +92,13 @@ class TestPolygons:
         assert areas.positive(overlap, 0.49).tolist() == [True, True]
         assert areas.positive(overlap, 0.51).tolist() == [False, False]
 
+    def test_beyond_the_border_of_the_slide_a_tile_does_not_count(self, tmp_path):
+        width, height = SIZE
+        areas = read_xml(tmp_path, ("_0", box(0, 0, width, height)))
+        boxes = np.array([[width - 30, 0, width + 70, 100], [width - 1, height - 1, 9999, 9999]])
+        assert areas.overlap(boxes) == pytest.approx([1, 1])
+        assert areas.overlap(boxes + width + 70).tolist() == [0, 0]
+
     def test_a_mask_has_the_pixels_whose_centre_lies_inside(self):
         """As scikit-image finds them, by a slower way; also of shapes that cross themselves."""
         rng = np.random.default_rng(0)

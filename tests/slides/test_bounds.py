@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 import tifffile
 from bag_factory import make_card
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from dasmil.demo.slides import write_pyramid
 from dasmil.embedding.writer import bag_header
 from dasmil.errors import InputError
-from dasmil.files import pack_metadata, unpack_metadata
 from dasmil.slides.annotation import read_annotation
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.reader import Slide
@@ -21,11 +18,8 @@ from dasmil.slides.tile_slide import tile_slide
 from dasmil.slides.tiling import (
     TilingParameters,
     read_tiles,
-    tile_pyramid,
     tiles_path,
-    write_tiles,
 )
-from dasmil.units import Mpp
 
 ORIGIN = (1000, 2000)
 GLASS_PX0, SCANNED_PX0 = 4096, 512
@@ -130,16 +124,3 @@ def test_a_shape_that_fits_the_scan_alone_is_not_outside_the_slide(tmp_path: Pat
     path.write_text(json.dumps(outline(3500, 0, 3600, 100)))
     with pytest.raises(InputError, match="lies outside the slide"):
         read_annotation(path, (4000, 4000), bounds_px0=ORIGIN)
-
-
-def test_a_tile_table_of_before_says_no_bounds(tmp_path: Path) -> None:
-    tiles = tile_pyramid(
-        "s1", np.ones((8, 8), bool), (512, 512), Mpp(0.5), TilingParameters(("x20",)), None, (3, 4)
-    )
-    write_tiles(tmp_path / "new.safetensors", tiles)
-    assert read_tiles(tmp_path / "new.safetensors").bounds_px0 == (3, 4)
-    with safe_open(tmp_path / "new.safetensors", framework="numpy") as file:
-        entries = unpack_metadata(file.metadata())
-    del entries["bounds_px0"]
-    save_file({"grid/x20": tiles.grid["x20"]}, tmp_path / "old.safetensors", pack_metadata(entries))
-    assert read_tiles(tmp_path / "old.safetensors").bounds_px0 == (0, 0)

@@ -65,8 +65,38 @@ def test_tiles_are_those_that_are_read_one_by_one(
         check(slide, tiles, chunk=3, tolerance=0 if exact else 2)
 
 
+@pytest.mark.parametrize("writer", ["tiles", "png"])
+@pytest.mark.parametrize("mpp", [0.5, 0.2425, 0.499])
+def test_outside_the_slide_a_tile_is_white_and_inside_it_is_as_ever(
+    tmp_path: Path, mpp: float, writer: str
+) -> None:
+    """The same picture on a larger white slide, where no tile reaches over the border."""
+    picture = texture(700, 500)
+    larger = np.full((2000, 2000, 3), 255, np.uint8)
+    larger[:500, :700] = picture
+    found = []
+    for name, pixels in (("small", picture), ("large", larger)):
+        path = tmp_path / f"{name}.{'tiff' if writer == 'tiles' else 'png'}"
+        if writer == "tiles":
+            write_pyramid(path, pixels, mpp, (1,))
+        else:
+            cv2.imwrite(str(path), cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+        mask = np.zeros((20, 20), bool)
+        mask[:5, :7] = True
+        with Slide(SlideRow("a", path, mpp=mpp)) as slide:
+            mask = mask if name == "large" else np.ones((5, 7), bool)
+            tiles = tiles_of(slide, mask, tile_px=32)
+            check(slide, tiles, chunk=2)
+            boxes = tiles.boxes_px0("x20")
+            assert (boxes[:, 2:].max(0) > (700, 500)).all()
+            found.append(TileCutter(slide, tiles).cut(0, len(tiles.grid["x5"])))
+    for scale in SCALES:
+        np.testing.assert_array_equal(found[0][scale], found[1][scale])
+    assert (found[0]["x5"][-1][-1, -1] == 255).all()
+
+
 def test_a_run_that_is_too_long_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_pyramid(tmp_path / "a.tiff", texture(1600, 600), 0.5, (1,))
+    write_pyramid(tmp_path / "a.tiff", texture(1536, 512), 0.5, (1,))
     with Slide(SlideRow("a", tmp_path / "a.tiff")) as slide:
         tiles = tiles_of(slide, np.ones((6, 16), bool), tile_px=32)
         reads: list[tuple[int, int]] = []

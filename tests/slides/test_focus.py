@@ -84,6 +84,19 @@ def test_blurred_tiles_of_a_slide_are_told_by_their_place(tmp_path: Path, mpp: f
     np.testing.assert_array_equal(found, blurred[tuple(tiles.grid["x10"].T)])
 
 
+def test_the_edge_to_the_outside_of_a_slide_is_no_detail(tmp_path: Path) -> None:
+    """Tiles that reach over the border are judged by what they show of the slide."""
+    sharp = texture(180, 230)
+    soft = cv2.GaussianBlur(sharp, (0, 0), 4)
+    parameters = TilingParameters(("x10",), 64, artefacts=BLUR)
+    for pixels, blurred in ((sharp, False), (soft, True)):
+        write_pyramid(tmp_path / "s.tiff", pixels, 1.0)
+        with Slide(SlideRow("s", tmp_path / "s.tiff")) as slide:
+            tiles = tile_pyramid("s", np.ones((9, 9), bool), slide.size_px0, slide.mpp, parameters)
+            assert tiles.num_tiles() == {"x10": 3 * 4}
+            assert blurred_tiles(slide, tiles, BLUR).tolist() == [blurred] * 12
+
+
 def test_a_slide_without_tiles_has_no_blurred_ones(tmp_path: Path) -> None:
     write_pyramid(tmp_path / "s.tiff", texture(256, 256), 1.0)
     parameters = TilingParameters(("x10",), 64)

@@ -123,7 +123,7 @@ def test_a_status_has_one_row_a_slide_in_the_order_of_the_table(first_run: Run) 
         "good": "done",
         "blank": "empty",
         "broken": "failed",
-        "tiny": "empty",
+        "tiny": "done",
         "photo": "done",
         "lost": "failed",
     }
@@ -137,12 +137,15 @@ def test_a_status_says_how_many_tiles_and_whence_the_mpp(first_run: Run) -> None
         "tiles/x5",
         "tiles/x20",
         "tissue_mm2",
+        "covered",
         "mpp",
         "mpp_source",
         "seconds",
         "message",
     ]
     assert (good["tiles/x5"], good["tiles/x20"]) == ("2", "32")
+    assert 0.99 < float(good["covered"]) <= 1
+    assert first_run.status["blank"]["covered"] == ""  # no tissue, no share
     assert (float(good["mpp"]), good["mpp_source"], good["message"]) == (0.5, "slide", "")
     assert float(good["seconds"]) > 0
     assert first_run.status["photo"]["mpp_source"] == "table"
@@ -152,7 +155,7 @@ def test_a_status_says_why_a_slide_has_no_tiles(first_run: Run) -> None:
     slides = first_run.output.parent / "slides"
     message = {slide_id: row["message"] for slide_id, row in first_run.status.items()}
     assert message["blank"] == "no tissue found"
-    assert message["tiny"] == "smaller than one tile of x5"
+    assert message["tiny"] == ""  # smaller than one tile of x5, and tiled all the same
     assert message["lost"] == f"{slides / 'lost.svs'}: no such file"
     assert message["broken"].startswith(f"{slides / 'broken.svs'}: OpenSlide does not know")
 
@@ -364,7 +367,7 @@ def test_the_command_line_counts_failures_last(
     assert main(command) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == (
-        f"tile: 1 done, 2 empty, 1 failed; see {tmp_path / 'TILES' / 'status.csv'}"
+        f"tile: 2 done, 1 empty, 1 failed; see {tmp_path / 'TILES' / 'status.csv'}"
     )
     assert "empty: blank: no tissue found" in lines
     assert any(line.startswith("failed: broken: ") for line in lines)
@@ -405,12 +408,12 @@ def test_a_folder_of_slides_needs_no_table(tmp_path: Path) -> None:
 
 
 def check_pyramid(tiles: TilePyramid) -> None:
-    """Inside the slide; nested; no orphan in either direction."""
+    """On the slide; nested; no orphan in either direction."""
     names = list(tiles.num_tiles())
     for name in names:
         boxes = tiles.boxes_px0(name)
         assert (boxes[:, :2] >= 0).all()
-        assert (boxes[:, 2:] <= tiles.size_px0).all()
+        assert (boxes[:, :2] < tiles.size_px0).all()
     for coarse, fine in pairwise(names):
         parents = tiles.boxes_px0(coarse)[tiles.parent[fine]]
         children = tiles.boxes_px0(fine)
@@ -430,7 +433,7 @@ def check_pixels(row: SlideRow, tiles: TilePyramid, *, num: int = 3) -> None:
                 assert pixels.shape == (*size, 3)
                 assert pixels.dtype == np.uint8
                 assert pixels.std() > 4, (row.slide_id, name, box)
-                assert 40 < pixels.mean() < 250
+                assert 40 < pixels.mean() < 253  # one at the border may be mostly white
 
 
 def tile_real(
@@ -538,7 +541,7 @@ def test_images_of_colon_are_tiled_with_smaller_areas(shared_data: Path, tmp_pat
     for row in run.status.values():
         assert row["state"] == "done"
         assert int(row["tiles/x20"]) >= 2
-        assert int(row["tiles/x10"]) <= 4  # 500 px · 0.55 µm hold 2 × 2 tiles of 128 µm
+        assert int(row["tiles/x10"]) <= 9  # 3 × 3 tiles of 128 µm cover 500 px · 0.55 µm
     check_real(run)
 
 

@@ -1,6 +1,7 @@
 """The tile pyramid on random masks, against fractions and brute force, and its file."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
@@ -17,6 +18,7 @@ from dasmil.slides.tiling import (
     FORMAT,
     TilePyramid,
     TilingParameters,
+    covered_share,
     read_tiles,
     tile_pyramid,
     write_tiles,
@@ -66,7 +68,7 @@ def pyramids(request: pytest.FixtureRequest) -> list[TilePyramid]:
     return found
 
 
-def test_every_tile_lies_inside_the_slide_at_its_exact_place(pyramids: list[TilePyramid]) -> None:
+def test_every_tile_touches_the_slide_at_its_exact_place(pyramids: list[TilePyramid]) -> None:
     for tiles in pyramids:
         width, height = tiles.size_px0
         for scale in tiles.scales:
@@ -80,8 +82,8 @@ def test_every_tile_lies_inside_the_slide_at_its_exact_place(pyramids: list[Tile
                 assert top == exact_edge(row, 64, scale.name, mpp)
                 assert right == exact_edge(col + 1, 64, scale.name, mpp)
                 assert bottom == exact_edge(row + 1, 64, scale.name, mpp)
-                assert 0 <= left < right <= width
-                assert 0 <= top < bottom <= height
+                assert 0 <= left < width and left < right
+                assert 0 <= top < height and top < bottom
 
 
 def test_every_child_lies_inside_its_parent(pyramids: list[TilePyramid]) -> None:
@@ -137,8 +139,7 @@ def test_the_finest_tiles_are_those_with_enough_tissue_pixels(
         tiles = tile_pyramid(
             "s1", mask, size_px0, Mpp(0.5), TilingParameters(names, 64, min_tissue)
         )
-        coarsest = 4 * ratio(names[0], "x20")  # side of a coarsest tile in mask pixels
-        rows, columns = (side // coarsest * coarsest // 4 for side in mask.shape)
+        rows, columns = (-(-side // 4) for side in mask.shape)  # the last ones reach over
         expected = {
             (row, col)
             for row in range(rows)
@@ -169,11 +170,11 @@ def test_the_share_of_tissue_is_exact_where_edges_cut_mask_pixels(slide_mpp: str
     edges = [exact_edge(index, 64, "x20", slide_mpp) for index in range(60)]
     for row in range(59):
         for col in range(59):
-            if edges[row + 1] <= height and edges[col + 1] <= width:
-                down = overlap(edges[row] * 75 / height, edges[row + 1] * 75 / height, 75)
-                along = overlap(edges[col] * 94 / width, edges[col + 1] * 94 / width, 94)
-                if down @ mask @ along / (down.sum() * along.sum()) >= 0.4:
-                    expected.append([row, col])
+            y, bottom = np.array(edges[row : row + 2]) * 75 / height
+            x, right = np.array(edges[col : col + 2]) * 94 / width
+            found = overlap(y, bottom, 75) @ mask @ overlap(x, right, 94)
+            if found / ((bottom - y) * (right - x)) >= 0.4:  # of the tile, also what is outside
+                expected.append([row, col])
     assert 10 < len(expected) < 400
     assert tiles.grid["x20"].tolist() == expected
 
@@ -208,17 +209,49 @@ def test_an_empty_mask_gives_a_legal_empty_pyramid(tmp_path: Path) -> None:
         assert found.boxes_px0("x20").shape == (0, 4)
 
 
-def test_a_slide_smaller_than_one_coarsest_tile_has_no_tiles() -> None:
+@pytest.mark.parametrize("size_px0", [(1501, 1203), (700, 60), (100, 100)])
+@pytest.mark.parametrize("slide_mpp", AWKWARD_MPPS)
+def test_all_tissue_that_min_tissue_allows_is_covered_at_every_scale(
+    slide_mpp: str, size_px0: tuple[int, int]
+) -> None:
+    """Only strips at the border that fill less than a quarter of a tile are lost."""
+    width, height = size_px0
+    mask = np.ones((height, width), bool)
+    finest = []
+    for names in (("x20",), ("x10", "x20"), ("x5", "x10", "x20"), ("x2.5", "x20")):
+        parameters = TilingParameters(names, 64)
+        tiles = tile_pyramid("s1", mask, size_px0, Mpp(float(slide_mpp)), parameters)
+        covered = {name: np.zeros((height, width), bool) for name in names}
+        for name in names:
+            for left, top, right, bottom in tiles.boxes_px0(name):
+                covered[name][top:bottom, left:right] = True
+        edges = [exact_edge(index, 64, "x20", slide_mpp) for index in range(50)]
+        for row, (y, bottom) in enumerate(pairwise(e for e in edges)):
+            for col, (x, right) in enumerate(pairwise(e for e in edges)):
+                inside = max(0, min(bottom, height) - y) * max(0, min(right, width) - x)
+                if inside >= 0.25 * (bottom - y) * (right - x):
+                    for name in names:
+                        assert covered[name][y:bottom, x:right].all(), (name, row, col)
+        assert covered_share(mask, tiles) == pytest.approx(covered["x20"].mean())
+        finest.append(sorted(map(tuple, tiles.grid["x20"].tolist())))
+    assert all(grid == finest[0] for grid in finest)  # whatever else is asked for
+
+
+def test_the_covered_share_is_of_the_tissue() -> None:
+    mask = np.zeros((20, 20), bool)  # tiles of 4 x 4 pixels
+    mask[0:4, 0:4] = mask[8, 8] = mask[17:20, 17:20] = True
+    tiles = tile_pyramid("s1", mask, (320, 320), Mpp(0.5), TilingParameters(("x20",), 64))
+    assert tiles.grid["x20"].tolist() == [[0, 0], [4, 4]]
+    assert covered_share(mask, tiles) == pytest.approx(25 / 26)
+    assert covered_share(np.zeros((20, 20), bool), tiles) == 0
+
+
+def test_a_slide_smaller_than_one_tile_has_a_tile_where_enough_of_it_is_tissue() -> None:
     parameters = TilingParameters(("x5", "x20"), 64)
     mask = np.ones((16, 16), bool)
-    assert tile_pyramid("s1", mask, (255, 900), Mpp(0.5), parameters).num_tiles() == {
-        "x5": 0,
-        "x20": 0,
-    }
-    assert tile_pyramid("s1", mask, (256, 256), Mpp(0.5), parameters).num_tiles() == {
-        "x5": 1,
-        "x20": 16,
-    }
+    for size_px0, found in [((33, 33), (1, 1)), ((31, 31), (0, 0)), ((255, 256), (1, 16))]:
+        tiles = tile_pyramid("s1", mask, size_px0, Mpp(0.5), parameters)
+        assert tuple(tiles.num_tiles().values()) == found
 
 
 def test_a_scale_finer_than_the_slide_is_refused_with_the_slides_name() -> None:
@@ -268,6 +301,9 @@ def test_tiles_come_back_from_their_file(tmp_path: Path) -> None:
     for seed, names in enumerate(PYRAMIDS):
         tiles = make_random(seed, names, "0.526036")
         assert tiles.num_tiles()[names[-1]] > 0
+        tiles = replace(
+            tiles, covered=0.875, bounds_px0=(3, 4), slide_digest="ab", slide_state="1 of 2"
+        )
         write_tiles(path, tiles)
         found = read_tiles(path)
         for attribute in (
@@ -278,7 +314,11 @@ def test_tiles_come_back_from_their_file(tmp_path: Path) -> None:
             "size_px0",
             "tiling",
             "tissue_mm2",
+            "covered",
             "excluded",
+            "bounds_px0",
+            "slide_digest",
+            "slide_state",
         ):
             assert getattr(found, attribute) == getattr(tiles, attribute), attribute
         for attribute in ("grid", "parent"):

@@ -45,14 +45,15 @@ class Areas(ABC):
     def overlap(self, boxes_px0: IntArray) -> FloatArray:
         """(N, 4) left, top, right, bottom → (N,) share of each that is marked, in 0..1.
 
-        Exact on :attr:`finest`, also where edges of tiles cut its pixels.
+        Exact on :attr:`finest`, also where edges of tiles cut its pixels. Of a tile that reaches
+        over the slide's border it is the share of what lies on the slide.
         """
         mask = self.finest
         share = np.zeros(len(boxes_px0))
         limits = np.array([mask.shape[1], mask.shape[0]] * 2)
-        boxes = boxes_px0 * (limits / np.array(self.size_px0 * 2))
+        boxes = np.clip(boxes_px0 * (limits / np.array(self.size_px0 * 2)), 0, limits)
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        for number, (left, top, right, bottom) in enumerate(np.clip(boxes, 0, limits)):
+        for number, (left, top, right, bottom) in enumerate(boxes):
             rows, columns = _cells(top, bottom), _cells(left, right)
             cut = mask[rows, columns]
             if cut.any():
