@@ -109,6 +109,12 @@ def link_once(source: Path, path: Path) -> None:
                 file.write(source.read_text(encoding="utf-8"))
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Rows as dictionaries; a missing value or None becomes an empty cell."""
     with (

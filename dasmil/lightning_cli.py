@@ -1,9 +1,6 @@
 """LightningCLI as dasmil uses it: ``fit`` from YAML, evaluation from a checkpoint alone."""
 
 import argparse
-import hashlib
-import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,17 +14,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from dasmil.arguments import SentenceParser, said_of_trainer, with_configs
 from dasmil.checkpoint import read_checkpoint
-from dasmil.endings import end_on_sigterm, signal_of
 from dasmil.errors import InputError, some_of
-from dasmil.metrics import Evaluation
+from dasmil.files import file_sha256
 from dasmil.modules import DASMILModule
 from dasmil.modules.evaluation import mean_losses
-from dasmil.reports.evaluation import evaluation_file, read_evaluation, write_evaluation
+from dasmil.reports.evaluation import write_evaluation
 from dasmil.reports.figures import evaluation_figures, save_figures, show_in_tensorboard
 from dasmil.reports.history import History, run_folder
 from dasmil.reports.instances import InstanceTruth
+from dasmil.reports.kept import KeptMetrics
 from dasmil.reports.predictions import PredictionWriter
-from dasmil.run_folder import RunFolder, Trace, run_folder_of, split_resume
+from dasmil.run_folder import RunFolder, run_folder_of, split_resume
 
 DRAWS = 1000
 STAGES = {"fit": "val", "validate": "val", "test": "test"}  # the part whose figures a verb gives
@@ -36,25 +33,6 @@ STAGES = {"fit": "val", "validate": "val", "test": "test"}  # the part whose fig
 def run(verb: str, args: Sequence[str]) -> int:
     """One of LightningCLI's verbs; returns the exit code."""
     return DasmilCLI(verb, list(args)).exit_code
-
-
-class SaveConfig(SaveConfigCallback):
-    """Save config.yaml when the training begins: a fit that is refused changes nothing."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Not yet."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().setup(trainer, pl_module, "fit")
-
-
-class EndOnSigterm(Callback):
-    """Take SIGTERM back from Lightning, whose own handler is in place when these begin."""
-
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        end_on_sigterm()
-
-    on_train_start = on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
 
 
 class LightningSentenceParser(SentenceParser, LightningArgumentParser):
@@ -73,16 +51,15 @@ class DasmilCLI(LightningCLI):
         self.command = [verb, *args]
         self.exit_code = 0
         self.resume_from: Path | None = None
-        self.run: RunFolder | None = None
         if verb == "fit":
             args, self.resume_from = split_resume(args)
-            if self.resume_from is not None:
-                warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
         else:  # evaluation saves no checkpoints, wherever the one it reads has been saved
             warnings.filterwarnings("ignore", "The dirpath has changed from")
         args = with_configs(args)
         _refuse_too_little(verb, args)
         self.defaults = {} if verb == "fit" else _evaluation_defaults(args)
+        # the slides of a study are no options; a parser would check and print each of them
+        self.study = self.defaults["model"]["init_args"].pop("split") if self.defaults else None
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -90,7 +67,7 @@ class DasmilCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            save_config_callback=SaveConfig if verb == "fit" else None,
+            save_config_callback=SaveConfigCallback if verb == "fit" else None,
             save_config_kwargs={"overwrite": True},
             args=[verb, *args],
         )
@@ -163,6 +140,11 @@ class DasmilCLI(LightningCLI):
                 "a config file names them data.bags and model"
             )
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.defaults:
+            self.model.hparams["split"] = self.study or []
+
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint override YAML and command line; here it is the other way."""
 
@@ -171,27 +153,6 @@ class DasmilCLI(LightningCLI):
         if self.resume_from is not None:
             kwargs["ckpt_path"] = kwargs["ckpt_path"] or str(self.resume_from)
         return kwargs
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Also with its other processes and its folder in order if it does not end well."""
-        self._add_callbacks(EndOnSigterm())
-        try:
-            super()._run_subcommand(subcommand)
-        except BaseException as error:
-            if self.trainer.strategy.launcher is not None:
-                self.trainer.strategy.launcher.kill(signal.SIGTERM)
-            if self.run is not None:
-                self._leave_in_order(self.run, error)
-            raise
-
-    def _leave_in_order(self, run: RunFolder, error: BaseException) -> None:
-        """Remove the folder of a fit that has not begun; else name it to one who goes on."""
-        folder = self.trace.folder
-        if not run.begun:
-            if self.trainer.is_global_zero:
-                self.trace.remove()
-        elif folder is not None and signal_of(error) is not None:
-            error.add_note(f"go on with: python -m dasmil fit --resume {shlex.quote(str(folder))}")
 
     @property
     def output(self) -> Path | None:
@@ -204,14 +165,14 @@ class DasmilCLI(LightningCLI):
 
     def before_fit(self) -> None:
         seed = self._get(self.config, "seed_everything")
-        self.trace = Trace(run_folder(self.trainer))
-        self.run = RunFolder(self.command, seed)
-        self._add_callbacks(self.run, History())
+        self._add_callbacks(RunFolder(self.command, seed), History())
 
     def before_validate(self) -> None:
+        self._keep_metrics()
         self._judge_instances()
 
     def before_test(self) -> None:
+        self._keep_metrics()
         self._judge_instances()
 
     def before_predict(self) -> None:
@@ -237,6 +198,10 @@ class DasmilCLI(LightningCLI):
                 file=sys.stderr,
             )
             self.exit_code = 1
+
+    def _keep_metrics(self) -> None:
+        if self.output is not None:
+            self._add_callbacks(KeptMetrics(self.output))
 
     def _judge_instances(self) -> None:
         truth, classes = self._get(self.config, "truth"), self._get(self.config, "truth_classes")
@@ -279,16 +244,14 @@ class DasmilCLI(LightningCLI):
         if folder is None or evaluation is None or not self.trainer.is_global_zero:
             return
         stage = STAGES[self.verb]
-        if not self._get(self.config, "output"):
-            _refuse_other_slides(folder, stage, evaluation)
         more = mean_losses(self.model.results)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, InstanceTruth):
                 more |= callback.figures
         about: dict[str, str | None] = {"checkpoint": None, "checkpoint_sha256": None}
         if checkpoint:
-            digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
-            about = {"checkpoint": Path(checkpoint).name, "checkpoint_sha256": digest}
+            path = Path(checkpoint)
+            about = {"checkpoint": path.name, "checkpoint_sha256": file_sha256(path)}
         draws = self._get(self.config, "draws", DRAWS)
         pooling, failed = self.model.hparams["patient_pooling"], self.model.failed
         options = {"pooling": pooling, "draws": draws, "failed": failed}
@@ -299,19 +262,6 @@ class DasmilCLI(LightningCLI):
         save_figures(folder / "figures", figures)
         show_in_tensorboard(folder, stage, figures)
         print(f"{self.verb}: figures {folder / f'{stage}_metrics.csv'}, {folder / 'figures'}")
-
-
-def _refuse_other_slides(folder: Path, stage: str, evaluation: Evaluation) -> None:
-    """A run's own folder keeps the figures of its own slides."""
-    if not evaluation_file(folder, stage).is_file():
-        return
-    before = read_evaluation(folder, stage).slide_ids
-    if before != evaluation.slide_ids:
-        other = sorted(set(before) ^ set(evaluation.slide_ids))
-        raise InputError(
-            f"{folder}: holds the figures of other {stage} slides (the two differ in "
-            f"{', '.join(other[:3])}); give --output to keep both"
-        )
 
 
 def _refuse_too_little(verb: str, args: Sequence[str]) -> None:
@@ -344,7 +294,6 @@ def _evaluation_defaults(args: Sequence[str]) -> dict[str, Any]:
     data = {
         "classes": hparams["classes"],
         "scales": list(hparams["bag_format"]["scales"]),
-        "split": hparams["split"],
         "val_part": hparams.get("val_part", "val"),
     }
     if given.bags is not None:

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -105,6 +106,7 @@ def write_bags(
     patients: Mapping[str, str] | None = None,
     missing: Iterable[str] = (),
     empty: Iterable[str] = (),
+    digests: Mapping[str, str] | None = None,
     **bag: object,
 ) -> Path:
     """A folder of bags with its cohort.csv, and one bag of 8 tiles for each slide.
@@ -115,6 +117,7 @@ def write_bags(
     split, patients: the columns of those names, where given.
     missing: slides without a bag file.
     empty: slides whose bag holds no tile.
+    digests: of the slides' files, empty where not given.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_cohort_csv(folder / "cohort.csv", labels, split, patients)
@@ -123,7 +126,8 @@ def write_bags(
             continue
         num_tiles = 0 if slide_id in set(empty) else 8
         made = make_bag(slide_id, num_tiles=num_tiles, seed=seed, **bag)  # type: ignore[arg-type]
-        write_bag(bag_path(folder, slide_id), made)
+        header = replace(made.header, slide_digest=(digests or {}).get(slide_id, ""))
+        write_bag(bag_path(folder, slide_id), replace(made, header=header))
     return folder
 
 

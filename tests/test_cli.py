@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dasmil
 from dasmil.bags import bag_path, read_bag
 from dasmil.cli import LIGHTNING_VERBS, main
+from dasmil.files import file_sha256
 from dasmil.slides.cohort import read_cohort
 
 VERBS = (
@@ -233,7 +234,12 @@ def test_predict_writes_every_slide_with_its_logits(road, trained, predicted):
     logits = ["logit/x10/tumour", "logit/x20/tumour"]
     points = ("0.5", "val_threshold", "val_specificity_0.9")
     called = [f"called_at_{point}" for point in points]
-    assert list(rows[0]) == ["slide_id", "label", *logits, "prob/normal", "prob/tumour", *called]
+    about = ["slide_id", "patient_id", "label", "split"]
+    probabilities = ["prob/normal", "prob/tumour"]
+    last = ["checkpoint_sha256", "state", "message"]
+    assert list(rows[0]) == [*about, *logits, *probabilities, *called, *last]
+    assert [row["split"] for row in rows] == [r.split for r in read_cohort(road.cohort)]
+    assert {row["checkpoint_sha256"] for row in rows} == {file_sha256(trained)}
     model = dasmil.load(trained)
     for row in rows:
         graph = dasmil.bags.bag_graph(read_bag(bag_path(road.bags, row["slide_id"])))
@@ -283,6 +289,47 @@ def test_test_and_validate_take_the_same_arguments(road, trained, predicted, tmp
         negative = [float(rows[i]["prob/tumour"]) for i in ids if rows[i]["label"] == "normal"]
         wins = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
         assert metrics[f"{stage}/auroc"] == pytest.approx(sum(wins) / len(wins), abs=1e-6)
+
+
+def test_another_checkpoint_never_replaces_what_a_folder_holds(
+    road, trained, predicted, tmp_path, capsys
+):
+    other = tmp_path / "other.ckpt"
+    content = torch.load(trained, weights_only=True)
+    torch.save({**content, "epoch": 99}, other)
+    for verb in ("test", "validate"):
+        command = [verb, *evaluation(road, trained), "--output", str(tmp_path / verb)]
+        assert main(command) == 0
+        assert main(command) == 0  # the same checkpoint may
+        command = [verb, *evaluation(road, other), "--output", str(tmp_path / verb)]
+        assert main(command) == 2
+        hashes = [file_sha256(path)[:12] for path in (trained, other)]
+        words = "holds the metrics of another checkpoint ({}, this one is {})".format(*hashes)
+        assert words in capsys.readouterr().err
+    assert main(["predict", *evaluation(road, other), "--output", str(predicted)]) == 2
+    assert "holds the predictions of another checkpoint" in capsys.readouterr().err
+    table = tmp_path / "split.csv"
+    parts = {row.slide_id: row.split for row in read_cohort(road.cohort)}
+    parts |= {next(s for s, part in parts.items() if part == "test"): "train"}
+    table.write_text("\n".join(["slide_id,split", *(f"{s},{p}" for s, p in parts.items())]))
+    command = ["test", *evaluation(road, trained), "--data.split_table", str(table)]
+    assert main([*command, "--output", str(tmp_path / "test")]) == 2
+    assert "holds the metrics of other test slides" in capsys.readouterr().err
+
+
+def test_split_options_of_the_command_line_are_obeyed_or_refused(road, trained, tmp_path, capsys):
+    command = ["test", *evaluation(road, trained), "--output", str(tmp_path)]
+    assert main([*command, "--data.num_folds", "2", "--data.fold", "0"]) == 2
+    assert "data.num_folds: the slides have val parts already" in capsys.readouterr().err
+    table = tmp_path / "table.csv"
+    parts = {row.slide_id: row.split for row in read_cohort(road.cohort)}
+    trained_on = next(s for s, part in parts.items() if part == "train")
+    table.write_text(f"slide_id,split\n{trained_on},test\n")
+    config = tmp_path / "options.yaml"
+    config.write_text(f"data:\n  init_args:\n    split_table: {table}\n")
+    for given in (["--data.split_table", str(table)], ["--config", str(config)]):
+        assert main([*command, *given]) == 2
+        assert f"{trained_on} (trained on)" in capsys.readouterr().err
 
 
 def test_the_figures_do_not_depend_on_the_batch_size(road, trained, tmp_path):

@@ -30,6 +30,7 @@ import dasmil
 from dasmil.bags import bag_graph, bag_path, join_graphs, read_bag, write_bag
 from dasmil.cli import main
 from dasmil.data import BagDataModule, TileDataModule
+from dasmil.data.bags import DRAWING
 from dasmil.demo.slides import write_pyramid
 from dasmil.embedding.extractor import Extractor
 from dasmil.errors import InputError
@@ -46,6 +47,7 @@ from dasmil.nn import DASMIL, GAT
 from dasmil.output import ScaleOutput
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.reader import Slide
+from dasmil.slides.splits import split_cohort
 from dasmil.units import PyramidGrid, TilePx, parse_scales
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -735,6 +737,7 @@ DATA_NO_DIFFERENCE = {
     "weighted_sampling",
     "split",
     "allow_seen_slides",
+    "other_cohort",
     "cache",
 }
 
@@ -763,6 +766,9 @@ def test_the_config_without_a_preset_and_the_code_have_the_default_column() -> N
             p.name: list(p.default) if isinstance(p.default, tuple) else p.default
             for p in inspect.signature(kind.__init__).parameters.values()
         }
+        if kind is BagDataModule:  # None is "not given"; the defaults stand where parts are drawn
+            drawn = inspect.signature(split_cohort).parameters
+            defaults |= {name: drawn[DRAWING[name]].default for name in DRAWING}
         written = content[part]["init_args"]
         for name, value in column(table, "dasmil.yaml").items():
             assert defaults[name] == written[name] == value, name

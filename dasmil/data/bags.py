@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
@@ -31,15 +31,31 @@ from dasmil.bags import (
 )
 from dasmil.bags.store import graph_bytes
 from dasmil.data.sampler import TrainingLoader, TrainingSampler, go_on, sampling_weights
-from dasmil.endings import leave_signals_to_parent
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
-from dasmil.slides.splits import SPLIT_COLUMNS, refuse_overlap, split_cohort
+from dasmil.slides.splits import SPLIT_COLUMNS, placed, refuse_overlap, split_cohort
+from dasmil.slides.study import (
+    LEFT_OUT,
+    UNLABELLED,
+    Place,
+    SlideRecord,
+    Study,
+    place_slides,
+    plain_records,
+    read_records,
+)
 
 Value = TypeVar("Value")
 
-LEFT_OUT = "left out"  # what the parts say of a labelled slide that a split table does not name
+EVALUATIONS = {"validate": "validated", "test": "tested"}
+DRAWING = {  # options that draw parts, and their names in split_cohort
+    "val_fraction": "val_fraction",
+    "test_fraction": "test_fraction",
+    "split_seed": "seed",
+    "num_folds": "num_folds",
+    "fold": "fold",
+}
 OPENING_THREADS = 16  # on a network file system each opening waits for an answer
 PINNED_ROUNDING = 1.5  # CUDA's pinned memory comes in powers of two
 NETWORK_ROUNDING = 1e-6  # relative; what a float32 network makes of equal tiles in other batches
@@ -112,11 +128,13 @@ class BagDataModule(LightningDataModule):
         again); fit refuses to begin where less is free. The training process then reads slides
         itself, without num_workers.
     val_fraction:
-        part of the patients drawn for validation where the table has no such part.
+        part of the patients drawn for validation where the table has no such part; 0.1 if not
+        given.
     test_fraction:
-        part of the patients drawn for the test where the table gives no parts at all.
+        part of the patients drawn for the test where the table gives no parts at all; 0.2 if not
+        given.
     split_seed:
-        of these draws.
+        of these draws; 0 if not given.
     num_folds:
         K of a K-fold cross-validation, drawn by patient and stratified by label.
     fold:
@@ -128,13 +146,17 @@ class BagDataModule(LightningDataModule):
     weighted_sampling:
         draw training slides with replacement, of each class equally often.
     split:
-        part of each slide as a checkpoint remembers it, also that it was left out; a slide that
-        it does not know has the part of the table, else is a test slide.
+        the slides that a checkpoint has met, its hyperparameter ``split``; not for ``fit``. In
+        ``validate`` and ``test`` it is that of the model if not given. See
+        :func:`dasmil.slides.study.place_slides`.
     val_part:
         the part on which the checkpoint is chosen and that ``validate`` reads. ``test`` is
         what the released code does (D17): its figures are then no test figures.
     allow_seen_slides:
         accept validation and test slides whose pixels an extractor was trained on.
+    other_cohort:
+        the bags are of another cohort than the checkpoint's: an equal slide_id or patient_id is a
+        coincidence, and only a slide with the same digest is the same slide.
     """
 
     def __init__(
@@ -145,16 +167,17 @@ class BagDataModule(LightningDataModule):
         batch_size: int = 1,
         num_workers: int = 2,
         cache: Literal["none", "ram", "device"] = "none",
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.2,
-        split_seed: int = 0,
+        val_fraction: float | None = None,
+        test_fraction: float | None = None,
+        split_seed: int | None = None,
         num_folds: int | None = None,
         fold: int | None = None,
         split_table: str | None = None,
         weighted_sampling: bool = False,
-        split: dict[str, str] | None = None,
+        split: list[dict[str, str | None]] | dict[str, str] | None = None,
         val_part: Literal["val", "test"] = "val",
         allow_seen_slides: bool = False,
+        other_cohort: bool = False,
     ):
         super().__init__()
         if len(classes) < 2 or len(set(classes)) != len(classes):
@@ -175,11 +198,15 @@ class BagDataModule(LightningDataModule):
         self.given_split = split
         self.val_part = val_part
         self.allow_seen_slides = allow_seen_slides
+        self.other_cohort = other_cohort
         self.cohort: list[SlideRow] = []  # all slides of the table
         self.rows: list[SlideRow] = []  # those with a bag
         self.split: dict[str, str] = {}
+        self.digests: dict[str, str] = {}  # of the slides with a bag, as far as known
         self.bag_format: dict[str, Any] = {}
         self.empty: set[str] = set()
+        self.places: dict[str, Place] = {}  # of the labelled slides
+        self._met: Study | None = None  # the slides that the model has met
         self._kept: dict[str, BagGraph] | None = None
 
     def setup(self, stage: str) -> None:
@@ -191,9 +218,12 @@ class BagDataModule(LightningDataModule):
         if not self.rows:
             raise InputError(f"{self.folder}: no bag file for any slide of its cohort.csv")
         self._read_headers()
-        self.split = self._parts(cohort, stage)
+        self._met = None
+        self.split = self._parts(stage)
         if stage == "fit":
             self._refuse_missing_classes("train", self.val_part)
+        if stage in EVALUATIONS and self._processes()[1] == 0:
+            self._say_what_is_evaluated(stage)
         if stage != "predict" and self.val_part == "test":
             unused = sum(part == "val" for part in self.split.values())
             warnings.warn(
@@ -351,7 +381,6 @@ class BagDataModule(LightningDataModule):
         return {
             "collate_fn": join_graphs,
             "num_workers": workers,
-            "worker_init_fn": leave_signals_to_parent,
             "persistent_workers": workers > 0,
             "pin_memory": self._device().type == "cuda" and not on_device,
         }
@@ -401,6 +430,7 @@ class BagDataModule(LightningDataModule):
                 f"hold {', '.join(held)}"
             )
         self.bag_format = first.bag_format(self.scales)
+        self.digests = {s: header.slide_digest for s, header in headers.items()}
         for slide_id, header in headers.items():
             if header.slide_id != slide_id:
                 raise InputError(
@@ -423,31 +453,110 @@ class BagDataModule(LightningDataModule):
             found = pool.map(read, paths)
             return list(tqdm(found, "opening bags", len(paths), unit="bag", delay=2, leave=False))
 
-    def _parts(self, cohort: Sequence[SlideRow], stage: str) -> dict[str, str]:
-        labelled = [row for row in cohort if row.label is not None]
-        if self.given_split is not None:
-            parts = {
-                r.slide_id: self.given_split.get(r.slide_id, r.split or "test") for r in labelled
-            }
-            if stage != "predict":  # a new slide of a patient that was trained on is no test slide
-                refuse_overlap(
-                    [
-                        replace(r, split=parts[r.slide_id])
-                        for r in labelled
-                        if parts[r.slide_id] != LEFT_OUT
-                    ]
-                )
-            return parts
-        drawn = split_cohort(
-            cohort,
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
-            seed=self.split_seed,
-            num_folds=self.num_folds,
-            fold=self.fold,
-            split_table=self.split_table,
+    def study(self) -> list[dict[str, str | None]]:
+        """One record per slide of the cohort, for the checkpoint: plain values."""
+        return plain_records(
+            SlideRecord(
+                row.slide_id,
+                row.patient_id,
+                UNLABELLED if row.label is None else self.split[row.slide_id],
+                self.digests.get(row.slide_id, ""),
+                row.label,
+            )
+            for row in self.cohort
         )
-        return {row.slide_id: drawn.get(row.slide_id, LEFT_OUT) for row in labelled}
+
+    def parts_in_study(self) -> dict[str, str]:
+        """What the model has met of each slide with a bag; empty if that is not known."""
+        met = self._met
+        return {} if met is None else {row.slide_id: met.describe(row) for row in self.rows}
+
+    def _parts(self, stage: str) -> dict[str, str]:
+        """Part of each labelled slide, or ``left out``."""
+        records = self._records(stage)
+        if records is not None:
+            return self._parts_for_model(records, stage)
+        parts = split_cohort(self.cohort, **self._drawing(), split_table=self.split_table)
+        labelled = [row for row in self.cohort if row.label is not None]
+        rows = [replace(row, split=parts.get(row.slide_id)) for row in labelled]
+        refuse_overlap(rows, self.digests)
+        return self._keep_places(labelled, parts)
+
+    def _parts_for_model(self, records: list[SlideRecord], stage: str) -> dict[str, str]:
+        """Parts for a model that has met the slides of ``records``, or unknown ones if empty."""
+        if records:
+            self._met = Study(records, self.cohort, self.digests, self.other_cohort)
+        if stage not in EVALUATIONS:
+            return {}
+        evaluated = "test" if stage == "test" else self.val_part
+        rows = self.cohort if self.split_table is None else placed(self.cohort, self.split_table)
+        marked = {row.slide_id: row.split for row in rows if row.split is not None}
+        labelled = [row for row in self.cohort if row.label is not None]
+        if self._met is None:
+            self._refuse_unknown_study(evaluated, marked)
+            return self._keep_places(labelled, marked)
+        given = ["data.split_table"] * (self.split_table is not None)
+        given += [f"data.{name}" for name in DRAWING if getattr(self, name) is not None]
+        asked = marked if given else None
+        if drawing := self._drawing():
+            asked = split_cohort(self.cohort, **drawing, split_table=self.split_table)
+        source = ", ".join(given) or str(self.folder / "cohort.csv")
+        self.places = place_slides(labelled, self._met, evaluated, marked, asked, source)
+        return {slide_id: place.split for slide_id, place in self.places.items()}
+
+    def _keep_places(self, rows: Sequence[SlideRow], parts: Mapping[str, str]) -> dict[str, str]:
+        self.places = {row.slide_id: Place(parts.get(row.slide_id, LEFT_OUT)) for row in rows}
+        return {slide_id: place.split for slide_id, place in self.places.items()}
+
+    def _records(self, stage: str) -> list[SlideRecord] | None:
+        """The slides that the model has met, none if that is not known; None without a model."""
+        if stage == "fit":
+            if self.given_split is not None:
+                raise InputError("data.split: it is for checkpoints; give fit a data.split_table")
+            return None
+        split = self.given_split
+        if split is None:
+            model = getattr(self.trainer, "lightning_module", None)
+            split = getattr(model, "hparams", {}).get("split")
+        return None if split is None else read_records(split)
+
+    def _drawing(self) -> dict[str, Any]:
+        """The options that draw parts, as far as they are given."""
+        given = {name: getattr(self, name) for name in DRAWING}
+        return {DRAWING[name]: value for name, value in given.items() if value is not None}
+
+    def _refuse_unknown_study(self, evaluated: str, marked: Mapping[str, str]) -> None:
+        """Only a table can say what may be evaluated if the checkpoint does not know its slides."""
+        if self.num_folds is None and self.fold is None and evaluated in marked.values():
+            return
+        raise InputError(
+            f"{self.folder}: the checkpoint does not know which slides it was trained on, so "
+            f"{self.split_table or 'the column split of cohort.csv'} must name the {evaluated} "
+            "slides; give such a --data.split_table, and leave out data.num_folds and data.fold"
+        )
+
+    def _say_what_is_evaluated(self, stage: str) -> None:
+        """Print how many slides are evaluated, how many are left out, and why."""
+        evaluated = "test" if stage == "test" else self.val_part
+        with_bag = {row.slide_id for row in self.rows}
+        left_out: dict[str, list[str]] = defaultdict(list)
+        for row in self.cohort:
+            place = self.places.get(row.slide_id)
+            if place is None:
+                left_out["without a label"].append(row.slide_id)
+            elif place.split != evaluated:
+                left_out[place.why].append(place.name or row.slide_id)
+            elif row.slide_id not in with_bag:
+                left_out["without a bag file"].append(row.slide_id)
+        why = ", ".join(f"{len(ids)} {why} ({some_of(ids)})" for why, ids in left_out.items())
+        num_left_out = sum(map(len, left_out.values()))
+        print(
+            f"{stage}: {len(self.part(evaluated))} slides are {EVALUATIONS[stage]}, "
+            f"{num_left_out} are left out" + (f": {why}" if why else "")
+        )
+        if self._met is not None:
+            for note in self._met.notes(self.rows):
+                print(f"{stage}: {note}")
 
     def _refuse_missing_classes(self, *parts: str) -> None:
         for part in parts:
@@ -467,7 +576,6 @@ class BagDataModule(LightningDataModule):
         path = self.folder / "extractors.json"
         if not path.exists():
             return
-        held_out = {s for s, part in self.split.items() if part in ("val", "test")}
         records = json.loads(path.read_text())
         records = {scale: records[scale] for scale in self.bag_format["scales"] if scale in records}
         unknown = [scale for scale, record in records.items() if record["trained_on"] is None]
@@ -480,12 +588,16 @@ class BagDataModule(LightningDataModule):
         for scale, record in records.items():
             if record["trained_on"] is None:
                 continue
-            seen = sorted(held_out & set(record["trained_on"]))
+            trained_on = read_records(record["trained_on"])
+            study = Study(trained_on, self.cohort, self.digests, self.other_cohort)
+            held_out = [r for r in self.cohort if self.split.get(r.slide_id) in ("val", "test")]
+            seen = [r.slide_id for r in held_out if study.find(r) or study.part_of_patient(r)]
             if seen:
                 raise InputError(
                     f"{path}: the {scale} extractor was trained on {len(seen)} slide(s) that are "
-                    f"held out here ({', '.join(seen[:3])}); use the same split for both, or set "
-                    "data.allow_seen_slides if that is meant"
+                    f"held out here, or on their patients ({some_of(seen)}); use the same split "
+                    "for both, set data.other_cohort if equal slide_ids and patient_ids belong to "
+                    "another cohort, or data.allow_seen_slides if that is meant"
                 )
 
 

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from dasmil.data.augment import DrawnTiles, PilViews, TensorViews
 from dasmil.data.bags import say_missing
 from dasmil.data.sampler import TrainingLoader, go_on
-from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.reader import RgbArray, Slide
 from dasmil.slides.splits import placed, split_cohort
+from dasmil.slides.study import SlideRecord
 from dasmil.slides.tiling import read_tiles, tiles_path
 
 EVALUATED = ("val", "test")
@@ -216,6 +216,7 @@ class TileDataModule(LightningDataModule):
         )
         self.crop_sizes = {"global_crop_px": global_crop_px, "local_crop_px": local_crop_px}
         self.rows: list[SlideRow] = []
+        self.records: list[SlideRecord] = []  # of the same slides
         self.boxes_px0: list[np.ndarray] = []
         self.tile_px = 0
         self.mpp = 0.0
@@ -242,7 +243,7 @@ class TileDataModule(LightningDataModule):
             if not row.fault and tiles_path(self.folder, row.slide_id).exists()
         ]
         say_missing(self.folder, "tiles", [r.slide_id for r in training if r not in tiled])
-        self.rows, self.boxes_px0 = [], []
+        self.rows, self.boxes_px0, self.records = [], [], []
         for row in tiled:
             pyramid = read_tiles(tiles_path(self.folder, row.slide_id))
             mpps = {scale.name: scale.mpp for scale in pyramid.scales}
@@ -254,6 +255,9 @@ class TileDataModule(LightningDataModule):
             self.tile_px, self.mpp = pyramid.tile_px, mpps[self.scale]
             if len(pyramid.grid[self.scale]):
                 self.rows.append(row)
+                self.records.append(
+                    SlideRecord(row.slide_id, row.patient_id, digest=pyramid.slide_digest)
+                )
                 self.boxes_px0.append(pyramid.boxes_px0(self.scale))
         if not self.rows:
             raise InputError(f"{self.folder}: no training slide has tiles; see its status.csv")
@@ -275,7 +279,6 @@ class TileDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            worker_init_fn=leave_signals_to_parent,
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from dasmil.embedding.networks import (
 from dasmil.embedding.pooling import Pooling, pool
 from dasmil.embedding.weights import load_checkpoint, load_weights, say
 from dasmil.errors import InputError
+from dasmil.slides.study import SlideRecord, plain_records, read_records
 from dasmil.units import Scale
 
 CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".safetensors", ".bin"})
@@ -86,7 +87,7 @@ class Extractor(nn.Module):
     name: its timm name.
     image_size: S; tiles of another size are resampled to it, whole.
     mean, std: the normalisation of RGB in 0..1.
-    trained_on: slide_ids whose pixels the weights have seen, which they may not be tested on; None
+    trained_on: the slides whose pixels the weights have seen, which they may not be tested on; None
         where not known.
     pooling: see :func:`dasmil.embedding.pooling.pool`.
     interpolation: of the resampling, antialiased as PIL's.
@@ -108,7 +109,7 @@ class Extractor(nn.Module):
         image_size: int,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
-        trained_on: tuple[str, ...] | None = None,
+        trained_on: Sequence[SlideRecord] | None = None,
         pooling: Pooling = "own",
         interpolation: Interpolation = "bilinear",
         options: Mapping[str, Any] | None = None,
@@ -117,7 +118,7 @@ class Extractor(nn.Module):
         if min(std) <= 0:
             raise InputError(f"extractor {name!r}: its std {std} must be above 0")
         self.backbone = backbone.eval().requires_grad_(False)
-        self.trained_on = trained_on
+        self.trained_on = None if trained_on is None else plain_records(trained_on)
         self.pooling: Pooling = pooling
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -199,7 +200,8 @@ class ExtractorRecord:
     options: arguments of the backbone that differ from the name's.
     image_size: side in pixels at which tiles are to be embedded.
     scale, mpp, tile_px: the tiles it was trained on; None where not known.
-    trained_on: the slide_ids it has seen; None where not known.
+    trained_on: records of the slides it has seen, :mod:`dasmil.slides.study`, as plain values
+        (slide_ids in older checkpoints); None where not known.
     """
 
     name: str
@@ -210,7 +212,7 @@ class ExtractorRecord:
     scale: str | None
     mpp: float | None
     tile_px: int | None
-    trained_on: tuple[str, ...] | None
+    trained_on: Sequence[Any] | None
 
 
 def load_extractor(source: str | ExtractorSource, scale: Scale, tile_px: int) -> Extractor:
@@ -304,7 +306,7 @@ def _from_checkpoint(path: Path, source: ExtractorSource, scale: Scale, tile_px:
         record.image_size,
         record.mean,
         record.std,
-        record.trained_on,
+        None if record.trained_on is None else read_records(record.trained_on),
         source.pooling,
         options=record.options,
     )

@@ -25,9 +25,10 @@ from torchvision.utils import make_grid
 from dasmil.data.tiles import TileDataModule
 from dasmil.embedding.extractor import ExtractorRecord
 from dasmil.embedding.networks import refuse_cut_patches, vit_backbone
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.modules.finite import FiniteLoss
 from dasmil.seeds import seed_step
+from dasmil.slides.study import join_records, plain_records, read_records
 from dasmil.tensors import at_least_float32
 
 SHOWN_TILES = 8
@@ -157,7 +158,7 @@ class DINOModule(LightningModule):
                 scale=data.scale,
                 mpp=data.mpp,
                 tile_px=data.tile_px,
-                trained_on=tuple(row.slide_id for row in data.rows),
+                trained_on=plain_records(data.records),
             )
             self.record = asdict(record)
 
@@ -168,6 +169,24 @@ class DINOModule(LightningModule):
         """What stochastic depth draws depends on seed, epoch and place alone."""
         world, rank = self.trainer.world_size, self.trainer.global_rank
         seed_step(self.current_epoch, batch_idx * world + rank)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Weights that go on have seen the slides of before, whatever is trained on now."""
+        before = checkpoint.get("extractor")
+        if before is None or self.record is None:
+            return
+        if before["trained_on"] is None or self.record["trained_on"] is None:
+            self.record["trained_on"] = None
+            return
+        now = read_records(self.record["trained_on"])
+        seen = join_records(now, read_records(before["trained_on"]))
+        self.record["trained_on"] = plain_records(seen)
+        more = sorted({record.slide_id for record in seen} - {record.slide_id for record in now})
+        if more and self.trainer.is_global_zero:
+            print(
+                f"fit: the checkpoint was trained on {len(more)} further slide(s), which stay in "
+                f"its record: {some_of(more)}"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._finite_loss.check_weights(checkpoint["state_dict"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from dasmil.bags import BagGraph, describe_difference
 from dasmil.data.bags import BagDataModule
 from dasmil.errors import InputError, some_of
+from dasmil.files import write_csv
 from dasmil.losses import ObjectiveOptions, balanced_weights, objective
 from dasmil.metrics.evaluation import Evaluation
 from dasmil.modules.evaluation import (
@@ -25,7 +26,17 @@ from dasmil.modules.evaluation import (
 )
 from dasmil.modules.finite import ADVICE, FiniteLoss
 from dasmil.nn import DASMIL, ScaleOutput, Standardize
+from dasmil.reports.history import run_folder
 from dasmil.seeds import seed_step
+from dasmil.slides.splits import SPLIT_COLUMNS
+from dasmil.slides.study import (
+    Study,
+    is_same_study,
+    join_records,
+    place_slides,
+    plain_records,
+    read_records,
+)
 
 
 class DASMILModule(LightningModule):
@@ -109,7 +120,8 @@ class DASMILModule(LightningModule):
     bag_format:
         no option: scales, tile size and extractors of the bags, likewise.
     split:
-        no option: the part of each slide, likewise.
+        no option: a record per slide of the study, see :mod:`dasmil.slides.study`; likewise. Empty
+        if it is not known which slides the weights were trained on.
     val_part:
         no option: data.val_part, likewise.
     thresholds:
@@ -157,7 +169,7 @@ class DASMILModule(LightningModule):
         patient_pooling: Literal["mean", "max"] = "mean",
         classes: list[str] | None = None,
         bag_format: dict[str, Any] | None = None,
-        split: dict[str, str] | None = None,
+        split: list[dict[str, str | None]] | dict[str, str] | None = None,
         val_part: str = "val",
         thresholds: dict[str, dict[str, float]] | None = None,
     ):
@@ -233,11 +245,15 @@ class DASMILModule(LightningModule):
         else:
             self._refuse_other_data(self.hparams, data)
         if stage == "fit":
-            self.hparams["split"], self.hparams["val_part"] = data.split, data.val_part
+            self.hparams["split"] = self._go_on(data)
+            self.hparams["val_part"] = data.val_part
             self._set_class_weights(data.class_counts())
             if self.standardize is not None:
                 for scale, (mean, std) in data.train_statistics().items():
                     self.standardize.set_statistics(scale, mean, std)
+            folder = run_folder(self.trainer)
+            if folder is not None and self.trainer.is_global_zero:
+                write_csv(folder / "split.csv", SPLIT_COLUMNS, data.split_rows())
 
     def _set_class_weights(self, counts: list[int]) -> None:
         weights = self.hparams["class_weights"]
@@ -256,11 +272,29 @@ class DASMILModule(LightningModule):
             return
         hparams = checkpoint["hyper_parameters"]
         self._refuse_other_data(hparams, data)
-        if self.trainer.training and hparams["split"] != data.split:
+        if self.trainer.training and not is_same_study(hparams["split"], data.study()):
             raise InputError(
                 f"{data.folder}: its parts are not those that the checkpoint was trained with; "
                 "resume with the same cohort table, fractions and data.split_seed"
             )
+
+    def _go_on(self, data: BagDataModule) -> Any:
+        """The slides that the weights will have met: those of the data, and those met before."""
+        before = self.hparams["split"]
+        if before is None:
+            return data.study()
+        if not before:
+            warnings.warn(
+                "it is not known which slides these weights were trained on before, so the new "
+                "checkpoint does not know its test slides either",
+                stacklevel=2,
+            )
+            return before
+        met = read_records(before)
+        study = Study(met, data.cohort, data.digests, data.other_cohort)
+        place_slides(data.cohort, study, data.val_part, data.split, data.split, str(data.folder))
+        place_slides(data.cohort, study, "test", data.split, data.split, str(data.folder))
+        return plain_records(join_records(read_records(data.study()), met))
 
     @staticmethod
     def _refuse_other_data(hparams: Any, data: BagDataModule) -> None:

@@ -1,5 +1,6 @@
 """What ``predict`` leaves on disk: one table of slides, and per slide its tiles and pictures."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor
 from dasmil.bags import Bag, BagGraph
 from dasmil.data.bags import BagDataModule
 from dasmil.distributed import gather_lists
-from dasmil.files import write_csv
+from dasmil.errors import InputError
+from dasmil.files import write_csv, write_text
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.evaluation import YOUDEN
 from dasmil.reports.heatmap import draw_heatmap, slide_canvas
+from dasmil.reports.kept import SHORT, checkpoint_of
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.qc import write_png
 
@@ -25,6 +28,8 @@ OF_OUTPUT = ("logit/", "prob/", "called")  # columns that a failed slide leaves 
 
 class PredictionWriter(Callback):
     """Writes predictions.csv, instances/<slide_id>.csv and overlays/<slide_id>_<scale>.png.
+
+    ``predictions.json`` names the checkpoint that all of them come from.
 
     A slide whose output is not finite has the state ``failed`` in the table, and no other file.
     The trainer's model and datamodule tell it the classes, the labels and where bags lie.
@@ -41,6 +46,8 @@ class PredictionWriter(Callback):
         self.logit_classes: tuple[str, ...] = ()
         self.thresholds: Mapping[str, Mapping[str, float]] = {}
         self.failed: list[str] = []  # slides of all processes
+        self.parts: Mapping[str, str] = {}
+        self.checkpoint = ""
         self._slides: list[dict[str, Any]] = []
         self._notes: list[str] = []
 
@@ -49,6 +56,27 @@ class PredictionWriter(Callback):
         self.rows = {row.slide_id: row for row in data.rows}
         self.classes, self.logit_classes = pl_module.classes, pl_module.logit_classes
         self.thresholds = pl_module.hparams["thresholds"] or {}
+        self.parts = data.parts_in_study()
+        name, self.checkpoint = checkpoint_of(trainer)
+        self._name_checkpoint(name, trainer.is_global_zero)
+
+    def _name_checkpoint(self, name: str, is_first: bool) -> None:
+        """Say whose output the folder holds, before there is any; it never mixes two models'."""
+        path = self.output / "predictions.json"
+        before = ""
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))["checkpoint_sha256"]
+        elif not (self.output / "predictions.csv").is_file():
+            before = self.checkpoint
+        if before != self.checkpoint:
+            raise InputError(
+                f"{self.output}: holds the predictions of another checkpoint "
+                f"({before[:SHORT] or 'not known'}, this one is {self.checkpoint[:SHORT]}); give "
+                "another --output to keep both"
+            )
+        if is_first:
+            about = {"checkpoint": name, "checkpoint_sha256": self.checkpoint}
+            write_text(path, json.dumps(about, indent=2) + "\n")
 
     def on_predict_batch_end(
         self,
@@ -92,7 +120,13 @@ class PredictionWriter(Callback):
         self.failed = [name for name, row in unique.items() if row["state"] == "failed"]
 
     def _slide_row(self, slide_id: str, bag_logits: dict[str, Tensor]) -> dict[str, Any]:
-        row: dict[str, Any] = {"slide_id": slide_id, "label": self.rows[slide_id].label}
+        known = self.rows[slide_id]
+        row: dict[str, Any] = {
+            "slide_id": slide_id,
+            "patient_id": known.patient_id,
+            "label": known.label,
+            "split": self.parts.get(slide_id),
+        }
         for scale, logits in bag_logits.items():
             for name, logit in zip(self.logit_classes, logits.tolist(), strict=True):
                 row[f"logit/{scale}/{name}"] = logit
@@ -100,7 +134,8 @@ class PredictionWriter(Callback):
         probabilities = class_probabilities(bag_logits[finest][None])[0]
         for name, probability in zip(self.classes, probabilities.tolist(), strict=True):
             row[f"prob/{name}"] = probability
-        return row | self._called(probabilities, self.thresholds.get(finest, {}))
+        row |= self._called(probabilities, self.thresholds.get(finest, {}))
+        return row | {"checkpoint_sha256": self.checkpoint}
 
     def _called(self, probabilities: Tensor, thresholds: Mapping[str, float]) -> dict[str, str]:
         """The class that a slide (P,) is called: at 0.5, and at each threshold of validation."""

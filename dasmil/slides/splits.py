@@ -140,8 +140,13 @@ def _hold_out(
     return [replace(r, split=part) if r.patient in chosen else r for r in rows]
 
 
-def refuse_overlap(rows: Sequence[SlideRow]) -> None:
-    """A patient, or a slide's file, may have a place in one part alone."""
+def refuse_overlap(rows: Sequence[SlideRow], digests: Mapping[str, str] | None = None) -> None:
+    """A patient, a slide's file or its content may have a place in one part alone.
+
+    Parameters
+    ----------
+    digests: of the slides' content, as far as known.
+    """
     patients = _in_several_parts((row.patient, row) for row in rows)
     if patients:
         raise InputError(
@@ -150,6 +155,9 @@ def refuse_overlap(rows: Sequence[SlideRow]) -> None:
         )
     for path, places in _in_several_parts((str(row.path.resolve()), row) for row in rows).items():
         raise InputError(f"split: {places} are one file, {path}; keep it in one part")
+    known = ((digest, row) for row in rows if (digest := (digests or {}).get(row.slide_id)))
+    for places in _in_several_parts(known).values():
+        raise InputError(f"split: {places} are the same slide under two names; keep it in one part")
 
 
 def _in_several_parts(keyed: Iterable[tuple[str, SlideRow]]) -> dict[str, str]:

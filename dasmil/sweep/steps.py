@@ -11,6 +11,7 @@ from typing import Any
 
 from dasmil import __version__
 from dasmil.errors import InputError
+from dasmil.files import file_sha256
 
 LOCK = "run.lock"
 QUIET = ("--trainer.enable_progress_bar", "false")
@@ -129,8 +130,7 @@ def sha256(paths: Iterable[Path]) -> str:
 @cache
 def _content(path: Path, size: int, mtime_ns: int) -> str:
     """Each run asks for the same annotations; they are read once as long as they stay the same."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def in_order(steps: Iterable[Step]) -> list[Step]:

@@ -145,23 +145,6 @@ def test_a_table_with_test_slides_only_gives_up_some_training_slides(tmp_path: P
     assert Counter(s[0] for s in ids(data, "val")) == {"n": 1, "t": 1}
 
 
-def test_a_checkpoints_split_stands_in_for_a_table_without_one(tmp_path: Path) -> None:
-    """A slide that the checkpoint does not know is a test slide."""
-    known = {s: part for s, part in SPLIT.items() if s != "t1"}
-    data = make_data(write_bags(tmp_path, LABELS), "test", split=known)
-    assert data.split == {**known, "t1": "test"}
-    assert ids(data, "test") == ["n3", "t3", "t1"]
-
-
-def test_a_checkpoints_split_goes_before_the_table(tmp_path: Path) -> None:
-    """What it was trained on stays training; a slide it does not know has the table's part."""
-    moved = {**SPLIT, "n3": "train"}
-    known = {s: part for s, part in moved.items() if s != "t3"}
-    data = make_data(write_bags(tmp_path, LABELS, SPLIT), "test", split=known)
-    assert data.split == {**known, "t3": SPLIT["t3"]}
-    assert SPLIT["t3"] == "test" and "n3" not in ids(data, "test")
-
-
 def test_slides_without_label_are_predicted_and_nothing_else(tmp_path: Path) -> None:
     folder = write_bags(tmp_path, {**LABELS, "u": None}, SPLIT)
     data = make_data(folder)
@@ -282,16 +265,6 @@ def test_a_permuted_table_gives_each_slide_the_same_label(tmp_path: Path) -> Non
     assert before["t3"] == 1 and before["n3"] == 0
 
 
-def test_a_new_slide_of_a_patient_that_was_trained_on_is_no_test_slide(tmp_path: Path) -> None:
-    labels = {"old": "tumour", "new": "tumour", "other": "normal"}
-    folder = write_bags(tmp_path, labels, patients={"old": "Mustermann", "new": "Mustermann"})
-    data = BagDataModule(folder, CLASSES, split={"old": "train", "other": "test"})
-    with pytest.raises(InputError, match="patient Mustermann has slides in more than one part"):
-        data.setup("test")
-    data.setup("predict")  # nothing is measured there
-    assert seen(data.predict_dataloader()) == ["old", "new", "other"]
-
-
 def test_what_a_split_table_leaves_out_stays_out_when_the_checkpoint_is_tested(
     tmp_path: Path,
 ) -> None:
@@ -303,7 +276,7 @@ def test_what_a_split_table_leaves_out_stays_out_when_the_checkpoint_is_tested(
     )
     with pytest.warns(UserWarning, match=r"does not name 1 slide\(s\) .*: t3"):
         fitted = make_data(folder, split_table=str(table))
-    tested = make_data(folder, "test", split=fitted.split)
+    tested = make_data(folder, "test", split=fitted.study())
     for data in (fitted, tested):
         assert {s: data.split[s] for s in SPLIT if s != "t3"} == {
             s: part for s, part in SPLIT.items() if s != "t3"

@@ -68,8 +68,13 @@ def test_features_are_those_of_each_tile_read_by_hand(road):
 
 def test_extractors_remember_the_slides_they_saw(road):
     record = json.loads((road.bags / "extractors.json").read_text())["x20"]
-    train = {row.slide_id for row in read_cohort(road.cohort) if row.split == "train"}
-    assert set(record["trained_on"]) == train
+    train = {
+        (row.slide_id, row.patient_id, sample_digest(row.path))
+        for row in read_cohort(road.cohort)
+        if row.split == "train"
+    }
+    seen = {(r["slide_id"], r["patient_id"], r["digest"]) for r in record["trained_on"]}
+    assert seen == train
 
 
 def test_finished_slides_are_skipped_and_lost_ones_made_again(road, tmp_path, capsys):

@@ -14,6 +14,7 @@ from dasmil.bags import ExtractorCard
 from dasmil.embedding.extractor import Extractor, ExtractorSource, load_extractor
 from dasmil.embedding.weights import load_checkpoint
 from dasmil.errors import InputError
+from dasmil.slides.study import SlideRecord
 from dasmil.units import Scale
 
 X20 = Scale.parse("x20")
@@ -119,7 +120,7 @@ def test_fingerprint_tells_all_apart_that_changes_features():
         fingerprint(options={"num_heads": 3}),
     ]
     assert len(set(different)) == len(different)
-    assert fingerprint() == fingerprint(trained_on=("slide",))
+    assert fingerprint() == fingerprint(trained_on=[SlideRecord("slide")])
 
 
 def test_fingerprint_tells_poolings_apart():

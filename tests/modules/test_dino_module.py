@@ -1,5 +1,6 @@
 import csv
 from math import cos, log, pi
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dasmil.embedding.weights import load_checkpoint
 from dasmil.errors import InputError
 from dasmil.modules import DINOModule
 from dasmil.slides.cohort import read_cohort
+from dasmil.slides.study import SlideRecord, plain_records
 
 SMALL = {
     "backbone": "vit_tiny_patch16_224",
@@ -127,7 +129,24 @@ def test_the_checkpoint_knows_what_it_was_trained_on(road):
     assert (record["scale"], record["mpp"], record["tile_px"]) == ("x10", 1.0, 32)
     assert record["mean"] == (0.485, 0.456, 0.406)
     train = {row.slide_id for row in read_cohort(road.cohort) if row.split == "train"}
-    assert set(record["trained_on"]) == train and len(train) == NUM_SLIDES["train"]
+    assert {seen["slide_id"] for seen in record["trained_on"]} == train
+    assert len(train) == NUM_SLIDES["train"]
+    assert all(seen["digest"] and seen["patient_id"] for seen in record["trained_on"])
+
+
+def test_a_training_that_goes_on_has_seen_the_slides_of_before_too(capsys):
+    module = DINOModule(**SMALL)
+    module.record = {"trained_on": plain_records([SlideRecord("a", digest="1"), SlideRecord("b")])}
+    module._trainer = SimpleNamespace(is_global_zero=True)
+    before = [SlideRecord("a", digest="2"), SlideRecord("b", "p", digest="3"), SlideRecord("c")]
+    module.on_load_checkpoint({"extractor": {"trained_on": plain_records(before)}})
+    seen = [(record["slide_id"], record["digest"]) for record in module.record["trained_on"]]
+    assert seen == [("a", "1"), ("b", ""), ("a", "2"), ("b", "3"), ("c", "")]
+    assert "trained on 1 further slide(s), which stay in its record: c" in capsys.readouterr().out
+    module.on_load_checkpoint({"extractor": {"trained_on": ["a", "d"]}})  # an older checkpoint
+    assert {r["slide_id"] for r in module.record["trained_on"]} == set("abcd")
+    module.on_load_checkpoint({"extractor": {"trained_on": None}})
+    assert module.record["trained_on"] is None
 
 
 def test_the_crops_are_shown_in_tensorboard(road):

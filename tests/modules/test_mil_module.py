@@ -113,7 +113,8 @@ def test_training_in_plain_python_learns_and_its_checkpoint_loads(tmp_path):
     path = keeper.best_model_path
     torch.load(path, weights_only=True)  # refuses anything that would have to be unpickled
     model = dasmil.load(path)
-    assert model.hparams["split"]["s15"] == "test"
+    record = model.hparams["split"][15]
+    assert (record["slide_id"], record["split"], record["label"]) == ("s15", "test", "tumour")
     again = DASMILModule.load_from_checkpoint(path, weights_only=True)
     graph = bag_graph(read_bag(bag_path(tmp_path, "s15")))
     with torch.no_grad():
@@ -192,10 +193,12 @@ def test_the_split_of_a_checkpoint_wins_over_a_new_draw(tmp_path):
     table.write_text(table.read_text().replace(",val", ",train"))
     drawn = BagDataModule(folder, ["normal", "tumour"], split_seed=7, val_fraction=0.4)
     drawn.setup("fit")
-    later = BagDataModule(folder, ["normal", "tumour"], split=drawn.split)
+    later = BagDataModule(folder, ["normal", "tumour"], split=drawn.study())
     later.setup("validate")
     assert later.split == drawn.split
-    assert BagDataModule(folder, ["normal", "tumour"])._parts(later.rows, "fit") != drawn.split
+    new = BagDataModule(folder, ["normal", "tumour"])
+    new.setup("fit")
+    assert new.split != drawn.split
 
 
 # Switches, and models of some scales

@@ -43,14 +43,12 @@ def test_columns_name_scale_and_class_and_an_unknown_label_is_empty(predicted):
     rows = read_rows(predicted[0] / "predictions.csv")
     logits = [f"logit/{scale}/{name}" for scale in ("x10", "x20") for name in CLASSES]
     assert list(rows[0]) == [
-        "slide_id",
-        "label",
+        *("slide_id", "patient_id", "label", "split"),
         *logits,
         *(f"prob/{n}" for n in CLASSES),
-        "called",
-        "state",
-        "message",
+        *("called", "checkpoint_sha256", "state", "message"),
     ]
+    assert {row["split"] for row in rows} == {""}  # the model has not been trained
     assert [row["label"] for row in rows] == ["benign", "invasive", "", "in situ"]
     for row in rows:
         fine = torch.tensor([float(row[f"logit/x20/{name}"]) for name in CLASSES])

@@ -1,0 +1,246 @@
+"""The slides that a model or an extractor has met, and which slides of a cohort are among them.
+
+A slide is recognised by its digest (:func:`dasmil.files.sample_digest` of the slide file, or
+:func:`dasmil.interop.feature_grids.features_digest` of imported features). If the digest of one
+side is not known, the slide_id decides.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dasmil.errors import InputError, some_of
+from dasmil.slides.cohort import SlideRow
+
+LEFT_OUT = "left out"  # a labelled slide that the split of the study does not name
+UNLABELLED = "unlabelled"
+MET = {"train": "trained on", "val": "validated on"}  # the first weighs more
+
+
+@dataclass(frozen=True)
+class SlideRecord:
+    """What a checkpoint remembers of one slide.
+
+    Parameters
+    ----------
+    patient_id: None if not known.
+    split: train, val, test, left out or unlabelled.
+    digest: empty if not known.
+    """
+
+    slide_id: str
+    patient_id: str | None = None
+    split: str = "train"
+    digest: str = ""
+    label: str | None = None
+
+
+def read_records(values: Any) -> list[SlideRecord]:
+    """The records of a checkpoint or of ``extractors.json``, from plain values.
+
+    Older versions wrote the part of each slide_id, or the slide_ids alone.
+    """
+    if isinstance(values, Mapping):
+        return [SlideRecord(slide_id, split=part) for slide_id, part in values.items()]
+    return [
+        SlideRecord(value) if isinstance(value, str) else SlideRecord(**value)
+        for value in values or ()
+    ]
+
+
+def plain_records(records: Iterable[SlideRecord]) -> list[dict[str, str | None]]:
+    """The inverse of :func:`read_records`; loads with ``weights_only=True``."""
+    return [asdict(record) for record in records]
+
+
+def is_same_study(one: Any, other: Any) -> bool:
+    """Whether two checkpoints' records give the same slides the same parts."""
+    first, second = (
+        {r.slide_id: r for r in read_records(values) if r.split != UNLABELLED}
+        for values in (one, other)
+    )
+    if {r.slide_id: r.split for r in first.values()} != {
+        r.slide_id: r.split for r in second.values()
+    }:
+        return False
+    pairs = ((first[name].digest, second[name].digest) for name in first)
+    return all(a == b for a, b in pairs if a and b)
+
+
+def join_records(now: Iterable[SlideRecord], before: Iterable[SlideRecord]) -> list[SlideRecord]:
+    """The slides of a training, and behind them those that only its weights have met ``before``."""
+    return list(dict.fromkeys([*now, *(record for record in before if record.split in MET)]))
+
+
+class Study:
+    """Slides that have been met, and a cohort whose slides are looked up among them.
+
+    Parameters
+    ----------
+    records: of the slides that have been met.
+    rows: the cohort.
+    digests: of its slides, as far as known.
+    other_cohort: an equal slide_id or patient_id is a coincidence; digests alone count.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[SlideRecord],
+        rows: Sequence[SlideRow],
+        digests: Mapping[str, str],
+        other_cohort: bool = False,
+    ):
+        order = (*MET, "test", LEFT_OUT, UNLABELLED)  # what was trained on weighs most
+        self._digests = digests
+        self._by_name: dict[str, list[SlideRecord]] = defaultdict(list)
+        self._by_digest: dict[str, SlideRecord] = {}
+        self._by_file: dict[Path, SlideRecord] = {}
+        self._patients: dict[str, str] = {}
+        self._has_patients = any(record.patient_id for record in records)
+        for record in sorted(records, key=lambda record: order.index(record.split)):
+            if record.digest:
+                self._by_digest.setdefault(record.digest, record)
+            if not other_cohort:
+                self._by_name[record.slide_id].append(record)
+                if record.patient_id and record.split in MET:
+                    self._patients.setdefault(record.patient_id, record.split)
+        for row in rows:  # the cohort table may know more than an older checkpoint
+            found = self.find(row)
+            if found is not None and found.split in MET:
+                self._by_file[row.path.resolve()] = found
+                if row.patient_id and self._patients.get(row.patient_id) != "train":
+                    self._patients[row.patient_id] = found.split
+
+    def find(self, row: SlideRow) -> SlideRecord | None:
+        """The record of a slide; None if the slide has not been met."""
+        digest = self._digests.get(row.slide_id, "")
+        if digest in self._by_digest:
+            return self._by_digest[digest]
+        named = self._by_name.get(row.slide_id, ())
+        same = (record for record in named if not (digest and record.digest))
+        return next(same, None) or self._by_file.get(row.path.resolve())
+
+    def part_of_patient(self, row: SlideRow) -> str | None:
+        """The part, train or val, of other slides of the patient; None if there are none."""
+        return self._patients.get(row.patient_id or "")
+
+    def has_other_content(self, row: SlideRow) -> bool:
+        """Whether a slide of this name has been met, but with other content."""
+        return row.slide_id in self._by_name and self.find(row) is None
+
+    def notes(self, rows: Sequence[SlideRow]) -> Iterator[str]:
+        """Sentences on how the slides of ``rows`` are recognised, if that is not by digest."""
+        other = [row.slide_id for row in rows if self.has_other_content(row)]
+        if other:
+            yield (
+                f"{len(other)} slide(s) have the name of a slide of the checkpoint but another "
+                f"content, and count as other slides: {some_of(other)}"
+            )
+        if not self._by_digest:
+            known = "" if self._has_patients else " and no patients, which the cohort table says"
+            yield f"the checkpoint holds no digests of its slides, only their names{known}"
+        elif unknown := [row.slide_id for row in rows if not self._digests.get(row.slide_id)]:
+            yield (
+                f"{len(unknown)} bag(s) hold no digest of their slide, only its name: "
+                f"{some_of(unknown)}"
+            )
+
+    def describe(self, row: SlideRow) -> str:
+        """The part of a slide for tables: that of its record, ``new``, or that of its patient."""
+        record, met = self.find(row), self.part_of_patient(row)
+        if record is not None and (record.split in MET or met is None):
+            return record.split
+        return "new" if met is None else f"patient in {met}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The part of a slide in an evaluation.
+
+    Parameters
+    ----------
+    split: train, val, test or left out.
+    met: what was done with the slide, or with its patient, if that is why it is not evaluated.
+    name: of the slide in the checkpoint, if that is another one.
+    """
+
+    split: str
+    met: str = ""
+    name: str = ""
+
+    @property
+    def why(self) -> str:
+        """Why the slide is not evaluated, if it is not."""
+        if self.met:
+            return self.met
+        return "left out of the split" if self.split == LEFT_OUT else f"in the part {self.split!r}"
+
+
+def place_slides(
+    rows: Sequence[SlideRow],
+    study: Study,
+    evaluated: str,
+    marked: Mapping[str, str],
+    asked: Mapping[str, str] | None = None,
+    source: str = "the split",
+) -> dict[str, Place]:
+    """The part of each labelled slide, for a model that has met the slides of ``study``.
+
+    A slide that the model was trained on is neither a val nor a test slide; one that it was
+    validated on is no test slide. The same holds for all other slides of such a patient. Any other
+    slide has the part that is asked for by options, else its part in the study, else that of the
+    split column, else it is a test slide.
+
+    Parameters
+    ----------
+    evaluated: the part whose metrics are asked for.
+    marked: the part that the split column or a split table gives a slide.
+    asked: the part of each slide if options were given, by a split table or drawn.
+    source: of the parts, for messages: the table's name, or the options.
+
+    Raises
+    ------
+    InputError
+        if the evaluation of a slide is asked for that may not be evaluated.
+    """
+    places: dict[str, Place] = {}
+    refused: list[str] = []
+    for row in rows:
+        if row.label is None:
+            continue
+        record, mark = study.find(row), marked.get(row.slide_id)
+        known = None if record is None or record.split == UNLABELLED else record.split
+        claim = mark if asked is None else asked.get(row.slide_id, LEFT_OUT)
+        met = ""
+        name = row.slide_id
+        if record is not None and record.slide_id != row.slide_id:
+            name += f" (there {record.slide_id})"
+        if known in MET:
+            split, met = known, MET[known]
+            if claim == evaluated and _is_forbidden(claim, known):
+                refused.append(f"{name} ({met})")
+            elif asked is not None and not (claim == "train" and "val" not in asked.values()):
+                split = claim or LEFT_OUT
+        else:
+            split = (None if asked is None else claim) or known or claim or "test"
+            part = study.part_of_patient(row)
+            if _is_forbidden(split, part):
+                split, met = LEFT_OUT, f"of a patient {MET[part or '']}"
+                if mark == evaluated:
+                    refused.append(f"{name} ({met}: {row.patient_id})")
+        places[row.slide_id] = Place(split, met, name)
+    if refused:
+        raise InputError(
+            f"{source}: {len(refused)} slide(s) of the part {evaluated!r} may not be evaluated "
+            f"with this checkpoint: {some_of(refused)}; correct the split or leave the option "
+            "out, or give --data.other_cohort true if equal slide_ids and patient_ids belong to "
+            "another cohort"
+        )
+    return places
+
+
+def _is_forbidden(split: str | None, met: str | None) -> bool:
+    """Whether a slide of this part may not be one that was trained or validated on."""
+    return (split == "test" and met in MET) or (split == "val" and met == "train")
