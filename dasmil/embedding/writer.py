@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm import tqdm
 
-from dasmil.bags import Bag, BagHeader, ExtractorCard, bag_path, write_bag
+from dasmil.bags import Bag, BagHeader, ExtractorCard, all_finite, bag_path, write_bag
 from dasmil.bags.status import status_row
 from dasmil.embedding.dataset import WAIT, TileChunk
 from dasmil.errors import DiskFullError, InputError
@@ -154,7 +154,7 @@ class BagWriter(Callback):
         self._begun[number] = time.monotonic()
         self._features[number] = {
             name: torch.empty(
-                count, self.cards[name].feature_dim, dtype=torch.float16, device=device
+                count, self.cards[name].feature_dim, dtype=torch.float32, device=device
             )
             for name, count in counts.items()
         }
@@ -166,7 +166,7 @@ class BagWriter(Callback):
         if some.slide not in self._features:
             self._begin(some.slide, some.features.device)
         stop = some.start + len(some.features)
-        self._features[some.slide][some.scale][some.start : stop] = some.features.half()
+        self._features[some.slide][some.scale][some.start : stop] = some.features
         self._waiting[some.slide] -= len(some.features)
         if self._waiting[some.slide] == 0:
             self._write(some.slide)
@@ -177,9 +177,17 @@ class BagWriter(Callback):
             print(f"embed: {tiles.slide_id}: another worker has taken it over; nothing is written")
             self._forget(number)
             return
+        features = {name: _as_stored(rows) for name, rows in self._features[number].items()}
+        if wrong := [name for name, rows in features.items() if not all_finite(rows)]:
+            self._fail(
+                number,
+                f"{tiles.slide_id}: some {', '.join(wrong)} features are not finite; embed with "
+                "--trainer.precision 32-true, or another extractor",
+            )
+            return
         bag = Bag(
             header=bag_header(tiles, self.cards),
-            features={name: rows.cpu() for name, rows in self._features[number].items()},
+            features=features,
             grid={name: torch.from_numpy(grid) for name, grid in tiles.grid.items()},
             parent={name: torch.from_numpy(parent) for name, parent in tiles.parent.items()},
         )
@@ -187,7 +195,7 @@ class BagWriter(Callback):
             write_bag(bag_path(self.output, tiles.slide_id), bag)
         except DiskFullError:
             raise
-        except InputError as error:  # features that are not finite, say; told in status.csv
+        except InputError as error:  # told in status.csv
             self._fail(number, str(error))
         else:
             self._settle(number, status_row(tiles.num_tiles()))
@@ -207,3 +215,9 @@ class BagWriter(Callback):
         self._begun.pop(number, None)
         self._features.pop(number, None)
         self._waiting.pop(number, None)
+
+
+def _as_stored(features: Tensor) -> Tensor:
+    """float16, or float32 if some of them are too large for it."""
+    half = features.half()
+    return (half if all_finite(half) else features).cpu()

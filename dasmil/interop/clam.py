@@ -18,6 +18,7 @@ from dasmil.interop.feature_grids import (
     check_mpp,
 )
 from dasmil.interop.feature_import import (
+    as_features,
     attribute,
     files_by_slide,
     import_features,
@@ -25,7 +26,8 @@ from dasmil.interop.feature_import import (
     number,
     open_h5,
     parse_folders,
-    read_dataset,
+    read_features,
+    read_places,
     table_mpps,
 )
 from dasmil.units import Scale
@@ -133,7 +135,7 @@ class Patches:
 def read_patches(path: Path) -> Patches:
     """CLAM's ``patches/<slide_id>.h5``; its downsample may be one number or two."""
     with open_h5(path) as file:
-        place = read_dataset(file, "coords")
+        place = np.rint(read_places(file)).astype(np.int64)
         coords = file["coords"]
         tile_px = round(number(coords, "patch_size"))
         try:
@@ -151,7 +153,7 @@ def read_patches(path: Path) -> Patches:
             f"{path}: CLAM laid tiles with a step of {int(downsample[0])} px on a level of "
             f"downsample {downsample[0]:g}, so they overlap; cut them anew with dasmil tile"
         )
-    return Patches(place.astype(np.int64), tile_px, side, (width, height))
+    return Patches(place, tile_px, side, (width, height))
 
 
 def read_slide(
@@ -204,10 +206,10 @@ def _read_features(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] 
     if path.suffix == ".pt":
         return _load_tensor(path), None
     with open_h5(path) as file:
-        values, place = read_dataset(file, "features"), read_dataset(file, "coords")
+        values, place = read_features(file, "features"), read_places(file)
     if len(values) != len(place):
         raise InputError(f"{path}: {len(values)} features for {len(place)} coords; extract again")
-    return values, place.astype(np.int64)
+    return values, np.rint(place).astype(np.int64)
 
 
 def _load_tensor(path: Path) -> npt.NDArray[Any]:
@@ -216,11 +218,11 @@ def _load_tensor(path: Path) -> npt.NDArray[Any]:
     except Exception as error:  # torch raises many kinds for a file that is no tensor
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be loaded safely as a tensor ({reason})") from error
-    if not isinstance(values, torch.Tensor) or values.ndim != 2:
+    if not isinstance(values, torch.Tensor) or values.ndim != 2 or values.is_sparse:
         raise InputError(f"{path}: not a tensor of (tiles, features)")
     if values.dtype == torch.bfloat16:  # which numpy does not know
         values = values.float()
-    return np.asarray(values.numpy())
+    return as_features(path, values.detach().numpy())
 
 
 def _same_places(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> bool:

@@ -5,9 +5,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from dasmil.bags import Bag, bag_path, read_bag
+from dasmil.bags import Bag, all_finite, bag_path, read_bag
 from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path, read_csv, write_csv
 from dasmil.interop.feature_grids import Dtype
@@ -43,11 +44,12 @@ def export(bags: Path, output: Path, dtype: Dtype = "float32") -> int:
     for row in tqdm(rows, "export", unit="slide"):
         try:
             bag = read_bag(bag_path(bags, row.slide_id))
+            features = {name: _as_asked(bag, name, dtype) for name in bag.scales}
         except InputError as error:
             failed.append(f"failed: {error}")
             continue
         for scale in bag.header.scales:
-            _write_scale(bag, scale, output, dtype)
+            _write_scale(bag, scale, output, features[scale.name])
         done.append(row)
     columns = ("case_id", "slide_id", "label")
     records = ({"case_id": r.patient, "slide_id": r.slide_id, "label": r.label} for r in done)
@@ -73,13 +75,22 @@ def _moved(bags: Path) -> list[str]:
     return [row["slide_id"] for row in rows if int(row.get("moved") or 0)]
 
 
-def _write_scale(bag: Bag, scale: Scale, output: Path, dtype: Dtype) -> None:
+def _as_asked(bag: Bag, scale: str, dtype: Dtype) -> Tensor:
+    features = bag.features[scale]
+    if dtype == "keep":
+        return features
+    found = features.to(getattr(torch, dtype))
+    if not all_finite(found):
+        raise InputError(
+            f"{bag.slide_id}: some {scale} features are too large for {dtype}; give --dtype keep"
+        )
+    return found
+
+
+def _write_scale(bag: Bag, scale: Scale, output: Path, features: Tensor) -> None:
     folder = scale_folder(bag, scale, output)
     extractor = bag.header.extractors[scale.name].name.replace("/", "_")
     corners = bag.boxes_px0(scale.name)[:, :2].numpy().astype(np.int64)
-    features = bag.features[scale.name]
-    if dtype != "keep":
-        features = features.to(getattr(torch, dtype))
     for path, holds_features in (
         (folder / f"features_{extractor}" / f"{bag.slide_id}.h5", True),
         (folder / "patches" / f"{bag.slide_id}_patches.h5", False),

@@ -103,7 +103,10 @@ def make_bag(
         "childless": int(childless.sum()),
         "rule": orphans,
     }
-    features = [_as_stored(file, dtype) for file in slide.files]
+    features = [
+        _as_stored(file, dtype, cards[scale.name].feature_dim)
+        for scale, file in zip(slide.scales, slide.files, strict=True)
+    ]
     rows_of_file = np.concatenate([np.arange(len(f.place)) for f in slide.files])
     if orphans == "drop":
         kept = _with_relatives(scale, parent, last)
@@ -248,16 +251,27 @@ def _with_relatives(scale: IntArray, parent: IntArray, last: int) -> npt.NDArray
     return kept[:-1]
 
 
-def _as_stored(file: ScaleFeatures, dtype: Dtype) -> torch.Tensor:
-    """float16 and float32 as they are, all else as float32; or what was asked for."""
+def _as_stored(file: ScaleFeatures, dtype: Dtype, width: int) -> torch.Tensor:
+    """float16 and float32 as they are, all else as float32; or what was asked for.
+
+    Parameters
+    ----------
+    width: of the features, which a file without tiles need not say.
+    """
     found = torch.from_numpy(np.ascontiguousarray(file.features))
+    if not len(found):
+        found = found.reshape(0, width)
     if not all_finite(found):
-        raise InputError(f"{file.path}: some features are not finite; extract it again")
+        again = "in float32 (float16 ends at 65,504)" if found.dtype == torch.float16 else "again"
+        raise InputError(f"{file.path}: some features are not finite; extract it {again}")
     own = found.dtype if found.dtype in (torch.float16, torch.float32) else torch.float32
-    stored = found.to(own if dtype == "keep" else getattr(torch, dtype))
+    kept = own if dtype == "keep" else getattr(torch, dtype)
+    stored = found.to(kept)
     if not all_finite(stored):
+        is_half = kept == torch.float16
         raise InputError(
-            f"{file.path}: some features are too large for {dtype}; give --dtype keep or float32"
+            f"{file.path}: some features are too large for {str(kept).removeprefix('torch.')}; "
+            + ("give --dtype keep or float32" if is_half else "extract it again")
         )
     return stored
 

@@ -10,6 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 import numpy.typing as npt
+import psutil
 from tqdm import tqdm
 
 from dasmil.bags import ExtractorCard, bag_path, read_header, write_bag
@@ -35,6 +36,7 @@ from dasmil.units import Scale, parse_scales
 from dasmil.work.worker import Worker
 
 MAX_NAMED = 10
+FAR = 2**31  # level-0 px, or µm; a bag counts tiles in 32 bits
 CLAM_COLUMNS = ("case_id", "slide_id", "label", "patient_id", "mpp")
 FIGURES = ("orphans", "childless", "rule", "moved", "max_moved_px0")
 
@@ -91,27 +93,80 @@ def open_h5(path: Path) -> h5py.File:
         raise InputError(f"{path}: not a readable HDF5 file ({error}); extract it again") from error
 
 
-def read_dataset(file: h5py.File, *names: str) -> npt.NDArray[Any]:
-    """(N, D) of the first dataset of these names; a leading axis of one slide is taken off."""
-    for name in names:
-        if name in file:
-            try:
-                values = np.asarray(file[name])
-            except OSError as error:
-                raise InputError(
-                    f"{file.filename}: {name} cannot be read ({error}); extract it again"
-                ) from error
-            values = values[0] if values.ndim == 3 and len(values) == 1 else values
-            if values.ndim == 1 and values.size == 0:
-                values = values.reshape(0, 2)
-            if values.ndim != 2:
-                raise InputError(
-                    f"{file.filename}: {name} has the shape {values.shape}, not (tiles, numbers)"
-                )
-            return values
-    raise InputError(
-        f"{file.filename}: no dataset {' or '.join(names)} in it, only {', '.join(file)}"
-    )
+def read_features(file: h5py.File, *names: str) -> npt.NDArray[Any]:
+    """(N, D) numbers of the first dataset of these names; a leading axis of one slide is taken off.
+
+    They are floats of 16, 32 or 64 bits, or integers, in this machine's byte order.
+    """
+    return as_features(Path(file.filename), _read_dataset(file, *names))
+
+
+def as_features(path: Path, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(N, D) in a type that torch knows; refused by name if they are no real numbers."""
+    if values.dtype.kind not in "fiu":
+        raise InputError(
+            f"{path}: its features are of type {values.dtype}, not real numbers; extract it again"
+        )
+    if values.size == 0:
+        values = values.reshape(0, values.shape[-1] if values.ndim > 1 else 0)
+    if values.ndim != 2:
+        raise InputError(f"{path}: features of the shape {values.shape}, not (tiles, numbers)")
+    if values.dtype.kind in "iu" or values.dtype.itemsize > 8:  # unsigned, or a long double
+        values = values.astype(np.float64)
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
+def read_places(file: h5py.File) -> npt.NDArray[np.float64]:
+    """(N, 2) x, y of the dataset ``coords``, whatever kind of number holds them."""
+    values = _read_dataset(file, "coords")
+    if values.dtype.kind not in "fiu":
+        raise InputError(
+            f"{file.filename}: its coords are of type {values.dtype}, not numbers; extract it again"
+        )
+    places = values.reshape(0, 2) if values.size == 0 else values
+    if places.ndim != 2 or places.shape[1] != 2:
+        raise InputError(f"{file.filename}: coords of the shape {values.shape}, not (tiles, 2)")
+    places = places.astype(np.float64)
+    if not (
+        np.isfinite(places).all() and places.min(initial=0) >= 0 and places.max(initial=0) < FAR
+    ):
+        raise InputError(
+            f"{file.filename}: some coords lie on no slide ({places.min():g} to {places.max():g}); "
+            "extract it again"
+        )
+    return places
+
+
+def _read_dataset(file: h5py.File, *names: str) -> npt.NDArray[Any]:
+    """All values of the first dataset of these names that lies in this very file."""
+    name = next((name for name in names if file.get(name, getlink=True) is not None), None)
+    if name is None:
+        raise InputError(
+            f"{file.filename}: no dataset {' or '.join(names)} in it, only {', '.join(file)}"
+        )
+    try:
+        is_outside = isinstance(file.get(name, getlink=True), h5py.ExternalLink)
+        found = None if is_outside else file[name]
+        if (
+            not isinstance(found, h5py.Dataset)
+            or found.file.filename != file.filename
+            or found.is_virtual
+            or found.external
+        ):
+            raise InputError(
+                f"{file.filename}: {name} is no dataset that lies in this file; extract it again"
+            )
+        if found.nbytes > psutil.virtual_memory().available:
+            raise InputError(
+                f"{file.filename}: {name} takes {found.nbytes / 1e9:,.0f} GB, more than there is "
+                "memory; is it damaged?"
+            )
+        values = np.empty(0) if found.shape is None else np.asarray(found)
+    except (OSError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file.filename}: {name} cannot be read ({error}); extract it again"
+        ) from error
+    return values[0] if values.ndim == 3 and len(values) == 1 else values
 
 
 def attribute(source: h5py.Dataset | h5py.File, name: str) -> Any:
@@ -257,7 +312,7 @@ def _first_cards(
             except Exception as error:
                 reason = say_error(error)
                 continue
-            if len(slide.files[-1].features) and len(cards) == len(scales):
+            if len(slide.files[-1].features) and all(c.feature_dim for c in cards.values()):
                 return cards
             reason = "no slide holds a tile"
     raise InputError(f"import: nothing can be imported: {reason}")

@@ -24,7 +24,8 @@ from dasmil.interop.feature_import import (
     number,
     open_h5,
     parse_folders,
-    read_dataset,
+    read_features,
+    read_places,
     table_mpps,
 )
 from dasmil.slides.cohort import read_cohort
@@ -97,7 +98,7 @@ def read_slide(
     found, tile_px, true_scales, cards = [], [], [], {}
     for scale, path in zip(scales, paths, strict=True):
         with open_h5(path) as file:
-            values, place_um = read_dataset(file, "feats", "features"), read_dataset(file, "coords")
+            values, place_um = read_features(file, "feats", "features"), read_places(file)
             if len(values) != len(place_um):
                 raise InputError(
                     f"{path}: {len(values)} feats for {len(place_um)} coords; extract it again"
@@ -114,7 +115,7 @@ def read_slide(
         check_mpp(path, scale, true_mpp, within=0.2)
         true_scales.append(replace(scale, mpp=Mpp(true_mpp)))
         side = math.ceil(side_um / mpp) if mpp else side_um
-        cells, drift_um = _cells(path, np.asarray(place_um, dtype=float), side_um, mpp)
+        cells, drift_um = _cells(path, place_um, side_um, mpp)
         if mpp is None and len(scales) > 1 and drift_um > ROUNDED_UM:
             raise InputError(
                 f"{path}: its grid shows that tiles were rounded to whole level-0 px, and whether "

@@ -23,7 +23,8 @@ from dasmil.interop.feature_import import (
     number,
     open_h5,
     parse_folders,
-    read_dataset,
+    read_features,
+    read_places,
 )
 from dasmil.units import Scale
 
@@ -78,7 +79,7 @@ def read_slide(
     found, tile_px, slide_mpp, sizes, cards = [], [], [], [], {}
     for scale, path in zip(scales, paths, strict=True):
         with open_h5(path) as file:
-            values, place = read_dataset(file, "features"), read_dataset(file, "coords")
+            values, place = read_features(file, "features"), read_places(file)
             coords = file["coords"]
             if len(values) != len(place):
                 raise InputError(

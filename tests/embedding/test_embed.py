@@ -156,19 +156,31 @@ def test_processes_share_slides_whole_and_by_tiles(road, tmp_path, world):
     assert max(totals) - min(totals) <= largest
 
 
-def test_features_that_are_not_finite_cost_one_slide(road, tmp_path, monkeypatch):
-    """The first slide that is read gives infinity in float16; the others arrive."""
+@pytest.mark.parametrize("added", [float("nan"), 1e6])
+def test_features_that_float16_cannot_hold_are_float32_and_those_not_finite_cost_one_slide(
+    road, tmp_path, monkeypatch, added
+):
+    """Those of the first slide that is read; the others arrive in float16."""
     real, seen = Extractor.forward, []
 
     def overflowing(self, tiles):
         seen.append(len(tiles))
-        return real(self, tiles) + (1e6 if len(seen) == 1 else 0.0)
+        return real(self, tiles) + (added if len(seen) == 1 else 0.0)
 
     monkeypatch.setattr(Extractor, "forward", overflowing)
-    assert main(embed_command(road.tiles, tmp_path, RANDOM)) == 1
+    code = main(embed_command(road.tiles, tmp_path, RANDOM))
     found = states(tmp_path)
     failed = [slide_id for slide_id, (state, _) in found.items() if state == "failed"]
-    assert len(failed) == 1 and "not finite" in found[failed[0]][1]
+    kinds = [
+        features.dtype
+        for slide_id in found.keys() - set(failed)
+        for features in read_bag(bag_path(tmp_path, slide_id)).features.values()
+    ]
+    if added == 1e6:
+        assert (code, failed, kinds.count(torch.float32)) == (0, [], 1)
+    else:
+        assert code == 1 and len(failed) == 1 and torch.float32 not in kinds
+        assert "features are not finite; embed with --trainer" in found[failed[0]][1]
 
 
 def test_one_batch_is_one_and_what_was_not_reached_says_so(road, tmp_path):

@@ -17,6 +17,7 @@ from road import CONF, CONFIGS
 from dasmil.bags import bag_path, read_bag, read_header, write_bag
 from dasmil.cli import main
 from dasmil.files import read_csv
+from dasmil.interop import trident as trident_module
 
 SCALES = {"x5": 4, "x10": 2, "x20": 1}  # ratio to the finest
 
@@ -607,7 +608,115 @@ def test_a_table_with_a_slide_twice_or_no_mpp_is_refused(tmp_path, capsys):
         assert not (tmp_path / "BAGS" / "cohort.csv").exists()
 
 
+def test_what_follows_the_last_dot_is_no_suffix_of_a_name(tmp_path):
+    """Slides 16 and 16.1 are two, each with its own mpp; only suffixes of slides are left out."""
+    for slide_id, mpp in (("16", 0.25), ("16.1", 0.5), ("17", 0.25)):
+        folder = write_stamp(tmp_path, slide_id, CELLS, tile_um=128.0, mpp=mpp)
+    table = tmp_path / "cohort.csv"
+    table.write_text("slide_id,path,mpp\n16,16.svs,0.25\n16.1,16.1.svs,0.5\n17.SVS,17.SVS,0.25\n")
+    assert run("stamp", tmp_path / "BAGS", {"x20": folder}, "--cohort", table) == 0
+    found = {s: read_header(bag_path(tmp_path / "BAGS", s)).slide_mpp for s in ("16", "16.1", "17")}
+    assert found == {"16": 0.25, "16.1": 0.5, "17": 0.25}
+
+
 # what cannot be
+
+
+@pytest.mark.parametrize("name", ["features", "coords"])
+@pytest.mark.parametrize("dtype", [">f2", ">f4", ">f8", "<f8", "i1", "u1", ">i2", "u4", ">u8"])
+def test_numbers_of_any_width_sign_and_byte_order_are_read(tmp_path, name, dtype):
+    cells = [(c, r) for r in range(2) for c in range(3)]
+    values = {"features": np.arange(18).reshape(6, 3), "coords": np.array(cells) * 32}
+    for slide_id in ("s1", "s2"):  # the first as TRIDENT writes it
+        folder = write_trident(tmp_path, slide_id, 20, cells, patch_size=16, width=3)
+        with h5py.File(folder / f"{slide_id}.h5", "a") as file:
+            attributes = dict(file["coords"].attrs)
+            del file["features"], file["coords"]
+            for key, array in values.items():
+                kind = dtype if key == name and slide_id == "s2" else "f4"
+                file.create_dataset(key, data=array.astype(kind))
+            file["coords"].attrs.update(attributes)
+    assert run("trident", tmp_path / "BAGS", {"x20": folder}) == 0
+    one, two = (read_bag(bag_path(tmp_path / "BAGS", s)) for s in ("s1", "s2"))
+    assert torch.equal(one.features["x20"], two.features["x20"].float())
+    assert torch.equal(one.grid["x20"], two.grid["x20"])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("features", np.ones((48, 8), bool), "its features are of type bool"),
+        ("features", np.ones((48, 8), complex), "its features are of type complex128"),
+        ("features", np.full((48, 8), b"a"), "its features are of type |S1"),
+        (
+            "features",
+            h5py.ExternalLink("other.h5", "features"),
+            "no dataset that lies in this file",
+        ),
+        ("features", h5py.SoftLink("nowhere"), "features cannot be read"),
+        ("coords", np.full((48, 2), np.nan), "some coords lie on no slide"),
+        ("coords", np.full((48, 2), -256), "some coords lie on no slide"),
+        ("coords", np.ones((48, 3)), "coords of the shape (48, 3)"),
+    ],
+    ids=["bool", "complex", "text", "outside", "nowhere", "NaN", "negative", "three columns"],
+)
+def test_what_is_no_number_costs_its_slide_alone(tmp_path, name, values, words):
+    for slide_id in ("s1", "s2", "s3"):
+        folder = write_trident(tmp_path, slide_id, 20, CELLS)
+    with h5py.File(folder / "s2.h5", "a") as file:
+        attributes = dict(file["coords"].attrs)
+        del file[name]
+        file[name] = values
+        file["coords"].attrs.update(attributes)
+    assert run("trident", tmp_path / "BAGS", {"x20": folder}) == 1
+    rows = rows_of(tmp_path / "BAGS" / "import.csv")
+    assert {s: row["state"] for s, row in rows.items()} == {
+        "s1": "done",
+        "s2": "failed",
+        "s3": "done",
+    }
+    assert words in rows["s2"]["message"]
+
+
+def test_a_library_that_fails_costs_one_slide_too(tmp_path, monkeypatch):
+    for slide_id in ("s1", "s2"):
+        folder = write_trident(tmp_path, slide_id, 20, CELLS)
+
+    def fail(file):
+        raise ZeroDivisionError("as libraries do")
+
+    real = trident_module.read_places
+    monkeypatch.setattr(
+        trident_module, "read_places", lambda f: (fail if "s1" in f.filename else real)(f)
+    )
+    assert run("trident", tmp_path / "BAGS", {"x20": folder}) == 1
+    rows = rows_of(tmp_path / "BAGS" / "import.csv")
+    assert (rows["s1"]["message"], rows["s2"]["state"]) == (
+        "ZeroDivisionError: as libraries do",
+        "done",
+    )
+
+
+def test_a_slide_without_tiles_need_not_say_how_wide_features_are(tmp_path):
+    for slide_id in ("a", "s1"):
+        folder = write_trident(tmp_path, slide_id, 20, CELLS)
+    with h5py.File(folder / "a.h5", "a") as file:
+        attributes = dict(file["coords"].attrs)
+        del file["features"], file["coords"]
+        file["features"], file["coords"] = np.empty(0, np.float32), h5py.Empty("f8")
+        file["coords"].attrs.update(attributes)
+    assert run("trident", tmp_path / "BAGS", {"x20": folder}) == 0
+    assert rows_of(tmp_path / "BAGS" / "import.csv")["a"]["state"] == "empty"
+    assert read_bag(bag_path(tmp_path / "BAGS", "a")).features["x20"].shape == (0, 8)
+
+
+def test_features_that_were_too_large_for_their_file_are_told_so(tmp_path, capsys):
+    features = make_features(len(CELLS), 8).astype(np.float16)
+    features[0, 0] = np.inf
+    folder = write_trident(tmp_path, "s1", 20, CELLS, features=features)
+    write_trident(tmp_path, "s2", 20, CELLS, dtype=np.float16)
+    assert run("trident", tmp_path / "BAGS", {"x20": folder}) == 1
+    assert "extract it in float32 (float16 ends at 65,504)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["trident", "stamp"])
@@ -734,6 +843,16 @@ def test_places_that_were_moved_are_told_when_they_go_out(tmp_path, capsys):
     assert run_clam(tmp_path / "BAGS", features, patches) == 0
     assert main(["export", str(tmp_path / "BAGS"), str(tmp_path / "out")]) == 0
     assert "moved: tiles of 1 slide(s) do not lie where they were cut" in capsys.readouterr().out
+
+
+def test_features_that_float16_cannot_hold_are_not_exported_as_such(tmp_path, capsys):
+    folder = trident_folders(tmp_path, scales=("x20",))["x20"]
+    with h5py.File(folder / "s1.h5", "a") as file:
+        file["features"][3, 3] = 70_000
+    assert run("trident", tmp_path / "BAGS", {"x20": folder}) == 0
+    out = ["--dtype", "float16"]
+    assert main(["export", str(tmp_path / "BAGS"), str(tmp_path / "out"), *out]) == 1
+    assert "s1: some x20 features are too large for float16" in capsys.readouterr().out
 
 
 def test_a_bag_that_cannot_be_read_is_named(tmp_path, capsys):
