@@ -1,6 +1,7 @@
 """The command line: LightningCLI's verbs and the pipeline's verbs, nothing else."""
 
 import inspect
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dasmil.endings import ending_on_sigterm, signal_of
 from dasmil.errors import InputError, input_error_in, near
 from dasmil.quiet import hush
 
@@ -71,6 +73,8 @@ VERBS = {  # verb → its module; the function has the name of the verb
     "contact-sheet": "reports.contact_sheet",
     "demo": "demo.run",
 }
+GOES_ON = ("tile", "embed", "import", "sweep", "demo")  # verbs that do only what is not done
+ENDED = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 BY_PLACE = ("export", "contact-sheet")  # verbs whose required parameters are no options
 MANY = {  # verbs whose first parameter is any number of folders
     "status": ("folders", "FOLDER", "of tiles or of bags"),
@@ -83,12 +87,17 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     hush()
     try:
-        return run(args)
-    except SystemExit as stop:
-        if type(stop).__name__ == "SIGTERMException":  # Lightning's, without an exit code: not done
-            print(f"error: {args[0]} was ended by SIGTERM", file=sys.stderr)
-            return 128 + signal.SIGTERM
-        raise
+        with ending_on_sigterm():
+            return run(args)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        number = signal_of(stop)
+        if number is None:
+            raise
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(
+                f"{args[0]} was ended by {ENDED[number]}; {_advice(args[0], stop)}", file=sys.stderr
+            )
+        return 128 + number
     except Exception as error:
         # Lightning says so what it cannot do with its options
         misconfigured = type(error).__name__ == "MisconfigurationException"
@@ -98,6 +107,12 @@ def main(args: Sequence[str] | None = None) -> int:
         # a reading process wraps the sentence in its traceback
         print(f"error: {said.rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2
+
+
+def _advice(verb: str, stop: BaseException) -> str:
+    """How to go on with a verb that was ended, as far as it has not said so itself."""
+    kept = ", what is done is kept" if verb in GOES_ON else ""
+    return " ".join(getattr(stop, "__notes__", ())) or f"run the same command again{kept}"
 
 
 def run(args: Sequence[str]) -> int:

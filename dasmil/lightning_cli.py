@@ -1,6 +1,8 @@
 """LightningCLI as dasmil uses it: ``fit`` from YAML, evaluation from a checkpoint alone."""
 
 import argparse
+import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from dasmil.arguments import SentenceParser, said_of_trainer, with_configs
 from dasmil.checkpoint import read_checkpoint
+from dasmil.endings import end_on_sigterm, signal_of
 from dasmil.errors import InputError, some_of
 from dasmil.files import file_sha256
 from dasmil.modules import DASMILModule
@@ -24,7 +27,7 @@ from dasmil.reports.history import History, run_folder
 from dasmil.reports.instances import InstanceTruth
 from dasmil.reports.kept import KeptMetrics
 from dasmil.reports.predictions import PredictionWriter
-from dasmil.run_folder import RunFolder, run_folder_of, split_resume
+from dasmil.run_folder import RunFolder, Trace, run_folder_of, split_resume
 
 DRAWS = 1000
 STAGES = {"fit": "val", "validate": "val", "test": "test"}  # the part whose figures a verb gives
@@ -33,6 +36,25 @@ STAGES = {"fit": "val", "validate": "val", "test": "test"}  # the part whose fig
 def run(verb: str, args: Sequence[str]) -> int:
     """One of LightningCLI's verbs; returns the exit code."""
     return DasmilCLI(verb, list(args)).exit_code
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save config.yaml when the training begins: a fit that is refused changes nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Not yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
+class EndOnSigterm(Callback):
+    """Take SIGTERM back from Lightning, whose own handler is in place when these begin."""
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        end_on_sigterm()
+
+    on_train_start = on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
 
 
 class LightningSentenceParser(SentenceParser, LightningArgumentParser):
@@ -51,8 +73,11 @@ class DasmilCLI(LightningCLI):
         self.command = [verb, *args]
         self.exit_code = 0
         self.resume_from: Path | None = None
+        self.run: RunFolder | None = None
         if verb == "fit":
             args, self.resume_from = split_resume(args)
+            if self.resume_from is not None:
+                warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
         else:  # evaluation saves no checkpoints, wherever the one it reads has been saved
             warnings.filterwarnings("ignore", "The dirpath has changed from")
         args = with_configs(args)
@@ -67,7 +92,7 @@ class DasmilCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            save_config_callback=SaveConfigCallback if verb == "fit" else None,
+            save_config_callback=SaveConfig if verb == "fit" else None,
             save_config_kwargs={"overwrite": True},
             args=[verb, *args],
         )
@@ -154,6 +179,27 @@ class DasmilCLI(LightningCLI):
             kwargs["ckpt_path"] = kwargs["ckpt_path"] or str(self.resume_from)
         return kwargs
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Also with its other processes and its folder in order if it does not end well."""
+        self._add_callbacks(EndOnSigterm())
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            if self.trainer.strategy.launcher is not None:
+                self.trainer.strategy.launcher.kill(signal.SIGTERM)
+            if self.run is not None:
+                self._leave_in_order(self.run, error)
+            raise
+
+    def _leave_in_order(self, run: RunFolder, error: BaseException) -> None:
+        """Remove the folder of a fit that has not begun; else name it to one who goes on."""
+        folder = self.trace.folder
+        if not run.begun:
+            if self.trainer.is_global_zero:
+                self.trace.remove()
+        elif folder is not None and signal_of(error) is not None:
+            error.add_note(f"go on with: python -m dasmil fit --resume {shlex.quote(str(folder))}")
+
     @property
     def output(self) -> Path | None:
         """The folder for what is written: as given, or inside the run that the checkpoint is of."""
@@ -165,7 +211,9 @@ class DasmilCLI(LightningCLI):
 
     def before_fit(self) -> None:
         seed = self._get(self.config, "seed_everything")
-        self._add_callbacks(RunFolder(self.command, seed), History())
+        self.trace = Trace(run_folder(self.trainer))
+        self.run = RunFolder(self.command, seed)
+        self._add_callbacks(self.run, History())
 
     def before_validate(self) -> None:
         self._keep_metrics()

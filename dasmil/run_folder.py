@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dasmil.data.bags import BagDataModule
 from dasmil.errors import InputError
+from dasmil.files import write_csv
 from dasmil.provenance import record_start
 from dasmil.reports.history import run_folder
+from dasmil.slides.splits import SPLIT_COLUMNS
 
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
@@ -58,7 +62,10 @@ def run_folder_of(checkpoint: Path) -> Path | None:
 
 
 class RunFolder(Callback):
-    """Notes in ``provenance.json`` each start of a ``fit``; knows its checkpoints again.
+    """Record each start of a ``fit`` in its folder; re-locate its checkpoints if that has moved.
+
+    ``provenance.json`` gets the start, ``split.csv`` the split. They are written when the training
+    begins, so that a ``fit`` that is refused before changes nothing.
 
     Parameters
     ----------
@@ -69,11 +76,16 @@ class RunFolder(Callback):
     def __init__(self, command: Sequence[str], seed: int | None):
         self.command = command
         self.seed = seed
+        self.begun = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = run_folder(trainer)
-        if stage == "fit" and folder is not None and trainer.is_global_zero:
-            record_start(folder, self.seed, self.command, trainer.world_size)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begun = True
+        folder, data = run_folder(trainer), getattr(trainer, "datamodule", None)
+        if folder is None or not trainer.is_global_zero:
+            return
+        record_start(folder, self.seed, self.command, trainer.world_size)
+        if isinstance(data, BagDataModule):
+            write_csv(folder / "split.csv", SPLIT_COLUMNS, data.split_rows())
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -92,6 +104,33 @@ class RunFolder(Callback):
                 and (folder / Path(state["best_model_path"]).name).is_file()
             ):
                 checkpoint["callbacks"][keeper.state_key] = _moved(state, folder)
+
+
+class Trace:
+    """What a ``fit`` has put into its folder, to be removed if the fit is refused.
+
+    Parameters
+    ----------
+    folder: of the run, before anything of this fit is in it; None if it has none.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._before = set(folder.rglob("*")) if folder is not None else set()
+        self._missing = [p for p in (folder, *folder.parents) if not p.exists()] if folder else []
+
+    def remove(self) -> None:
+        """Remove the files and folders that were not there before."""
+        if self.folder is None or not self.folder.exists():
+            return
+        for path in sorted(set(self.folder.rglob("*")) - self._before, reverse=True):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
+        for path in self._missing:
+            with suppress(OSError):  # others may have put something there
+                path.rmdir()
 
 
 def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -43,14 +43,18 @@ def fit_dasmil(bags: Path, runs: Path, name: str = "dasmil") -> list[str]:
 def make_road(root: Path) -> Road:
     cohort = write_cohort(root / "cohort", num_slides=NUM_SLIDES, seed=1, size_px0=(640, 640))
     tiles, bags, runs = root / "tiles", root / "bags", root / "runs"
-    tile = ["tile", "--cohort", str(cohort), "--output", str(tiles), "--tile_px", "32"]
-    assert main([*tile, "--scales", "[x10,x20]", "--workers", "1"]) == 0
+    assert main(tile_command(cohort, tiles)) == 0
     dino = {}
     for scale in ("x10", "x20"):
         assert main(fit_dino(tiles, scale, runs)) == 0
         dino[scale] = runs / f"dino_{scale}" / "checkpoints" / "last.ckpt"
     assert main(embed_command(tiles, bags, dino)) == 0
     return Road(root, cohort, tiles, bags, dino)
+
+
+def tile_command(cohort: Path, tiles: Path) -> list[str]:
+    options = ["--tile_px", "32", "--scales", "[x10,x20]", "--workers", "1"]
+    return ["tile", "--cohort", str(cohort), "--output", str(tiles), *options]
 
 
 def embed_command(tiles: Path, bags: Path, extractors: dict[str, Path | str]) -> list[str]:

@@ -31,6 +31,7 @@ from dasmil.bags import (
 )
 from dasmil.bags.store import graph_bytes
 from dasmil.data.sampler import TrainingLoader, TrainingSampler, go_on, sampling_weights
+from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError, some_of
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
@@ -381,6 +382,7 @@ class BagDataModule(LightningDataModule):
         return {
             "collate_fn": join_graphs,
             "num_workers": workers,
+            "worker_init_fn": leave_signals_to_parent,
             "persistent_workers": workers > 0,
             "pin_memory": self._device().type == "cuda" and not on_device,
         }

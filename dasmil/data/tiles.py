@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from dasmil.data.augment import DrawnTiles, PilViews, TensorViews
 from dasmil.data.bags import say_missing
 from dasmil.data.sampler import TrainingLoader, go_on
+from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
@@ -279,6 +280,7 @@ class TileDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_parent,
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,

@@ -53,9 +53,9 @@ def _done_commands(output: Path) -> list[str]:
 
 
 def _run(arguments: list[str]) -> None:
-    from dasmil.cli import main
+    from dasmil.cli import run
 
-    code = main(arguments)
+    code = run(arguments)
     if code != 0:
         raise InputError(f"demo: the step {arguments[0]!r} failed with exit code {code}; see above")
 

@@ -23,6 +23,7 @@ from dasmil.embedding.dataset import SUSPECT, ChunkDataset, ClaimingSampler, Til
 from dasmil.embedding.extractor import Extractor, ExtractorSource, load_extractor
 from dasmil.embedding.weights import say
 from dasmil.embedding.writer import BagWriter, Embedded, bag_header
+from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError
 from dasmil.files import write_text
 from dasmil.slides.cohort import SlideRow, describe_leaving, read_cohort, write_cohort
@@ -69,6 +70,7 @@ class EmbeddingModule(LightningModule):
             batch_size=None,  # a chunk is a batch
             sampler=self.sampler,
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_parent,
             pin_memory=self.on_gpu,
         )
 

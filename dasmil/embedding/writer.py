@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm import tqdm
 
 from dasmil.bags import Bag, BagHeader, ExtractorCard, all_finite, bag_path, write_bag
 from dasmil.bags.status import status_row
 from dasmil.embedding.dataset import WAIT, TileChunk
+from dasmil.endings import end_on_sigterm
 from dasmil.errors import DiskFullError, InputError
 from dasmil.slides.tiling import TilePyramid
 from dasmil.work.worker import Worker
@@ -90,6 +90,7 @@ class BagWriter(Callback):
         self._failed: set[int] = set()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        end_on_sigterm()
         self._stepped = time.monotonic()
         total, hidden = sum(self._num_tiles.values()), not self.show_progress
         self._bar = tqdm(desc="embed", total=total, unit="tile", disable=hidden, smoothing=0.05)
@@ -106,8 +107,6 @@ class BagWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.received_sigterm:  # a scheduler's first word: give the claims back
-            raise SIGTERMException
         if batch.slide != WAIT:
             self.seconds_waiting += time.monotonic() - self._stepped
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from dasmil.bags import BagGraph, describe_difference
 from dasmil.data.bags import BagDataModule
 from dasmil.errors import InputError, some_of
-from dasmil.files import write_csv
 from dasmil.losses import ObjectiveOptions, balanced_weights, objective
 from dasmil.metrics.evaluation import Evaluation
 from dasmil.modules.evaluation import (
@@ -26,9 +25,7 @@ from dasmil.modules.evaluation import (
 )
 from dasmil.modules.finite import ADVICE, FiniteLoss
 from dasmil.nn import DASMIL, ScaleOutput, Standardize
-from dasmil.reports.history import run_folder
 from dasmil.seeds import seed_step
-from dasmil.slides.splits import SPLIT_COLUMNS
 from dasmil.slides.study import (
     Study,
     is_same_study,
@@ -251,9 +248,6 @@ class DASMILModule(LightningModule):
             if self.standardize is not None:
                 for scale, (mean, std) in data.train_statistics().items():
                     self.standardize.set_statistics(scale, mean, std)
-            folder = run_folder(self.trainer)
-            if folder is not None and self.trainer.is_global_zero:
-                write_csv(folder / "split.csv", SPLIT_COLUMNS, data.split_rows())
 
     def _set_class_weights(self, counts: list[int]) -> None:
         weights = self.hparams["class_weights"]

@@ -34,7 +34,7 @@ from dasmil.slides.tissue import TissueParameters
 from dasmil.units import parse_scales
 from dasmil.work.process import ChildProcess
 from dasmil.work.status import Status
-from dasmil.work.worker import STALE_AFTER_S, Worker, ended_by_sigterm
+from dasmil.work.worker import STALE_AFTER_S, Worker
 
 PARAMETERS = "tiling.json"
 POLL_S = 1.0  # between two looks at what other workers have done
@@ -92,7 +92,7 @@ def tile(
     parameters = TilingParameters(names, tile_px, min_tissue, max_upsampling, tissue, artefacts)
     rows = read_cohort(cohort, leave_out=output)
     wants = {"parameters": parameters.as_json(), "cohort": slides_digest(rows)}
-    with ended_by_sigterm(), Worker(output, stale_after, wants=wants) as worker:
+    with Worker(output, stale_after, wants=wants) as worker:
         _refuse_other_parameters(output, rows, parameters, worker)
         if other := worker.refused_by("cohort"):
             raise InputError(

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -100,9 +99,6 @@ class Children:
         self.lock = threading.Lock()
 
     def __enter__(self) -> "Children":
-        if threading.current_thread() is threading.main_thread():
-            # `kill` is as Ctrl-C
-            self.before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,8 +112,6 @@ class Children:
                 child.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 child.kill()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.before)
 
     def call(self, arguments: Sequence[str], log: Path, slot: Slot) -> str:
         """Run a verb, its output at the end of the log; what went wrong, or nothing."""

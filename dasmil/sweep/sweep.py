@@ -1,7 +1,6 @@
 """The verb ``sweep``: rows of a table, each fitted and tested with several seeds and folds."""
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -90,7 +89,7 @@ def sweep(
 
     Returns
     -------
-    The exit code: 1 when a step failed, 130 when stopped by Ctrl-C, else 0.
+    The exit code: 1 when a step failed, else 0.
     """
     rows = (*rows, *(SweepRow(Path(config).stem, (config,)) for config in configs))
     seeds = tuple(dict.fromkeys(seeds))
@@ -130,11 +129,7 @@ def sweep(
     runs = [run for runs_of_row in table for run in runs_of_row]
     steps = in_order(sorted(runs, key=lambda run: run.fold.number if run.fold else 0))
     refuse_other_steps(steps)
-    try:
-        do_steps(steps, columns[0], make_slots(jobs, gpus(), os.cpu_count() or 1))
-    except KeyboardInterrupt:
-        print("sweep: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    do_steps(steps, columns[0], make_slots(jobs, gpus(), os.cpu_count() or 1))
 
     cells = [
         {column: Cell(tuple(run.figure(column) for run in runs_of_row)) for column in columns}

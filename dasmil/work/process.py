@@ -5,13 +5,16 @@ import threading
 from collections.abc import Callable
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
+from multiprocessing.resource_tracker import ensure_running
 from typing import Any
+
+from dasmil.endings import signals_held
 
 CONTEXT = get_context("spawn")
 
 
 class ChildProcess:
-    """Runs ``function(task)`` in a process of its own.
+    """Runs ``function(task)`` in a process of its own, which only :meth:`kill` ends.
 
     An executor of the standard library does not say which task a process died of, and ends with it.
 
@@ -27,7 +30,9 @@ class ChildProcess:
     def _start(self) -> None:
         self.connection, child = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=_serve, args=(child, self.function), daemon=True)
-        self._process.start()
+        ensure_running()  # it would let the signals through again
+        with signals_held():
+            self._process.start()
         child.close()
 
     def begin(self, task: Any) -> None:

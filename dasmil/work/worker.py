@@ -19,7 +19,6 @@ import errno
 import json
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
@@ -40,23 +39,6 @@ STALE_AFTER_S = 120.0  # network file systems may show a file's time a minute la
 SIGNED_AFTER_S = 2.0  # a claim; with hard links at once
 
 Record = dict[str, Any]
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Lets SIGTERM, a scheduler's first word, end the block as an exception would."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Worker:
