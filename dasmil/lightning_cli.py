@@ -16,11 +16,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from dasmil.arguments import SentenceParser, said_of_trainer, with_configs
 from dasmil.checkpoint import read_checkpoint
+from dasmil.data import BagDataModule
+from dasmil.embedding.weights import load_checkpoint
 from dasmil.endings import end_on_sigterm, signal_of
 from dasmil.errors import InputError, some_of
 from dasmil.files import file_sha256
 from dasmil.modules import DASMILModule
 from dasmil.modules.evaluation import mean_losses
+from dasmil.modules.going_on import refuse_other_settings, training_settings
 from dasmil.reports.evaluation import write_evaluation
 from dasmil.reports.figures import evaluation_figures, save_figures, show_in_tensorboard
 from dasmil.reports.history import History, run_folder
@@ -210,6 +213,10 @@ class DasmilCLI(LightningCLI):
         return None if run is None else run / STAGES[self.verb]
 
     def before_fit(self) -> None:
+        checkpoint = self._get(self.config, "ckpt_path") or self.resume_from
+        if checkpoint is not None and Path(checkpoint).is_file():  # before anything is written
+            settings = training_settings(self.trainer, self.model, self.datamodule)
+            refuse_other_settings(load_checkpoint(Path(checkpoint)), settings)
         seed = self._get(self.config, "seed_everything")
         self.trace = Trace(run_folder(self.trainer))
         self.run = RunFolder(self.command, seed)
@@ -276,14 +283,25 @@ class DasmilCLI(LightningCLI):
             return
         best = keeper.best_model_path or keeper.last_model_path
         if self.trainer.is_global_zero:
-            score = keeper.best_model_score
-            name = "" if score is None else f" ({keeper.monitor} {float(score):.4f})"
-            print(f"fit: checkpoint {best}{name}")
+            print(f"fit: checkpoint {best}{self._describe_choice(keeper)}")
         if isinstance(self.model, DASMILModule) and keeper.best_model_path and folder is not None:
             loggers, self.trainer.loggers = self.trainer.loggers, []  # its curves have ended
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
             self.trainer.loggers = loggers
             self._write_evaluation(folder / STAGES["fit"], best)
+
+    def _describe_choice(self, keeper: ModelCheckpoint) -> str:
+        """Which epoch was chosen, of how many, and by how many slides of each class."""
+        score, data = keeper.best_model_score, self.datamodule
+        if score is None or not isinstance(data, BagDataModule):
+            return ""
+        epoch = load_checkpoint(Path(keeper.best_model_path))["epoch"]
+        counts = data.class_counts(data.val_part)
+        slides = ", ".join(f"{number} {name}" for name, number in counts.items())
+        return (
+            f": epoch {epoch} of 0 to {self.trainer.current_epoch - 1}, chosen by {keeper.monitor} "
+            f"{float(score):.4f} of {sum(counts.values())} {data.val_part} slides ({slides})"
+        )
 
     def _write_evaluation(self, folder: Path | None, checkpoint: str | None) -> None:
         """Tables, intervals and figures of the last evaluation, by one process."""

@@ -469,7 +469,7 @@ def test_d17_fitting_opens_no_test_slide_unless_by_switch(
 def test_d17_the_best_epoch_is_that_of_the_validation_slides() -> None:
     keeper, last = yaml.safe_load((CONFIGS / "dasmil.yaml").read_text())["trainer"]["callbacks"]
     assert last["init_args"]["filename"] == "last" and "monitor" not in last["init_args"]
-    assert keeper["class_path"].endswith(".ModelCheckpoint")
+    assert keeper["class_path"] == "dasmil.callbacks.BestCheckpoint"
     assert (keeper["init_args"]["monitor"], keeper["init_args"]["mode"]) == ("val/auroc", "max")
 
 

@@ -57,6 +57,8 @@ DRAWING = {  # options that draw parts, and their names in split_cohort
     "num_folds": "num_folds",
     "fold": "fold",
 }
+# parameters of BagDataModule that decide the course of a training beside the slides' parts
+OF_TRAINING = ("scales", "batch_size", "weighted_sampling", "val_part")
 OPENING_THREADS = 16  # on a network file system each opening waits for an answer
 PINNED_ROUNDING = 1.5  # CUDA's pinned memory comes in powers of two
 NETWORK_ROUNDING = 1e-6  # relative; what a float32 network makes of equal tiles in other batches
@@ -181,6 +183,7 @@ class BagDataModule(LightningDataModule):
         other_cohort: bool = False,
     ):
         super().__init__()
+        self.save_hyperparameters(*OF_TRAINING, logger=False)
         if len(classes) < 2 or len(set(classes)) != len(classes):
             raise InputError(f"data.classes: {classes} must name at least two different labels")
         self.folder = Path(bags)
@@ -292,10 +295,10 @@ class BagDataModule(LightningDataModule):
             if part != LEFT_OUT:
                 yield dict(zip(SPLIT_COLUMNS, (row.slide_id, row.patient_id, row.label, part)))
 
-    def class_counts(self) -> list[int]:
-        """Training slides of each class, in the order of the classes."""
-        counts = Counter(row.label for row in self.part("train"))
-        return [counts[name] for name in self.classes]
+    def class_counts(self, part: str = "train") -> dict[str, int]:
+        """Slides of each class in a part, in the order of the classes."""
+        counts = Counter(row.label for row in self.part(part))
+        return {name: counts[name] for name in self.classes}
 
     def train_dataloader(self) -> DataLoader[BagGraph]:
         dataset = self._dataset(self.part("train"))

@@ -25,6 +25,12 @@ from dasmil.slides.study import SlideRecord
 from dasmil.slides.tiling import read_tiles, tiles_path
 
 EVALUATED = ("val", "test")
+# parameters of TileDataModule that decide the course of a training beside the slides' parts
+OF_TRAINING = (
+    *("scale", "batch_size", "tiles_per_epoch", "global_crop_px", "global_crop_scale"),
+    *("local_crop_px", "local_crop_scale", "num_local_crops", "vertical_flip", "augmentation"),
+    "augmentation_backend",
+)
 MAX_OPEN_SLIDES = 32  # of each reading process
 
 
@@ -184,6 +190,7 @@ class TileDataModule(LightningDataModule):
         split_table: str | None = None,
     ):
         super().__init__()
+        self.save_hyperparameters(*OF_TRAINING, logger=False)
         self.folder = Path(tiles)
         self.scale = scale
         self.batch_size = batch_size

@@ -27,6 +27,7 @@ from dasmil.embedding.extractor import ExtractorRecord
 from dasmil.embedding.networks import refuse_cut_patches, vit_backbone
 from dasmil.errors import InputError, some_of
 from dasmil.modules.finite import FiniteLoss
+from dasmil.modules.going_on import KEY, refuse_other_settings, training_settings
 from dasmil.seeds import seed_step
 from dasmil.slides.study import join_records, plain_records, read_records
 from dasmil.tensors import at_least_float32
@@ -94,6 +95,8 @@ class DINOModule(LightningModule):
         from and to; biases and norms have none.
     """
 
+    schedules_by_step = True
+
     def __init__(
         self,
         backbone: str = "vit_small_patch16_224",
@@ -141,6 +144,7 @@ class DINOModule(LightningModule):
         )
         self.record: dict[str, Any] | None = None
         self._teacher_step = 0
+        self._steps_before: int | None = None  # of the training that this one goes on with
         self._finite_loss = FiniteLoss()
 
     def setup(self, stage: str) -> None:
@@ -164,6 +168,12 @@ class DINOModule(LightningModule):
 
     def on_train_start(self) -> None:
         self._teacher_step = self.global_step  # of a training that goes on, not 0
+        if self._steps_before not in (None, self._num_steps):
+            raise InputError(
+                f"fit: the schedules of this training were made for {self._steps_before} steps, "
+                f"its tiles would now make {self._num_steps}; go on with the same tiles and split, "
+                "or start another run"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """What stochastic depth draws depends on seed, epoch and place alone."""
@@ -172,6 +182,9 @@ class DINOModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Weights that go on have seen the slides of before, whatever is trained on now."""
+        if self._trainer is not None and self.trainer.training:
+            refuse_other_settings(checkpoint, self._settings())
+            self._steps_before = checkpoint.get("steps")
         before = checkpoint.get("extractor")
         if before is None or self.record is None:
             return
@@ -191,6 +204,10 @@ class DINOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._finite_loss.check_weights(checkpoint["state_dict"])
         checkpoint["extractor"] = self.record
+        checkpoint[KEY], checkpoint["steps"] = self._settings(), self._num_steps
+
+    def _settings(self) -> dict[str, Any]:
+        return training_settings(self.trainer, self, getattr(self.trainer, "datamodule", None))
 
     def training_step(self, crops: list[Tensor], batch_idx: int) -> Tensor:
         """``crops``: two large views, then the small ones; each (B, 3, S, S)."""

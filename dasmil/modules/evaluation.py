@@ -18,6 +18,8 @@ from dasmil.metrics import class_probabilities
 from dasmil.metrics.evaluation import Evaluation
 from dasmil.output import ScaleOutput
 
+CONSTANT = 1e-3  # bag logits that differ by less are one
+
 
 @dataclass(frozen=True)
 class SlideResult:
@@ -69,6 +71,14 @@ def not_finite(results: Sequence[SlideResult]) -> list[str]:
         if not all(bool(logits.isfinite().all()) for logits in result.logits.values())
         or not all(map(isfinite, result.losses.values()))
     ]
+
+
+def constant_scales(results: Sequence[SlideResult]) -> list[str]:
+    """The scales whose bag logits hardly differ between the slides: they have learned nothing."""
+    if len(results) < 2:
+        return []
+    logits = {s: torch.stack([r.logits[s] for r in results]) for s in results[0].logits}
+    return [s for s, z in logits.items() if float((z.amax(0) - z.amin(0)).max()) < CONSTANT]
 
 
 def evaluation_of(

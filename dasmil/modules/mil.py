@@ -16,7 +16,9 @@ from dasmil.errors import InputError, some_of
 from dasmil.losses import ObjectiveOptions, balanced_weights, objective
 from dasmil.metrics.evaluation import Evaluation
 from dasmil.modules.evaluation import (
+    CONSTANT,
     SlideResult,
+    constant_scales,
     evaluation_of,
     gather_results,
     mean_losses,
@@ -24,6 +26,7 @@ from dasmil.modules.evaluation import (
     slide_results,
 )
 from dasmil.modules.finite import ADVICE, FiniteLoss
+from dasmil.modules.going_on import KEY, refuse_other_settings, training_settings
 from dasmil.nn import DASMIL, ScaleOutput, Standardize
 from dasmil.seeds import seed_step
 from dasmil.slides.study import (
@@ -34,6 +37,8 @@ from dasmil.slides.study import (
     plain_records,
     read_records,
 )
+
+FEW_SLIDES = 10  # of a class: at an AUROC of 0.8 its standard error is then 0.1
 
 
 class DASMILModule(LightningModule):
@@ -244,7 +249,8 @@ class DASMILModule(LightningModule):
         if stage == "fit":
             self.hparams["split"] = self._go_on(data)
             self.hparams["val_part"] = data.val_part
-            self._set_class_weights(data.class_counts())
+            self._set_class_weights(list(data.class_counts().values()))
+            _warn_of_few(data)
             if self.standardize is not None:
                 for scale, (mean, std) in data.train_statistics().items():
                     self.standardize.set_statistics(scale, mean, std)
@@ -271,6 +277,8 @@ class DASMILModule(LightningModule):
                 f"{data.folder}: its parts are not those that the checkpoint was trained with; "
                 "resume with the same cohort table, fractions and data.split_seed"
             )
+        if self.trainer.training:
+            refuse_other_settings(checkpoint, training_settings(self.trainer, self, data))
 
     def _go_on(self, data: BagDataModule) -> Any:
         """The slides that the weights will have met: those of the data, and those met before."""
@@ -342,6 +350,8 @@ class DASMILModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._finite_loss.check_weights(checkpoint["state_dict"])
+        data = getattr(self.trainer, "datamodule", None)
+        checkpoint[KEY] = training_settings(self.trainer, self, data)
 
     def configure_optimizers(self) -> Any:
         hp = self.hparams
@@ -409,11 +419,24 @@ class DASMILModule(LightningModule):
             self._log_figures({f"{stage}/{scale}/{k}": value for k, value in figures.items()})
         self._log_figures({f"{stage}/{k}": value for k, value in figures.items()})
         self._log_figures({f"{stage}/{k}": v for k, v in mean_losses(self.results).items()})
+        if stage == "val" and not fitting:
+            self._warn_of_constant_scales("this model")
         present = len(self.evaluation.labels.unique())
         if present < len(self.classes) and stage == "test":
             warnings.warn(
                 f"AUROC is not defined: the {stage} slides hold {present} of "
                 f"{len(self.classes)} classes",
+                stacklevel=2,
+            )
+
+    def _warn_of_constant_scales(self, which: str) -> None:
+        """Adam turns weight decay into whole steps towards zero if gradients are smaller."""
+        dead = constant_scales(self.results)
+        if dead:
+            warnings.warn(
+                f"{', '.join(dead)}: {which} gives bag logits that differ by less than "
+                f"{CONSTANT:g} over the {len(self.results)} validation slides: this scale has "
+                "learned nothing; lower model.weight_decay, or set model.standardize to true",
                 stacklevel=2,
             )
 
@@ -437,6 +460,7 @@ class DASMILModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Hyperparameters beside the best validation figure, for TensorBoard's HPARAMS table."""
+        self._warn_of_constant_scales("the model of the last epoch")
         name, best = self._selection
         if isinstance(self.logger, TensorBoardLogger) and best is not None:
             self.logger.log_metrics({name: float(best)}, step=self.current_epoch)
@@ -444,3 +468,16 @@ class DASMILModule(LightningModule):
     def _plain_hparams(self) -> dict[str, Any]:
         plain = {k: v for k, v in self.hparams.items() if isinstance(v, int | float | bool)}
         return {**plain, "scales": "+".join(self.scales), "classes": "/".join(self.classes)}
+
+
+def _warn_of_few(data: BagDataModule) -> None:
+    """The AUROC of a few slides takes few values: many epochs tie, or one is best by chance."""
+    few = {name: n for name, n in data.class_counts(data.val_part).items() if n < FEW_SLIDES}
+    if few:
+        counts = " and ".join(f"{n} {name}" for name, n in few.items())
+        warnings.warn(
+            f"{data.folder}: only {counts} slide(s) choose the epoch of best.ckpt, fewer than "
+            f"{FEW_SLIDES} of a class; its metrics on them say little: raise data.val_fraction, or "
+            "choose settings over all of data.num_folds",
+            stacklevel=3,
+        )

@@ -137,7 +137,7 @@ def test_the_checkpoint_knows_what_it_was_trained_on(road):
 def test_a_training_that_goes_on_has_seen_the_slides_of_before_too(capsys):
     module = DINOModule(**SMALL)
     module.record = {"trained_on": plain_records([SlideRecord("a", digest="1"), SlideRecord("b")])}
-    module._trainer = SimpleNamespace(is_global_zero=True)
+    module._trainer = SimpleNamespace(is_global_zero=True, training=False)
     before = [SlideRecord("a", digest="2"), SlideRecord("b", "p", digest="3"), SlideRecord("c")]
     module.on_load_checkpoint({"extractor": {"trained_on": plain_records(before)}})
     seen = [(record["slide_id"], record["digest"]) for record in module.record["trained_on"]]

@@ -1,4 +1,5 @@
 import inspect
+import warnings
 from dataclasses import asdict, fields
 from itertools import product
 
@@ -405,3 +406,31 @@ def test_an_evaluation_knows_the_patients_of_its_slides(tmp_path):
     assert module.evaluation.slide_ids == ("s0", "s1", "s2", "s3")
     assert module.evaluation.patients == ("p", "s1", "p", "s3")
     assert module.evaluation.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_a_scale_whose_bag_logits_are_constant_is_named(tmp_path):
+    """As a large weight decay leaves it: the weights of the bag classifier have died."""
+
+    class Dead(DASMILModule):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.network.heads["x10"].bag_classifier.weight.data.mul_(1e-6)
+
+    torch.manual_seed(0)
+    data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
+    trainer, module = quiet_trainer(tmp_path, max_epochs=1), Dead(**SMALL)
+    with pytest.warns(UserWarning, match="^x10: the model of the last epoch gives bag logits"):
+        trainer.fit(module, datamodule=data)
+    with pytest.warns(UserWarning, match="^x10: this model gives .* over the 2 validation slides"):
+        trainer.validate(module, datamodule=data, verbose=False)
+    for head in module.network.heads.values():
+        torch.nn.init.normal_(head.bag_classifier.weight)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.validate(module, datamodule=data, verbose=False)
+    assert not [w for w in caught if "bag logits" in str(w.message)]
+
+
+def test_few_validation_slides_are_said(tmp_path):
+    data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
+    with pytest.warns(UserWarning, match="only 1 normal and 1 tumour slide.* choose the epoch"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(DASMILModule(**SMALL), datamodule=data)

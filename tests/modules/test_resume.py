@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from modules.test_dino_module import SMALL, small_data
+from modules.test_mil_module import quiet_trainer
 from road import fit_dasmil, fit_dino
 
 from dasmil.cli import main
+from dasmil.errors import InputError
+from dasmil.modules import DINOModule
 
 TESTS = Path(__file__).parents[1]
 
@@ -98,13 +104,12 @@ def test_dino_killed_goes_on_with_the_same_crops(road, tmp_path):
 
 def test_a_run_that_was_moved_knows_its_best_checkpoint(road, tmp_path):
     """Lightning goes by the folder's name, and would overwrite best.ckpt with any later epoch."""
-    options = ["--trainer.max_epochs", "2"]
+    options = ["--trainer.max_epochs", "3", "--trainer.max_steps", "12"]  # 6 steps an epoch
+    options += ["--model.learning_rate", "0", "--model.min_learning_rate", "0"]
     assert main([*fit_dasmil(road.bags, tmp_path, "run"), *options]) == 0
     best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
-    more = ["--trainer.max_epochs", "3", "--model.learning_rate", "0"]
-    more += ["--model.min_learning_rate", "0"]
-    assert main(["fit", "--resume", str(moved), *more]) == 0
+    assert main(["fit", "--resume", str(moved), "--trainer.max_steps", "-1"]) == 0
     last = torch.load(moved / "checkpoints/last.ckpt", weights_only=True)
     (keeper,) = (
         state for key, state in last["callbacks"].items() if "'monitor': 'val/auroc'" in key
@@ -114,6 +119,64 @@ def test_a_run_that_was_moved_knows_its_best_checkpoint(road, tmp_path):
     again = torch.load(moved / "checkpoints/best.ckpt", weights_only=True)
     assert_same(best["state_dict"], again["state_dict"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_training_goes_on_with_its_own_settings_or_not_at_all(road, tmp_path, capsys):
+    """What is refused changes nothing in the folder: config.yaml says what was used."""
+    options = ["--trainer.max_epochs", "3", "--trainer.max_steps", "6"]
+    assert main([*fit_dasmil(road.bags, tmp_path, "run"), *options]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"best.ckpt: epoch 0 of 0 to 0, chosen by val/auroc [\d.]+ of 2 val slides "
+        r"\(1 normal, 1 tumour\)",
+        said,
+    )
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for changed, words in (
+        (["--trainer.max_epochs", "4"], "trainer.max_epochs 4 instead of 3"),
+        (["--model.learning_rate", "0.1"], "model.learning_rate 0.1 instead of 0.0002"),
+        (["--model.betas", "[0.9,0.99]"], "model.betas [0.9, 0.99] instead of [0.5, 0.9]"),
+        (["--data.batch_size", "2"], "data.batch_size 2 instead of 1"),
+        (["--trainer.precision", "bf16-mixed"], "precision bf16-mixed instead of 32-true"),
+        (["--seed_everything", "1"], "seed_everything 1 instead of 0"),
+    ):
+        assert main(["fit", "--resume", str(run), *changed]) == 2
+        assert words in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    more = ["--trainer.max_steps", "-1", "--data.cache", "ram", "--model.specificity", "0.8"]
+    assert main(["fit", "--resume", str(run), *more]) == 0
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
+
+
+def test_dino_goes_on_with_its_own_schedule_or_not_at_all(road, tmp_path):
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    def fit(*callbacks, tiles=16, ckpt_path=None, max_steps=-1, **options):
+        keeper = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
+        trainer = quiet_trainer(
+            tmp_path, max_epochs=2, max_steps=max_steps, callbacks=[*callbacks, keeper]
+        )
+        data = small_data(road, tiles_per_epoch=tiles)
+        trainer.fit(DINOModule(**{**SMALL, **options}), datamodule=data, ckpt_path=ckpt_path)
+        return keeper.best_model_path
+
+    path = fit(Stop())
+    for options, words in (
+        ({"learning_rate": 1.0}, "model.learning_rate 1.0 instead of 0.0005"),
+        ({"weight_decay": (0.0, 0.0)}, r"model.weight_decay \[0.0, 0.0\] instead of \[0.04, 0.4\]"),
+        ({"max_steps": 6}, "trainer.max_steps 6 instead of -1"),
+        ({"tiles": 8}, "data.tiles_per_epoch 8 instead of 16"),
+    ):
+        with pytest.raises(InputError, match=words):
+            fit(ckpt_path=path, **options)
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "steps": 80}, tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match="made for 80 steps, its tiles would now make 8"):
+        fit(ckpt_path=tmp_path / "other.ckpt")
+    assert torch.load(fit(ckpt_path=path), weights_only=True)["global_step"] == 8
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(road, tmp_path):

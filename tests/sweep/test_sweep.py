@@ -42,10 +42,10 @@ def test_a_sweep_by_command(road, tmp_path, capsys, monkeypatch):
     bags = {None: road.bags.resolve()}
     [[begun]] = plan([SweepRow("default")], base, [0], output.resolve(), bags)
     write_text(begun.folder / "run.json", json.dumps(begun.record()))
-    assert main([*begun.fit(), "--trainer.max_epochs", "1"]) == 0
+    assert main([*begun.fit(), "--trainer.max_steps", "6"]) == 0
     (begun.folder / "val" / "val_evaluation.json").unlink()  # as if killed after its first epoch
     config = (begun.folder / "config.yaml").read_text()
-    write_text(begun.folder / "config.yaml", config.replace("max_epochs: 1", "max_epochs: 3"))
+    write_text(begun.folder / "config.yaml", config.replace("max_steps: 6", "max_steps: -1"))
     capsys.readouterr()
 
     code, said = run_sweep([*rows, {"label": "broken", "configs": [str(broken)]}])
