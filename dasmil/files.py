@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with said_when_full(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the user's umask has it
             yield temporary
             _flush(temporary)
+            if (
+                temporary.stat().st_mode != mode
+            ):  # safetensors makes files that only their owner reads
+                with suppress(OSError):  # a disk without modes
+                    temporary.chmod(mode)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -268,6 +275,25 @@ def pack_metadata(entries: Mapping[str, str]) -> dict[str, str]:
 def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """The inverse of :func:`pack_metadata`; nothing where a file is not one of ours."""
     return dict(json.loads((metadata or {}).get("dasmil", "{}")))
+
+
+def describe_changes(found: str, wanted: str) -> str:
+    """How two sets of parameters, both as JSON, differ: ``tile_px 64 → 32, tissue.mpp 8 → 4``."""
+    old, new = (_flat(json.loads(text)) for text in (found, wanted))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return some_of([f"{key} {old.get(key, 'unknown')} → {new.get(key, 'unknown')}" for key in keys])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            flat[prefix + key] = f"[{', '.join(map(str, value))}]"
+        else:
+            flat[prefix + key] = str(value)
+    return flat
 
 
 def configs_folder() -> Path:

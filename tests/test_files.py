@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dasmil.errors import InputError
 from dasmil.files import (
@@ -31,6 +33,21 @@ def test_a_file_appears_only_when_its_block_ends(tmp_path: Path) -> None:
         temporary.write_bytes(b"whole")
     assert path.read_bytes() == b"whole"
     assert names_in(path.parent) == ["slide.tiff"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_files_have_the_mode_that_the_user_wants(tmp_path: Path, umask: int) -> None:
+    """Also where a library makes files that only their owner may read, as safetensors does."""
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "new" / "bag.safetensors") as temporary:
+            save_file({"a": np.zeros(3)}, temporary)
+        write_text(tmp_path / "new" / "table.csv", "")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "new").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dasmil.bags.bag import (
     all_finite,
     ancestor_rows,
     describe_difference,
+    describe_other_bag,
 )
 from dasmil.bags.graph import UNKNOWN, BagGraph, bag_graph, join_graphs
 from dasmil.bags.neighbours import Neighbours, grid_neighbours
@@ -24,6 +25,7 @@ __all__ = [
     "bag_graph",
     "bag_path",
     "describe_difference",
+    "describe_other_bag",
     "grid_neighbours",
     "join_graphs",
     "read_bag",

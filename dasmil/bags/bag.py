@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dasmil.errors import InputError
+from dasmil.files import describe_changes
 from dasmil.units import Mpp, PyramidGrid, Scale, TilePx
 
 
@@ -129,6 +130,16 @@ def describe_difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> 
         if ours["feature_dim"] != theirs["feature_dim"]:  # all of mil4wsi's count as one extractor
             return f"{name} features {theirs['feature_dim']} wide instead of {ours['feature_dim']}"
     return None
+
+
+def describe_other_bag(wanted: BagHeader, found: BagHeader) -> str:
+    """How bags differ that must not lie in one folder, in words; "" where they may.
+
+    They share all that :meth:`BagHeader.bag_format` holds, and the parameters of tiling or import.
+    """
+    if wanted.bag_format() != found.bag_format():
+        return describe_difference(wanted.bag_format(), found.bag_format()) or "other extractors"
+    return "" if wanted.tiling == found.tiling else describe_changes(found.tiling, wanted.tiling)
 
 
 def _in_words(card: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,18 +18,20 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dasmil.bags import ExtractorCard, bag_path, read_header
+from dasmil.bags import BagHeader, ExtractorCard, bag_path, describe_other_bag, read_header
 from dasmil.bags.status import EXTRACTORS, bag_status, status_row
 from dasmil.embedding.dataset import SUSPECT, ChunkDataset, ClaimingSampler, TileChunk
 from dasmil.embedding.extractor import Extractor, ExtractorSource, load_extractor
 from dasmil.embedding.weights import say
 from dasmil.embedding.writer import BagWriter, Embedded, bag_header
 from dasmil.endings import leave_signals_to_parent
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.files import write_text
 from dasmil.slides.cohort import SlideRow, describe_leaving, read_cohort, write_cohort
-from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path
+from dasmil.slides.tiling import TilePyramid, read_tiles, slide_changed, tiles_path
 from dasmil.work.worker import STALE_AFTER_S, Worker
+
+LOOKING_THREADS = 8  # that look at slide files: on a network disk each look waits for an answer
 
 
 class EmbeddingModule(LightningModule):
@@ -204,19 +207,25 @@ def embed(
     networks = _load_extractors(extractors, next(iter(tables.values())))
     cards = {name: network.card for name, network in networks.items()}
     first = trainer.is_global_zero
-    todo = [
-        row
-        for row in cohort
-        if row.slide_id in tables and not _is_done(tables[row.slide_id], output, cards, say=first)
-    ]
+    any_header = bag_header(next(iter(tables.values())), cards)
+    headers = _read_headers(output)
+    _refuse_other_bags(output, headers, any_header)
+    changed = _changed_slides(cohort, tables)
+    reasons = {
+        slide_id: _why_to_do(headers.get(slide_id), bag_header(table, cards))
+        for slide_id, table in tables.items()
+        if slide_id not in changed
+    }
+    todo = [row for row in cohort if reasons.get(row.slide_id) is not None]
     wanted = [tables[row.slide_id] for row in todo]
 
-    wants = {"extractors": json.dumps([card.fingerprint for card in cards.values()])}
+    fingerprints = [card.fingerprint for card in cards.values()]
+    wants = {"bags": json.dumps([any_header.tiling, *fingerprints])}
     with Worker(output, stale_after, wants=wants) as worker:
-        if other := worker.refused_by("extractors"):
+        if other := worker.refused_by("bags"):
             raise InputError(
-                f"{output}: {other} embeds into it now with other extractors; choose another "
-                "--output"
+                f"{output}: {other} embeds into it now with other tiles or extractors; choose "
+                "another --output"
             )
         if first:
             if line := describe_leaving(output / "cohort.csv", cohort):
@@ -225,7 +234,8 @@ def embed(
             write_text(output / EXTRACTORS, _as_json(extractors, networks))
             status = bag_status(output)
             worker.on_beat = status.write
-            _note_what_is_known(worker, not_tiled, tables, todo)
+            _say_what_is_done_again(reasons)
+            _note_what_is_known(worker, not_tiled, changed, tables, todo)
         # other processes may find something to do, and wait for each other in the predict loop
         if todo or trainer.world_size > 1:
             dataset = ChunkDataset(todo, wanted, max_roots=batch_size)
@@ -311,36 +321,84 @@ def _load_extractors(
     return networks
 
 
-def _is_done(
-    tiles: TilePyramid, output: Path, cards: Mapping[str, ExtractorCard], say: bool = False
-) -> bool:
-    """True when the slide's bag is there; refuses a bag made with other parameters or extractors.
-
-    Parameters
-    ----------
-    say: tell why a bag that is there is made anew.
-    """
-    path, wanted = bag_path(output, tiles.slide_id), bag_header(tiles, cards)
-    if not path.exists():
-        return False
+def _is_done(tiles: TilePyramid, output: Path, cards: Mapping[str, ExtractorCard]) -> bool:
+    """Whether the slide's bag is there, made of these tiles by these extractors."""
     try:
-        found = read_header(path)
-    except InputError as error:  # cut off, or of another version of the format
-        reason = str(error)
-    else:
-        if found == wanted:
-            return True
-        if (found.tiling, found.bag_format()) != (wanted.tiling, wanted.bag_format()):
+        return read_header(bag_path(output, tiles.slide_id)) == bag_header(tiles, cards)
+    except InputError:
+        return False
+
+
+def _read_headers(folder: Path) -> dict[str, BagHeader | InputError]:
+    """Headers of all bags in a folder by slide, or why one cannot be read."""
+    headers: dict[str, BagHeader | InputError] = {}
+    for path in folder.glob("[!.]*.safetensors"):
+        try:
+            headers[path.name.removesuffix(path.suffix)] = read_header(path)
+        except InputError as error:
+            headers[path.name.removesuffix(path.suffix)] = error
+    return headers
+
+
+def _refuse_other_bags(
+    output: Path, headers: Mapping[str, BagHeader | InputError], wanted: BagHeader
+) -> None:
+    """A folder holds bags of one set of tiling parameters and extractors."""
+    for slide_id, found in sorted(headers.items()):
+        if isinstance(found, BagHeader) and (words := describe_other_bag(wanted, found)):
             raise InputError(
-                f"{path}: made with other tiles or extractors than asked for now; "
-                "choose another --output, or delete that file to make it anew"
+                f"{bag_path(output, slide_id)}: made with other tiles or extractors than asked for "
+                f"now ({words}); choose another --output, or delete that folder to start over"
             )
-        older = found.reader != wanted.reader
-        what = "its pixels were read by another version" if older else "its slide was tiled anew"
-        reason = f"{path}: {what}"
-    if say:
-        print(f"embed: {reason}: it is made anew")
-    return False
+
+
+def _why_to_do(found: BagHeader | InputError | None, wanted: BagHeader) -> str | None:
+    """None where the bag is done; else why a bag that is there is re-created, "" without one."""
+    if found is None:
+        return ""
+    if isinstance(found, InputError):
+        return str(found)
+    if found == wanted:
+        return None
+    if found.reader != wanted.reader:
+        return "the pixels were read by another version"
+    if found.slide_digest != wanted.slide_digest:
+        return (
+            "the slide file was replaced"
+            if found.slide_digest
+            else "its tiles are of an older version"
+        )
+    return "the slide was tiled again"
+
+
+def _changed_slides(
+    cohort: Sequence[SlideRow], tables: Mapping[str, TilePyramid]
+) -> dict[str, str]:
+    """Slides whose file has changed since it was tiled, and what to do. Others may be gone."""
+
+    def changed(row: SlideRow) -> bool:
+        try:
+            return slide_changed(row.path, tables[row.slide_id])
+        except InputError:
+            return False  # said where it is read
+
+    rows = [row for row in cohort if row.slide_id in tables]
+    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+        found = list(pool.map(changed, rows))
+    return {
+        row.slide_id: f"{row.path}: the slide file has changed since it was tiled; run tile again"
+        for row, is_changed in zip(rows, found, strict=True)
+        if is_changed
+    }
+
+
+def _say_what_is_done_again(reasons: Mapping[str, str | None]) -> None:
+    slides: dict[str, list[str]] = {}
+    for slide_id, reason in reasons.items():
+        if reason:
+            slides.setdefault(reason, []).append(slide_id)
+    for reason, names in slides.items():
+        print(f"embed: {reason}: {len(names)} bag(s) re-created: {some_of(names)}")
 
 
 def _as_json(
@@ -360,14 +418,19 @@ def _as_json(
 def _note_what_is_known(
     worker: Worker,
     not_tiled: Mapping[str, str],
+    changed: Mapping[str, str],
     tables: Mapping[str, TilePyramid],
     todo: Sequence[SlideRow],
 ) -> None:
     """What has changed since it was last written down, by `tile` or by a worker that was killed."""
     for slide_id, reason in not_tiled.items():
         worker.note(slide_id, {"state": "not tiled", "message": reason})
+    for slide_id, reason in changed.items():
+        worker.note(slide_id, {"state": "failed", "message": reason})
     waiting = {row.slide_id for row in todo}
     for slide_id, table in tables.items():
+        if slide_id in changed:
+            continue
         state = worker.last(slide_id)["state"]
         if slide_id in waiting and state == "not tiled":
             worker.note(slide_id, {"state": "waiting", "message": ""})

@@ -24,6 +24,7 @@ RgbArray = npt.NDArray[np.uint8]
 
 PLAUSIBLE_MPP = (0.05, 20.0)  # µm/px; nothing that is sold scans outside this range
 MAX_ANISOTROPY = 1.05  # mpp-x against mpp-y
+CONTRADICTION = 1.2  # the table's mpp against the file's: scanners of one magnification differ less
 NEARLY_WHOLE = 0.06  # how far a ratio may be from a whole one to be treated as such
 CACHE_BYTES = 32 * 2**20  # OpenSlide's own default
 READ_BLOCK_PX = 2048  # side of the largest region decoded at once
@@ -36,10 +37,14 @@ TO_A_PYRAMID = (
 
 @dataclass(frozen=True)
 class PhysicalScale:
-    """The mpp of a slide and where it came from: ``table``, ``slide`` or ``objective power``."""
+    """The mpp of a slide and where it came from: ``table``, ``slide`` or ``objective power``.
+
+    ``warning`` says that the table contradicts the file.
+    """
 
     mpp: Mpp
     source: str
+    warning: str = ""
 
 
 class Slide:
@@ -264,26 +269,31 @@ def _refuse_giant_tiles(path: Path, handle: openslide.AbstractSlide) -> None:
 
 def _physical_scale(row: SlideRow, properties: Mapping[str, str]) -> PhysicalScale:
     """The table's override, else the file's mpp, else its objective power (mpp = 10 / power)."""
-    if row.mpp is not None:
-        found = PhysicalScale(Mpp(row.mpp), "table")
-    elif row.magnification is not None:
-        found = PhysicalScale(Mpp(10 / row.magnification), "table")
-    elif mpp_x := _recorded(properties, openslide.PROPERTY_NAME_MPP_X):
-        mpp_y = _recorded(properties, openslide.PROPERTY_NAME_MPP_Y) or mpp_x
+    mpp_x = _recorded(properties, openslide.PROPERTY_NAME_MPP_X)
+    mpp_y = _recorded(properties, openslide.PROPERTY_NAME_MPP_Y) or mpp_x
+    power = _recorded(properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER)
+    low, high = PLAUSIBLE_MPP
+    if row.mpp is not None or row.magnification is not None:
+        mpp = row.mpp or 10 / (row.magnification or 1)
+        own = (mpp_x + mpp_y) / 2 or (10 / power if power else 0.0)
+        warning = ""
+        if low <= own <= high and not 1 / CONTRADICTION <= mpp / own <= CONTRADICTION:
+            warning = f"the table's {mpp:g} µm/px is used, the file says {own:g}"
+        found = PhysicalScale(Mpp(mpp), "table", warning)
+    elif mpp_x:
         if not 1 / MAX_ANISOTROPY <= mpp_x / mpp_y <= MAX_ANISOTROPY:
             raise InputError(
                 f"slide {row.slide_id} ({row.path}): its pixels are not square ({mpp_x:g} by "
                 f"{mpp_y:g} µm); fill the column mpp of its row in the cohort table"
             )
         found = PhysicalScale(Mpp((mpp_x + mpp_y) / 2), "slide")
-    elif power := _recorded(properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER):
+    elif power:
         found = PhysicalScale(Mpp(10 / power), "objective power")
     else:
         raise InputError(
             f"slide {row.slide_id} ({row.path}): the file records neither mpp nor objective power; "
             "fill the column mpp (or magnification) of its row in the cohort table"
         )
-    low, high = PLAUSIBLE_MPP
     if not low <= found.mpp <= high:
         raise InputError(
             f"slide {row.slide_id} ({row.path}): {found.mpp:g} µm/px (from the {found.source}) is "

@@ -9,15 +9,16 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from dasmil.errors import DiskFullError, InputError, say_error
-from dasmil.files import write_text
+from dasmil.errors import DiskFullError, InputError, say_error, some_of
+from dasmil.files import describe_changes, write_text
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.cohort import (
     SlideRow,
@@ -28,8 +29,13 @@ from dasmil.slides.cohort import (
     write_cohort,
 )
 from dasmil.slides.reader import Slide
-from dasmil.slides.tile_slide import StatusRow, qc_path, summary, tile_slide
-from dasmil.slides.tiling import TilingParameters, read_tiles, tiles_path
+from dasmil.slides.tile_slide import StatusRow, qc_path, summary, tile_slide, what_changed
+from dasmil.slides.tiling import (
+    TilingParameters,
+    read_parameters,
+    read_tiles,
+    tiles_path,
+)
 from dasmil.slides.tissue import TissueParameters
 from dasmil.units import parse_scales
 from dasmil.work.process import ChildProcess
@@ -37,6 +43,7 @@ from dasmil.work.status import Status
 from dasmil.work.worker import STALE_AFTER_S, Worker
 
 PARAMETERS = "tiling.json"
+SAID = ("message", "warning")  # of a row: in status.csv, and on screen too
 POLL_S = 1.0  # between two looks at what other workers have done
 
 
@@ -106,7 +113,7 @@ def tile(
         worker.on_beat = status.write
         rows = refuse_faulty(rows, worker)
         _tile_all(rows, output, parameters, min(workers or os.cpu_count() or 1, len(rows)), worker)
-    print(status.summary("tile"))
+    print("\n".join([*_same_files(status.rows), status.summary("tile")]))
     return int(any(row["state"] not in ("done", "empty") for row in status.rows))
 
 
@@ -119,7 +126,7 @@ def tile_status(folder: Path) -> Status:
         [row.slide_id for row in read_cohort(folder / "cohort.csv")],
         [*columns, "tissue_mm2", "covered", "mpp", "mpp_source"],
         path=partial(tiles_path, folder),
-        describe=lambda path: summary(read_tiles(path), ""),
+        describe=lambda path: summary(read_tiles(path)),
     )
 
 
@@ -187,9 +194,13 @@ def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> St
     start = time.monotonic()
     try:
         with Slide(row) as slide:
-            if (done := _done_before(slide, output)) is not None:
+            done, changed = _done_before(slide, output)
+            if done is not None:
                 return done
             result = tile_slide(slide, output, parameters)
+            if changed:
+                words = f"{changed}: tiled again"
+                result |= {key: "; ".join(filter(None, [words, str(result[key])])) for key in SAID}
     except DiskFullError:
         raise
     except Exception as error:  # the message is reported in status.csv, on screen and by exit code
@@ -197,19 +208,18 @@ def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> St
     return {**result, "seconds": round(time.monotonic() - start, 2)}
 
 
-def _done_before(slide: Slide, output: Path) -> StatusRow | None:
-    """The status of a slide whose table and picture are there, and are of this very slide."""
+def _done_before(slide: Slide, output: Path) -> tuple[StatusRow | None, str]:
+    """The status of a slide whose table and picture are there; None, and what has changed since."""
     path = tiles_path(output, slide.row.slide_id)
     if not path.exists() or not qc_path(output, slide.row.slide_id).exists():
-        return None
+        return None, ""
     try:
         tiles = read_tiles(path)
     except InputError:  # cut off, or of another version: told when the run began
-        return None
-    found = tiles.slide_mpp, tiles.size_px0, tiles.bounds_px0
-    if found != (slide.mpp, slide.size_px0, slide.bounds_px0):
-        return None
-    return summary(tiles, slide.physical_scale.source)
+        return None, ""
+    if changed := what_changed(slide, tiles):
+        return None, changed
+    return summary(tiles, slide.physical_scale), ""
 
 
 def _refuse_other_parameters(
@@ -222,18 +232,33 @@ def _refuse_other_parameters(
         raise InputError(
             f"{output}: {other} tiles into it now with other parameters; choose another --output"
         )
-    for table in (tiles_path(output, row.slide_id) for row in rows if not row.fault):
-        if not table.exists():
-            continue
+    ours = {tiles_path(output, row.slide_id) for row in rows}
+    lost = []
+    for table in sorted(output.glob("tiles/[!.]*.safetensors")):  # also of slides not asked for now
         try:
-            found = read_tiles(table).tiling
+            found = read_parameters(table)
         except InputError as error:
-            print(f"tile: {error}: it is made anew")
+            lost += [str(error)] if table in ours else []
             continue
         if found != wanted:
             raise InputError(
-                f"{table}: made with other parameters than asked for now; "
-                "choose another --output, or delete that folder to start over"
+                f"{table}: made with other parameters than asked for now "
+                f"({describe_changes(found, wanted)}); choose another --output, or delete that "
+                "folder to start over"
             )
+    if lost:
+        more = f", and {len(lost) - 1} more like it" if len(lost) > 1 else ""
+        print(f"tile: {lost[0]}{more}: re-created")
     if not path.exists() or path.read_text(encoding="utf-8") != wanted:
         write_text(path, wanted)
+
+
+def _same_files(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Slides of different names that are one file, or copies of it."""
+    slides: dict[str, list[str]] = {}
+    for row in rows:
+        if digest := row.get("slide_digest"):
+            slides.setdefault(digest, []).append(row["slide_id"])
+    for names in slides.values():
+        if len(names) > 1:
+            yield f"warning: {some_of(names)} are the same slide file; keep one row of it"

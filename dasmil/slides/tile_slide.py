@@ -9,11 +9,12 @@ from dasmil.files import file_state, sample_digest
 from dasmil.slides.artefacts import artefact_masks, exclude
 from dasmil.slides.focus import blurred_tiles
 from dasmil.slides.qc import draw_qc, shrink, write_png
-from dasmil.slides.reader import Slide
+from dasmil.slides.reader import PhysicalScale, Slide
 from dasmil.slides.tiling import (
     TilePyramid,
     TilingParameters,
     covered_share,
+    slide_changed,
     tile_pyramid,
     tiles_path,
     without_blurred,
@@ -53,12 +54,37 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
     tiles = replace(tiles, covered=covered, slide_digest=digest, slide_state=state)
     write_png(qc_path(output, slide_id), draw_qc(picture, mask, tiles, artefacts, blurred_px0))
     write_tiles(tiles_path(output, slide_id), tiles)
-    return summary(tiles, slide.physical_scale.source)
+    return summary(tiles, slide.physical_scale)
 
 
-def summary(tiles: TilePyramid, mpp_source: str) -> StatusRow:
-    """What the status table says of a slide that has been tiled."""
+def what_changed(slide: Slide, tiles: TilePyramid) -> str:
+    """How a slide differs from the one that was tiled before, in words; "" where it does not."""
+    words = []
+    if slide_changed(slide.row.path, tiles):
+        words.append("its file was replaced")
+    for what, old, new, unit in (
+        ("size", tiles.size_px0, slide.size_px0, "px"),
+        ("resolution", tiles.slide_mpp, slide.mpp, "µm/px"),
+        ("origin", tiles.bounds_px0, slide.bounds_px0, "px"),
+    ):
+        if old != new:
+            words.append(f"its {what} changed from {_shown(old)} to {_shown(new)} {unit}")
+    return ", ".join(words)
+
+
+def _shown(value: float | tuple[int, int]) -> str:
+    return f"{value[0]} x {value[1]}" if isinstance(value, tuple) else f"{value:g}"
+
+
+def summary(tiles: TilePyramid, scale: PhysicalScale | None = None) -> StatusRow:
+    """What the status table says of a slide that has been tiled.
+
+    Parameters
+    ----------
+    scale: of the slide; None where only its table is at hand.
+    """
     num_tiles = tiles.num_tiles()
+    warning = scale.warning if scale else ""
     if any(num_tiles.values()):
         message = ""
     elif tiles.excluded.get("blur"):
@@ -78,6 +104,10 @@ def summary(tiles: TilePyramid, mpp_source: str) -> StatusRow:
         "tissue_mm2": round(tiles.tissue_mm2, 3),
         "covered": round(tiles.covered, 4) if tiles.tissue_mm2 else "",
         "mpp": tiles.slide_mpp,
-        "mpp_source": mpp_source,
-        "message": "; ".join(filter(None, [message, excluded and f"left out: {excluded}"])),
+        "mpp_source": scale.source if scale else "",
+        "message": "; ".join(
+            filter(None, [message, warning, excluded and f"left out: {excluded}"])
+        ),
+        "warning": warning,
+        "slide_digest": tiles.slide_digest,
     }

@@ -1,9 +1,11 @@
 """Mask + scales → aligned tile pyramid, and its file. Pure integers; no pixel is read here."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dasmil.errors import InputError
-from dasmil.files import atomic_path, pack_metadata, unpack_metadata
+from dasmil.files import atomic_path, file_state, pack_metadata, sample_digest, unpack_metadata
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.tissue import MaskArray, TissueParameters, tissue_fraction
 from dasmil.units import Mpp, PyramidGrid, Scale, TilePx, parse_scales
@@ -232,6 +234,17 @@ def _find_rows(
     return order[np.searchsorted(keys, wanted_keys, sorter=order)]
 
 
+def slide_changed(path: Path, tiles: TilePyramid) -> bool:
+    """Whether a slide's file is another one than was tiled; its time alone may differ.
+
+    Raises
+    ------
+    InputError
+        if the file does not exist, or cannot be read.
+    """
+    return file_state(path) != tiles.slide_state and sample_digest(path) != tiles.slide_digest
+
+
 def tiles_path(folder: Path, slide_id: str) -> Path:
     return folder / "tiles" / f"{slide_id}.safetensors"
 
@@ -259,6 +272,18 @@ def write_tiles(path: Path, tiles: TilePyramid) -> None:
         save_file(tensors, temporary, pack_metadata(metadata))
 
 
+def read_parameters(path: Path) -> str:
+    """The parameters that a tile table was made with, as JSON; no tensor is read.
+
+    Raises
+    ------
+    InputError
+        if the file is missing, damaged, or of another version.
+    """
+    with _opened(path) as (header, _):
+        return header["tiling"]
+
+
 def read_tiles(path: Path) -> TilePyramid:
     """Read what :func:`write_tiles` wrote.
 
@@ -267,15 +292,7 @@ def read_tiles(path: Path) -> TilePyramid:
     InputError
         if the file is missing, damaged, or of another version.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = unpack_metadata(file.metadata())
-            if header.get("format") != FORMAT:
-                raise InputError(
-                    f"{path}: a tile table of another version ({header.get('format')}, this one "
-                    f"reads {FORMAT}); run tile again"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with _opened(path) as (header, file):
         width_px0, height_px0 = json.loads(header["size_px0"])
         left_px0, top_px0 = json.loads(header["bounds_px0"])
         scales = parse_scales(json.loads(header["scales"]))
@@ -285,8 +302,8 @@ def read_tiles(path: Path) -> TilePyramid:
             tile_px=TilePx(int(header["tile_px"])),
             slide_mpp=Mpp(float(header["slide_mpp"])),
             size_px0=(width_px0, height_px0),
-            grid={scale.name: tensors[f"grid/{scale.name}"] for scale in scales},
-            parent={scale.name: tensors[f"parent/{scale.name}"] for scale in scales[1:]},
+            grid={scale.name: file.get_tensor(f"grid/{scale.name}") for scale in scales},
+            parent={scale.name: file.get_tensor(f"parent/{scale.name}") for scale in scales[1:]},
             tiling=header["tiling"],
             tissue_mm2=float(header["tissue_mm2"]),
             covered=float(header["covered"]),
@@ -295,6 +312,20 @@ def read_tiles(path: Path) -> TilePyramid:
             slide_digest=header["slide_digest"],
             slide_state=header["slide_state"],
         )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
+    """The header of a tile table, and the file to read tensors from."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = unpack_metadata(file.metadata())
+            if header.get("format") != FORMAT:
+                raise InputError(
+                    f"{path}: a tile table of another version ({header.get('format')}, this one "
+                    f"reads {FORMAT}); run tile again"
+                )
+            yield header, file
     except InputError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

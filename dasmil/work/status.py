@@ -84,13 +84,20 @@ class Status:
         return f"{verb}: {', '.join(words)}; see {self.table}"
 
     def complaints(self) -> Iterator[str]:
-        """A line for each slide that is not done, and at most ten of a kind."""
+        """A line for each warning and each slide that is not done, and at most ten of a kind."""
+        warnings = [row for row in self.rows if row.get("warning")]
+        yield from self._named("warning", warnings, "warning")
         for state in STATES[1:-1]:
-            rows = [row for row in self.rows if row["state"] == state]
-            for row in rows[:MAX_NAMED]:
-                yield f"{state}: {row['slide_id']}: {row.get('message') or ''}".rstrip(": ")
-            if len(rows) > MAX_NAMED:
-                yield f"{state}: and {len(rows) - MAX_NAMED} more"
+            yield from self._named(state, [row for row in self.rows if row["state"] == state])
+
+    @staticmethod
+    def _named(
+        kind: str, rows: Sequence[Mapping[str, Any]], column: str = "message"
+    ) -> Iterator[str]:
+        for row in rows[:MAX_NAMED]:
+            yield f"{kind}: {row['slide_id']}: {row.get(column) or ''}".rstrip(": ")
+        if len(rows) > MAX_NAMED:
+            yield f"{kind}: and {len(rows) - MAX_NAMED} more"
 
     def _files(self) -> set[Path]:
         """One listing: on a network file system each question about a file waits for an answer."""

@@ -19,8 +19,8 @@ from dasmil.bags import bag_path, read_bag
 from dasmil.cli import main
 from dasmil.embedding.dataset import WAIT, ChunkDataset, ClaimingSampler
 from dasmil.embedding.extractor import Extractor, load_extractor
-from dasmil.files import sample_digest
-from dasmil.slides.cohort import SlideRow, read_cohort
+from dasmil.files import file_state, sample_digest
+from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
 from dasmil.slides.cutting import TileCutter
 from dasmil.slides.reader import Slide
 from dasmil.slides.tiling import TilingParameters, read_tiles, tile_pyramid, tiles_path, write_tiles
@@ -97,6 +97,65 @@ def test_other_extractors_never_mix_in(road, capsys):
     assert main(embed_command(road.tiles, road.bags, RANDOM)) == 2
     assert "made with other tiles or extractors" in capsys.readouterr().err
     assert {s: bag_path(road.bags, s).read_bytes() for s in slide_ids(road)} == before
+
+
+def test_a_folder_holds_one_configuration_also_of_slides_not_asked_for_now(road, tmp_path, capsys):
+    """Other tiles or extractors are refused by what differs, though no slide coincides."""
+    tiles, bags = tmp_path / "tiles", tmp_path / "bags"
+    bags.mkdir()
+    shutil.copy(bag_path(road.bags, slide_ids(road)[0]), bag_path(bags, "another"))
+    assert main(embed_command(road.tiles, bags, RANDOM)) == 2
+    assert "x10 features of the extractor" in capsys.readouterr().err
+    shutil.copytree(road.tiles, tiles)
+    for slide_id in slide_ids(road):
+        table = read_tiles(tiles_path(tiles, slide_id))
+        tiling = json.dumps({**json.loads(table.tiling), "min_tissue": 0.5})
+        write_tiles(tiles_path(tiles, slide_id), replace(table, tiling=tiling))
+    assert main(embed_command(tiles, bags, road.dino)) == 2
+    assert "min_tissue 0.25 → 0.5" in capsys.readouterr().err
+    assert [path.name for path in bags.glob("*.safetensors")] == ["another.safetensors"]
+
+
+def test_a_slide_that_was_replaced_is_never_embedded_with_the_tiles_of_before(
+    road, tmp_path, capsys
+):
+    """Of three slides one is replaced after it was tiled and one copied; then both are tiled."""
+    tiles, bags, slides = (tmp_path / name for name in ("tiles", "bags", "slides"))
+    slides.mkdir()
+    rows = read_cohort(road.cohort)[:3]
+    copies = [replace(row, path=slides / row.path.name, split=None) for row in rows]
+    for row, copy in zip(rows, copies):
+        shutil.copy(row.path, copy.path)
+    write_cohort(tmp_path / "cohort.csv", copies)
+    parameters = TilingParameters(**json.loads((road.tiles / "tiling.json").read_text()))
+    options = [f"--tissue.mpp={parameters.tissue['mpp']}"]
+    command = ["tile", "--cohort", str(tmp_path / "cohort.csv"), "--output", str(tiles)]
+    command += ["--scales", "[x10,x20]", "--tile_px", str(parameters.tile_px), *options]
+    assert main([*command, "--workers", "1"]) == 0
+    assert main(embed_command(tiles, bags, RANDOM)) == 0
+    first, second, third = (bag_path(bags, row.slide_id) for row in rows)
+    before = [path.read_bytes() for path in (first, second, third)]
+
+    os.utime(copies[1].path, (0, 0))  # the same file with another time
+    copies[0].path.write_bytes(copies[2].path.read_bytes())
+    capsys.readouterr()
+    assert main(embed_command(tiles, bags, RANDOM)) == 1
+    state, message = states(bags)[rows[0].slide_id]
+    assert state == "failed" and message.startswith(f"{copies[0].path}: the slide file has changed")
+    assert "run tile again" in message
+    assert {state for state, _ in list(states(bags).values())[1:]} == {"done"}
+    assert [path.read_bytes() for path in (first, second, third)] == before  # nothing is lost
+
+    times = tiles_path(tiles, rows[1].slide_id).stat().st_mtime_ns
+    assert main([*command, "--workers", "1"]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {rows[0].slide_id}: its file was replaced" in said
+    assert f"{rows[0].slide_id}, {rows[2].slide_id} are the same slide file" in said
+    assert tiles_path(tiles, rows[1].slide_id).stat().st_mtime_ns == times
+    assert main(embed_command(tiles, bags, RANDOM)) == 0
+    assert "the slide file was replaced: 1 bag(s) re-created" in capsys.readouterr().out
+    assert torch.equal(read_bag(first).features["x20"], read_bag(third).features["x20"])
+    assert [path.read_bytes() for path in (second, third)] == before[1:]
 
 
 def test_an_extractor_for_each_scale_is_asked_for(road, tmp_path, capsys):
@@ -304,7 +363,7 @@ def test_features_are_those_of_the_usual_way(shared_data, file, mpp, interpolate
 
 
 def test_pixels_that_cannot_be_read_cost_one_row(road, tmp_path):
-    """The file is damaged after it was tiled, inside; what else it holds can be read."""
+    """The file is damaged inside, where its thumbnail is not made from; the rest can be read."""
     tiles, slides = tmp_path / "tiles", tmp_path / "slides"
     shutil.copytree(road.tiles, tiles)
     rows = read_cohort(road.cohort)
@@ -319,6 +378,9 @@ def test_pixels_that_cannot_be_read_cost_one_row(road, tmp_path):
     for start, length in spans[len(spans) // 2 :]:
         content[start : start + length] = bytes(length)
     damaged.write_bytes(content)
+    table = tiles_path(tiles, rows[0].slide_id)
+    as_tiled = {"slide_digest": sample_digest(damaged), "slide_state": file_state(damaged)}
+    write_tiles(table, replace(read_tiles(table), **as_tiled))
     assert main([*embed_command(tiles, tmp_path / "bags", RANDOM), "--batch_size", "8"]) == 1
     found = states(tmp_path / "bags")
     state, message = found[rows[0].slide_id]

@@ -232,7 +232,10 @@ def test_a_slide_that_failed_is_tried_again(two_slides: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("change", [{"mpp": 0.25}, {"magnification": 40}])
 def test_a_changed_mpp_in_the_table_means_tiling_anew(
-    two_slides: Path, tmp_path: Path, change: dict[str, float]
+    two_slides: Path,
+    tmp_path: Path,
+    change: dict[str, float],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "TILES"
     tissue = TissueParameters(min_tissue_um2=5_000.0)  # 256 × 512 px0 at 0.25 are 8192 µm²
@@ -244,27 +247,37 @@ def test_a_changed_mpp_in_the_table_means_tiling_anew(
     write_table(two_slides, rows)
     run = Run(tile(two_slides, output, SCALES, tile_px=64, tissue=tissue, workers=1), output)
     good, blank = run.status["good"], run.status["blank"]
-    assert (good["mpp"], good["mpp_source"], good["message"]) == ("0.25", "table", "")
-    # a x5 tile is 512 px0 now, so 2 columns and 1 row fit; tissue is 2 columns by 4 rows of 128 px0
+    assert (good["mpp"], good["mpp_source"]) == ("0.25", "table")
+    words = "the table's 0.25 µm/px is used, the file says 0.5"
+    again = "its resolution changed from 0.5 to 0.25 µm/px: tiled again"
+    assert good["message"] == f"{again}; {words}"
+    assert f"warning: good: {again}; {words}" in capsys.readouterr().out.splitlines()
+    # tissue is 2 columns by 4 rows of x20 tiles of 128 px0, all in one of x5
     assert (good["tiles/x5"], good["tiles/x20"]) == ("1", "8")
     assert run.tiles("good").slide_mpp == 0.25
     assert blank["message"] == "no tissue found"
+    tile(two_slides, output, SCALES, tile_px=64, tissue=tissue, workers=1)  # nothing is done again,
+    assert run.status["good"]["message"] == words  # but it is said again
 
 
+@pytest.mark.parametrize("other_slides", [False, True])
 def test_other_parameters_are_refused_and_nothing_is_touched(
-    two_slides: Path, tmp_path: Path
+    two_slides: Path, tmp_path: Path, other_slides: bool
 ) -> None:
     output = tmp_path / "TILES"
     tile(two_slides, output, SCALES, tile_px=64, workers=1)
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     write_table(two_slides, [{"slide_id": "good", "path": "slides/good.tiff", "label": "new"}])
-    for change in (
-        {"scales": ("x10", "x20")},
-        {"tile_px": 32},
-        {"min_tissue": 0.5},
-        {"tissue": TissueParameters(closing_um=16.0)},
+    if other_slides:
+        path = tmp_path / "slides" / "good.tiff"
+        write_table(two_slides, [{"slide_id": "another", "path": path}])
+    for change, words in (
+        ({"scales": ("x10", "x20")}, r"\(scales \[x5, x20\] → \[x10, x20\]\)"),
+        ({"tile_px": 32}, r"\(tile_px 64 → 32\)"),
+        ({"min_tissue": 0.5, "tile_px": 32}, r"\(.*min_tissue 0.25 → 0.5.*\)"),
+        ({"tissue": TissueParameters(closing_um=16.0)}, r"\(tissue.closing_um 32.0 → 16.0\)"),
     ):
-        with pytest.raises(InputError, match="made with other parameters") as caught:
+        with pytest.raises(InputError, match=f"made with other parameters .*{words}") as caught:
             tile(two_slides, output, **{"scales": SCALES, "tile_px": 64, "workers": 1, **change})
         assert str(output / "tiles") in str(caught.value)
         assert "--output" in str(caught.value)
@@ -314,11 +327,55 @@ def test_a_damaged_tile_table_is_named_and_made_anew(
         times = {p: p.stat().st_mtime_ns for p in output.glob("tiles/blank*")}
         capsys.readouterr()
         assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
-        said = [line for line in capsys.readouterr().out.splitlines() if "made anew" in line]
+        said = [line for line in capsys.readouterr().out.splitlines() if "re-created" in line]
         assert len(said) == 1 and str(path) in said[0]
         assert path.read_bytes() == whole
         assert (output / "tiling.json").read_text() == parameters
         assert {p: p.stat().st_mtime_ns for p in output.glob("tiles/blank*")} == times
+
+
+@pytest.mark.parametrize("stored", ["as it was", "by an older version"])
+def test_a_slide_that_was_replaced_is_tiled_again_and_a_copied_one_is_not(
+    two_slides: Path, tmp_path: Path, stored: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By another one of the same size and resolution; with the same file a new time alone."""
+    output, slides = tmp_path / "TILES", tmp_path / "slides"
+    tile(two_slides, output, SCALES, tile_px=64, workers=1)
+    path = tiles_path(output, "good")
+    before, first = path.stat().st_mtime_ns, Run(0, output).tiles("good")
+    content = (slides / "good.tiff").read_bytes()
+    (slides / "good.tiff").unlink()
+    (slides / "good.tiff").write_bytes(content)
+    assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
+    assert path.stat().st_mtime_ns == before
+    moved = draw_slide(1100, 600, tissue=(512, 0, 768, 512))
+    write_pyramid(slides / "good.tiff", moved, 0.5)
+    if stored == "by an older version":
+        path.write_bytes(path.read_bytes().replace(TILES_FORMAT.encode(), b"dasmil-tiles-2"))
+    capsys.readouterr()
+    assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
+    second, said = Run(0, output), capsys.readouterr().out
+    assert second.tiles("good").grid["x20"][:, 1].min() == 8 != first.grid["x20"][:, 1].min()
+    assert second.tiles("good").slide_digest not in ("", first.slide_digest)
+    if stored == "as it was":
+        assert second.status["good"]["message"] == "its file was replaced: tiled again"
+        assert "warning: good: its file was replaced: tiled again" in said.splitlines()
+    else:
+        assert f"{path}: a tile table of another version (dasmil-tiles-2" in said
+    assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
+    assert second.status["good"]["message"] == ""  # it is told once
+
+
+def test_the_same_file_under_two_names_is_said(
+    two_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = tmp_path / "slides" / "good.tiff"
+    shutil.copy(good, good.with_name("copy.tiff"))
+    rows = [{"slide_id": name, "path": f"slides/{name}.tiff"} for name in ("good", "blank", "copy")]
+    write_table(two_slides, rows)
+    assert tile(two_slides, tmp_path / "TILES", SCALES, tile_px=64, workers=1) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert said == ["warning: good, copy are the same slide file; keep one row of it"]
 
 
 class DyingOfGood(InThisProcess):
