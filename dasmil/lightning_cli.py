@@ -32,7 +32,6 @@ from dasmil.reports.kept import KeptMetrics
 from dasmil.reports.predictions import PredictionWriter
 from dasmil.run_folder import RunFolder, Trace, run_folder_of, split_resume
 
-DRAWS = 1000
 STAGES = {"fit": "val", "validate": "val", "test": "test"}  # the part whose figures a verb gives
 
 
@@ -141,10 +140,6 @@ class DasmilCLI(LightningCLI):
                 type=list[str] | None,
                 help="classes (QuPath) or groups (ASAP) of the annotations that are lesions; one "
                 "with a colon stands in quotes: '[\"Tumor: Positive\"]'",
-            )
-        if subcommand != "predict":
-            parser.add_argument(
-                "--draws", type=int, default=DRAWS, help="of the bootstrap that gives intervals"
             )
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
@@ -318,13 +313,11 @@ class DasmilCLI(LightningCLI):
         if checkpoint:
             path = Path(checkpoint)
             about = {"checkpoint": path.name, "checkpoint_sha256": file_sha256(path)}
-        draws = self._get(self.config, "draws", DRAWS)
         pooling, failed = self.model.hparams["patient_pooling"], self.model.failed
-        options = {"pooling": pooling, "draws": draws, "failed": failed}
-        write_evaluation(folder, stage, evaluation, more, about, **options)
+        write_evaluation(folder, stage, evaluation, more, about, pooling=pooling, failed=failed)
         if failed:
             return
-        figures = evaluation_figures(evaluation, stage, draws)
+        figures = evaluation_figures(evaluation, stage)
         save_figures(folder / "figures", figures)
         show_in_tensorboard(folder, stage, figures)
         print(f"{self.verb}: figures {folder / f'{stage}_metrics.csv'}, {folder / 'figures'}")

@@ -1,22 +1,31 @@
-"""``compare``: methods on the same test slides, by bootstrap over patients."""
+"""``compare``: methods on the same test slides."""
 
 import statistics
-from collections.abc import Sequence
-from math import nan
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from math import isnan, lcm, nan
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dasmil.compare.figure import draw
-from dasmil.compare.runs import Method, TestSet, read_methods
-from dasmil.compare.table import CSV_COLUMNS, Comparison, Result, csv_rows, markdown
+from dasmil.compare.runs import Method, Run, read_methods
+from dasmil.compare.table import (
+    CSV_COLUMNS,
+    POOLED,
+    SAME_FOLD,
+    Comparison,
+    Result,
+    csv_rows,
+    markdown,
+)
 from dasmil.errors import InputError
 from dasmil.files import write_csv, write_text
-from dasmil.metrics import interval, paired_p_value, resamples
+from dasmil.metrics import pool, swap_test
+from dasmil.metrics.evaluation import Inputs
+from dasmil.metrics.intervals import combined_interval
 
 
 def compare(
@@ -28,11 +37,13 @@ def compare(
     draws: int = 2000,
     seed: int = 0,
 ) -> int:
-    """One table of tested methods: figures with 95 % intervals, and paired tests against the first.
+    """One table of tested methods: metrics with 95 % intervals, and paired tests against the first.
 
-    A method's figure is the mean over its test sets (folds) of the mean over its runs (seeds) on
-    each. Intervals and tests are a bootstrap over patients: the same draws for all methods.
-    Nothing is compared that has not the same test slides, labels, patients and classes.
+    A method's value is that of all its test slides: the test sets of a cross-validation are pooled.
+    With several runs (seeds) per test set it is the mean over the runs. Intervals are those of
+    :mod:`dasmil.metrics.intervals`; the test swaps the predictions of whole patients. Only methods
+    with the same test slides, labels, patients and classes are compared. Everything is computed
+    from ``test_slides.csv``, so old runs need no new test.
 
     Parameters
     ----------
@@ -41,7 +52,8 @@ def compare(
         with such folders anywhere in it (the seeds and folds of a sweep's row). The first is what
         the others are compared with.
     metrics:
-        of slides, as in test_metrics.csv.
+        of slides, as in test_metrics.csv. Of a cross-validation, ``auroc`` gives two rows: over
+        all pairs of test slides, and over the pairs of the same fold.
     scale:
         that all methods are judged at; each at its finest one where it is not given.
     labels:
@@ -49,9 +61,9 @@ def compare(
     output:
         path of the table without its suffix: compare.md, compare.csv and compare.png are written.
     draws:
-        of the bootstrap.
+        how many swaps the test makes; if there are no more than that, it makes each once.
     seed:
-        of the draws.
+        of the swaps.
 
     Returns
     -------
@@ -87,100 +99,140 @@ def _refuse_unknown(metrics: Sequence[str], methods: Sequence[Method]) -> None:
 def compare_methods(
     methods: Sequence[Method], metrics: Sequence[str], draws: int, seed: int
 ) -> Comparison:
-    """Each method's figures, their intervals, and the paired differences to the first method."""
-    cohort = _Cohort(methods[0])
-    points = np.stack([_statistic(method, metrics, cohort.all_slides) for method in methods])
-    drawn = np.full((draws, len(methods), len(metrics)), nan)
-    for number, index in enumerate(
-        tqdm(cohort.draws(draws, seed), desc="bootstrap", disable=None, leave=False)
-    ):
-        by_test_set = cohort.split(index)
-        for row, method in enumerate(methods):
-            drawn[number, row] = _statistic(method, metrics, by_test_set)
-    results = {
-        metric: [
-            _result(method, metric, points[:, column], drawn[:, :, column], row)
-            for row, method in enumerate(methods)
-        ]
-        for column, metric in enumerate(metrics)
-    }
+    """Each method's values, their intervals, and the paired differences to the first method."""
+    judged = [_Judged(method, _with_same_fold(metrics, methods[0])) for method in methods]
+    first, others = judged[0], judged[1:]
+    results = {name: [first.result(name)] for name in first.metrics}
+    for other in tqdm(others, desc="compare", disable=None, leave=False):
+        p_values = _p_values(other, first, draws, seed)
+        for name in first.metrics:
+            results[name].append(other.result(name, first, p_values[name]))
+    evaluation = first.runs[0]
     return Comparison(
         methods=tuple(methods),
-        results=results,
-        num_slides=len(set(cohort.slide_ids)),
-        num_patients=len(set(cohort.patients)),
+        results={_named(name, methods[0]): found for name, found in results.items()},
+        num_slides=len(set(evaluation.slide_ids)),
+        num_patients=len(set(evaluation.patients)),
         draws=draws,
         seed=seed,
+        notes=tuple(note for note in (evaluation.why_no_interval, evaluation.warning) if note),
     )
 
 
-def _result(
-    method: Method,
-    metric: str,
-    points: npt.NDArray[np.float64],
-    drawn: npt.NDArray[np.float64],
-    row: int,
-) -> Result:
-    """Of one method and metric.
+def _with_same_fold(metrics: Sequence[str], method: Method) -> tuple[str, ...]:
+    """Of a cross-validation, after ``auroc`` that over the pairs of the same fold."""
+    added = ["auroc", SAME_FOLD] if len(method.runs_of) > 1 else ["auroc"]
+    return tuple(each for name in metrics for each in (added if name == "auroc" else [name]))
+
+
+def _named(metric: str, method: Method) -> str:
+    """``auroc`` of a cross-validation is named ``auroc_pooled``."""
+    return POOLED if metric == "auroc" and len(method.runs_of) > 1 else metric
+
+
+class _Judged:
+    """A method's runs on all test slides, and what the metrics are of them.
 
     Parameters
     ----------
-    points: (methods,).
-    drawn: (draws, methods).
+    method: its runs.
+    metrics: of :meth:`Evaluation.figures` of the pooled test sets.
     """
-    differences = drawn[:, row] - drawn[:, 0]
-    compared = row > 0
-    return Result(
-        values=tuple(run.evaluation.figures(method.scale, [metric])[metric] for run in method.runs),
-        mean=float(points[row]),
-        interval=interval(drawn[:, row].tolist()),
-        difference=float(points[row] - points[0]) if compared else None,
-        difference_interval=interval(differences.tolist()) if compared else None,
-        p=paired_p_value(differences.tolist()) if compared else None,
-    )
 
-
-def _statistic(
-    method: Method, metrics: Sequence[str], index: dict[TestSet, Tensor]
-) -> npt.NDArray[np.float64]:
-    """(metrics,): the mean over the test sets of the mean over the runs on each.
-
-    Parameters
-    ----------
-    index: of the slides that count, for each test set.
-    """
-    of_test_sets = []
-    for test_set, runs in method.runs_of.items():
-        figures = [run.evaluation.figures(method.scale, metrics, index[test_set]) for run in runs]
-        of_test_sets.append([statistics.fmean(f[name] for f in figures) for name in metrics])
-    return np.mean(of_test_sets, axis=0)
-
-
-class _Cohort:
-    """The slides of all test sets in one line; a slide of two test sets stands in it twice."""
-
-    def __init__(self, method: Method):
-        self.slide_ids: list[str] = []
-        self.patients: list[str] = []
-        self.strata: list[tuple[int, int]] = []
-        self.all_slides: dict[TestSet, Tensor] = {}
-        self.places: dict[TestSet, tuple[int, int]] = {}
-        for number, (test_set, runs) in enumerate(method.runs_of.items()):
-            evaluation = runs[0].evaluation
-            start = len(self.slide_ids)
-            self.slide_ids += evaluation.slide_ids
-            self.patients += evaluation.patients
-            self.strata += [(number, label) for label in evaluation.labels.tolist()]
-            self.places[test_set] = (start, len(self.slide_ids))
-            self.all_slides[test_set] = torch.arange(len(evaluation.slide_ids))
-
-    def draws(self, num: int, seed: int) -> list[Tensor]:
-        """Patients drawn among those of the same test sets and labels, with all their slides."""
-        return resamples(self.patients, self.strata, num, seed)
-
-    def split(self, index: Tensor) -> dict[TestSet, Tensor]:
-        """A draw's slides as indices into each test set."""
-        return {
-            test_set: index[(index >= start) & (index < end)] - start
-            for test_set, (start, end) in self.places.items()
+    def __init__(self, method: Method, metrics: Sequence[str]):
+        self.method, self.metrics = method, metrics
+        # the k-th run on each test set, so in most cases the runs of one seed
+        each = [sorted(runs, key=_seed) for runs in method.runs_of.values()]
+        rounds = lcm(*map(len, each))
+        self.runs = [
+            pool([runs[k % len(runs)].evaluation for runs in each], method.scale)
+            for k in range(rounds)
+        ]
+        self.inputs = [run.inputs(method.scale) for run in self.runs]
+        self.patients = np.unique(self.runs[0].patients, return_inverse=True)[1]
+        self.values = _means([run.figures(method.scale, metrics) for run in self.runs])
+        intervals = [run.intervals(method.scale) for run in self.runs]
+        self.intervals: dict[str, tuple[float, float]] = {
+            name: (
+                statistics.fmean(ends[name][0] for ends in intervals),
+                statistics.fmean(ends[name][1] for ends in intervals),
+            )
+            for name in metrics
         }
+
+    @cached_property
+    def without(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Per metric (patients,) its mean over the runs without each patient."""
+        left_out = [
+            _means(
+                [
+                    {n: float(v) for n, v in inputs.select(keep).metrics(self.metrics).items()}
+                    for inputs in self.inputs
+                ]
+            )
+            for keep in (self.patients != patient for patient in range(self.patients.max() + 1))
+        ]
+        return {name: np.array([each[name] for each in left_out]) for name in self.metrics}
+
+    def same_predictions(self, other: "_Judged") -> bool:
+        """Nobody could ever tell the two apart."""
+        return all(
+            np.array_equal(ours.probabilities, theirs.probabilities)
+            and all(
+                np.array_equal(margin, theirs.margins.get(point, ()))
+                for point, margin in ours.margins.items()
+            )
+            for ours, theirs in zip(*_side_by_side(self, other))
+        )
+
+    def result(self, name: str, first: "_Judged | None" = None, p: float | None = None) -> Result:
+        """Of one metric, compared with the first method if that is given."""
+        value, interval = self.values[name], self.intervals[name]
+        of_run = name if name != SAME_FOLD else "auroc"
+        values = tuple(
+            run.evaluation.figures(self.method.scale, [of_run])[of_run] for run in self.method.runs
+        )
+        if first is None:
+            return Result(values, value, interval, None, None, None)
+        difference = value - first.values[name]
+        between = (0.0, 0.0)
+        if not self.same_predictions(first):
+            between = combined_interval(
+                [value, first.values[name]],
+                [interval, first.intervals[name]],
+                [1, -1],
+                _correlation(self.without[name], first.without[name]),
+            )
+        return Result(
+            values, value, interval, difference, between, nan if isnan(interval[0]) else p
+        )
+
+
+def _p_values(ours: _Judged, first: _Judged, draws: int, seed: int) -> dict[str, float]:
+    """Of a paired test of each metric's difference."""
+    one, other = _side_by_side(ours, first)
+    return swap_test(one, other, ours.patients, ours.metrics, draws, seed)
+
+
+def _side_by_side(ours: _Judged, first: _Judged) -> tuple[list[Inputs], list[Inputs]]:
+    """The runs of two methods, each of one beside one of the other, equally often."""
+    rounds = range(lcm(len(ours.runs), len(first.runs)))
+    return (
+        [ours.inputs[k % len(ours.runs)] for k in rounds],
+        [first.inputs[k % len(first.runs)] for k in rounds],
+    )
+
+
+def _seed(run: Run) -> tuple[bool, int, Path]:
+    return run.seed is None, run.seed or 0, run.folder
+
+
+def _means(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.fmean(values[name] for values in each) for name in each[0]}
+
+
+def _correlation(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    """Of what each patient does to two values; 0 if no patient does anything to one of them."""
+    if not np.isfinite([*one, *other]).all() or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
+    return float(np.corrcoef(one, other)[0, 1])

@@ -16,7 +16,7 @@ LABEL_WIDTH = 30  # characters of a method's label in one line
 
 
 def draw(path: Path, comparison: Comparison) -> None:
-    """One panel a metric, one line a method: the mean with its 95 % interval, and a dot a run."""
+    """One panel per metric, one line per method: value, 95 % interval, and a dot per run."""
     methods = comparison.methods
     height = 1.5 + ROW_INCHES * len(methods)
     width = 2.2 + PANEL_INCHES * len(comparison.results)
@@ -29,16 +29,16 @@ def draw(path: Path, comparison: Comparison) -> None:
             panel.plot(
                 result.values, [y + 0.22] * len(result.values), "o", color="C1", alpha=0.6, mew=0
             )
-            if not isnan(result.mean):
-                low, high = result.interval
+            if not isnan(result.value):
+                low, high = result.interval  # nan is not drawn
                 panel.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-                panel.plot(result.mean, y, "|", color=colour, markersize=15, markeredgewidth=2.5)
+                panel.plot(result.value, y, "|", color=colour, markersize=15, markeredgewidth=2.5)
             else:
                 panel.text(
                     0.5, y, "not defined", transform=panel.get_yaxis_transform(), ha="center"
                 )
-        if not isnan(results[0].mean):
-            panel.axvline(results[0].mean, color="0.25", linestyle=":", linewidth=1, zorder=0)
+        if not isnan(results[0].value):
+            panel.axvline(results[0].value, color="0.25", linestyle=":", linewidth=1, zorder=0)
         panel.set_xlabel(direction(metric))
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -48,7 +48,7 @@ def draw(path: Path, comparison: Comparison) -> None:
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle(
         f"{comparison.num_slides} test slides of {comparison.num_patients} patients\n"
-        "● a run, | the mean with its 95 % interval, ┊ the first method's mean",
+        "● a run, | the value with its 95 % interval, ┊ the first method's value",
         fontsize=10,
     )
     with atomic_path(path) as temporary:

@@ -10,39 +10,51 @@ from dasmil.compare.runs import Method
 from dasmil.metrics.slide import LOWER_IS_BETTER
 
 CSV_COLUMNS = (
-    *("metric", "method", "folder", "scale", "runs", "test_sets", "mean", "sd", "low", "high"),
-    *("difference", "difference_low", "difference_high", "p", "values"),
+    *("metric", "method", "folder", "scale", "runs", "test_sets", "value", "low", "high"),
+    *("difference", "difference_low", "difference_high", "p", "mean", "sd", "values", "note"),
 )
+POOLED, SAME_FOLD = "auroc_pooled", "auroc_same_fold"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One figure of one method.
+    """One metric of one method; what is not defined is nan.
 
     Parameters
     ----------
-    values: one a run.
-    mean: over the test sets of the mean over the runs on each.
-    interval: 95 %, of the mean.
+    values: one per run, of its own test slides.
+    value: of all test slides; the mean over the runs if there are several on each.
+    interval: 95 %, of ``value``.
     difference: to the first method, with its 95 % interval and p; None for the first itself.
     """
 
     values: tuple[float, ...]
-    mean: float
+    value: float
     interval: tuple[float, float]
     difference: float | None
     difference_interval: tuple[float, float] | None
     p: float | None
 
     @property
+    def defined(self) -> tuple[float, ...]:
+        """The values of runs whose own test slides hold the classes that the metric needs."""
+        return tuple(value for value in self.values if not isnan(value))
+
+    @property
     def sd(self) -> float | None:
         """Over the runs, of a sample (n − 1); None for a single run."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        return statistics.stdev(self.defined) if len(self.defined) > 1 else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` finds; ``results`` has for each metric one a method, in their order."""
+    """What ``compare`` finds.
+
+    Parameters
+    ----------
+    results: per metric one per method, in their order.
+    notes: what the number of patients forbids, or makes rough.
+    """
 
     methods: tuple[Method, ...]
     results: Mapping[str, Sequence[Result]]
@@ -50,6 +62,7 @@ class Comparison:
     num_patients: int
     draws: int
     seed: int
+    notes: tuple[str, ...] = ()
 
 
 def direction(metric: str) -> str:
@@ -61,17 +74,18 @@ def direction(metric: str) -> str:
 def markdown(comparison: Comparison) -> str:
     """One line a metric and method, and below it what the figures are."""
     methods = comparison.methods
-    header = ["metric", "method", "scale", "runs", "mean ± sd", "95 % interval"]
-    if len(methods) > 1:
-        header += ["difference to the first", "95 % interval", "p"]
+    several = any(len(method.runs) > 1 for method in methods)
+    header = ["metric", "method", "scale", "runs", "value", "95 % interval"]
+    header += ["difference to the first", "95 % interval", "p"] if len(methods) > 1 else []
+    header += ["mean ± sd of the runs"] if several else []
     lines = [header]
     for metric, results in comparison.results.items():
         for row, (method, result) in enumerate(zip(methods, results)):
             name = direction(metric) if row == 0 else ""
             line = [name, method.label.replace("|", "\\|"), method.scale, str(len(method.runs))]
-            line += [_spread(result), _interval(result.interval)]
-            if len(methods) > 1:
-                line += _difference(result)
+            line += [_number(result.value), _interval(result.interval)]
+            line += _difference(result) if len(methods) > 1 else []
+            line += [_spread(result)] if several else []
             lines.append(line)
     table = _aligned(lines)
     return f"# Comparison on {_slides(comparison)}\n\n{table}\n\n{_explanation(comparison)}\n"
@@ -93,33 +107,59 @@ def _slides(comparison: Comparison) -> str:
 def _explanation(comparison: Comparison) -> str:
     methods = comparison.methods
     num_sets = len(methods[0].runs_of)
-    over_sets = " over the test sets of the mean" if num_sets > 1 else ""
-    sentences = [
-        f"- mean: of the slides' figure,{over_sets} over the runs; sd: over the runs."
-        if any(len(method.runs) > 1 for method in methods)
-        else "- mean: of the slides' figure of a single run.",
-        f"- 95 % interval: percentiles of {comparison.draws} bootstrap draws (seed "
-        f"{comparison.seed}) of the test patients, each with all slides, stratified by "
-        f"{'test set and ' if num_sets > 1 else ''}label. The models are given: it says what other "
-        "patients might do, and sd what other seeds and training slides might.",
-    ]
+    values = [result for results in comparison.results.values() for result in results]
+    sentences = [f"- **{note}.**" for note in comparison.notes]
+    sentences.append(
+        "- value: of all test slides together"
+        + (f", so the {num_sets} test sets are pooled" if num_sets > 1 else "")
+        + ("; mean over the runs on each slide." if _several_runs(methods) else ".")
+    )
+    if POOLED in comparison.results:
+        sentences += [
+            f"- {POOLED}: over all pairs of test slides; it compares scores of the models of "
+            "different folds, so it is lower if their scales differ.",
+            f"- {SAME_FOLD}: over the pairs of slides of the same fold, each judged by one model; "
+            "a fold whose slides are all of one class has none.",
+        ]
+    sentences.append(
+        "- 95 % interval: score interval with the patient as the unit (AUROC: Newcombe's method 5 "
+        "for two normal distributions; proportions: Wilson's; with the effective number of slides "
+        "and Student's t). The models are given: it says what other patients might do, and sd what "
+        "other seeds and training slides might."
+    )
     if len(methods) > 1:
         sentences.append(
-            f"- p: two-sided paired bootstrap test against {methods[0].label} on the same draws, "
-            "(1 + 2 · min(draws with difference ≤ 0, draws with difference ≥ 0)) / (1 + draws), at "
-            "most 1; not corrected for the number of comparisons."
+            f"- p: two-sided paired test against {methods[0].label}: the predictions of whole "
+            f"patients are swapped between the two, in at most {comparison.draws} ways (seed "
+            f"{comparison.seed}); p is the share of swaps with at least this difference, and – if "
+            "it could not be 0.05 or less; not corrected for the number of comparisons."
         )
+    if any(len(method.runs) > 1 for method in methods):
+        sentences.append("- mean ± sd of the runs: each on its own test slides.")
     if len({method.scale for method in methods}) > 1:
         sentences.append("- scale: each method is judged at its finest one; they are not the same.")
-    if any(isnan(result.mean) for results in comparison.results.values() for result in results):
-        sentences.append("- –: not defined, as a test set lacks a class.")
+    if any(isnan(result.value) for result in values):
+        sentences.append("- – as a value: not defined, as the test slides lack a class.")
+    if any(isnan(value) for result in values for value in result.values):
+        sentences.append(
+            "- A run whose own test slides lack a class has no value; it counts in the pooled one."
+        )
     return "\n".join(sentences)
 
 
+def _several_runs(methods: Sequence[Method]) -> bool:
+    return any(len(runs) > 1 for method in methods for runs in method.runs_of.values())
+
+
+def _number(value: float) -> str:
+    return "–" if isnan(value) else f"{value:.3f}"
+
+
 def _spread(result: Result) -> str:
-    if isnan(result.mean):
+    if not result.defined:
         return "–"
-    return f"{result.mean:.3f}" + ("" if result.sd is None else f" ± {result.sd:.3f}")
+    mean = f"{statistics.fmean(result.defined):.3f}"
+    return mean if result.sd is None else f"{mean} ± {result.sd:.3f}"
 
 
 def _interval(ends: tuple[float, float], sign: str = "") -> str:
@@ -132,24 +172,25 @@ def _difference(result: Result) -> list[str]:
         return ["", "", ""]
     if isnan(result.difference):
         return ["–", "–", "–"]
-    p = f"{result.p:.3f}" if result.p >= 0.001 else "< 0.001"
+    p = "–" if isnan(result.p) else f"{result.p:.3f}" if result.p >= 0.001 else "< 0.001"
     return [f"{result.difference:+.3f}", _interval(result.difference_interval, "+"), p]
 
 
 def csv_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """One a metric and method; ``values`` are the runs' figures, a figure not defined is empty."""
+    """One per metric and method; ``values`` are the runs' own, what is not defined is empty."""
     for metric, results in comparison.results.items():
         for method, result in zip(comparison.methods, results):
             difference_low, difference_high = result.difference_interval or (None, None)
             numbers = {
-                "mean": result.mean,
-                "sd": result.sd,
+                "value": result.value,
                 "low": result.interval[0],
                 "high": result.interval[1],
                 "difference": result.difference,
                 "difference_low": difference_low,
                 "difference_high": difference_high,
                 "p": result.p,
+                "mean": statistics.fmean(result.defined) if result.defined else None,
+                "sd": result.sd,
             }
             yield {
                 "metric": metric,
@@ -160,4 +201,5 @@ def csv_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
                 "test_sets": len(method.runs_of),
                 **{k: None if v is None or isnan(v) else v for k, v in numbers.items()},
                 "values": ";".join("" if isnan(v) else str(v) for v in result.values),
+                "note": "; ".join(comparison.notes),
             }

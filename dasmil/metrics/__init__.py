@@ -1,7 +1,7 @@
-"""Slide-level figures."""
+"""Slide-level metrics, their intervals, and a paired test."""
 
-from dasmil.metrics.bootstrap import interval, paired_p_value, resamples
-from dasmil.metrics.evaluation import Evaluation
+from dasmil.metrics.evaluation import Evaluation, pool
+from dasmil.metrics.paired import swap_test
 from dasmil.metrics.slide import (
     class_probabilities,
     slide_metrics,
@@ -13,11 +13,10 @@ from dasmil.metrics.slide import (
 __all__ = [
     "Evaluation",
     "class_probabilities",
-    "interval",
-    "paired_p_value",
-    "resamples",
+    "pool",
     "slide_metrics",
     "specificity_threshold",
+    "swap_test",
     "threshold_metrics",
     "youden_threshold",
 ]

@@ -1,17 +1,29 @@
 """A part of the cohort as one model sees it, and the figures of it."""
 
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import nan
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dasmil.errors import InputError
-from dasmil.metrics.bootstrap import interval, resamples
+from dasmil.metrics.intervals import (
+    FEW_PATIENTS,
+    MIN_PATIENTS,
+    call_intervals,
+    metric_intervals,
+)
 from dasmil.metrics.slide import (
-    slide_metrics,
+    Array,
+    BoolArray,
+    IntArray,
+    as_array,
+    call_arrays,
+    metric_arrays,
     specificity_threshold,
     threshold_metrics,
     youden_threshold,
@@ -33,9 +45,10 @@ class Evaluation:
     labels: (n,) int64.
     probabilities: per scale, coarse to fine, (n, P) float64.
     thresholds: per scale and operating point (``youden``, ``specificity_0.9``) the probability
-        above which a slide is called positive, chosen on the validation slides; None for more than
-        two classes, or where nobody chose any.
+        above which a slide is called positive, chosen on the validation slides; (n,) if slides of
+        several models are pooled. None for more than two classes, or where nobody chose any.
     specificity: wanted of the second operating point, and of the sensitivity that is reported.
+    folds: (n,) int64 which of several models has seen each slide; None for a single model.
     """
 
     classes: tuple[str, ...]
@@ -43,8 +56,9 @@ class Evaluation:
     patients: tuple[str, ...]
     labels: Tensor
     probabilities: Mapping[str, Tensor]
-    thresholds: Mapping[str, Mapping[str, float]] | None = None
+    thresholds: Mapping[str, Mapping[str, float | Tensor]] | None = None
     specificity: float = 0.9
+    folds: Tensor | None = None
 
     @property
     def scales(self) -> tuple[str, ...]:
@@ -54,32 +68,38 @@ class Evaluation:
     def figures(
         self, scale: str, names: Collection[str] | None = None, index: Tensor | None = None
     ) -> dict[str, float]:
-        """:func:`slide_metrics`, and the figures at the thresholds of the validation slides.
+        """:func:`dasmil.metrics.slide_metrics`, and the metrics at the thresholds of validation.
 
         Parameters
         ----------
-        names: only these figures; all where None.
-        index: (m,) of the slides that count, with repetition; all where None.
+        names: only these metrics; all if None.
+        index: (m,) of the slides that count, with repetition; all if None.
 
         Returns
         -------
         ``accuracy_at_val_threshold``, ``balanced_accuracy_…``, ``f1_…``, ``sensitivity_…`` and
         ``specificity_at_val_threshold`` for Youden's threshold, and for each other operating point
-        ``sensitivity_at_val_specificity_0.9`` and ``specificity_at_val_specificity_0.9``.
+        ``sensitivity_at_val_specificity_0.9`` and ``specificity_at_val_specificity_0.9``. With
+        ``folds``, ``auroc_same_fold``.
         """
-        probabilities, labels = self.probabilities[scale], self.labels
+        inputs = self.inputs(scale)
         if index is not None:
-            probabilities, labels = probabilities[index], labels[index]
-        figures = slide_metrics(probabilities, labels, self.specificity, names)
-        for point, threshold in (self.thresholds or {}).get(scale, {}).items():
-            suffix = "_at_val_threshold" if point == YOUDEN else f"_at_val_{point}"
-            wanted = None if point == YOUDEN else set(AT_SPECIFICITY)
-            if names is not None:
-                asked = {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
-                wanted = asked if wanted is None else asked & wanted
-            found = threshold_metrics(probabilities[:, 1], labels, threshold, wanted)
-            figures |= {name + suffix: value for name, value in found.items()}
-        return figures
+            inputs = inputs.select(as_array(index))
+        return {name: float(value) for name, value in inputs.metrics(names).items()}
+
+    def inputs(self, scale: str) -> "Inputs":
+        """What the metrics of a scale are computed from, as arrays."""
+        probabilities = as_array(self.probabilities[scale])
+        return Inputs(
+            probabilities=probabilities,
+            margins={
+                point: probabilities[:, 1] - np.asarray(threshold, dtype=np.float64)
+                for point, threshold in (self.thresholds or {}).get(scale, {}).items()
+            },
+            labels=as_array(self.labels),
+            folds=None if self.folds is None else as_array(self.folds),
+            specificity=self.specificity,
+        )
 
     def test_chosen_figures(self, scale: str) -> dict[str, float]:
         """Accuracy at the threshold that suits these very slides best (Youden).
@@ -120,6 +140,7 @@ class Evaluation:
             patients=tuple(self.patients[number] for number in chosen),
             labels=self.labels[index],
             probabilities={scale: values[index] for scale, values in self.probabilities.items()},
+            folds=None if self.folds is None else self.folds[index],
         )
 
     def by_patient(self, pooling: Literal["mean", "max"] = "mean") -> "Evaluation":
@@ -159,19 +180,133 @@ class Evaluation:
             )
         return labels[-1]
 
-    def intervals(
-        self, scale: str, num: int = 1000, seed: int = 0
-    ) -> dict[str, tuple[float, float]]:
-        """95 % percentile interval of each of :meth:`figures`, over draws of patients.
+    @property
+    def num_patients(self) -> dict[str, int]:
+        """Per class the patients with a slide of it; one with slides of two classes is in both."""
+        pairs = set(zip(self.labels.tolist(), self.patients))
+        counts = Counter(label for label, _ in pairs)
+        return {name: counts[number] for number, name in enumerate(self.classes)}
 
-        Stratified by the labels of the patient's slides. The thresholds of the validation slides
-        are given, not drawn.
+    @property
+    def why_no_interval(self) -> str:
+        """Which classes have too few patients for any interval or p; "" if none has."""
+        few = _few(self.num_patients, MIN_PATIENTS)
+        return f"no interval and no p: {few}, and {MIN_PATIENTS} are needed" if few else ""
+
+    @property
+    def warning(self) -> str:
+        """Which classes have so few patients that intervals are rough; "" if none has."""
+        few = _few(self.num_patients, FEW_PATIENTS)
+        return f"few patients: {few}" if few else ""
+
+    def intervals(self, scale: str) -> dict[str, tuple[float, float]]:
+        """95 % interval of each of :meth:`figures`; see :mod:`dasmil.metrics.intervals`.
+
+        The thresholds of the validation slides are given: their own error is not counted.
+
+        Returns
+        -------
+        Both ends are nan if there is no interval: of ``calibration_error``, of a metric that is
+        not defined, and of every metric if a class has too few patients (:attr:`why_no_interval`).
         """
-        draws = [
-            self.figures(scale, index=index)
-            for index in resamples(self.patients, self.labels.tolist(), num, seed)
-        ]
-        return {name: interval([draw[name] for draw in draws]) for name in draws[0]}
+        inputs = self.inputs(scale)
+        found = dict.fromkeys(inputs.metrics(), (nan, nan))
+        if self.why_no_interval or not np.isfinite(inputs.probabilities).all():
+            return found
+        patients = np.unique(self.patients, return_inverse=True)[1]
+        found |= metric_intervals(
+            inputs.probabilities, inputs.labels, patients, self.specificity, inputs.folds
+        )
+        for point, margin in inputs.margins.items():
+            of_point = call_intervals(
+                margin, inputs.probabilities[:, 1], inputs.labels == 1, patients
+            )
+            named = {name + _suffix(point): ends for name, ends in of_point.items()}
+            found |= {name: ends for name, ends in named.items() if name in found}
+        return found
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the metrics of one scale are computed from; leading axes are variants of the slides.
+
+    Parameters
+    ----------
+    probabilities: (..., n, P).
+    margins: per operating point (..., n) probability of the positive class less the threshold.
+    labels: (n,).
+    folds: (n,), or None.
+    specificity: as in :class:`Evaluation`.
+    """
+
+    probabilities: Array
+    margins: Mapping[str, Array]
+    labels: IntArray
+    folds: IntArray | None
+    specificity: float
+
+    def select(self, index: IntArray | BoolArray) -> "Inputs":
+        """Of the slides of an index, or of a mask, alone."""
+        return replace(
+            self,
+            probabilities=self.probabilities[..., index, :],
+            margins={point: margin[..., index] for point, margin in self.margins.items()},
+            labels=self.labels[index],
+            folds=None if self.folds is None else self.folds[index],
+        )
+
+    def metrics(self, names: Collection[str] | None = None) -> dict[str, Array]:
+        """:meth:`Evaluation.figures`, each of shape (...,)."""
+        found = metric_arrays(self.probabilities, self.labels, self.specificity, names, self.folds)
+        for point, margin in self.margins.items():
+            suffix = _suffix(point)
+            wanted = None if point == YOUDEN else set(AT_SPECIFICITY)
+            if names is not None:
+                asked = {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
+                wanted = asked if wanted is None else asked & wanted
+            of_point = call_arrays(margin, self.labels == 1, wanted)
+            found |= {name + suffix: value for name, value in of_point.items()}
+        return found
+
+
+def pool(evaluations: Sequence[Evaluation], scale: str) -> Evaluation:
+    """The test sets of a cross-validation as one, at one scale; each is a fold.
+
+    Each slide keeps the threshold of its own model. A slide of two test sets is there twice.
+    """
+    first = evaluations[0]
+    points = (first.thresholds or {}).get(scale, {})
+    sizes = torch.tensor([len(each.slide_ids) for each in evaluations])
+    return replace(
+        first,
+        slide_ids=tuple(slide for each in evaluations for slide in each.slide_ids),
+        patients=tuple(patient for each in evaluations for patient in each.patients),
+        labels=torch.cat([each.labels for each in evaluations]),
+        probabilities={scale: torch.cat([each.probabilities[scale] for each in evaluations])},
+        thresholds={
+            scale: {
+                point: torch.tensor(
+                    [(each.thresholds or {})[scale][point] for each in evaluations],
+                    dtype=torch.float64,
+                ).repeat_interleave(sizes)
+                for point in points
+                if all(point in (each.thresholds or {}).get(scale, {}) for each in evaluations)
+            }
+        },
+        folds=torch.arange(len(evaluations)).repeat_interleave(sizes)
+        if len(evaluations) > 1
+        else None,
+    )
+
+
+def _suffix(point: str) -> str:
+    return "_at_val_threshold" if point == YOUDEN else f"_at_val_{point}"
+
+
+def _few(num_patients: Mapping[str, int], limit: int) -> str:
+    """Names the classes with fewer patients than the limit; "" if there are none."""
+    few = [f"{num} with slides of {name}" for name, num in num_patients.items() if num < limit]
+    return " and ".join(few)
 
 
 def _pool(probabilities: Tensor, pooling: Literal["mean", "max"]) -> Tensor:

@@ -26,7 +26,7 @@ from dasmil.errors import InputError
 from dasmil.files import read_csv, write_csv, write_text
 from dasmil.metrics import Evaluation
 
-METRIC_COLUMNS = ("scale", "level", "metric", "value", "low", "high", "draws", "n", "note")
+METRIC_COLUMNS = ("scale", "level", "metric", "value", "low", "high", "n", "patients", "note")
 SLIDE_COLUMNS = ("slide_id", "patient_id", "label")
 TEST_CHOSEN_NOTE = "threshold chosen on these very test slides: no honest figure"
 
@@ -44,8 +44,6 @@ def write_evaluation(
     about: Mapping[str, str | None] | None = None,
     *,
     pooling: Literal["mean", "max"] = "mean",
-    draws: int = 1000,
-    seed: int = 0,
     failed: Collection[str] = (),
 ) -> None:
     """Write the four files; those of an earlier evaluation of this part are replaced.
@@ -62,8 +60,6 @@ def write_evaluation(
         (``x20/instance_auroc``, ``loss``).
     about: of the model, for ``test_evaluation.json``: checkpoint and its sha256.
     pooling: of a patient's slides; see :meth:`Evaluation.by_patient`.
-    draws: of the bootstrap that gives the intervals.
-    seed: of the draws.
     failed: slides whose output is not finite; their probabilities are empty.
     """
     evaluation_file(folder, stage).unlink(missing_ok=True)
@@ -76,7 +72,7 @@ def write_evaluation(
         write_csv(slides, columns, (r | empty if r["slide_id"] in failed else r for r in of_slides))
         return
     rows = [
-        *_rows_of_levels(stage, evaluation, pooling, draws, seed),
+        *_rows_of_levels(stage, evaluation, pooling),
         *_extra_rows(extra_figures or {}, evaluation.scales),
     ]
     figures = _flat(stage, rows, evaluation.scales[-1])
@@ -97,13 +93,9 @@ def write_evaluation(
 
 
 def _rows_of_levels(
-    stage: str,
-    evaluation: Evaluation,
-    pooling: Literal["mean", "max"],
-    draws: int,
-    seed: int,
+    stage: str, evaluation: Evaluation, pooling: Literal["mean", "max"]
 ) -> Iterator[dict[str, Any]]:
-    yield from _rows(stage, "slide", evaluation, draws, seed)
+    yield from _rows(stage, "slide", evaluation)
     if len(set(evaluation.patients)) == len(evaluation.patients):
         return
     try:
@@ -111,28 +103,30 @@ def _rows_of_levels(
     except InputError as error:
         warnings.warn(f"no figures of patients: {error}", stacklevel=3)
         return
-    yield from _rows(stage, "patient", patients, draws, seed)
+    yield from _rows(stage, "patient", patients)
 
 
-def _rows(
-    stage: str, level: str, evaluation: Evaluation, draws: int, seed: int
-) -> Iterator[dict[str, Any]]:
-    """Of the table, one a figure and scale."""
-    n = len(evaluation.slide_ids)
+def _rows(stage: str, level: str, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """Of the table, one per metric and scale."""
+    about = {"n": len(evaluation.slide_ids), "patients": len(set(evaluation.patients))}
     for scale in evaluation.scales:
-        intervals = evaluation.intervals(scale, draws, seed) if draws else {}
-        row = {"scale": scale, "level": level, "n": n}
+        intervals = evaluation.intervals(scale)
+        row = {"scale": scale, "level": level, **about}
         for metric, value in evaluation.figures(scale).items():
-            low, high = intervals.get(metric, (None, None))
-            drawn = {"low": _known(low), "high": _known(high), "draws": draws if intervals else ""}
-            note = _note(metric, (evaluation.thresholds or {}).get(scale, {}))
-            yield {**row, "metric": metric, "value": _known(value), **drawn, "note": note}
+            low, high = map(_known, intervals[metric])
+            notes = [_note(metric, (evaluation.thresholds or {}).get(scale, {}))]
+            notes += [evaluation.why_no_interval or evaluation.warning]
+            note = "; ".join(filter(None, notes))
+            known = {"value": _known(value), "low": low, "high": high, "note": note}
+            yield {**row, "metric": metric, **known}
         if stage == "test":
             for metric, value in evaluation.test_chosen_figures(scale).items():
                 yield {**row, "metric": metric, "value": _known(value), "note": TEST_CHOSEN_NOTE}
 
 
-def _note(metric: str, thresholds: Mapping[str, float]) -> str:
+def _note(metric: str, thresholds: Mapping[str, float | Tensor]) -> str:
+    if metric == "calibration_error":
+        return "no interval: with few slides it is too large on average"
     for point, threshold in thresholds.items():
         if metric.endswith("_at_val_threshold" if point == "youden" else f"_at_val_{point}"):
             return f"above {threshold:.4f}, chosen on the validation slides ({point})"

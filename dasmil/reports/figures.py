@@ -3,9 +3,9 @@
 A scale has the same colour in all of them, and in the curves of its training.
 """
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -20,17 +20,32 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import (
-    binary_auroc,
-    binary_average_precision,
     binary_precision_recall_curve,
     binary_roc,
     multiclass_confusion_matrix,
 )
 
 from dasmil.files import atomic_path
-from dasmil.metrics import Evaluation, interval, resamples
+from dasmil.metrics import Evaluation
 from dasmil.metrics.evaluation import YOUDEN
-from dasmil.metrics.slide import CALIBRATION_BINS
+from dasmil.metrics.intervals import (
+    Interval,
+    auroc_interval,
+    average_precision_interval,
+    precision_band,
+    sensitivity_band,
+    wilson_interval,
+)
+from dasmil.metrics.slide import (
+    CALIBRATION_BINS,
+    Array,
+    BoolArray,
+    IntArray,
+    as_array,
+    auroc,
+    average_precision,
+    confidence,
+)
 
 # Okabe and Ito (2008): also the colour-blind tell them apart
 SCALE_COLOURS = {"x20": "#0072B2", "x10": "#D55E00", "x5": "#009E73", "x40": "#000000"}
@@ -41,11 +56,10 @@ GREY = "#8C8C8C"
 GRID = np.linspace(0, 1, 201)  # where bands are computed
 ROUNDING = 1e-6  # more than the last digit of torchmetrics' rates, less than one slide's share
 HISTOGRAM_BINS = 20
+LEGEND_WIDTH = 46  # characters
 DPI = 130
 
-Array = npt.NDArray[np.float64]
 Place = Literal["lower left", "lower right"]
-Measure = Callable[[Tensor, Tensor], Tensor]  # (n,) scores, (n,) 0 or 1 → a number
 
 
 @dataclass(frozen=True)
@@ -56,14 +70,18 @@ class Curve:
     ----------
     points: (n,) scores and (n,) 0 or 1 → x, rising, and y.
     on_grid: x and y → the curve's y at each x of the grid.
-    area: under the curve.
+    band: (n,) scores, (n,) bool, (n,) patients, and the curve's y on the grid → its 95 % band.
+    area: under the curve, of (n,) scores and (n,) bool.
+    interval: of the area, of (n,) scores, (n,) bool and (n,) patients.
     name: of the area.
     drawstyle: matplotlib's, by which the drawn line has this area.
     """
 
     points: Callable[[Tensor, Tensor], tuple[Array, Array]]
     on_grid: Callable[[Array, Array], Array]
-    area: Measure
+    band: Callable[[Array, BoolArray, IntArray, Array], Interval]
+    area: Callable[[Array, BoolArray], Array]
+    interval: Callable[[Array, BoolArray, IntArray], Interval]
     name: str
     drawstyle: str
 
@@ -98,21 +116,16 @@ class Subject:
         return ""
 
 
-def evaluation_figures(
-    evaluation: Evaluation, part: str, draws: int = 1000, seed: int = 0
-) -> dict[str, Figure]:
+def evaluation_figures(evaluation: Evaluation, part: str) -> dict[str, Figure]:
     """All pictures of an evaluation by name.
 
     Parameters
     ----------
     part: as it stands in the titles: ``val`` or ``test``.
-    draws, seed: of the bootstrap over patients that gives bands and intervals; those of
-        :func:`dasmil.reports.evaluation.write_evaluation` give the intervals of its table. 0 draws:
-        neither bands nor intervals.
     """
     return {
-        "roc": roc_figure(evaluation, part, draws, seed),
-        "precision_recall": precision_recall_figure(evaluation, part, draws, seed),
+        "roc": roc_figure(evaluation, part),
+        "precision_recall": precision_recall_figure(evaluation, part),
         "calibration": calibration_figure(evaluation, part),
         "confusion": confusion_figure(evaluation, part),
         "scores": scores_figure(evaluation, part),
@@ -144,7 +157,7 @@ def scale_colours(scales: Iterable[str]) -> dict[str, str]:
     return {scale: SCALE_COLOURS.get(scale) or next(others) for scale in scales}
 
 
-def roc_figure(evaluation: Evaluation, part: str, draws: int = 1000, seed: int = 0) -> Figure:
+def roc_figure(evaluation: Evaluation, part: str) -> Figure:
     """ROC with pointwise 95 % bands, and where the thresholds of validation lie on it.
 
     Two classes: of the positive one, a curve a scale. More: at the finest scale, each against the
@@ -152,18 +165,16 @@ def roc_figure(evaluation: Evaluation, part: str, draws: int = 1000, seed: int =
     """
     figure, axes = _square(evaluation, part, "ROC")
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", zorder=0)
-    _draw_curves(axes, evaluation, ROC, draws, seed)
+    _draw_curves(axes, evaluation, ROC)
     for scale, colour, point, called in _operating_points(evaluation):
         share = {label: called[evaluation.labels == label].double().mean() for label in (0, 1)}
         _mark(axes, float(share[0]), float(share[1]), colour, f"{scale} {point}", point)
     axes.set(xlabel="1 − specificity", ylabel="sensitivity")
-    _legend(axes, evaluation, draws, "lower right")
+    _legend(axes, evaluation, "lower right")
     return figure
 
 
-def precision_recall_figure(
-    evaluation: Evaluation, part: str, draws: int = 1000, seed: int = 0
-) -> Figure:
+def precision_recall_figure(evaluation: Evaluation, part: str) -> Figure:
     """Precision at each recall with pointwise 95 % bands; see :func:`roc_figure`.
 
     The area under the steps is the average precision. Dotted: the share of positive slides, which
@@ -175,14 +186,14 @@ def precision_recall_figure(
             colour = GREY if len(evaluation.classes) == 2 else subject.colour
             share = float(subject.target.double().mean())
             axes.axhline(share, color=colour, linestyle=":", linewidth=1, zorder=0)
-    _draw_curves(axes, evaluation, PRECISION_RECALL, draws, seed)
+    _draw_curves(axes, evaluation, PRECISION_RECALL)
     for scale, colour, point, called in _operating_points(evaluation):
         hits = float((called & (evaluation.labels == 1)).sum())
         if called.any():  # else there is no precision
             recall, precision = hits / float(evaluation.labels.sum()), hits / float(called.sum())
             _mark(axes, recall, precision, colour, f"{scale} {point}", point)
     axes.set(xlabel="recall (sensitivity)", ylabel="precision")
-    _legend(axes, evaluation, draws, "lower left")
+    _legend(axes, evaluation, "lower left")
     return figure
 
 
@@ -213,7 +224,7 @@ def calibration_figure(evaluation: Evaluation, part: str) -> Figure:
             f"{scale}: Brier {figures['brier']:.3f}, ECE {figures['calibration_error']:.3f}",
             fontsize=10,
         )
-        scores, hits = _confidence(probabilities, evaluation.labels)
+        scores, hits = confidence(as_array(probabilities), as_array(evaluation.labels))
         which = np.minimum((scores * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
         count = np.bincount(which, minlength=CALIBRATION_BINS)
         held = count > 0
@@ -362,19 +373,34 @@ def _on_steps(x: Array, y: Array) -> Array:
     return y[np.minimum(first, len(y) - 1)]
 
 
-ROC = Curve(_roc_points, _on_line, partial(binary_auroc, validate_args=False), "AUROC", "default")
+def _roc_band(
+    scores: Array, positive: BoolArray, patients: IntArray, sensitivity: Array
+) -> Interval:
+    return sensitivity_band(scores, positive, patients, sensitivity, 1 - GRID)
+
+
+def _precision_band(
+    scores: Array, positive: BoolArray, patients: IntArray, precision: Array
+) -> Interval:
+    called = GRID * positive.sum() / np.maximum(precision, ROUNDING)
+    return precision_band(scores, positive, patients, precision, np.maximum(called, 1))
+
+
+ROC = Curve(_roc_points, _on_line, _roc_band, auroc, auroc_interval, "AUROC", "default")
 PRECISION_RECALL = Curve(
     _precision_recall_points,
     _on_steps,
-    partial(binary_average_precision, validate_args=False),
+    _precision_band,
+    average_precision,
+    average_precision_interval,
     "AP",
     "steps-pre",
 )
 
 
-def _draw_curves(axes: Axes, evaluation: Evaluation, curve: Curve, draws: int, seed: int) -> None:
-    """Each subject's curve and its band: between the 2.5 % and 97.5 % quantile over the draws."""
-    indices = resamples(evaluation.patients, evaluation.labels.tolist(), draws, seed)
+def _draw_curves(axes: Axes, evaluation: Evaluation, curve: Curve) -> None:
+    """Each subject's curve, with its pointwise 95 % band if there are patients enough."""
+    patients = np.unique(evaluation.patients, return_inverse=True)[1]
     subjects = list(_subjects(evaluation))
     undefined = []
     for number, subject in enumerate(subjects):
@@ -382,14 +408,13 @@ def _draw_curves(axes: Axes, evaluation: Evaluation, curve: Curve, draws: int, s
         if subject.why_undefined:
             undefined.append(f"{subject.name}: not defined, {subject.why_undefined}")
             continue
-        label = f"{subject.name}: {curve.name} {float(curve.area(scores, target)):.3f}"
-        if draws:
-            drawn = [(scores[index], target[index]) for index in indices]
-            low, high = interval([float(curve.area(*slides)) for slides in drawn])
+        of_slides = as_array(scores), as_array(target) == 1
+        label = f"{subject.name}: {curve.name} {float(curve.area(*of_slides)):.3f}"
+        if not evaluation.why_no_interval:
+            low, high = map(float, curve.interval(*of_slides, patients))
             label += f" [{low:.3f}, {high:.3f}]"
-            band = np.quantile(
-                [curve.on_grid(*curve.points(*slides)) for slides in drawn], [0.025, 0.975], axis=0
-            )
+            middle = curve.on_grid(*curve.points(scores, target))
+            band = curve.band(*of_slides, patients, middle)
             axes.fill_between(GRID, *band, color=subject.colour, alpha=0.17, linewidth=0)
         x, y = curve.points(scores, target)
         style: dict[str, Any] = {
@@ -420,14 +445,15 @@ def _words(point: str) -> str:
     return "Youden's" if point == YOUDEN else point.replace("_", " ")
 
 
-def _legend(axes: Axes, evaluation: Evaluation, draws: int, place: Place) -> None:
+def _legend(axes: Axes, evaluation: Evaluation, place: Place) -> None:
     """The curves, what the bands are, and the shapes of the operating points."""
     if len(axes.lines) < 2:
         return
     handles, _ = axes.get_legend_handles_labels()
-    if handles and draws:
-        of = "slides" if len(set(evaluation.patients)) == len(evaluation.patients) else "patients"
-        handles.append(Patch(color=GREY, alpha=0.3, label=f"95 % of {draws} draws of {of}"))
+    if handles:
+        note = evaluation.why_no_interval or evaluation.warning
+        label = evaluation.why_no_interval or "; ".join(filter(None, ["95 % at each point", note]))
+        handles.append(Patch(color=GREY, alpha=0.3, label=textwrap.fill(label, LEGEND_WIDTH)))
     for point in dict.fromkeys(point for _, _, point, _ in _operating_points(evaluation)):
         label = f"threshold of validation: {_words(point)}"
         handles += axes.plot([], [], " ", color=GREY, label=label, **_marker(point))
@@ -435,28 +461,12 @@ def _legend(axes: Axes, evaluation: Evaluation, draws: int, place: Place) -> Non
         axes.legend(handles=handles, loc=place, fontsize=8.5, framealpha=0.9)
 
 
-def _confidence(probabilities: Tensor, labels: Tensor) -> tuple[Array, Array]:
-    """(n,) what ``calibration_error`` bins, and (n,) 0 or 1 whether it came true."""
-    if probabilities.shape[1] == 2:
-        return probabilities[:, 1].numpy(), labels.double().numpy()
-    confidence, called = probabilities.max(dim=1)
-    return confidence.numpy(), (called == labels).double().numpy()
-
-
-def wilson_interval(share: Array, count: npt.NDArray[np.integer]) -> tuple[Array, Array]:
-    """95 % score interval of a share of so many."""
-    z2 = 1.959964**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = np.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
-    return middle - half, middle + half
-
-
 def _calls(evaluation: Evaluation, scale: str) -> dict[str, Tensor]:
     """By way of calling, (n,) the class that each slide is called."""
     probabilities = evaluation.probabilities[scale]
     if len(evaluation.classes) > 2:
         return {"most probable class": probabilities.argmax(dim=1)}
-    thresholds = {"above 0.5": 0.5}
+    thresholds: dict[str, float | Tensor] = {"above 0.5": 0.5}
     for point, threshold in (evaluation.thresholds or {}).get(scale, {}).items():
         thresholds[f"above {threshold:.3g}\n(validation, {_words(point)})"] = threshold
     return {how: (probabilities[:, 1] > value).long() for how, value in thresholds.items()}

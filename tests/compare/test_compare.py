@@ -1,8 +1,9 @@
-"""Methods side by side: means, intervals and p known by arithmetic, and what is refused."""
+"""Methods side by side: values, intervals and p known by arithmetic, and what is refused."""
 
 import csv
 import shutil
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from dasmil.cli import main
 from dasmil.compare.compare import compare, compare_methods
 from dasmil.compare.runs import read_methods
-from dasmil.compare.table import Result, markdown
+from dasmil.compare.table import Result, csv_rows, markdown
 from dasmil.errors import InputError
 from dasmil.metrics import Evaluation
 from dasmil.reports.evaluation import write_evaluation
@@ -40,92 +41,129 @@ def write_run(
         labels=torch.tensor(labels),
         probabilities={scale: torch.stack([1 - scores, scores], 1) for scale in scales},
     )
-    write_evaluation(folder / "test", "test", evaluation, draws=0)
+    write_evaluation(folder / "test", "test", evaluation)
     return folder
 
 
 def results(folders: Sequence[Path], metric: str, draws: int = 99) -> list[Result]:
-    return list(compare_methods(read_methods(folders), [metric], draws, 0).results[metric])
+    asked = ["auroc"] if metric.startswith("auroc") else [metric]
+    return list(compare_methods(read_methods(folders), asked, draws, 0).results[metric])
 
 
-def test_the_mean_is_over_test_sets_of_the_mean_over_seeds(tmp_path: Path) -> None:
-    """AUROC 1 and 1/2 of two seeds in one fold, 1/4 in the other: (3/4 + 1/4) / 2."""
+TEN = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+MIXED = [0.1, 0.6, 0.3, 0.2, 0.45, 0.5, 0.55, 0.9, 0.4, 0.8]  # of slides labelled TEN
+
+
+def test_test_sets_are_pooled_and_pairs_of_the_same_fold_stand_beside(tmp_path: Path) -> None:
+    """Two seeds in one fold, one in the other, by counting pairs.
+
+    Pooled 10.5 and 7 of 16 pairs are in order, in the same fold 4 + 1 and 2 + 1 of 8.
+    """
     fold_0, fold_1 = tmp_path / "row" / "fold_0", tmp_path / "row" / "fold_1"
     write_run(fold_0 / "seed_0", [0.1, 0.2, 0.3, 0.4])
-    write_run(fold_0 / "seed_1", [0.1, 0.4, 0.2, 0.3][::-1])
+    write_run(fold_0 / "seed_1", [0.3, 0.2, 0.4, 0.1])
     write_run(fold_1 / "seed_0", [0.3, 0.4, 0.2, 0.35], names=["t0", "t1", "t2", "t3"])
-    (found,) = results([tmp_path / "row"], "auroc")
-    assert found.values == pytest.approx((1, 0.5, 0.25))
-    assert found.mean == pytest.approx(0.5)
-    assert found.sd == pytest.approx(
+    (pooled,) = results([tmp_path / "row"], "auroc_pooled")
+    assert pooled.values == pytest.approx((1, 0.5, 0.25))
+    assert pooled.value == pytest.approx((10.5 + 7) / 2 / 16)
+    assert pooled.sd == pytest.approx(
         ((5 / 12) ** 2 + (1 / 12) ** 2 + (4 / 12) ** 2) ** 0.5 / 2**0.5
     )
-    assert (found.difference, found.p) == (None, None)
+    assert (pooled.difference, pooled.p) == (None, None)
+    (same_fold,) = results([tmp_path / "row"], "auroc_same_fold")
+    assert same_fold.value == pytest.approx((5 + 3) / 2 / 8)
+
+
+def test_a_fold_of_one_class_counts_in_the_pooled_auroc(tmp_path: Path) -> None:
+    write_run(tmp_path / "fold_0", [0.1, 0.2, 0.8, 0.9])
+    write_run(tmp_path / "fold_1", [0.2, 0.85], labels=[0, 0], names=["t0", "t1"])
+    comparison = compare_methods(read_methods([tmp_path]), ["auroc", "accuracy"], 9, 0)
+    (pooled,) = comparison.results["auroc_pooled"]
+    assert pooled.value == pytest.approx(7 / 8)
+    assert pooled.values[0] == 1 and isnan(pooled.values[1])
+    (same_fold,) = comparison.results["auroc_same_fold"]
+    assert same_fold.value == 1
+    assert comparison.results["accuracy"][0].value == pytest.approx(5 / 6)
+    text = markdown(comparison)
+    assert "it counts in the pooled one" in text
+    assert "pairs of slides of the same fold" in text and "of the models of different" in text
+
+
+def test_models_of_one_fold_that_score_higher_cost_the_pooled_auroc_alone(tmp_path: Path) -> None:
+    """The order is right in each fold, but the one model's scores all lie above the other's."""
+    write_run(tmp_path / "fold_0", [0.1, 0.2, 0.3, 0.4])
+    write_run(tmp_path / "fold_1", [0.6, 0.7, 0.8, 0.9], names=["t0", "t1", "t2", "t3"])
+    assert results([tmp_path], "auroc_same_fold")[0].value == 1
+    assert results([tmp_path], "auroc_pooled")[0].value == 12 / 16
 
 
 def test_a_method_that_is_better_on_every_slide_has_the_smallest_p(tmp_path: Path) -> None:
-    right = write_run(tmp_path / "right", [0.1, 0.2, 0.8, 0.9])
-    wrong = write_run(tmp_path / "wrong", [0.9, 0.8, 0.2, 0.1])
-    _, found = results([right, wrong], "auroc")
-    assert (found.mean, found.interval) == (0, (0, 0))
-    assert (found.difference, found.difference_interval) == (-1, (-1, -1))
-    assert found.p == pytest.approx(1 / 100)
+    """Of the 512 ways to swap ten patients, but for the sign, only the data are so extreme."""
+    right = write_run(tmp_path / "right", [0.1 * n for n in range(10)], labels=TEN)
+    wrong = write_run(tmp_path / "wrong", [1 - 0.1 * n for n in range(10)], labels=TEN)
+    _, found = results([right, wrong], "auroc", draws=512)
+    assert (found.value, found.difference, found.p) == (0, -1, 1 / 512)
+    low, high = found.difference_interval
+    assert low == -1 and -1 < high < -0.3
+    assert found.interval[0] == 0 and 0.1 < found.interval[1] < 0.5
 
 
 def test_equal_methods_do_not_differ(tmp_path: Path) -> None:
-    scores = [0.1, 0.6, 0.5, 0.9]
-    folders = [write_run(tmp_path / name, scores) for name in ("one", "other")]
+    folders = [write_run(tmp_path / name, MIXED, labels=TEN) for name in ("one", "other")]
     one, other = results(folders, "auroc")
-    assert one.interval == other.interval != (0.75, 0.75)
+    assert one.interval == other.interval
+    assert 0 < one.interval[0] < one.value < one.interval[1] < 1
     assert (other.difference, other.difference_interval, other.p) == (0, (0, 0), 1)
 
 
-def test_methods_share_their_draws(tmp_path: Path) -> None:
-    """Every slide's squared error is larger by 0.05: so is each draw's mean, whatever was drawn."""
-    errors = [0.04 * number for number in range(10)]
-    labels = [number % 2 for number in range(10)]
-
-    def with_errors(name: str, added: float) -> Path:
-        distances = [(error + added) ** 0.5 for error in errors]
-        scores = [1 - d if label else d for d, label in zip(distances, labels)]
-        return write_run(tmp_path / name, scores, labels=labels)
-
-    one, other = results([with_errors("one", 0), with_errors("other", 0.05)], "brier")
-    assert one.interval[1] - one.interval[0] > 0.1
-    assert other.difference_interval == pytest.approx((0.05, 0.05))
+def test_methods_that_are_both_perfect_may_still_differ(tmp_path: Path) -> None:
+    """Not a slide tells them apart, but ten slides are not many."""
+    scores = [0.05 * n for n in range(10)]
+    one = write_run(tmp_path / "one", scores, labels=TEN)
+    other = write_run(tmp_path / "other", [s**2 + s for s in scores], labels=TEN)
+    first, second = results([one, other], "auroc")
+    assert first.interval[0] < 0.8 and second.interval[1] == pytest.approx(1)
+    assert (second.difference, second.p) == (0, 1)
+    low, high = second.difference_interval
+    assert low < -0.1 and high > 0.1
 
 
-def test_draws_are_of_patients_with_all_slides_in_all_test_sets(tmp_path: Path) -> None:
+def test_too_few_patients_give_neither_interval_nor_p_and_the_table_says_why(
+    tmp_path: Path,
+) -> None:
+    """Four patients with tumour: one of the nine has slides of both classes."""
+    labels, patients = [0, 0, 0, 0, 0, 0, 1, 1, 1, 1], list("abcdefaghi")
+    folders = [
+        write_run(tmp_path / name, scores, labels=labels, patients=patients)
+        for name, scores in (("one", MIXED), ("other", MIXED[::-1]))
+    ]
+    comparison = compare_methods(read_methods(folders), ["auroc", "brier"], 99, 0)
+    for first, other in comparison.results.values():
+        assert all(map(isnan, (*first.interval, *other.difference_interval, other.p)))
+    text = markdown(comparison)
+    assert "no interval and no p: 4 with slides of tumor, and 5 are needed" in text
+    assert "few patients: 6 with slides of normal and 4 with slides of tumor" in text
+    (row, *_) = csv_rows(comparison)
+    assert (row["low"], row["p"]) == (None, None) and "4 with slides of tumor" in row["note"]
+
+
+def test_the_patient_is_the_unit_over_all_test_sets(tmp_path: Path) -> None:
     """The same slides again under other names, in a second test set, make nothing more certain."""
-    scores, labels = [0.1, 0.6, 0.3, 0.5, 0.55, 0.9], [0, 0, 0, 1, 1, 1]
-    patients = [f"p{number}" for number in range(6)]
-    once = write_run(tmp_path / "once", scores, labels=labels, patients=patients)
+    patients = [f"p{number}" for number in range(10)]
+    once = write_run(tmp_path / "once", MIXED, labels=TEN, patients=patients)
     for fold in "ab":
-        names = [f"{fold}{number}" for number in range(6)]
-        write_run(tmp_path / "twice" / fold, scores, labels=labels, names=names, patients=patients)
-    double = [name for name in scores for _ in range(2)]
+        names = [f"{fold}{number}" for number in range(10)]
+        write_run(tmp_path / "twice" / fold, MIXED, labels=TEN, names=names, patients=patients)
     same_set = write_run(
         tmp_path / "same_set",
-        double,
-        labels=[label for label in labels for _ in range(2)],
-        names=[f"s{number:02}" for number in range(12)],
-        patients=[name for name in patients for _ in range(2)],
+        MIXED * 2,
+        labels=TEN * 2,
+        names=[f"s{number:02}" for number in range(20)],
+        patients=patients * 2,
     )
-    intervals = [
-        results([folder], "auroc", 300)[0].interval
-        for folder in (once, tmp_path / "twice", same_set)
-    ]
-    assert intervals[0][0] < intervals[0][1]
-    assert intervals[1] == pytest.approx(intervals[0])
-    assert intervals[2] == pytest.approx(intervals[0])
-
-
-def test_every_fold_keeps_both_classes_in_every_draw(tmp_path: Path) -> None:
-    for fold in range(3):
-        names = [f"{fold}_{number}" for number in range(3)]
-        write_run(tmp_path / f"fold_{fold}", [0.1, 0.2, 0.9], labels=[0, 0, 1], names=names)
-    (found,) = results([tmp_path], "auroc", 200)
-    assert found.interval == (1, 1)
+    (alone,), (pooled,) = results([once], "auroc"), results([tmp_path / "twice"], "auroc_pooled")
+    assert alone.interval == pytest.approx(pooled.interval)
+    assert alone.interval == pytest.approx(results([same_set], "auroc")[0].interval)
 
 
 def test_each_is_judged_at_its_finest_scale_and_the_table_says_so(tmp_path: Path) -> None:
@@ -145,46 +183,35 @@ def test_slides_in_another_order_are_the_same_slides(tmp_path: Path) -> None:
     scores = [0.1, 0.6, 0.5, 0.9]
     one = write_run(tmp_path / "one", scores)
     other = write_run(tmp_path / "other", scores[::-1], labels=LABELS[::-1], names=NAMES[::-1])
-    assert results([one, other], "auroc")[1].difference_interval == (0, 0)
-
-
-def test_a_figure_that_a_fold_lacks_is_not_defined(tmp_path: Path) -> None:
-    write_run(tmp_path / "fold_0", [0.1, 0.2, 0.8, 0.9])
-    write_run(tmp_path / "fold_1", [0.2, 0.9], labels=[0, 0], names=["t0", "t1"])
-    comparison = compare_methods(read_methods([tmp_path]), ["auroc", "accuracy"], 9, 0)
-    text = markdown(comparison)
-    line = next(line for line in text.splitlines() if "auroc" in line)
-    assert [cell.strip() for cell in line.split("|")][-3:-1] == ["–", "–"]
-    assert "a test set lacks a class" in text
-    assert comparison.results["accuracy"][0].mean == pytest.approx((1 + 1 / 2) / 2)
+    assert results([one, other], "auroc")[1].difference == 0
 
 
 def test_the_verb_prints_the_table_and_writes_three_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the worst draw ours has (1 + 1 + 0) / 3, theirs (0 + 0 + 1) / 3: none is beyond zero."""
-    perfect = [0.1, 0.2, 0.8, 0.9]
-    for seed, scores in enumerate((perfect, perfect, [0.1, 0.7, 0.6, 0.9])):
-        write_run(tmp_path / "right" / f"seed_{seed}", scores)
-        write_run(tmp_path / "wrong" / f"seed_{seed}", scores[::-1])
+    perfect = [0.1 * number for number in range(10)]
+    for seed, scores in enumerate((perfect, perfect, MIXED)):
+        write_run(tmp_path / "right" / f"seed_{seed}", scores, labels=TEN)
+        write_run(tmp_path / "wrong" / f"seed_{seed}", scores[::-1], labels=TEN)
     folders = [str(tmp_path / name) for name in ("right", "wrong")]
-    options = ["--metrics", "[auroc,brier]", "--draws", "19", "--labels", "[ours,theirs]"]
+    options = ["--metrics", "[auroc,brier]", "--draws", "512", "--labels", "[ours,theirs]"]
     assert main(["compare", *folders, *options, "--output", str(tmp_path / "table")]) == 0
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
-    assert "# Comparison on 4 test slides of 4 patients\n" in text
+    assert "# Comparison on 10 test slides of 10 patients\n" in text
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     (row,) = [line for line in cells if line[:2] == ["auroc ↑", "ours"]]
-    assert row[2:5] == ["x20", "3", "0.917 ± 0.144"]
+    assert (row[2:5], row[9]) == (["x20", "3", "0.947"], "0.947 ± 0.092")
     row = next(line for line in cells if line[1:2] == ["theirs"])
-    assert (row[4], row[6], row[8]) == ("0.083 ± 0.144", "-0.833", "0.050")
-    assert "19 bootstrap draws" in text and "brier ↓" in text and "(1 + 2 · min(" in text
+    assert (row[4], row[6], row[8]) == ("0.053", "-0.893", "0.002")
+    assert "in at most 512 ways" in text and "brier ↓" in text
+    assert "few patients: 5 with slides of normal and 5 with slides of tumor" in text
     with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
         rows = {(row["metric"], row["method"]): row for row in csv.DictReader(file)}
-    assert float(rows["auroc", "theirs"]["mean"]) == pytest.approx(1 / 12)
-    assert rows["auroc", "theirs"]["values"] == "0.0;0.0;0.25"
+    assert float(rows["auroc", "theirs"]["value"]) == pytest.approx(0.16 / 3)
+    assert rows["auroc", "theirs"]["values"] == "0.0;0.0;0.16"
     assert rows["auroc", "ours"]["p"] == ""
-    assert float(rows["auroc", "theirs"]["p"]) == pytest.approx(1 / 20)
+    assert float(rows["auroc", "theirs"]["p"]) == 1 / 512
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -150,7 +150,7 @@ def test_validate_gives_the_released_losses_with_the_options_of_the_command_line
     given = ["--ckpt_path", str(tmp_path / "model.ckpt"), "--bags", str(tmp_path / "bags")]
     for terms, expected in json.loads((source / "expected.json").read_text())["loss"].items():
         options = [text for name, v in terms_of(terms).items() for text in (f"--model.{name}", v)]
-        output = ["--output", str(tmp_path / "figures"), "--draws", "0", *QUIET]
+        output = ["--output", str(tmp_path / "figures"), *QUIET]
         assert main(["validate", *given, *map(str, options), *output]) == 0
         figures = json.loads((tmp_path / "figures" / "val_metrics.json").read_text())
         assert figures["val/loss"] == pytest.approx(expected, abs=1e-5)

@@ -1,4 +1,4 @@
-"""The figures of a part: which threshold they are at, patients, and intervals."""
+"""The metrics of a part: which threshold they are at, patients, and intervals."""
 
 from math import isnan
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dasmil.errors import InputError
-from dasmil.metrics import Evaluation
+from dasmil.metrics import Evaluation, pool
 
 
 def evaluation(
@@ -120,38 +120,81 @@ def test_a_patient_of_two_of_three_classes_is_refused_by_name() -> None:
         slides.by_patient()
 
 
-def test_intervals_hold_their_figure_and_depend_on_the_seed_alone() -> None:
+def test_intervals_hold_their_figure() -> None:
     positive = [((7 * number) % 31) / 31 for number in range(60)]
     labels = [int(score > 0.4) if number % 4 else 1 for number, score in enumerate(positive)]
-    slides = evaluation(positive, labels, thresholds={"youden": 0.4})
-    figures, intervals = slides.figures("x20"), slides.intervals("x20", num=200)
+    slides = evaluation(positive, labels, thresholds={"youden": 0.4, "specificity_0.9": 0.6})
+    figures, intervals = slides.figures("x20"), slides.intervals("x20")
     assert intervals.keys() == figures.keys()
-    for name in ("auroc", "accuracy", "brier", "f1_at_val_threshold"):
+    assert all(isnan(end) for end in intervals.pop("calibration_error"))
+    for name, (low, high) in intervals.items():
+        assert 0 <= low < figures[name] <= high <= 1, name
+
+
+def test_a_perfect_model_has_intervals_too() -> None:
+    """None of 20 slides of each class is wrong: Wilson's interval, with Student's t."""
+    slides = evaluation([0.1] * 20 + [0.9] * 20, [0] * 20 + [1] * 20, thresholds={"youden": 0.5})
+    intervals = slides.intervals("x20")
+    t = 2.0244
+    assert intervals["accuracy"] == pytest.approx((40 / (40 + t**2), 1), abs=1e-4)
+    assert intervals["sensitivity_at_val_threshold"] == pytest.approx(
+        (20 / (20 + t**2), 1), abs=1e-4
+    )
+    del intervals["calibration_error"], intervals["brier"]
+    assert all(0.5 < low < 0.95 and high == pytest.approx(1) for low, high in intervals.values())
+
+
+def test_patients_are_counted_and_not_their_slides() -> None:
+    """Ten equal slides per patient: nothing is known beyond one of them."""
+    scores = [0.1, 0.3, 0.7, 0.2, 0.5, 0.6, 0.8, 0.9, 0.4, 0.75]
+    labels = [0] * 5 + [1] * 5
+    patients = [f"patient_{number // 10}" for number in range(100)]
+    positive, tenfold = (
+        [each for each in values for _ in range(10)] for values in (scores, labels)
+    )
+    grouped, one_each = evaluation(positive, tenfold, patients), evaluation(scores, labels)
+    of_patients, of_slides = grouped.intervals("x20"), one_each.intervals("x20")
+    for name in ("auroc", "accuracy", "balanced_accuracy", "f1", "brier"):
+        assert of_patients[name] == pytest.approx(of_slides[name], abs=1e-6), name
+    low, high = evaluation(positive, tenfold).intervals("x20")["auroc"]
+    assert high - low < (of_slides["auroc"][1] - of_slides["auroc"][0]) / 2
+
+
+def test_a_patient_counts_in_every_class_of_which_it_has_a_slide() -> None:
+    labels, patients = [0, 0, 0, 0, 0, 1, 1, 1, 1], list("abcdeafgh")
+    slides = evaluation([0.1] * 5 + [0.9] * 4, labels, patients)
+    assert slides.num_patients == {"normal": 5, "tumor": 4}
+    assert slides.why_no_interval == (
+        "no interval and no p: 4 with slides of tumor, and 5 are needed"
+    )
+    assert all(isnan(end) for ends in slides.intervals("x20").values() for end in ends)
+    enough = evaluation([0.1] * 5 + [0.9] * 5, [*labels, 1], [*patients, "b"])
+    assert enough.why_no_interval == ""
+    assert enough.warning == ("few patients: 5 with slides of normal and 5 with slides of tumor")
+    low, high = enough.intervals("x20")["auroc"]
+    assert 0.3 < low < 0.9 and high == pytest.approx(1)
+
+
+def test_three_classes_have_intervals() -> None:
+    rows = torch.eye(3, dtype=torch.float64)[[0, 1, 2] * 8] * 0.5 + 1 / 6
+    rows[:5] = rows[:5].roll(1, dims=1)
+    slides = of_three_classes(rows.tolist(), [0, 1, 2] * 8, "abcdefghijklmnopqrstuvwx")
+    figures, intervals = slides.figures("x20"), slides.intervals("x20")
+    assert intervals.keys() == figures.keys()
+    for name in figures.keys() - {"calibration_error"}:
         low, high = intervals[name]
-        assert low < figures[name] < high
-    assert intervals == slides.intervals("x20", num=200)
-    assert intervals != slides.intervals("x20", num=200, seed=1)
+        assert low < figures[name] < high, name
 
 
-def test_intervals_of_patients_are_wider_than_of_so_many_slides() -> None:
-    """Ten equal slides a patient: nothing is known beyond one of them."""
-    positive = [score for score in [0.1, 0.3, 0.7, 0.2, 0.6, 0.8] for _ in range(10)]
-    labels = [label for label in [0, 0, 0, 1, 1, 1] for _ in range(10)]
-    patients = [f"patient_{number // 10}" for number in range(60)]
-    grouped = evaluation(positive, labels, patients)
-    one_each = evaluation(positive[::10], labels[::10])
-    assert grouped.intervals("x20", 300)["auroc"] == one_each.intervals("x20", 300)["auroc"]
-    low, high = evaluation(positive, labels).intervals("x20", 300)["auroc"]
-    wide_low, wide_high = grouped.intervals("x20", 300)["auroc"]
-    assert high - low < (wide_high - wide_low) / 2
-
-
-def test_every_draw_has_both_classes_however_rare_one_is() -> None:
-    low, high = evaluation([0.1] * 30 + [0.9], [0] * 30 + [1]).intervals("x20", 200)["auroc"]
-    assert (low, high) == (1.0, 1.0)
-
-
-def test_an_undefined_figure_has_no_interval() -> None:
-    intervals = evaluation([0.1, 0.4], [0, 0]).intervals("x20", 20)
-    assert all(isnan(end) for end in intervals["auroc"])
-    assert intervals["accuracy"] == (1.0, 1.0)
+def test_pooled_slides_keep_the_threshold_of_their_own_model() -> None:
+    """Above 0.2 and above 0.7: of each model's two slides the second one alone."""
+    pooled = pool(
+        [
+            evaluation([0.1, 0.6], [0, 1], thresholds={"youden": 0.2}),
+            evaluation([0.6, 0.8], [0, 1], thresholds={"youden": 0.7}),
+        ],
+        "x20",
+    )
+    figures = pooled.figures("x20")
+    assert figures["accuracy_at_val_threshold"] == 1
+    assert (figures["auroc"], figures["auroc_same_fold"]) == (3.5 / 4, 1)

@@ -52,7 +52,7 @@ def test_two_processes_learn_what_one_learns_from_two_slides_a_step(bags, checkp
 
 
 def test_figures_are_the_same_to_the_last_digit(bags, checkpoint, tmp_path):
-    arguments = ["test", "--ckpt_path", str(checkpoint), "--bags", str(bags), "--draws", "50"]
+    arguments = ["test", "--ckpt_path", str(checkpoint), "--bags", str(bags)]
     assert main([*arguments, "--data.batch_size", "4", "--output", str(tmp_path / "one")]) == 0
     run([*arguments, "--output", str(tmp_path / "two")])
     for name in ("test_metrics.json", "test_metrics.csv", "test_slides.csv"):
@@ -68,7 +68,7 @@ def test_fewer_slides_than_processes(bags, checkpoint, tmp_path):
     for row in read_cohort(bags / "cohort.csv"):
         if row.split == "test" and row.slide_id != "test3":
             (few / f"{row.slide_id}.safetensors").unlink()
-    arguments = ["test", "--ckpt_path", str(checkpoint), "--bags", str(few), "--draws", "50"]
+    arguments = ["test", "--ckpt_path", str(checkpoint), "--bags", str(few)]
     with pytest.warns(UserWarning, match=r"6 slide\(s\) of cohort.csv have no bag file"):
         assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
     run([*arguments, "--output", str(tmp_path / "two")])
@@ -87,7 +87,7 @@ def test_fewer_slides_than_processes(bags, checkpoint, tmp_path):
 
 def test_other_slides_do_not_take_the_place_of_a_run_s_own_figures(checkpoint, bags, capsys):
     """Without --output the figures go to the run's folder; those of another cohort do not."""
-    arguments = ["test", "--ckpt_path", str(checkpoint), "--draws", "0", "--bags"]
+    arguments = ["test", "--ckpt_path", str(checkpoint), "--bags"]
     assert main([*arguments, str(bags)]) == 0
     written = checkpoint.parents[1] / "test" / "test_slides.csv"
     before = written.read_text()

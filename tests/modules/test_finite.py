@@ -150,7 +150,7 @@ def test_a_slide_whose_output_is_not_finite_fails_by_name_and_has_no_class(tmp_p
         assert (row["state"], any(of_output)) == (("failed", False) if failed else ("done", True))
         assert (tmp_path / "out" / "instances" / f"{slide_id}.csv").exists() is not failed
 
-    assert main(["test", *options, *half, "--draws", "20"]) == 1
+    assert main(["test", *options, *half]) == 1
     assert words in capsys.readouterr().err
     rows = read_rows(tmp_path / "out" / "test_slides.csv")
     assert [bool(rows[name]["prob/x20/tumour"]) for name in ("s6", "s7", "s8", "s9")] == [

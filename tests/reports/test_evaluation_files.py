@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def metrics_of(folder: Path, stage: str = "test") -> dict[tuple[str, str, str], 
 @pytest.mark.parametrize("thresholds", [THRESHOLDS, None])
 def test_read_back_to_the_last_digit(tmp_path: Path, thresholds) -> None:
     written = evaluation(thresholds=thresholds)
-    write_evaluation(tmp_path, "val", written, about={"checkpoint": "best.ckpt"}, draws=10)
+    write_evaluation(tmp_path, "val", written, about={"checkpoint": "best.ckpt"})
     found = read_evaluation(tmp_path, "val")
     for name in ("classes", "slide_ids", "patients", "thresholds", "specificity", "scales"):
         assert getattr(found, name) == getattr(written, name), name
@@ -60,7 +61,7 @@ def test_read_back_to_the_last_digit(tmp_path: Path, thresholds) -> None:
 
 
 def test_the_json_is_flat_and_the_finest_scale_stands_without_its_name(tmp_path: Path) -> None:
-    write_evaluation(tmp_path, "test", evaluation(), {"loss": 0.5, "x20/froc": 0.25}, draws=10)
+    write_evaluation(tmp_path, "test", evaluation(), {"loss": 0.5, "x20/froc": 0.25})
     figures = json.loads((tmp_path / "test_metrics.json").read_text())
     assert (figures["test/x10/auroc"], figures["test/x20/auroc"]) == (0.75, 1.0)
     assert figures["test/auroc"] == 1.0
@@ -70,24 +71,38 @@ def test_the_json_is_flat_and_the_finest_scale_stands_without_its_name(tmp_path:
 
 
 def test_the_table_says_interval_number_and_threshold(tmp_path: Path) -> None:
-    write_evaluation(tmp_path, "test", evaluation(), {"x20/instance_auroc": 0.75}, draws=50, seed=3)
+    slides = evaluation().select(torch.arange(4).repeat(5))
+    names = tuple(f"slide_{number}" for number in range(20))
+    slides = replace(slides, slide_ids=names, patients=names)
+    write_evaluation(tmp_path, "test", slides, {"x20/instance_auroc": 0.75})
     table = metrics_of(tmp_path)
-    low, high = evaluation().intervals("x10", 50, 3)["auroc"]
+    low, high = slides.intervals("x10")["auroc"]
     row = table["x10", "slide", "auroc"]
     assert (float(row["value"]), float(row["low"]), float(row["high"])) == (0.75, low, high)
-    assert (row["n"], row["draws"], row["note"]) == ("4", "50", "")
+    assert (row["n"], row["patients"]) == ("20", "20")
+    few = "few patients: 10 with slides of normal and 10 with slides of tumor"
+    assert row["note"] == few
     note = table["x20", "slide", "accuracy_at_val_threshold"]["note"]
-    assert note == "above 0.3000, chosen on the validation slides (youden)"
+    assert note == f"above 0.3000, chosen on the validation slides (youden); {few}"
     note = table["x20", "slide", "sensitivity_at_val_specificity_0.9"]["note"]
-    assert note == "above 0.7000, chosen on the validation slides (specificity_0.9)"
+    assert note.startswith("above 0.7000, chosen on the validation slides (specificity_0.9)")
+    row = table["x20", "slide", "calibration_error"]
+    assert row["low"] == "" and row["note"].startswith("no interval: with few slides")
     assert table["x20", "instance", "instance_auroc"]["value"] == "0.75"
+
+
+def test_too_few_patients_have_no_interval_and_the_table_says_why(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, "test", evaluation())
+    row = metrics_of(tmp_path)["x20", "slide", "auroc"]
+    assert (row["value"], row["low"], row["high"]) == ("1.0", "", "")
+    assert row["note"].startswith("no interval and no p: 2 with slides of normal and 2 with")
 
 
 def test_the_threshold_of_the_test_slides_stands_in_tests_alone_and_is_no_honest_figure(
     tmp_path: Path,
 ) -> None:
     for stage in ("val", "test"):
-        write_evaluation(tmp_path, stage, evaluation(), draws=10)
+        write_evaluation(tmp_path, stage, evaluation())
     name = "accuracy_at_test_threshold"
     row = metrics_of(tmp_path)["x20", "slide", name]
     assert (row["value"], row["low"]) == ("1.0", "")
@@ -99,12 +114,12 @@ def test_the_threshold_of_the_test_slides_stands_in_tests_alone_and_is_no_honest
 
 def test_patients_with_several_slides_have_figures_of_their_own(tmp_path: Path) -> None:
     """Patient a: slides of 0.1 and 0.6 at x10; b and c are positive with 0.3 and 0.8."""
-    write_evaluation(tmp_path, "test", evaluation("aabc"), draws=10)
+    write_evaluation(tmp_path, "test", evaluation("aabc"))
     figures = json.loads((tmp_path / "test_metrics.json").read_text())
     assert (figures["test/x10/auroc"], figures["test/x10/patient_auroc"]) == (0.75, 0.5)
     assert figures["test/patient_auroc"] == 1.0
     assert metrics_of(tmp_path)["x10", "patient", "auroc"]["n"] == "3"
-    write_evaluation(tmp_path, "test", evaluation("abab"), pooling="max", draws=10)
+    write_evaluation(tmp_path, "test", evaluation("abab"), pooling="max")
     figures = json.loads((tmp_path / "test_metrics.json").read_text())
     assert figures["test/x10/patient_auroc"] is None  # both patients are positive
 
@@ -118,7 +133,7 @@ def test_a_patient_without_one_label_costs_the_figures_of_patients_alone(tmp_pat
         probabilities={"x20": torch.eye(3).double()},
     )
     with pytest.warns(UserWarning, match="no figures of patients: patient a: has slides of luad"):
-        write_evaluation(tmp_path, "test", slides, draws=10)
+        write_evaluation(tmp_path, "test", slides)
     figures = json.loads((tmp_path / "test_metrics.json").read_text())
     assert figures["test/auroc"] == 1.0
     assert read_evaluation(tmp_path, "test").thresholds is None
@@ -126,7 +141,7 @@ def test_a_patient_without_one_label_costs_the_figures_of_patients_alone(tmp_pat
 
 def test_a_figure_that_is_not_defined_is_null_and_an_empty_cell(tmp_path: Path) -> None:
     one_class = evaluation().select(torch.tensor([0, 1]))
-    write_evaluation(tmp_path, "test", one_class, {"x20/froc": float("nan")}, draws=10)
+    write_evaluation(tmp_path, "test", one_class, {"x20/froc": float("nan")})
     figures = json.loads((tmp_path / "test_metrics.json").read_text())
     assert (figures["test/x20/auroc"], figures["test/x20/froc"]) == (None, None)
     row = metrics_of(tmp_path)["x20", "slide", "auroc"]
@@ -134,11 +149,11 @@ def test_a_figure_that_is_not_defined_is_null_and_an_empty_cell(tmp_path: Path) 
 
 
 def test_an_evaluation_that_is_broken_off_does_not_pass_for_a_finished_one(tmp_path: Path) -> None:
-    write_evaluation(tmp_path, "test", evaluation(), draws=10)
+    write_evaluation(tmp_path, "test", evaluation())
     (tmp_path / "test_metrics.csv").unlink()
     (tmp_path / "test_metrics.csv").mkdir()  # the table cannot be written
     with pytest.raises(OSError):
-        write_evaluation(tmp_path, "test", evaluation("aabc"), draws=10)
+        write_evaluation(tmp_path, "test", evaluation("aabc"))
     with pytest.raises(InputError, match="no such file"):
         read_evaluation(tmp_path, "test")
 
@@ -155,7 +170,7 @@ def drop_table(folder: Path) -> None:
     (folder / "test_slides.csv").unlink()
 
 
-def replace(old: str, new: str):
+def rewrite(old: str, new: str):
     def edit(folder: Path) -> None:
         path = folder / "test_slides.csv"
         text = path.read_text(encoding="utf-8")
@@ -172,15 +187,15 @@ def replace(old: str, new: str):
         (break_json, "not the description of an evaluation"),
         (forget_classes, "KeyError: 'classes'"),
         (drop_table, "no such table"),
-        (replace("prob/x10/tumor", "prob/x10/cancer"), "lacks column prob/x10/tumor"),
-        (replace("slide_1", "slide_0"), "slide slide_0 stands in it twice"),
-        (replace("normal,0.9", "healthy,0.9"), "line 2: label 'healthy' is none of normal, tumor"),
-        (replace("normal,0.9", "normal,high"), "could not convert string to float: 'high'"),
-        (replace("normal,0.9", "normal,1.9"), "no probabilities"),
+        (rewrite("prob/x10/tumor", "prob/x10/cancer"), "lacks column prob/x10/tumor"),
+        (rewrite("slide_1", "slide_0"), "slide slide_0 stands in it twice"),
+        (rewrite("normal,0.9", "healthy,0.9"), "line 2: label 'healthy' is none of normal, tumor"),
+        (rewrite("normal,0.9", "normal,high"), "could not convert string to float: 'high'"),
+        (rewrite("normal,0.9", "normal,1.9"), "no probabilities"),
     ],
 )
 def test_files_that_are_not_ours_are_refused(tmp_path: Path, damage, message: str) -> None:
-    write_evaluation(tmp_path, "test", evaluation(), draws=10)
+    write_evaluation(tmp_path, "test", evaluation())
     damage(tmp_path)
     with pytest.raises(InputError, match=message):
         read_evaluation(tmp_path, "test")

@@ -10,6 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dasmil.metrics import Evaluation
+from dasmil.metrics.intervals import wilson_interval
 from dasmil.reports.figures import (
     GRID,
     calibration_figure,
@@ -21,7 +22,6 @@ from dasmil.reports.figures import (
     scale_colours,
     scores_figure,
     show_in_tensorboard,
-    wilson_interval,
 )
 
 SCORES = [0.12, 0.42, 0.36, 0.83]  # three of the four pairs are in order
@@ -90,13 +90,13 @@ def titles(figure: Figure) -> list[str]:
 
 
 def test_the_roc_has_the_corners_of_the_four_slides_and_says_its_area():
-    x, y = line(roc_figure(evaluation(), "test", draws=20), "x20: AUROC 0.750")
+    x, y = line(roc_figure(evaluation(), "test"), "x20: AUROC 0.750")
     assert list(zip(x, y)) == [(0, 0), (0, 0.5), (0.5, 0.5), (0.5, 1), (1, 1)]
 
 
 def test_slides_with_one_score_are_a_diagonal_as_the_area_counts_them():
     """One normal and one tumour slide of 0.5: half a pair in order, and no corner between."""
-    x, y = line(roc_figure(evaluation([0.5, 0.5], [0, 1]), "test", draws=0), "x20: AUROC 0.500")
+    x, y = line(roc_figure(evaluation([0.5, 0.5], [0, 1]), "test"), "x20: AUROC 0.500")
     assert list(zip(x, y)) == [(0, 0), (1, 1)]
 
 
@@ -106,7 +106,7 @@ def test_the_drawn_area_is_the_figure_that_is_said(made):
     scores = (torch.rand(50, generator=generator) * 20).round() / 20  # with ties
     labels = (torch.rand(50, generator=generator) < scores).long()
     shown = evaluation(scores.tolist(), labels.tolist())
-    figure, figures = made(shown, "test", draws=0), shown.figures("x20")
+    figure, figures = made(shown, "test"), shown.figures("x20")
     x, y = line(figure, "x20")
     if made is roc_figure:
         assert drawstyle(figure) == "default"
@@ -116,22 +116,27 @@ def test_the_drawn_area_is_the_figure_that_is_said(made):
         assert (np.diff(x) * y[1:]).sum() == pytest.approx(figures["average_precision"], abs=1e-6)
 
 
+MANY = [0.12, 0.42, 0.2, 0.3, 0.25, 0.36, 0.83, 0.7, 0.9, 0.6]  # 24 of 25 pairs are in order
+OF_MANY = [0] * 5 + [1] * 5
+
+
 def test_the_interval_is_that_of_the_table():
-    shown = evaluation()
-    low, high = shown.intervals("x20", num=50, seed=3)["auroc"]
-    assert f"AUROC 0.750 [{low:.3f}, {high:.3f}]" in words(roc_figure(shown, "test", 50, seed=3))
-    low, high = shown.intervals("x20", num=50, seed=3)["average_precision"]
-    assert f"[{low:.3f}, {high:.3f}]" in words(precision_recall_figure(shown, "test", 50, seed=3))
-    without = roc_figure(shown, "test", draws=0)
-    assert "[" not in words(without) and not without.axes[0].collections
+    shown = evaluation(MANY, OF_MANY)
+    low, high = shown.intervals("x20")["auroc"]
+    assert f"AUROC 0.960 [{low:.3f}, {high:.3f}]" in words(roc_figure(shown, "test"))
+    low, high = shown.intervals("x20")["average_precision"]
+    assert f"[{low:.3f}, {high:.3f}]" in words(precision_recall_figure(shown, "test"))
+    few = roc_figure(evaluation(), "test")
+    assert "[" not in words(few) and not few.axes[0].collections
+    assert "no interval and no p: 2 with slides of" in words(few)
 
 
 def test_operating_points_lie_where_their_thresholds_call_the_slides():
     """Above 0.38 one of two normal and one of two tumour slides; above 0.5 none and one."""
     shown = evaluation(thresholds={"youden": 0.38, "specificity_0.9": 0.5})
     roc, precision_recall = (
-        roc_figure(shown, "test", draws=0),
-        precision_recall_figure(shown, "test", draws=0),
+        roc_figure(shown, "test"),
+        precision_recall_figure(shown, "test"),
     )
     assert line(roc, "x20 youden") == ([0.5], [0.5])
     assert line(roc, "x20 specificity_0.9") == ([0.0], [0.5])
@@ -145,46 +150,45 @@ def test_operating_points_lie_where_their_thresholds_call_the_slides():
 
 def test_a_threshold_that_calls_no_slide_has_no_precision():
     shown = evaluation(thresholds={"youden": 0.95})
-    marks = [item for item in precision_recall_figure(shown, "test", draws=0).axes[0].lines]
+    marks = [item for item in precision_recall_figure(shown, "test").axes[0].lines]
     assert not [item for item in marks if item.get_gid()]
-    assert line(roc_figure(shown, "test", draws=0), "x20 youden") == ([0.0], [0.0])
+    assert line(roc_figure(shown, "test"), "x20 youden") == ([0.0], [0.0])
 
 
-def test_the_band_is_as_wide_as_the_draws():
-    """Slides in perfect order: every draw has the same curve, and the band no width."""
-    low, high = band(roc_figure(evaluation([0.1, 0.2, 0.8, 0.9]), "test", draws=30))
-    assert (low == 1).all() and (high == 1).all()
-    low, high = band(roc_figure(evaluation(), "test", draws=200))
-    # of two tumour slides drawn, none, one or both may lie above all the normal ones drawn
-    assert (low[50], high[50]) == (0, 1)
+def test_a_band_holds_its_curve_and_has_a_width_if_the_slides_are_in_perfect_order():
+    perfect = [number / 10 for number in range(10)]
+    for made in (roc_figure, precision_recall_figure):
+        low, high = band(made(evaluation(MANY, OF_MANY), "test"))
+        assert (low <= high).all() and (low >= 0).all() and (high <= 1).all()
+        low, high = band(made(evaluation(perfect, OF_MANY), "test"))
+        assert (low[100:] < 0.9).all() and high == pytest.approx(1)
 
 
-def test_the_slides_of_a_patient_are_drawn_together():
-    """One patient a class: every draw is the cohort itself, so there is nothing to be unsure of."""
-    shown = evaluation(patients=("a", "a", "b", "b"))
-    figure = roc_figure(shown, "test", draws=40)
-    low, high = band(figure)
-    assert (low == high).all()
-    assert "AUROC 0.750 [0.750, 0.750]" in words(figure)
-    assert "4 slides of 2 patients (2 normal, 2 tumour)" in words(figure)
-    assert "95 % of 40 draws of patients" in words(figure)
+def test_a_band_is_of_patients_and_not_of_their_slides():
+    slides = evaluation(MANY * 3, OF_MANY * 3)
+    patients = evaluation(MANY * 3, OF_MANY * 3, patients=tuple("abcdefghij" * 3))
+    (low, high), (wide_low, wide_high) = (
+        band(roc_figure(shown, "test")) for shown in (slides, patients)
+    )
+    assert (wide_high - wide_low)[50] > 1.4 * (high - low)[50]
+    text = words(roc_figure(patients, "test"))
+    assert "30 slides of 10 patients (15 normal, 15 tumour)" in text
+    assert "95 % at each point; few patients: 5 with" in text
 
 
 def test_precision_and_recall_by_hand():
     """Called in turn: 0.8 (hit), 0.4 (miss), 0.35 (hit), 0.1 (miss)."""
-    figure = precision_recall_figure(evaluation(), "test", draws=0)
+    figure = precision_recall_figure(evaluation(), "test")
     recall, precision = line(figure, "x20: AP 0.833")  # (1 + 2 / 3) / 2
     assert recall == pytest.approx([0, 0.5, 1])
     assert precision == pytest.approx([1, 1, 2 / 3])
-    low, high = band(precision_recall_figure(evaluation([0.1, 0.2, 0.8, 0.9]), "test", draws=9))
-    assert (low == 1).all() and (high == 1).all()
 
 
 def test_of_more_than_two_classes_each_is_told_from_the_rest():
     """Of b: both slides of b have 0.6, and of the rest one has 0.6 and three 0.2."""
-    text = words(roc_figure(three_classes(), "test", draws=30)).split("\n")
+    text = words(roc_figure(three_classes(), "test")).split("\n")
     (of_b,) = (item for item in text if item.startswith("b: AUROC"))
-    assert of_b.startswith("b: AUROC 0.875 [")  # 8 pairs: 6 in order, 2 ties
+    assert of_b == "b: AUROC 0.875"  # 8 pairs: 6 in order, 2 ties
     assert "test: ROC at x20" in text
 
 
@@ -251,7 +255,7 @@ def test_scores_are_counted_by_label():
 )
 def test_what_is_not_defined_is_said_in_the_picture(labels, reason):
     shown = evaluation(labels=labels, thresholds={"youden": 0.4})
-    figures = evaluation_figures(shown, "test", draws=20)
+    figures = evaluation_figures(shown, "test")
     for name in ("roc", "precision_recall"):
         assert f"x20: not defined, {reason}" in words(figures[name])
     assert words(figures["confusion"]).count("no slide") == 4  # 2 cells at 2 thresholds
@@ -262,7 +266,7 @@ def test_what_is_not_defined_is_said_in_the_picture(labels, reason):
 def test_a_class_without_slides_is_said_and_the_others_are_drawn():
     shown = three_classes()
     shown = replace(shown, labels=shown.labels.clamp(max=1))
-    text = words(roc_figure(shown, "test", draws=20))
+    text = words(roc_figure(shown, "test"))
     assert "c: not defined, no slide is c" in text
     assert "a: AUROC 1.000" in text and "b: AUROC" in text
 
@@ -273,7 +277,7 @@ def test_a_probability_that_is_no_number_is_said_and_the_other_scale_is_drawn():
     broken = fine.clone()
     broken[2] = float("nan")
     shown = replace(shown, probabilities={"x10": broken, "x20": fine})
-    figures = evaluation_figures(shown, "test", draws=20)
+    figures = evaluation_figures(shown, "test")
     assert "x20: AUROC 0.750" in words(figures["roc"])
     for figure in figures.values():
         assert "a probability is not a number" in " ".join(words(figure).split())
@@ -289,7 +293,7 @@ def test_a_scale_has_its_colour_whatever_stands_beside_it():
 @pytest.mark.parametrize("made", [evaluation, three_classes])
 def test_all_pictures_are_files_that_say_what_they_are_of(tmp_path, made):
     shown = made()
-    figures = evaluation_figures(shown, "test", draws=20)
+    figures = evaluation_figures(shown, "test")
     save_figures(tmp_path, figures)
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(figures)
     n = len(shown.slide_ids)
@@ -304,7 +308,7 @@ def test_all_pictures_are_files_that_say_what_they_are_of(tmp_path, made):
 
 
 def test_tensorboard_shows_each_picture_once_however_often_it_is_asked(tmp_path):
-    figures = {"roc": roc_figure(evaluation(), "test", draws=0)}
+    figures = {"roc": roc_figure(evaluation(), "test")}
     for _ in range(2):
         show_in_tensorboard(tmp_path, "test", figures)
     assert len(list(tmp_path.iterdir())) == 1

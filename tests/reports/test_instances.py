@@ -406,7 +406,7 @@ def test_by_command(road, tmp_path, capsys):
         if row.label == "tumour":
             write_text(tmp_path / "truth" / f"{row.slide_id}.geojson", json.dumps(feature))
     places = ["--bags", str(road.bags), "--output", str(tmp_path / "out")]
-    quiet = ["--trainer.enable_progress_bar", "false", "--data.num_workers", "0", "--draws", "20"]
+    quiet = ["--trainer.enable_progress_bar", "false", "--data.num_workers", "0"]
     command = ["test", "--ckpt_path", str(checkpoint), *places, *quiet]
     classes = ["--truth_classes", "[Gland]"]
     assert main([*command, "--truth", str(tmp_path / "truth")]) == 2

@@ -88,7 +88,6 @@ def in_this_process(monkeypatch):
         return f"exit code {code}" if code else ""
 
     monkeypatch.setattr(Children, "call", call)
-    monkeypatch.setattr("dasmil.lightning_cli.DRAWS", 10)
     monkeypatch.setattr("dasmil.compare.compare.compare", partial(compare, draws=10))
 
 
