@@ -9,7 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, get_loader
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from dasmil.errors import InputError, input_error_in, near
 from dasmil.files import find_config
@@ -19,6 +20,8 @@ PER_SCALE = re.compile(  # options that hold one value or several settings per s
     r"--(extractors|features|patches)(?:\.(x\d+(?:\.\d+)?|[^.=]+)(?:\.(\w+))?)?(?:=(.*))?",
     re.DOTALL,
 )
+TEXTS = re.compile(r"(?:truth_)?classes")  # options that are lists of labels
+LABELS = re.compile(rf"--(?:[\w.]+\.)?{TEXTS.pattern}\+?")
 TYPES = {  # jsonargparse's names of types
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
@@ -37,6 +40,12 @@ class SentenceParser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, args: Any = None, namespace: Any = None, **options: Any) -> Any:  # type: ignore[override]
+        """Parse arguments whose labels are text, also those that YAML takes for other values."""
+        with _labels_as_text():
+            given = None if args is None else with_labels(args)
+            return super().parse_args(given, namespace, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise :class:`InputError`; a parser inside another one leaves that to the outer one."""
@@ -211,6 +220,60 @@ def _config(value: str) -> str:
     path = find_config(value)
     _mapping(path.read_text(encoding="utf-8"), str(path))
     return str(path)
+
+
+def with_labels(args: Sequence[str]) -> list[str]:
+    """Arguments in which the labels of lists such as ``[no,yes]`` or ``[0,1]`` are quoted."""
+    found: list[str] = []
+    for word in args:
+        option, equals, value = word.partition("=")
+        if found and LABELS.fullmatch(found[-1]):
+            word = _quoted(word)
+        elif equals and LABELS.fullmatch(option):
+            word = f"{option}={_quoted(value)}"
+        found.append(word)
+    return found
+
+
+def _quoted(value: str) -> str:
+    key = "classes: "
+    return _labels_quoted(key + value).removeprefix(key)
+
+
+@contextmanager
+def _labels_as_text() -> Iterator[None]:
+    """Read labels in YAML files as they stand; YAML takes ``no`` for false and ``01`` for 1."""
+    load = get_loader("yaml")
+    set_loader("yaml", lambda text: load(_labels_quoted(text)), (yaml.YAMLError,))
+    try:
+        yield
+    finally:
+        set_loader("yaml", load, (yaml.YAMLError,))
+
+
+def _labels_quoted(text: str) -> str:
+    """YAML in which the items of lists of labels are quoted."""
+    if not TEXTS.search(text):
+        return text
+    try:
+        nodes = [yaml.compose(text, yaml.SafeLoader)]
+    except yaml.YAMLError:
+        return text  # whoever loads it says what is wrong
+    labels: list[yaml.ScalarNode] = []
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                nodes.append(value)
+                if isinstance(value, yaml.SequenceNode) and TEXTS.fullmatch(str(key.value)):
+                    labels += [n for n in value.value if isinstance(n, yaml.ScalarNode)]
+    for node in sorted(labels, key=lambda node: -node.start_mark.index):
+        if node.style is None:
+            start, end = node.start_mark.index, node.end_mark.index
+            text = f"{text[:start]}{json.dumps(node.value)}{text[end:]}"
+    return text
 
 
 def with_scales_together(args: Sequence[str]) -> list[str]:

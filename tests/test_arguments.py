@@ -4,9 +4,10 @@ import json
 
 import pytest
 import yaml
+from jsonargparse import ActionConfigFile
 from road import CONFIGS
 
-from dasmil.arguments import with_scales_together
+from dasmil.arguments import SentenceParser, with_scales_together
 from dasmil.cli import main
 
 DASMIL = "fit --config configs/dasmil.yaml"
@@ -134,3 +135,36 @@ def test_a_config_of_that_name_in_the_current_folder_wins(tmp_path, monkeypatch,
     with pytest.raises(SystemExit, match="0"):
         main([*TILE.split(), "--config=configs/tile.yaml", "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out)["tile_px"] == 77
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("[no,yes]", ["no", "yes"]),
+        ("[0, 1]", ["0", "1"]),
+        ("[01, 1e3, 1_000, null, ~]", ["01", "1e3", "1_000", "null", "~"]),
+        ("[Off, y, True, 2024-01-01]", ["Off", "y", "True", "2024-01-01"]),
+        ("['no', \"01\", normal, ü é]", ["no", "01", "normal", "ü é"]),
+        ("null", None),
+    ],
+)
+@pytest.mark.parametrize("name", ["data.classes", "truth_classes"])
+def test_labels_are_text_whatever_yaml_makes_of_them(tmp_path, name, text, labels):
+    parser = SentenceParser()
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_argument(f"--{name}", type=list[str] | None)
+    parser.add_argument("--more", type=list[bool] | None)
+    (tmp_path / "one line.yaml").write_text(f"more: [no]\n{name}: {text}  # no\n")
+    items = (
+        "null" if labels is None else "".join(f"\n  - {i.strip()}" for i in text[1:-1].split(","))
+    )
+    (tmp_path / "lines.yaml").write_text(f"{name}: {items}\nmore: [no]\n")
+    for args in (
+        [f"--{name}", text],
+        [f"--{name}={text}"],
+        ["--config", str(tmp_path / "one line.yaml")],
+        ["--config", str(tmp_path / "lines.yaml")],
+        ["--config", f"{{{name}: {text}}}"],
+    ):
+        assert parser.parse_args(["--more", "[no]", *args])[name] == labels
+    assert parser.parse_args(["--config", str(tmp_path / "lines.yaml")]).more == [False]
