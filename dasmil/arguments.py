@@ -20,8 +20,8 @@ PER_SCALE = re.compile(  # options that hold one value or several settings per s
     r"--(extractors|features|patches)(?:\.(x\d+(?:\.\d+)?|[^.=]+)(?:\.(\w+))?)?(?:=(.*))?",
     re.DOTALL,
 )
-TEXTS = re.compile(r"(?:truth_)?classes")  # options that are lists of labels
-LABELS = re.compile(rf"--(?:[\w.]+\.)?{TEXTS.pattern}\+?")
+TEXTS = re.compile(r"(?:[\w.]+\.)?(?:truth_)?classes")  # options that are lists of labels
+LABELS = re.compile(rf"--{TEXTS.pattern}\+?")
 TYPES = {  # jsonargparse's names of types
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
