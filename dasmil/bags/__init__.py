@@ -11,7 +11,7 @@ from dasmil.bags.bag import (
 )
 from dasmil.bags.graph import UNKNOWN, BagGraph, bag_graph, join_graphs
 from dasmil.bags.neighbours import Neighbours, grid_neighbours
-from dasmil.bags.store import bag_path, read_bag, read_header, write_bag
+from dasmil.bags.store import bag_path, read_bag, read_header, read_headers, write_bag
 
 __all__ = [
     "UNKNOWN",
@@ -30,5 +30,6 @@ __all__ = [
     "join_graphs",
     "read_bag",
     "read_header",
+    "read_headers",
     "write_bag",
 ]

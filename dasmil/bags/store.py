@@ -39,6 +39,18 @@ def read_header(path: Path) -> BagHeader:
         return header
 
 
+def read_headers(folder: Path) -> dict[str, BagHeader | InputError]:
+    """The header of each bag in a folder by slide, or why it cannot be read."""
+    headers: dict[str, BagHeader | InputError] = {}
+    for path in sorted(folder.glob("[!.]*.safetensors")):
+        slide_id = path.name.removesuffix(path.suffix)
+        try:
+            headers[slide_id] = read_header(path)
+        except InputError as error:
+            headers[slide_id] = error
+    return headers
+
+
 def read_bag(path: Path, scales: Collection[str] | None = None) -> Bag:
     """Read and validate a bag file.
 

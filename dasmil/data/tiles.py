@@ -22,7 +22,7 @@ from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.reader import RgbArray, Slide
 from dasmil.slides.splits import placed, split_cohort
 from dasmil.slides.study import SlideRecord
-from dasmil.slides.tiling import read_tiles, tiles_path
+from dasmil.slides.tiling import read_tiles, slide_changed, tiles_path
 
 EVALUATED = ("val", "test")
 # parameters of TileDataModule that decide the course of a training beside the slides' parts
@@ -254,6 +254,10 @@ class TileDataModule(LightningDataModule):
         self.rows, self.boxes_px0, self.records = [], [], []
         for row in tiled:
             pyramid = read_tiles(tiles_path(self.folder, row.slide_id))
+            if row.path.exists() and slide_changed(row.path, pyramid):
+                raise InputError(
+                    f"{row.path}: the slide file has changed since it was tiled; run tile again"
+                )
             mpps = {scale.name: scale.mpp for scale in pyramid.scales}
             if self.scale not in mpps:
                 raise InputError(

@@ -18,7 +18,14 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dasmil.bags import BagHeader, ExtractorCard, bag_path, describe_other_bag, read_header
+from dasmil.bags import (
+    BagHeader,
+    ExtractorCard,
+    bag_path,
+    describe_other_bag,
+    read_header,
+    read_headers,
+)
 from dasmil.bags.status import EXTRACTORS, bag_status, status_row
 from dasmil.embedding.dataset import SUSPECT, ChunkDataset, ClaimingSampler, TileChunk
 from dasmil.embedding.extractor import Extractor, ExtractorSource, load_extractor
@@ -208,7 +215,7 @@ def embed(
     cards = {name: network.card for name, network in networks.items()}
     first = trainer.is_global_zero
     any_header = bag_header(next(iter(tables.values())), cards)
-    headers = _read_headers(output)
+    headers = read_headers(output)
     _refuse_other_bags(output, headers, any_header)
     changed = _changed_slides(cohort, tables)
     reasons = {
@@ -327,17 +334,6 @@ def _is_done(tiles: TilePyramid, output: Path, cards: Mapping[str, ExtractorCard
         return read_header(bag_path(output, tiles.slide_id)) == bag_header(tiles, cards)
     except InputError:
         return False
-
-
-def _read_headers(folder: Path) -> dict[str, BagHeader | InputError]:
-    """Headers of all bags in a folder by slide, or why one cannot be read."""
-    headers: dict[str, BagHeader | InputError] = {}
-    for path in folder.glob("[!.]*.safetensors"):
-        try:
-            headers[path.name.removesuffix(path.suffix)] = read_header(path)
-        except InputError as error:
-            headers[path.name.removesuffix(path.suffix)] = error
-    return headers
 
 
 def _refuse_other_bags(

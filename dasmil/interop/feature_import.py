@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ import numpy.typing as npt
 import psutil
 from tqdm import tqdm
 
-from dasmil.bags import ExtractorCard, bag_path, read_header, write_bag
+from dasmil.bags import (
+    ExtractorCard,
+    bag_path,
+    describe_other_bag,
+    read_header,
+    read_headers,
+    write_bag,
+)
 from dasmil.bags.status import EXTRACTORS, bag_status, status_row
 from dasmil.errors import DiskFullError, InputError, say_error, some_of
 from dasmil.files import read_csv, write_csv, write_text
@@ -220,11 +227,12 @@ def import_features(
     rows, left_out = _cohort_rows(cohort, slide_ids, any_file)
     options = {"imported": tool, "orphans": orphans, "dtype": dtype}
     with Worker(dest) as worker:
+        cards = _first_cards(read, [row for row in rows if not row.fault], scales, files)
+        _refuse_other_bags(dest, rows, scales, cards, options)
         if line := describe_leaving(dest / "cohort.csv", rows):
             print(f"import: {line}")
         write_cohort(dest / "cohort.csv", rows)
         rows = refuse_faulty(rows, worker)
-        cards = _first_cards(read, rows, scales, files)
         _write_extractors(dest / EXTRACTORS, cards, tool)
         worker.on_beat = (status := bag_status(dest)).write
         for row in tqdm(rows, f"import {tool}", unit="slide"):
@@ -316,6 +324,41 @@ def _first_cards(
                 return cards
             reason = "no slide holds a tile"
     raise InputError(f"import: nothing can be imported: {reason}")
+
+
+def _refuse_other_bags(
+    dest: Path,
+    rows: Sequence[SlideRow],
+    scales: Sequence[Scale],
+    cards: Mapping[str, ExtractorCard],
+    options: Mapping[str, str],
+) -> None:
+    """A folder holds bags of one tool, with one set of extractors and options.
+
+    The slides that are imported now are re-created if need be; all others must fit beside them.
+    """
+    ours = {row.slide_id for row in rows}
+    for slide_id, found in read_headers(dest).items():
+        if slide_id in ours or isinstance(found, InputError):
+            continue
+        given = json.loads(found.tiling)
+        if "imported" in given:
+            known = {scale.name: scale for scale in found.scales}
+            wanted = replace(
+                found,
+                scales=tuple(known.get(scale.name, scale) for scale in scales),
+                extractors=dict(cards),
+                tiling=json.dumps(dict(options)),
+            )
+            shared = json.dumps({name: given.get(name) for name in options})
+            words = describe_other_bag(wanted, replace(found, tiling=shared))
+        else:
+            words = "embed made it"
+        if words:
+            raise InputError(
+                f"{bag_path(dest, slide_id)}: made otherwise than asked for now ({words}); choose "
+                "another DEST, or delete that folder to start over"
+            )
 
 
 def _refuse_other_cards(

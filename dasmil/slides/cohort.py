@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import unicodedata
 import warnings
 from collections import deque
@@ -55,6 +56,12 @@ NOT_KNOWN = frozenset(  # what other programs write for an empty cell, in lower 
 )
 UNWRITABLE = ("Cc", "Cs")  # control characters, and bytes of names that are not UTF-8
 MAX_ID_BYTES = 200  # names of files have at most 255, and endings are added
+
+PICTURE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg"])
+#: ``1_macro``, ``1.svs-label``, ``thumbnail``: the slide's name, and what the picture shows
+PICTURE_OF_SLIDE = re.compile(
+    r"(?:(.*)[-_. ])?(?:macro|label|thumb|thumbnail|overview)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -178,16 +185,42 @@ def describe_leaving(path: Path, rows: Iterable[SlideRow]) -> str:
 def _scan_folder(folder: Path, leave_out: Path | None) -> list[SlideRow]:
     """Slides below a folder, named after their files; a folder of DICOM files is one slide."""
     rows = {}
-    for path in _files_below(folder, leave_out):
-        if path.suffix.lower() not in SLIDE_SUFFIXES:
-            continue
-        if path.name.strip().startswith("."):  # half written, or what macOS leaves on other disks
+    files = [
+        path
+        for path in _files_below(folder, leave_out)
+        if path.suffix.lower() in SLIDE_SUFFIXES
+        and not path.name.strip().startswith(".")  # half written, or what macOS leaves behind
+    ]
+    pictures = _pictures_of_slides(files)
+    if pictures:
+        warnings.warn(
+            f"{folder}: {len(pictures)} picture(s) of slides (macro, label, thumbnail) are left "
+            f"out: {some_of(sorted(path.name for path in pictures))}",
+            stacklevel=2,
+        )
+    for path in files:
+        if path in pictures:
             continue
         if path.suffix.lower() == ".dcm":
             rows[path.parent] = SlideRow(slide_name(path.parent.absolute().name), path.parent)
         else:
             rows[path] = SlideRow(slide_name(path.name), path)
     return [rows[path] for path in sorted(rows)]
+
+
+def _pictures_of_slides(files: Sequence[Path]) -> set[Path]:
+    """Pictures that scanners and viewers leave beside a slide, told by their names."""
+    slides = {path.with_suffix("") for path in files} | set(files)
+    with_slides = {path.parent for path in files if path.suffix.lower() not in PICTURE_SUFFIXES}
+    found = set()
+    for path in files:
+        match = PICTURE_OF_SLIDE.fullmatch(path.stem)
+        if match is None or path.suffix.lower() == ".dcm":  # a part of a slide of many files
+            continue
+        is_picture = path.suffix.lower() in PICTURE_SUFFIXES
+        if path.parent / (match[1] or "") in slides or (is_picture and path.parent in with_slides):
+            found.add(path)
+    return found
 
 
 def _files_below(folder: Path, leave_out: Path | None) -> Iterator[Path]:

@@ -242,7 +242,9 @@ def slide_changed(path: Path, tiles: TilePyramid) -> bool:
     InputError
         if the file does not exist, or cannot be read.
     """
-    return file_state(path) != tiles.slide_state and sample_digest(path) != tiles.slide_digest
+    if not tiles.slide_digest or file_state(path) == tiles.slide_state:
+        return False
+    return sample_digest(path) != tiles.slide_digest
 
 
 def tiles_path(folder: Path, slide_id: str) -> Path:

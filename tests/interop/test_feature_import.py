@@ -132,6 +132,26 @@ def test_orphans_are_counted_and_kept_or_dropped(tmp_path, capsys):
     assert len(dropped.parent["x20"].unique()) == 11
 
 
+def test_a_folder_holds_one_configuration_also_of_slides_not_asked_for_now(tmp_path, capsys):
+    """Other scales, encoders and options of other slides are refused by what differs."""
+    assert run("trident", tmp_path / "BAGS", trident_folders(tmp_path / "one", "s1")) == 0
+    before = (tmp_path / "BAGS" / "cohort.csv").read_bytes()
+    folders = trident_folders(tmp_path / "two", "s2")
+    coarse = {scale: folders[scale] for scale in ("x5", "x10")}
+    for given, options, words in (
+        (coarse, [], "scales x5, x10, x20 instead of x5, x10"),
+        (folders, ["--orphans", "drop"], "orphans keep → drop"),
+    ):
+        assert run("trident", tmp_path / "BAGS", given, *options) == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'BAGS' / 's1.safetensors'}: made otherwise" in said and words in said
+        assert (tmp_path / "BAGS" / "cohort.csv").read_bytes() == before
+    write_bags(tmp_path / "OWN", {"s9": "normal"})
+    assert run("trident", tmp_path / "OWN", folders) == 2
+    assert "embed made it" in capsys.readouterr().err
+    assert run("trident", tmp_path / "BAGS", folders) == 0
+
+
 def test_dropping_goes_down_and_up_the_whole_pyramid(tmp_path):
     """A x10 tile without a x5 tile takes its x20 tiles along; a x5 tile left alone goes too."""
     folders = trident_folders(tmp_path)

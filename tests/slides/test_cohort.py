@@ -240,6 +240,20 @@ def test_hidden_files_and_folders_named_like_slides_are_no_slides(tmp_path: Path
     assert [row.slide_id for row in read_cohort(tmp_path)] == ["a"]
 
 
+def test_pictures_beside_slides_are_no_slides_and_are_named(tmp_path: Path) -> None:
+    """As scanners, viewers and downloads leave them; a name alone tells nothing."""
+    touch(tmp_path, "a.svs", "a_macro.png", "a.svs-label.jpg", "a_overview.tif", "Thumbnail.jpeg")
+    touch(tmp_path, "pictures/b.png", "pictures/b_thumb.png", "pictures/x_macro.png")
+    touch(tmp_path, "dicom/level.dcm", "dicom/label.dcm", "white_label/c_labelled.svs")
+    with pytest.warns(UserWarning, match="picture") as said:
+        rows = read_cohort(tmp_path)
+    assert [row.slide_id for row in rows] == ["a", "dicom", "b", "x_macro", "c_labelled"]
+    assert str(said[0].message) == (
+        f"{tmp_path}: 5 picture(s) of slides (macro, label, thumbnail) are left out: "
+        "Thumbnail.jpeg, a.svs-label.jpg, a_macro.png, a_overview.tif, b_thumb.png"
+    )
+
+
 def test_linked_folders_are_read_once_under_their_own_names_first(tmp_path: Path) -> None:
     touch(tmp_path / "far", "b.svs")
     touch(tmp_path / "cohort", "real/a.svs")
