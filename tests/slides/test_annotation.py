@@ -245,6 +245,62 @@ class TestMasks:
         areas = read_annotation(tmp_path / "a.tif", SIZE)
         assert areas.finest.shape == (400, 500) and areas.finest.all()
 
+    @pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16])
+    @pytest.mark.parametrize("compression", [None, "zlib"])
+    def test_the_two_ways_of_tiff_to_store_an_array_are_read_alike(
+        self, tmp_path, dtype, compression
+    ):
+        mask = np.zeros((80, 100), dtype=dtype)
+        mask[:10, 50:70] = 1
+        for photometric in ("minisblack", "miniswhite"):
+            path = tmp_path / f"{photometric}.tif"
+            tifffile.imwrite(path, mask, photometric=photometric, compression=compression)
+            assert (read_annotation(path, SIZE).finest == mask.astype(bool)).all()
+        tifffile.imwrite(path, (mask == 0).astype(dtype), photometric="miniswhite")
+        with pytest.warns(UserWarning, match="most of it is marked, by its stored values"):
+            read_annotation(path, SIZE)
+
+    @pytest.mark.parametrize("mode", ["LA", "PA", "P", "RGBA", "1"])
+    @pytest.mark.parametrize("colour", [0, 255], ids=["black", "white"])
+    def test_a_mask_may_lie_in_alpha_alone(self, tmp_path, mode, colour):
+        mask = np.zeros((80, 100), dtype=bool)
+        mask[:10, 50:70] = True
+        alpha = Image.fromarray(mask.astype(np.uint8) * 255)
+        path, options = tmp_path / "a.png", {}
+        if mode == "P":  # the first colour of its palette is the one that is seen
+            picture = Image.fromarray((~mask).astype(np.uint8), mode="P")
+            picture.putpalette([colour] * 6)
+            options = {"transparency": b"\xff\x00"}
+        elif mode == "1":
+            picture, options = (
+                Image.fromarray(mask if colour else ~mask),
+                {"transparency": 255 - colour},
+            )
+        elif mode == "PA":
+            picture, path = Image.new("LA", (100, 80), (colour, 0)), tmp_path / "a.tif"
+            picture.putalpha(alpha)
+        else:
+            picture = Image.new(mode, (100, 80), (colour,) * len(mode))
+            picture.putalpha(alpha)
+        picture.save(path, **options)
+        assert (read_annotation(path, SIZE).finest == mask).all()
+
+    @pytest.mark.parametrize("suffix", [".tif", ".tiff"])
+    def test_a_mask_of_fractions_is_refused_by_name(self, tmp_path, suffix):
+        path = tmp_path / f"a{suffix}"
+        tifffile.imwrite(path, np.full((80, 100), 0.5, np.float32))
+        with pytest.raises(InputError, match="its pixels are float32; save it as 8-bit grey"):
+            read_annotation(path, SIZE)
+
+    def test_a_pyramid_with_alpha_is_refused_by_name(self, tmp_path):
+        path = tmp_path / "a.tif"
+        pixels = np.zeros((800, 1000, 4), np.uint8)
+        tifffile.imwrite(
+            path, pixels, tile=(256, 256), photometric="rgb", extrasamples=["unassalpha"]
+        )
+        with pytest.raises(InputError, match="with alpha"):
+            read_annotation(path, SIZE)
+
     def test_a_mask_of_another_shape_is_refused(self, tmp_path):
         Image.new("L", (100, 81)).save(tmp_path / "a.png")  # within a pixel
         read_annotation(tmp_path / "a.png", SIZE)

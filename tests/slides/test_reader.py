@@ -254,6 +254,16 @@ def test_what_can_only_be_decoded_in_giant_parts_is_refused(
     assert "vips tiffsave" in message
 
 
+@pytest.mark.parametrize("tile", [None, (256, 256)])
+def test_a_picture_whose_min_is_white_is_seen_as_it_is_meant(
+    tmp_path: Path, tile: tuple[int, int] | None
+) -> None:
+    grey = draw_picture(300, 300, grain_px=3)[..., 0]
+    tifffile.imwrite(tmp_path / "a.tif", 255 - grey, photometric="miniswhite", tile=tile)
+    with Slide(SlideRow("a", tmp_path / "a.tif", mpp=0.5)) as slide:
+        assert np.array_equal(slide.read((0, 0, 300, 300), (300, 300))[..., 1], grey)
+
+
 def test_a_picture_too_large_to_be_decoded_as_a_whole_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,10 @@
 """Masks: pictures over the whole slide that are not zero where something is marked."""
 
+import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,10 +12,13 @@ import numpy.typing as npt
 import openslide
 import tifffile
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION as PHOTOMETRIC
+from PIL.TiffImagePlugin import TiffImageFile
 
 from dasmil.errors import InputError
 from dasmil.slides.annotation.areas import Areas, MaskArray, mask_shape, reduction
 
+MIN_IS_WHITE = 0
 READ_BLOCK_PX = 4096  # side of the largest region of a mask decoded at once
 
 
@@ -128,22 +133,55 @@ def _refuse_odd_pixels(path: Path) -> None:
     with tifffile.TiffFile(path) as file:
         page = file.pages.first
         kinds = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
-        if page.bitspersample != 8 or page.photometric not in kinds:
+        if page.bitspersample != 8 or page.photometric not in kinds or page.extrasamples:
+            with_alpha = ", with alpha" if page.extrasamples else ""
             raise InputError(
                 f"{path}: its pixels are {page.bitspersample} bits "
-                f"({tifffile.PHOTOMETRIC(page.photometric).name}); save it as 8-bit grey"
+                f"({tifffile.PHOTOMETRIC(page.photometric).name}{with_alpha}); save it as 8-bit "
+                "grey, min-is-black"
             )
 
 
 def _picture(path: Path) -> npt.NDArray[np.uint8]:
-    """(H, W) values of a picture without levels; of colours the largest channel."""
+    """(H, W) values of a picture without levels, as they are stored.
+
+    Of colours it is the largest channel, of a palette the number of the colour. What is transparent
+    is not marked; where all that is seen is black, the alpha channel itself is the mask.
+    """
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image)
+            pixels, alpha = _values(path, image)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise InputError(f"{path}: the mask cannot be read: {error}") from error
-    if pixels.ndim == 3:
-        pixels = pixels[..., : 3 if pixels.shape[2] > 2 else 1].max(axis=2)
+    if alpha is not None and alpha.min() != alpha.max():
+        pixels = np.where(alpha > 0, pixels, 0)
+        pixels = pixels if pixels.any() else alpha
+    if pixels.dtype.kind not in "biu" or pixels.min(initial=0) < 0:
+        raise InputError(f"{path}: its pixels are {pixels.dtype}; save it as 8-bit grey")
     if pixels.max(initial=0) > 255:
         raise InputError(f"{path}: it holds the value {pixels.max()}; save it as 8-bit grey")
     return pixels.astype(np.uint8)
+
+
+def _values(
+    path: Path, image: Image.Image
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8] | None]:
+    """(H, W) values and alpha; None if the picture has no alpha."""
+    alpha = None
+    if image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+    if image.mode == "PA":
+        image = image.convert("P")
+    pixels = np.asarray(image)
+    if pixels.ndim == 3:
+        pixels = pixels[..., : 3 if pixels.shape[2] > 2 else 1].max(axis=2)
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == MIN_IS_WHITE:
+        # Pillow inverts these as pictures; what writes masks so, such as tifffile, means the values
+        pixels = {"1": np.logical_not, "L": np.invert}.get(image.mode, np.asarray)(pixels)
+        if pixels.size and np.count_nonzero(pixels) > pixels.size / 2:
+            warnings.warn(
+                f"{path}: most of it is marked, by its stored values; if it is to be seen the "
+                "other way round (its photometric is min-is-white), save it as min-is-black",
+                stacklevel=2,
+            )
+    return pixels, alpha
