@@ -11,7 +11,8 @@ from dasmil.metrics.slide import LOWER_IS_BETTER
 
 CSV_COLUMNS = (
     *("metric", "method", "folder", "scale", "runs", "test_sets", "value", "low", "high"),
-    *("difference", "difference_low", "difference_high", "p", "mean", "sd", "values", "note"),
+    *("difference", "difference_low", "difference_high", "p", "mean", "sd", "values"),
+    *("checkpoints", "note"),
 )
 POOLED, SAME_FOLD = "auroc_pooled", "auroc_same_fold"
 
@@ -144,6 +145,11 @@ def _explanation(comparison: Comparison) -> str:
         sentences.append(
             "- A run whose own test slides lack a class has no value; it counts in the pooled one."
         )
+    sentences += [
+        f"- checkpoints of {method.label}: "
+        + ", ".join(f"{run.folder} ({run.checkpoint or 'not known'})" for run in method.runs)
+        for method in methods
+    ]
     return "\n".join(sentences)
 
 
@@ -201,5 +207,6 @@ def csv_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
                 "test_sets": len(method.runs_of),
                 **{k: None if v is None or isnan(v) else v for k, v in numbers.items()},
                 "values": ";".join("" if isnan(v) else str(v) for v in result.values),
+                "checkpoints": ";".join(run.checkpoint for run in method.runs),
                 "note": "; ".join(comparison.notes),
             }

@@ -23,6 +23,7 @@ from scipy.spatial import KDTree
 
 from dasmil.bags import Bag, BagHeader, ExtractorCard, all_finite
 from dasmil.errors import InputError
+from dasmil.interop.digest import features_digest
 from dasmil.interop.mil4wsi_bags import in_order_of_parents
 from dasmil.interop.mil4wsi_grid import place_on_grid
 from dasmil.units import Mpp, Scale, TilePx
@@ -134,6 +135,7 @@ def make_bag(
         tiling=tiling,
         extractors=dict(cards),
         num_tiles=len(rows[-1]),
+        slide_digest=features_digest(slide.files[-1].features, slide.files[-1].place),
     )
     bag = Bag(
         header,

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dasmil.bags import Bag, BagHeader, ExtractorCard, bag_graph, bag_path, write_bag
 from dasmil.errors import InputError
 from dasmil.files import write_csv, write_text
+from dasmil.interop.digest import features_digest
 from dasmil.interop.mil4wsi_graph import SCALES, PreparedGraph, read_prepared
 from dasmil.interop.mil4wsi_grid import IntArray, finest_side, place_on_grid, require_nested
 from dasmil.slides.cohort import SlideRow, write_cohort
@@ -193,6 +194,7 @@ def make_bag(graph: PreparedGraph, tile_px: int = 256) -> tuple[Bag, dict[str, A
 
     rows, parents = in_order_of_parents(scale, parent, len(scales))
     dim = graph.features.shape[1]
+    finest = scale == len(scales) - 1
     header = BagHeader(
         slide_id=graph.slide_id,
         scales=scales,
@@ -203,6 +205,7 @@ def make_bag(graph: PreparedGraph, tile_px: int = 256) -> tuple[Bag, dict[str, A
         tiling=json.dumps({"imported": "mil4wsi"}),
         extractors={s.name: extractor_card(s.name, dim) for s in scales},
         num_tiles=len(rows[-1]),
+        slide_digest=features_digest(graph.features.numpy()[finest], graph.place[finest]),
     )
     bag = Bag(
         header,

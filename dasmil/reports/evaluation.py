@@ -26,6 +26,7 @@ from dasmil.errors import InputError
 from dasmil.files import read_csv, write_csv, write_text
 from dasmil.metrics import Evaluation
 
+SHORT_HASH = 12  # digits of a SHA-256 that name a checkpoint in sentences and tables
 METRIC_COLUMNS = ("scale", "level", "metric", "value", "low", "high", "n", "patients", "note")
 SLIDE_COLUMNS = ("slide_id", "patient_id", "label")
 TEST_CHOSEN_NOTE = "threshold chosen on these very test slides: no honest figure"
@@ -229,6 +230,13 @@ def read_evaluation(folder: Path, stage: str) -> Evaluation:
         thresholds=thresholds,
         specificity=specificity,
     )
+
+
+def read_checkpoint_name(folder: Path, stage: str) -> str:
+    """File name of the evaluated checkpoint and the start of its SHA-256; empty if not known."""
+    described = json.loads(evaluation_file(folder, stage).read_text(encoding="utf-8"))
+    name, digest = described.get("checkpoint"), described.get("checkpoint_sha256")
+    return f"{name} {digest[:SHORT_HASH]}" if name and digest else ""
 
 
 def _label(row: Mapping[str, str], classes: tuple[str, ...], where: str) -> int:

@@ -8,9 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dasmil.data.bags import BagDataModule
 from dasmil.errors import InputError, some_of
 from dasmil.files import file_sha256, read_csv
-from dasmil.reports.evaluation import evaluation_file
-
-SHORT = 12  # digits of a hash in a sentence
+from dasmil.reports.evaluation import SHORT_HASH, evaluation_file
 
 
 def checkpoint_of(trainer: Trainer) -> tuple[str, str]:
@@ -47,8 +45,9 @@ class KeptMetrics(Callback):
         _, now = checkpoint_of(trainer)
         if before != now:
             raise InputError(
-                f"{self.output}: holds the metrics of another checkpoint ({before[:SHORT]}, this "
-                f"one is {now[:SHORT]}); give --output to keep both"
+                f"{self.output}: holds the metrics of another checkpoint "
+                f"({before[:SHORT_HASH]}, this one is {now[:SHORT_HASH]}); give --output to keep "
+                "both"
             )
         _, rows = read_csv(self.output / f"{part}_slides.csv")
         evaluated = data.part(data.val_part if part == "val" else "test")

@@ -17,8 +17,9 @@ from dasmil.errors import InputError
 from dasmil.files import write_csv, write_text
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.evaluation import YOUDEN
+from dasmil.reports.evaluation import SHORT_HASH
 from dasmil.reports.heatmap import draw_heatmap, slide_canvas
-from dasmil.reports.kept import SHORT, checkpoint_of
+from dasmil.reports.kept import checkpoint_of
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.qc import write_png
 
@@ -71,8 +72,8 @@ class PredictionWriter(Callback):
         if before != self.checkpoint:
             raise InputError(
                 f"{self.output}: holds the predictions of another checkpoint "
-                f"({before[:SHORT] or 'not known'}, this one is {self.checkpoint[:SHORT]}); give "
-                "another --output to keep both"
+                f"({before[:SHORT_HASH] or 'not known'}, this one is "
+                f"{self.checkpoint[:SHORT_HASH]}); give another --output to keep both"
             )
         if is_first:
             about = {"checkpoint": name, "checkpoint_sha256": self.checkpoint}

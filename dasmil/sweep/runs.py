@@ -105,9 +105,11 @@ class Run(Step):
         if not config.is_file():
             return []
         fitted = yaml.safe_load(config.read_text(encoding="utf-8"))
-        allowed = fitted["data"]["init_args"]["allow_seen_slides"]
+        data = fitted["data"]["init_args"]
+        table = data.get("split_table")
         return [
-            *("--data.allow_seen_slides", str(allowed).lower()),
+            *(("--data.split_table", table) if table else ()),
+            *("--data.allow_seen_slides", str(data["allow_seen_slides"]).lower()),
             *("--trainer.accelerator", str(fitted["trainer"]["accelerator"])),
         ]
 

@@ -2,7 +2,7 @@
 
 import csv
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan
 from pathlib import Path
 
@@ -30,6 +30,7 @@ def write_run(
     patients: Sequence[str] | None = None,
     scales: Sequence[str] = ("x20",),
     classes: tuple[str, ...] = ("normal", "tumor"),
+    about: Mapping[str, str | None] | None = None,
 ) -> Path:
     """The test files of a run, with the same probabilities at each scale."""
     scores = torch.tensor(positive, dtype=torch.float64)
@@ -41,7 +42,7 @@ def write_run(
         labels=torch.tensor(labels),
         probabilities={scale: torch.stack([1 - scores, scores], 1) for scale in scales},
     )
-    write_evaluation(folder / "test", "test", evaluation)
+    write_evaluation(folder / "test", "test", evaluation, about=about)
     return folder
 
 
@@ -213,6 +214,21 @@ def test_the_verb_prints_the_table_and_writes_three_files(
     assert rows["auroc", "ours"]["p"] == ""
     assert float(rows["auroc", "theirs"]["p"]) == 1 / 512
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_names_the_checkpoint_of_each_run(tmp_path: Path) -> None:
+    about = {"checkpoint": "best.ckpt", "checkpoint_sha256": "0123456789abcdef"}
+    one = write_run(tmp_path / "one", [0.1, 0.2, 0.8, 0.9], about=about)
+    other = write_run(tmp_path / "other", [0.1, 0.2, 0.8, 0.9])
+    compare((one, other), output=tmp_path / "table", draws=9)
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert f"- checkpoints of one: {one / 'test'} (best.ckpt 0123456789ab)\n" in text
+    assert f"- checkpoints of other: {other / 'test'} (not known)\n" in text
+    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+        assert [row["checkpoints"] for row in csv.DictReader(file)][:2] == [
+            "best.ckpt 0123456789ab",
+            "",
+        ]
 
 
 def test_a_folder_as_output_takes_the_files(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import pickle
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from dasmil.data.bags import SPLIT_COLUMNS
 from dasmil.errors import InputError
 from dasmil.files import write_csv
 from dasmil.modules import DASMILModule
+from dasmil.slides.study import SlideRecord, plain_records
 
 SPLIT = {
     "n0": "train",
@@ -409,7 +411,7 @@ def test_a_class_with_empty_bags_only_cannot_be_trained_on(tmp_path: Path) -> No
 # Extractors that have seen slides
 
 
-def write_extractors(folder: Path, **trained_on: list[str]) -> None:
+def write_extractors(folder: Path, **trained_on: Sequence[Any]) -> None:
     records = {scale: {"name": "vit", "trained_on": slides} for scale, slides in trained_on.items()}
     (folder / "extractors.json").write_text(json.dumps(records))
 
@@ -425,6 +427,26 @@ def test_a_held_out_slide_that_an_extractor_has_seen_is_refused(
     with pytest.raises(InputError, match=words):
         make_data(folder, stage)
     assert make_data(folder, stage, allow_seen_slides=True).split == SPLIT
+
+
+def test_the_extractors_slides_are_known_by_digest_and_by_patient(tmp_path: Path) -> None:
+    """Also a slide without label: it gives no metrics, but its patient's other slides do."""
+    labels = {**LABELS, "unlabelled": None}
+    patients = {"n3": "p3", "unlabelled": "p3"}
+    digests = {"t2": "pixels of t2"}
+    folder = write_bags(tmp_path, labels, SPLIT, patients, digests=digests)
+
+    for record, slide_id in (
+        (SlideRecord("unlabelled", "p3"), "n3"),
+        (SlideRecord("elsewhere", digest="pixels of t2"), "t2"),
+    ):
+        write_extractors(folder, x20=plain_records([record]))
+        with pytest.raises(InputError, match=rf"x20 extractor .* 1 slide\(s\) .*\({slide_id}\)"):
+            make_data(folder)
+    write_extractors(folder, x20=plain_records([SlideRecord("t2", "p4", digest="other pixels")]))
+    make_data(folder)
+    write_extractors(folder, x20=plain_records([SlideRecord("n3", "p3")]))
+    assert make_data(folder, other_cohort=True).split["n3"] == "test"
 
 
 def test_an_extractor_may_have_seen_training_slides(tmp_path: Path) -> None:

@@ -1,0 +1,28 @@
+"""By what a slide is recognised if only its features are at hand."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_ROWS = 256  # of the features; the coordinates are read as a whole
+
+
+def features_digest(features: npt.NDArray[Any], place: npt.NDArray[Any]) -> str:
+    """Hex digest of a slide's tiles; empty if there are none, since all such slides are alike.
+
+    The digest is the same for features that are stored as float16 or float32.
+
+    Parameters
+    ----------
+    features: (N, D) of the finest scale.
+    place: (N, 2) coordinates of the same tiles.
+    """
+    if not len(features):
+        return ""
+    rows = np.linspace(0, len(features) - 1, min(len(features), MAX_ROWS)).astype(int)
+    digest = hashlib.sha256(f"features {features.shape}".encode())
+    digest.update(np.ascontiguousarray(place, dtype="<f8").data)
+    digest.update(np.ascontiguousarray(features[rows], dtype="<f4").data)
+    return digest.hexdigest()
