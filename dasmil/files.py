@@ -200,6 +200,11 @@ def _read_lines(path: Path) -> list[str]:
     return lines
 
 
+def to_number(text: str) -> float:
+    """The number in a cell, with a point or a decimal comma; ValueError if it is none."""
+    return float(text if "." in text else text.replace(",", "."))
+
+
 def sample_digest(path: Path) -> str:
     """A digest by which a slide is recognised, wherever it lies and whatever its name is.
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Literal, get_args
 
 from dasmil.errors import InputError, some_of
-from dasmil.files import read_csv, write_csv
+from dasmil.files import read_csv, to_number, write_csv
 from dasmil.work.worker import Worker
 
 Part = Literal["train", "val", "test"]
@@ -313,7 +313,7 @@ def positive_number(record: Mapping[str, str], column: str, where: str) -> float
     if not text:
         return None
     try:
-        value = float(text if "." in text else text.replace(",", "."))
+        value = to_number(text)
     except ValueError:
         raise InputError(f"{where}: {column} {text!r} is not a number") from None
     if not 0 < value < float("inf"):

@@ -229,11 +229,16 @@ class Slide:
 
 def _slide_file(path: Path) -> Path:
     """A folder stands for the DICOM slide in it; any one of its files opens the whole."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if not path.is_dir():
+    try:
+        path.stat()
+        names = list(path.iterdir()) if path.is_dir() else None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:  # a name that is too long, a loop of links, a folder of someone else
+        raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
+    if names is None:
         return path
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".dcm" and p.name[0] != ".")
+    files = sorted(p for p in names if p.suffix.lower() == ".dcm" and p.name[0] != ".")
     if not files:
         raise InputError(f"{path}: a folder without DICOM (.dcm) files is no slide")
     return files[0]

@@ -12,6 +12,7 @@ from dasmil.slides.annotation import (
     Polygons,
     class_names,
     find_truth,
+    marks_points,
     read_annotation,
 )
 from dasmil.slides.annotation import (
@@ -387,3 +388,19 @@ def test_two_annotations_of_a_slide_are_refused(tmp_path):
     (tmp_path / "a_mask.tif").touch()
     with pytest.raises(InputError, match=r"a\.xml: there is a_mask\.tif beside it; keep one"):
         find_truth(tmp_path, "a")
+
+
+@pytest.mark.parametrize("name", ["a.XML", "a.CSV", "a.GEOJSON", "a_mask.TIF", "a.PNG"])
+def test_suffixes_in_capitals_are_found_and_read(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(("TIF", "PNG")):
+        mask = Image.new("L", (100, 80))
+        mask.save(path, format="TIFF" if name.endswith("TIF") else "PNG")
+    else:
+        empty = '{"type": "FeatureCollection", "features": []}'
+        text = {".XML": asap(), ".CSV": "x;y\n1,5;2\n", ".GEOJSON": empty}
+        path.write_text(text[path.suffix])
+    assert find_truth(tmp_path, "a") == path
+    assert read_annotation(path, SIZE).is_empty == (not name.endswith("CSV"))
+    assert marks_points(path) == name.endswith("CSV")
+    assert class_names(path) == set()

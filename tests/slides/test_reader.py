@@ -228,6 +228,8 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     missing = refusal(SlideRow("a", tmp_path / "none.svs", mpp=0.5))
     foreign = refusal(SlideRow("a", tmp_path / "notes.svs", mpp=0.5))
     folder = refusal(SlideRow("a", tmp_path / "folder", mpp=0.5))
+    long = refusal(SlideRow("a", tmp_path / f"{'x' * 300}.svs", mpp=0.5))
+    assert long.endswith("x.svs: cannot be opened: File name too long")
     assert missing == f"{tmp_path / 'none.svs'}: no such file"
     assert foreign.startswith(f"{tmp_path / 'notes.svs'}: OpenSlide does not know this format")
     assert folder == f"{tmp_path / 'folder'}: a folder without DICOM (.dcm) files is no slide"

@@ -51,8 +51,14 @@ def find_truth(folder: Path, slide_id: str) -> Path | None:
     InputError
         when there are two.
     """
-    paths = [folder / name.format(slide_id=slide_id) for name in FILE_NAMES]
+    paths = []
+    for name in FILE_NAMES:  # the suffix in small letters or in capitals
+        stem, _, suffix = name.partition(".")
+        stem = stem.format(slide_id=slide_id)
+        paths += [folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix.upper()}"]
     found = [path for path in paths if path.is_file()]
+    if len(found) == 2 and found[0].samefile(found[1]):  # on a disk that ignores case
+        found = found[:1]
     if len(found) > 1:
         raise InputError(
             f"{found[0]}: there is {found[1].name} beside it; keep one annotation of a slide"
@@ -82,12 +88,13 @@ def read_annotation(
     InputError
         when the file is not readable as what its name says, or does not fit the slide.
     """
-    if path.suffix == ".csv":
+    name = path.name.lower()
+    if name.endswith(".csv"):
         return read_points(path, size_px0, size_is_extent)
-    if path.suffix == ".xml":
+    if name.endswith(".xml"):
         groups = asap.GROUPS.with_lesions(lesions)
         return asap.read_asap(path, size_px0, groups, size_is_extent)
-    if path.name.endswith(GEOJSON_SUFFIXES):
+    if name.endswith(GEOJSON_SUFFIXES):
         classes = geojson.CLASSES.with_lesions(lesions)
         return geojson.read_geojson(path, size_px0, classes, bounds_px0, size_is_extent)
     if size_is_extent:
@@ -100,13 +107,14 @@ def read_annotation(
 
 def marks_points(path: Path, lesions: Collection[str] | None = None) -> bool:
     """Whether a file marks points; areas where not."""
-    if path.name.endswith(GEOJSON_SUFFIXES):
+    if path.name.lower().endswith(GEOJSON_SUFFIXES):
         return geojson.marks_points(path, geojson.CLASSES.with_lesions(lesions))
-    return path.suffix == ".csv"
+    return path.suffix.lower() == ".csv"
 
 
 def class_names(path: Path) -> set[str]:
     """Classes or groups that a file has annotations of; none of masks and tables of points."""
-    if path.suffix == ".xml":
+    name = path.name.lower()
+    if name.endswith(".xml"):
         return asap.asap_groups(path)
-    return geojson.geojson_classes(path) if path.name.endswith(GEOJSON_SUFFIXES) else set()
+    return geojson.geojson_classes(path) if name.endswith(GEOJSON_SUFFIXES) else set()

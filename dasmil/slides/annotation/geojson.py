@@ -167,7 +167,7 @@ def _marks(path: Path) -> list[Mark]:
 def _parsed(path: Path) -> Any:
     try:
         data = path.read_bytes()
-        return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+        return json.loads(gzip.decompress(data) if path.suffix.lower() == ".gz" else data)
     except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
         raise InputError(f"{path}: not GeoJSON ({error})") from error
 

@@ -125,7 +125,7 @@ def read_mask(path: Path, size_px0: tuple[int, int]) -> MaskFile:
 
 
 def _is_pyramid(path: Path) -> bool:
-    return path.suffix != ".png" and openslide.OpenSlide.detect_format(path) is not None
+    return path.suffix.lower() != ".png" and openslide.OpenSlide.detect_format(path) is not None
 
 
 def _refuse_odd_pixels(path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dasmil.errors import InputError
-from dasmil.files import read_csv
+from dasmil.files import read_csv, to_number
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ def read_points(path: Path, size_px0: tuple[int, int], size_is_extent: bool = Fa
     if not {"x", "y"} <= set(columns):
         raise InputError(f"{path}: points need the columns x and y, in level-0 pixels")
     try:
-        xy = np.array([(float(row["x"]), float(row["y"])) for row in rows]).reshape(-1, 2)
+        xy = np.array([(to_number(row["x"]), to_number(row["y"])) for row in rows]).reshape(-1, 2)
     except ValueError as error:
         raise InputError(f"{path}: {error}; x and y are level-0 pixels") from None
     return points_of(path, xy, size_px0, size_is_extent)
