@@ -1,5 +1,6 @@
 """A slide as the model sees it: per scale the features, the integer grid and the parents."""
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +13,8 @@ from torch import Tensor
 from dasmil.errors import InputError
 from dasmil.files import describe_changes
 from dasmil.units import Mpp, PyramidGrid, Scale, TilePx
+
+FULL_PRECISION = "32-true"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class ExtractorCard:
     pooling: from tokens or maps to features: own (the network's head), cls, mean or cls_mean.
     interpolation: of that resampling.
     options: what the network was made with beside its name.
+    precision: of the Trainer under which the network ran; cards of before it was kept say nothing.
     """
 
     name: str
@@ -39,16 +43,30 @@ class ExtractorCard:
     pooling: str = "own"
     interpolation: str = "bilinear"
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    precision: str = FULL_PRECISION
 
     def __str__(self) -> str:
         """What becomes of a tile, in one line."""
         mean, std = (
             " ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std)
         )
+        precision = "" if self.precision == FULL_PRECISION else f" in {self.precision}"
         return (
             f"tiles at {self.image_size} px, less {mean}, by {std} → {self.name}, {self.pooling} "
-            f"pooling → {self.feature_dim} features"
+            f"pooling{precision} → {self.feature_dim} features"
         )
+
+    def in_precision(self, precision: str) -> "ExtractorCard":
+        """The card of this network under a Trainer of another precision: its features are others.
+
+        Parameters
+        ----------
+        precision: as the Trainer names it, such as ``bf16-mixed``.
+        """
+        if precision == self.precision:
+            return self
+        fingerprint = hashlib.sha256(f"{self.fingerprint} {precision}".encode()).hexdigest()
+        return replace(self, fingerprint=fingerprint, precision=precision)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ExtractorCard":
@@ -123,6 +141,9 @@ def describe_difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> 
         if scale["mpp"] != other["mpp"]:
             return f"{name} at {other['mpp']:g} µm/px instead of {scale['mpp']:g}"
         ours, theirs = scale["extractor"], other["extractor"]
+        wanted_precision, precision = _precision(ours), _precision(theirs)
+        if precision != wanted_precision:
+            return f"{name} features in precision {precision} instead of {wanted_precision}"
         if ours["fingerprint"] != theirs["fingerprint"]:
             return (
                 f"{name} features of the extractor {_in_words(theirs)} instead of {_in_words(ours)}"
@@ -140,6 +161,10 @@ def describe_other_bag(wanted: BagHeader, found: BagHeader) -> str:
     if wanted.bag_format() != found.bag_format():
         return describe_difference(wanted.bag_format(), found.bag_format()) or "other extractors"
     return "" if wanted.tiling == found.tiling else describe_changes(found.tiling, wanted.tiling)
+
+
+def _precision(card: Mapping[str, Any]) -> str:
+    return str(card.get("precision", FULL_PRECISION))
 
 
 def _in_words(card: Mapping[str, Any]) -> str:

@@ -211,7 +211,7 @@ def embed(
     if not tables:
         reason = next(iter(not_tiled.values()))
         raise InputError(f"{tiles}: no slide of its cohort has been tiled ({reason})")
-    networks = _load_extractors(extractors, next(iter(tables.values())))
+    networks = _load_extractors(extractors, next(iter(tables.values())), trainer.precision)
     cards = {name: network.card for name, network in networks.items()}
     first = trainer.is_global_zero
     any_header = bag_header(next(iter(tables.values())), cards)
@@ -311,7 +311,7 @@ def _read_tables(
 
 
 def _load_extractors(
-    sources: Mapping[str, str | ExtractorSource], tiles: TilePyramid
+    sources: Mapping[str, str | ExtractorSource], tiles: TilePyramid, precision: str
 ) -> dict[str, Extractor]:
     names = [scale.name for scale in tiles.scales]
     if set(sources) != set(names):
@@ -324,6 +324,7 @@ def _load_extractors(
         for scale in tiles.scales
     }
     for name, network in networks.items():
+        network.card = network.card.in_precision(precision)
         say(f"embed: {name}: {network.card}")
     return networks
 

@@ -279,6 +279,24 @@ def test_an_extractor_card_survives_its_plain_form() -> None:
     assert ExtractorCard.from_dict(json.loads(json.dumps(plain))) == make_card()
 
 
+def test_features_of_another_precision_are_others_and_an_older_card_is_full_precision() -> None:
+    header = make_bag().header
+    half = {name: card.in_precision("bf16-mixed") for name, card in header.extractors.items()}
+    full, mixed = header.bag_format(), replace(header, extractors=half).bag_format()
+    words = "x10 features in precision bf16-mixed instead of 32-true"
+    assert describe_difference(full, mixed) == words
+    assert half["x10"].fingerprint not in (
+        make_card().fingerprint,
+        make_card().in_precision("16-mixed").fingerprint,
+    )
+    assert make_card().in_precision("32-true") == make_card()
+    for scale in full["scales"].values():
+        del scale["extractor"]["precision"]
+    assert describe_difference(full, header.bag_format()) is None
+    assert describe_difference(full, mixed) == words
+    assert ExtractorCard.from_dict(full["scales"]["x10"]["extractor"]) == make_card()
+
+
 def test_equal_formats_do_not_differ() -> None:
     ours, theirs = (make_bag(f"s{n}", num_tiles=n + 3).header.bag_format() for n in range(2))
     assert describe_difference(ours, theirs) is None

@@ -288,7 +288,7 @@ def test_workers_read_neighbours_one_after_the_other(road, tmp_path):
         assert steps.count(1) >= len(steps) - len(dataset.rows)
 
 
-def test_lower_precision_gives_nearly_the_same_features(road, tmp_path):
+def test_lower_precision_gives_nearly_the_same_features_which_never_mix(road, tmp_path, capsys):
     command = embed_command(road.tiles, tmp_path, road.dino)
     assert main([*command, "--trainer.precision", "bf16-mixed"]) == 0
     for slide_id in slide_ids(road)[:3]:
@@ -297,6 +297,10 @@ def test_lower_precision_gives_nearly_the_same_features(road, tmp_path):
             found, wanted = ours.features[name].float(), features.float()
             assert not torch.equal(found, wanted)
             assert (found - wanted).norm() < 0.02 * wanted.norm()
+    assert main([*command, "--trainer.precision", "32"]) == 2
+    assert "x10 features in precision bf16-mixed instead of 32-true" in capsys.readouterr().err
+    record = json.loads((tmp_path / "extractors.json").read_text())["x10"]
+    assert record["precision"] == "bf16-mixed"
 
 
 def test_the_speed_is_told(road, tmp_path, capsys):
