@@ -9,6 +9,8 @@ import json
 import os
 import re
 import secrets
+import warnings
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -203,6 +205,29 @@ def _read_lines(path: Path) -> list[str]:
 def to_number(text: str) -> float:
     """The number in a cell, with a point or a decimal comma; ValueError if it is none."""
     return float(text if "." in text else text.replace(",", "."))
+
+
+def files_below(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
+    """Files in a folder and all folders below it; each folder once, also if links lead to it."""
+    seen = set()
+    folders, links = deque([folder]), deque[Path]()  # a folder keeps its own name before a link's
+    while folders or links:
+        current = folders.popleft() if folders else links.popleft()
+        resolved = current.resolve()
+        is_ours = leave_out is not None and leave_out.resolve() in (resolved, *resolved.parents)
+        if is_ours or resolved in seen:
+            continue
+        seen.add(resolved)
+        try:
+            entries = list(os.scandir(current))
+        except OSError as error:
+            warnings.warn(f"{current}: its files are left out: {error.strerror}", stacklevel=2)
+            continue
+        for entry in entries:
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(Path(entry.path))
+            elif entry.is_file():
+                yield Path(entry.path)
 
 
 def sample_digest(path: Path) -> str:

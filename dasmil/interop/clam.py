@@ -87,11 +87,14 @@ def clam(
     mpps = table_mpps(cohort, files)
 
     def read(slide_id: str) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
-        paths = [(found[slide_id], grid / f"{slide_id}.h5") for found, grid in zip(files, grids)]
-        return read_slide(slide_id, scales, paths, encoder, tile_px, mpps.get(slide_id))
+        paths = [found[slide_id] for found in files]
+        pairs = list(zip(paths, patches_of(slide_id), strict=True))
+        return read_slide(slide_id, scales, pairs, encoder, tile_px, mpps.get(slide_id))
 
     def patches_of(slide_id: str) -> list[Path]:
-        return [grid / f"{slide_id}.h5" for grid in grids]
+        """Files of the same name as those of the features."""
+        names = [found[slide_id].stem if slide_id in found else slide_id for found in files]
+        return [grid / f"{name}.h5" for grid, name in zip(grids, names, strict=True)]
 
     return import_features(
         dest, scales, files, read, cohort, "clam", orphans, dtype, mpps, patches_of

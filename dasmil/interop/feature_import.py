@@ -23,15 +23,15 @@ from dasmil.bags import (
 )
 from dasmil.bags.status import EXTRACTORS, bag_status, status_row
 from dasmil.errors import DiskFullError, InputError, say_error, some_of
-from dasmil.files import read_csv, write_csv, write_text
+from dasmil.files import files_below, read_csv, write_csv, write_text
 from dasmil.interop.feature_grids import Dtype, Orphans, SlideFeatures, make_bag
 from dasmil.slides.cohort import (
     SlideRow,
     describe_leaving,
     match_names,
-    patient_of,
     positive_number,
     read_cohort,
+    read_patients,
     readable,
     refuse_faulty,
     refuse_twice,
@@ -67,9 +67,10 @@ def files_by_slide(folder: Path, suffix: str = ".h5", below: bool = False) -> di
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    found = folder.rglob(f"*{suffix}") if below else folder.glob(f"*{suffix}")
-    paths = [path for path in sorted(found) if path.name[0] != "."]
-    if not paths and any(map(_is_dsmils, folder.rglob("*.csv"))):
+    found = files_below(folder) if below else folder.iterdir()
+    paths = sorted(p for p in found if p.name.endswith(suffix) and p.name[0] != ".")
+    tables = [path for path in files_below(folder) if path.suffix == ".csv"] if not paths else []
+    if any(map(_is_dsmils, tables)):
         raise InputError(
             f"{folder}: it holds CSV files as DSMIL writes them; they do not say where a tile "
             "lies, so no graph can be made of them: extract the features with a tool that keeps "
@@ -285,15 +286,16 @@ def _read_table(path: Path, files: Mapping[str, Path]) -> list[SlideRow]:
             "slide_id, label)"
         )
     say_unknown_columns(path, columns, CLAM_COLUMNS)
+    patients = read_patients(path, records, "case_id", "patient_id")
     return [
         SlideRow(
             slide_id=safe_id(record["slide_id"], f"{path}"),
             path=files.get(record["slide_id"], Path(record["slide_id"])),
             label=record["label"] or None,
-            patient_id=patient_of(record, "case_id", "patient_id"),
+            patient_id=patient,
             mpp=positive_number(record, "mpp", f"{path}: {record['slide_id']}"),
         )
-        for record in records
+        for record, patient in zip(records, patients, strict=True)
     ]
 
 

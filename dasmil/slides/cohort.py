@@ -5,15 +5,14 @@ import os
 import re
 import unicodedata
 import warnings
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import Literal, get_args
 
 from dasmil.errors import InputError, some_of
-from dasmil.files import read_csv, to_number, write_csv
+from dasmil.files import files_below, read_csv, to_number, write_csv
 from dasmil.work.worker import Worker
 
 Part = Literal["train", "val", "test"]
@@ -187,7 +186,7 @@ def _scan_folder(folder: Path, leave_out: Path | None) -> list[SlideRow]:
     rows = {}
     files = [
         path
-        for path in _files_below(folder, leave_out)
+        for path in files_below(folder, leave_out)
         if path.suffix.lower() in SLIDE_SUFFIXES
         and not path.name.strip().startswith(".")  # half written, or what macOS leaves behind
     ]
@@ -223,29 +222,6 @@ def _pictures_of_slides(files: Sequence[Path]) -> set[Path]:
     return found
 
 
-def _files_below(folder: Path, leave_out: Path | None) -> Iterator[Path]:
-    """Files in a folder and all folders below it; each folder once, also if links lead to it."""
-    seen = set()
-    folders, links = deque([folder]), deque[Path]()  # a folder keeps its own name before a link's
-    while folders or links:
-        current = folders.popleft() if folders else links.popleft()
-        resolved = current.resolve()
-        is_ours = leave_out is not None and leave_out.resolve() in (resolved, *resolved.parents)
-        if is_ours or resolved in seen:
-            continue
-        seen.add(resolved)
-        try:
-            entries = list(os.scandir(current))
-        except OSError as error:
-            warnings.warn(f"{current}: its slides are left out: {error.strerror}", stacklevel=2)
-            continue
-        for entry in entries:
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(Path(entry.path))
-            elif entry.is_file():
-                yield Path(entry.path)
-
-
 def _read_table(path: Path) -> list[SlideRow]:
     columns, records = read_csv(path, verbatim=("path",))
     missing = {"slide_id", "path"} - set(columns)
@@ -256,7 +232,8 @@ def _read_table(path: Path) -> list[SlideRow]:
         )
     say_unknown_columns(path, columns, COLUMNS)
     rows = []
-    for line, record in enumerate(records, start=2):
+    patients = read_patients(path, records, "patient_id")
+    for line, (record, patient) in enumerate(zip(records, patients, strict=True), start=2):
         where = f"{path} line {line}"
         if not record["slide_id"] or not record["path"].strip():
             raise InputError(f"{where}: slide_id or path is empty")
@@ -268,7 +245,7 @@ def _read_table(path: Path) -> list[SlideRow]:
                 slide_id=safe_id(record["slide_id"], where),
                 path=_slide_path(path.parent, record["path"]),
                 label=record.get("label") or None,
-                patient_id=patient_of(record, "patient_id"),
+                patient_id=patient,
                 split=split,
                 mpp=positive_number(record, "mpp", where),
                 magnification=positive_number(record, "magnification", where),
@@ -298,13 +275,22 @@ def safe_id(slide_id: str, where: str) -> str:
     return slide_id
 
 
-def patient_of(record: Mapping[str, str], *columns: str) -> str | None:
-    """The patient in the first of these columns that has one; None if it is not known."""
-    for column in columns:
-        text = record.get(column)
-        if text and text.lower() not in NOT_KNOWN:
-            return text
-    return None
+def read_patients(
+    path: Path, records: Sequence[Mapping[str, str]], *columns: str
+) -> list[str | None]:
+    """The patient of each row, from the first of these columns that has one; None if not known.
+
+    A warning says what was taken for "not known" beside an empty cell.
+    """
+    texts = [next(filter(None, map(record.get, columns)), "") for record in records]
+    taken = [text for text in texts if text.lower() in NOT_KNOWN]
+    if taken:
+        warnings.warn(
+            f"{path}: the patient of {len(taken)} slide(s) is taken as not known: "
+            f"{some_of(sorted(set(taken)))}",
+            stacklevel=2,
+        )
+    return [None if not text or text.lower() in NOT_KNOWN else text for text in texts]
 
 
 def positive_number(record: Mapping[str, str], column: str, where: str) -> float | None:

@@ -639,6 +639,19 @@ def test_what_follows_the_last_dot_is_no_suffix_of_a_name(tmp_path):
     assert found == {"16": 0.25, "16.1": 0.5, "17": 0.25}
 
 
+def test_features_in_linked_folders_and_under_names_with_blanks_are_found(tmp_path):
+    stamp = write_stamp(tmp_path / "far", "s1", CELLS, tile_um=128.0)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "linked").symlink_to(stamp)
+    assert run("stamp", tmp_path / "BAGS", {"x20": tmp_path / "here"}) == 0
+    features, patches = clam_folders(tmp_path / "clam")
+    for folder in (*features.values(), *patches.values()):
+        for path in folder.rglob("s1.h5"):
+            path.rename(path.with_name(" s1 .h5"))
+    assert run_clam(tmp_path / "CLAM", features, patches) == 0
+    assert rows_of(tmp_path / "CLAM" / "import.csv")["s1"]["state"] == "done"
+
+
 # what cannot be
 
 

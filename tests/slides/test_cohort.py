@@ -147,7 +147,8 @@ def test_numbers_of_a_table_may_have_decimal_commas(tmp_path: Path) -> None:
 def test_what_other_programs_write_for_no_patient_is_no_patient_but_a_label(tmp_path: Path) -> None:
     cells = ["NA", "n/a", "NaN", "None", "null", "unknown", "Nana"]
     text = "".join(f"s{i},{i}.svs,{cell},{cell}\n" for i, cell in enumerate(cells))
-    rows = read_cohort(write_table(tmp_path, "slide_id,path,label,patient_id\n" + text))
+    with pytest.warns(UserWarning, match="the patient of 6 slide.* not known: NA, NaN, None, n/a"):
+        rows = read_cohort(write_table(tmp_path, "slide_id,path,label,patient_id\n" + text))
     assert [row.patient_id for row in rows] == [None] * 6 + ["Nana"]
     assert [row.label for row in rows] == cells
 
