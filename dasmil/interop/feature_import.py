@@ -227,8 +227,11 @@ def import_features(
     any_file = {slide_id: path for found in files for slide_id, path in found.items()}
     rows, left_out = _cohort_rows(cohort, slide_ids, any_file)
     options = {"imported": tool, "orphans": orphans, "dtype": dtype}
-    with Worker(dest) as worker:
-        cards = _first_cards(read, [row for row in rows if not row.fault], scales, files)
+    cards = _first_cards(read, [row for row in rows if not row.fault], scales, files)
+    wants = {"bags": json.dumps([options, [card.fingerprint for card in cards.values()]])}
+    with Worker(dest, wants=wants) as worker:
+        if other := worker.refused_by("bags"):
+            raise InputError(f"{dest}: {other} writes other bags into it now; choose another DEST")
         _refuse_other_bags(dest, rows, scales, cards, options)
         if line := describe_leaving(dest / "cohort.csv", rows):
             print(f"import: {line}")

@@ -12,7 +12,15 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from dasmil.bags import Bag, BagHeader, ExtractorCard, bag_graph, bag_path, write_bag
+from dasmil.bags import (
+    Bag,
+    BagHeader,
+    ExtractorCard,
+    bag_graph,
+    bag_path,
+    read_headers,
+    write_bag,
+)
 from dasmil.errors import InputError
 from dasmil.files import write_csv, write_text
 from dasmil.interop.digest import features_digest
@@ -21,6 +29,7 @@ from dasmil.interop.mil4wsi_grid import IntArray, finest_side, place_on_grid, re
 from dasmil.slides.cohort import SlideRow, write_cohort
 from dasmil.units import Mpp, TilePx
 
+IMPORTED = {"imported": "mil4wsi"}  # in a bag's header, where others hold parameters
 MAX_LINES = 20  # slides that are named when the import ends
 
 
@@ -66,6 +75,12 @@ def mil4wsi_bags(
     InputError
         when there is no such file, a label has no class, or two files hold the same slide.
     """
+    for slide_id, found in read_headers(dest).items():
+        if isinstance(found, BagHeader) and json.loads(found.tiling) != IMPORTED:
+            raise InputError(
+                f"{bag_path(dest, slide_id)}: not imported from mil4wsi, and a folder holds bags "
+                "of one making; choose another DEST"
+            )
     records: list[dict[str, Any]] = []
     slides: dict[str, SlideRow] = {}
     for path in tqdm(_graph_files(src), "import", unit="slide"):
@@ -202,7 +217,7 @@ def make_bag(graph: PreparedGraph, tile_px: int = 256) -> tuple[Bag, dict[str, A
         slide_mpp=Mpp(tile_px * scales[-1].mpp / side_px0),
         size_px0=_extent_px0(cells, sides[scale]),
         size_is_extent=True,
-        tiling=json.dumps({"imported": "mil4wsi"}),
+        tiling=json.dumps(IMPORTED),
         extractors={s.name: extractor_card(s.name, dim) for s in scales},
         num_tiles=len(rows[-1]),
         slide_digest=features_digest(graph.features.numpy()[finest], graph.place[finest]),

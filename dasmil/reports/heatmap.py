@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from dasmil.bags import Bag
 from dasmil.errors import InputError
+from dasmil.files import sample_digest
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.qc import caption
 from dasmil.slides.reader import Slide
@@ -31,6 +32,10 @@ def slide_canvas(row: SlideRow, bag: Bag) -> tuple[RgbArray, str]:
     factor = CANVAS_PX / max(width_px0, height_px0)
     size = (max(1, round(width_px0 * factor)), max(1, round(height_px0 * factor)))
     try:
+        if bag.header.reader and bag.header.slide_digest not in ("", sample_digest(row.path)):
+            raise InputError(
+                f"{row.path}: another slide file than the bag was made of; tile and embed it again"
+            )
         with Slide(row) as slide:
             picture = slide.thumbnail(slide.mpp / factor)
     except InputError as error:

@@ -346,8 +346,13 @@ def resize(picture: RgbArray, into: RgbArray) -> RgbArray:
 def _over_white(rgba: npt.NDArray[np.uint8]) -> RgbArray:
     """Composite on white: OpenSlide's RGBA is transparent where nothing was scanned."""
     rgb = np.asarray(cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB), dtype=np.uint8)
-    if rgba[..., 3].min() < 255:
-        clear = rgba[..., 3] < 255
-        alpha = rgba[clear, 3:]
-        rgb[clear] = (rgb[clear] * (alpha / 255.0) + (255 - alpha)).round().astype(np.uint8)
+    opacity = cv2.extractChannel(rgba, 3)
+    if opacity.min() < 255:
+        # of clear pixels there may be millions: adding white, which saturates, takes no index
+        cv2.add(rgb, cv2.cvtColor(cv2.bitwise_not(opacity), cv2.COLOR_GRAY2RGB), dst=rgb)
+        partly = (opacity > 0) & (opacity < 255)
+        if partly.any():
+            alpha = rgba[partly, 3:]
+            mixed = rgba[partly, :3] * (alpha / 255.0) + (255 - alpha)
+            rgb[partly] = mixed.round().astype(np.uint8)
     return rgb

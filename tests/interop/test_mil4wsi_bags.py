@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from bag_factory import union_by_search
+from bag_factory import union_by_search, write_bags
 from mil4wsi_cases import (
     CASES,
     RunsCode,
@@ -197,6 +197,12 @@ def test_two_files_of_one_slide_are_refused(tmp_path, capsys):
     assert import_bags(tmp_path, tmp_path / "bags") == 2
     said = capsys.readouterr().err
     assert all(str(path) in said for path in paths)
+
+
+def test_bags_of_another_making_do_not_share_the_folder(tmp_path, capsys):
+    write_bags(tmp_path / "BAGS", {"s9": "normal"})
+    assert import_bags(tmp_path, tmp_path / "BAGS") == 2
+    assert "a folder holds bags of one making" in capsys.readouterr().err
 
 
 def test_a_folder_without_graphs_is_refused(tmp_path, capsys):

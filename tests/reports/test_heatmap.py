@@ -7,6 +7,7 @@ import pytest
 from bag_factory import make_bag
 
 from dasmil.demo.slides import write_pyramid
+from dasmil.files import sample_digest
 from dasmil.reports.heatmap import OPACITY, draw_heatmap, slide_canvas
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.qc import CAPTION_PX
@@ -65,3 +66,19 @@ def test_the_canvas_is_the_slide_or_says_why_not(bag, tmp_path):
     assert picture.shape == canvas.shape and reason == ""
     quarter = picture.shape[0] // 4
     assert picture[quarter].mean((0,))[0] > 240 and picture[3 * quarter].max() < 10
+
+
+def test_scores_are_never_drawn_over_another_slide(bag, tmp_path):
+    """A digest of an imported bag is of its features, not of the slide file."""
+    path = tmp_path / "slide.tiff"
+    write_pyramid(path, np.full((640, 640, 3), 100, np.uint8), 0.5)
+    row = SlideRow("slide", path)
+    for reader, digest, drawn in (
+        ("2", sample_digest(path), True),
+        ("2", "", True),
+        ("2", "of another", False),
+        ("", "of features", True),
+    ):
+        header = replace(bag.header, reader=reader, slide_digest=digest)
+        canvas, reason = slide_canvas(row, replace(bag, header=header))
+        assert ("another slide file" not in reason) == drawn == (canvas.max() < 255)
