@@ -62,7 +62,7 @@ def test_without_a_class_token_the_first_token_is_a_register():
             pool(made, x, pooling)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_coatnet", "test_nfnet"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_byobnet", "test_nfnet"])
 @torch.inference_mode()
 def test_the_map_of_a_convolutional_network(name):
     made, x = network(name), images()
