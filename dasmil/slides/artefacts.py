@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dasmil.errors import InputError
-from dasmil.slides.tissue import MaskArray
+from dasmil.slides.tissue import MaskArray, disc
 
 MPP = 16.0  # about the µm/px looked at: a stroke of 300 µm is 19 px wide, a nucleus is gone
 
@@ -150,17 +150,12 @@ def exclude(masks: Mapping[str, MaskArray], thumbnail: npt.NDArray[np.uint8]) ->
     return painted
 
 
-def _disc(diameter_px: float) -> npt.NDArray[np.uint8]:
-    odd = 2 * round(diameter_px / 2) + 1
-    return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (odd, odd)), dtype=np.uint8)
-
-
 def _wide_parts(mask: npt.NDArray[np.uint8], width_px: float) -> npt.NDArray[np.uint8]:
-    return np.asarray(cv2.morphologyEx(mask, cv2.MORPH_OPEN, _disc(width_px)), dtype=np.uint8)
+    return np.asarray(cv2.morphologyEx(mask, cv2.MORPH_OPEN, disc(width_px)), dtype=np.uint8)
 
 
 def _widened(mask: npt.NDArray[np.uint8], margin_px: float) -> MaskArray:
-    return np.asarray(cv2.dilate(mask, _disc(2 * margin_px)), dtype=bool)
+    return np.asarray(cv2.dilate(mask, disc(2 * margin_px)), dtype=bool)
 
 
 def _border_or_large(mask: npt.NDArray[np.uint8], min_area_px: float) -> npt.NDArray[np.uint8]:

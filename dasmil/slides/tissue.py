@@ -1,14 +1,26 @@
 """Where tissue is: a mask from a thumbnail, and the share of it in any box. Pure functions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from dasmil.errors import InputError
+
 MaskArray = npt.NDArray[np.bool_]
+ByteArray = npt.NDArray[np.uint8]
 
 BAND_PX = 256  # rows of a picture that are worked on at a time
+TEXTURE_MPP = 8.0  # about the µm/px at which texture is measured, however fine the thumbnail is
+TEXTURE_UM = 96.0  # side of the square over which texture is averaged: one or two fat cells
+TEXTURE_STEPS = 16  # texture is stored as whole 16ths of a grey level
+MAX_CONTRAST = 12  # grey levels that one pixel adds at most: a few specks of dust are no texture
+GLASS_TEXTURE = 1.5  # glass is smoother than this; shading, stripes and JPEG noise are
+GLASS_SATURATION = 40  # and less saturated than this
+MIN_GLASS = 0.01  # share of the picture; from less, the colour of glass is not measured
+DARK, BRIGHT = 50, 200  # grey levels: a black background, a bright one
 
 
 @dataclass(frozen=True)
@@ -22,10 +34,15 @@ class TissueParameters:
     median_px:
         side of the median filter on the saturation, in thumbnail pixels (odd).
     min_saturation:
-        Otsu's threshold on the 8-bit saturation is at least this: keeps an empty slide empty.
+        pale tissue is more saturated than the slide's glass by at least this (8-bit). It is kept
+        if it is connected to tissue above Otsu's threshold, or to textured tissue.
     max_saturation:
-        and at most this: keeps pale tissue where a picture holds no glass at all and Otsu would
-        divide pale tissue from dark.
+        Otsu's threshold is at most this: keeps pale tissue if a picture holds no glass at all and
+        Otsu would divide pale tissue from dark. At 0, the whole picture is tissue.
+    min_texture:
+        pale areas with at least this texture are tissue too: fat, loose stroma, whole pale
+        sections. Texture is the mean contrast to the surroundings (8-bit grey levels); glass has
+        0 to 1.5, fat 3 to 8. Lower keeps paler tissue, 255 switches the rule off.
     closing_um:
         gaps narrower than this are closed.
     min_tissue_um2:
@@ -38,15 +55,25 @@ class TissueParameters:
     median_px: int = 5
     min_saturation: int = 12
     max_saturation: int = 40
+    min_texture: float = 2.5
     closing_um: float = 32.0
     min_tissue_um2: float = 20_000.0
     min_hole_um2: float = 20_000.0
+
+    def __post_init__(self) -> None:
+        if self.min_texture < 0:
+            raise InputError(f"tissue.min_texture: {self.min_texture:g} is negative")
 
 
 def tissue_mask(
     thumbnail: npt.NDArray[np.uint8], mpp: float, parameters: TissueParameters
 ) -> MaskArray:
-    """Otsu on the saturation (paper, section 4), then connected components.
+    """Otsu on the saturation (paper, section 4), pale tissue too, then connected components.
+
+    Tissue is what is strongly stained, or pale and textured. Pale areas without texture, such as
+    mucin, are tissue if they touch these. Glass is what is bright and smooth; its own saturation
+    (a colour cast) counts as none. In a picture without any colour, darkness takes the place of
+    saturation.
 
     Parameters
     ----------
@@ -57,18 +84,43 @@ def tissue_mask(
     -------
     (H, W) bool, True where tissue is.
     """
-    saturation = cv2.extractChannel(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2HSV), 1)
-    if min(saturation.shape) > parameters.median_px:
-        saturation = np.asarray(cv2.medianBlur(saturation, parameters.median_px), dtype=np.uint8)
-    otsu = cv2.threshold(saturation, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0]
-    threshold = np.clip(otsu, parameters.min_saturation, parameters.max_saturation)
-    mask = (saturation > threshold).view(np.uint8)
-    del saturation  # of a large slide, memory counts from here on
+    if parameters.max_saturation == 0:
+        return np.ones(thumbnail.shape[:2], bool)
+    grey = _bytes(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY))
+    factor = max(1, round(TEXTURE_MPP / mpp))
+    window_px = 2 * round(TEXTURE_UM / mpp / factor / 2) + 1
+    margin_px = 2 * window_px  # else glass between tissue and the border would be rough throughout
+    texture = _texture(_pad(_reduce(grey, factor), margin_px), window_px)
+    stain = _stain(thumbnail, grey, _enlarge(_crop(texture, margin_px), grey))
+    del grey  # of a large slide, memory counts from here on
+    rough = (texture > parameters.min_texture * TEXTURE_STEPS).view(np.uint8)
+    del texture
+    small_stain = _pad(_reduce(stain, factor), margin_px)
+    coloured = _coloured(rough, small_stain, parameters.min_saturation, 3 * window_px)
+    del small_stain
+    if min(stain.shape) > parameters.median_px:
+        stain = _bytes(cv2.medianBlur(stain, parameters.median_px))
 
-    diameter_px = 2 * round(parameters.closing_um / mpp / 2) + 1
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (diameter_px, diameter_px))
-    cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc, dst=mask)
+    pale: float = min(parameters.min_saturation, parameters.max_saturation)
+    otsu = cv2.threshold(stain, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0]
+    strong = float(np.clip(otsu, pale, parameters.max_saturation))
+    seeds = (stain > strong).view(np.uint8)
+    if _is_colourless(thumbnail):  # shading is dark, too, but slight and smooth
+        pale = strong
+        seeds &= _enlarge(_crop(rough, margin_px), seeds)
+    rough &= coloured
+    del coloured
+    # fill spots between fat cells, then take back how far the roughness of an edge reaches
+    rough = _bytes(cv2.dilate(rough, disc(window_px / 2)))
+    rough = _bytes(cv2.erode(rough, disc(window_px / 2 + 2 * (window_px - 1))))
+    seeds |= _enlarge(_crop(rough, margin_px), seeds)
+    mask = (stain > pale).view(np.uint8)
+    mask |= seeds
+    del stain, rough
+    _keep_touching(mask, seeds)
+    del seeds
 
+    cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc(parameters.closing_um / mpp), dst=mask)
     _drop_small_parts(mask, parameters.min_tissue_um2 / mpp**2)
     if not mask.any():
         return mask.view(bool)  # else the whole of a tiny empty picture would be a small hole
@@ -78,10 +130,135 @@ def tissue_mask(
     return mask.view(bool)
 
 
-def _drop_small_parts(mask: npt.NDArray[np.uint8], min_area_px: float) -> None:
+def has_dark_background(thumbnail: npt.NDArray[np.uint8]) -> bool:
+    """Whether most of a picture is nearly black and next to nothing bright, as in fluorescence."""
+    grey = _bytes(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY))
+    return bool(_level(grey, 0.5) < DARK and _level(grey, 0.99) < BRIGHT)
+
+
+def _bytes(picture: npt.NDArray[np.integer | np.floating | np.bool_]) -> ByteArray:
+    """The same array: OpenCV's annotations do not say that it keeps the type."""
+    return np.asarray(picture, dtype=np.uint8)
+
+
+def disc(diameter_px: float) -> ByteArray:
+    """A round structuring element of at least one pixel."""
+    odd = 2 * round(diameter_px / 2) + 1
+    return _bytes(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (odd, odd)))
+
+
+def _texture(grey: ByteArray, window_px: int) -> ByteArray:
+    """Mean contrast between pixels and their surroundings, in steps of 1/16 grey level."""
+    window = (window_px, window_px)
+    contrast = cv2.absdiff(grey, cv2.blur(grey, window))
+    return _bytes(cv2.blur(np.minimum(contrast, MAX_CONTRAST) * TEXTURE_STEPS, window))
+
+
+def _stain(thumbnail: ByteArray, grey: ByteArray, texture: ByteArray) -> ByteArray:
+    """Saturation if glass were white; darkness, if the picture has no colour.
+
+    Glass is smooth, bright and hardly coloured. Pure white is not: it was never scanned, or has
+    been painted over.
+    """
+    glass = ((grey >= 0.75 * _brightest(grey)) & (grey < 255)).view(np.uint8)
+    glass &= (texture < GLASS_TEXTURE * TEXTURE_STEPS).view(np.uint8)
+    stain = _saturation(thumbnail, (255, 255, 255))
+    glass &= (stain <= GLASS_SATURATION).view(np.uint8)
+    is_known = cv2.countNonZero(glass) >= MIN_GLASS * glass.size
+    if _is_colourless(thumbnail):
+        white = _level(grey, 0.5, glass) if is_known else _brightest(grey)
+        return _bytes(cv2.subtract(np.full_like(grey, white), grey))
+    if not is_known:
+        return stain
+    del stain
+    return _saturation(thumbnail, [_level(thumbnail, 0.5, glass, channel) for channel in range(3)])
+
+
+def _saturation(thumbnail: ByteArray, white: Sequence[int]) -> ByteArray:
+    """(H, W) 8-bit saturation, after the colour that is to be white has been made so."""
+    factors = 255 / np.maximum(white, 1)
+    table = np.minimum(np.arange(256)[:, None] * factors, 255).round().astype(np.uint8)
+    saturation = np.empty(thumbnail.shape[:2], np.uint8)
+    for top in range(0, len(thumbnail), BAND_PX):
+        band = slice(top, top + BAND_PX)
+        balanced = cv2.LUT(thumbnail[band], table[None])
+        saturation[band] = cv2.cvtColor(balanced, cv2.COLOR_RGB2HSV)[..., 1]
+    return saturation
+
+
+def _is_colourless(thumbnail: ByteArray) -> bool:
+    return all(
+        np.array_equal(row[:, 0], row[:, 1]) and np.array_equal(row[:, 0], row[:, 2])
+        for row in thumbnail
+    )
+
+
+def _coloured(rough: ByteArray, stain: ByteArray, min_saturation: int, window_px: int) -> ByteArray:
+    """1 where the rough pixels around have a sixth of the least saturation on average, else 0.
+
+    Dust, hairs and scratches have none. The window is wide, because JPEG stores colour coarsely.
+    """
+    window = (window_px, window_px)
+    colour = cv2.blur(np.minimum(stain, GLASS_SATURATION) * 6 * rough, window)
+    return (colour > cv2.blur(rough * np.uint8(min_saturation), window)).view(np.uint8)
+
+
+def _brightest(grey: ByteArray) -> int:
+    """The 99th percentile of what is not pure white; 255 if all is."""
+    return _level(grey, 0.99, (grey < 255).view(np.uint8))
+
+
+def _level(
+    picture: ByteArray, share: float, mask: ByteArray | None = None, channel: int = 0
+) -> int:
+    """The percentile of a channel, where the mask is not 0; 255 if it is 0 everywhere."""
+    counts = cv2.calcHist([picture], [channel], mask, [256], [0, 256]).ravel().cumsum()
+    return int(np.searchsorted(counts, share * counts[-1])) if counts[-1] else 255
+
+
+def _reduce(picture: ByteArray, factor: int) -> ByteArray:
+    if factor == 1:
+        return picture
+    size = tuple(max(1, round(side / factor)) for side in picture.shape[::-1])
+    return _bytes(cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
+
+
+def _enlarge(mask: ByteArray, like: ByteArray) -> ByteArray:
+    if mask.shape == like.shape:
+        return mask
+    size = like.shape[::-1]
+    return _bytes(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST))
+
+
+def _pad(picture: ByteArray, margin_px: int) -> ByteArray:
+    padded = cv2.copyMakeBorder(picture, *(margin_px,) * 4, cv2.BORDER_REPLICATE)
+    return _bytes(padded)
+
+
+def _crop(picture: ByteArray, margin_px: int) -> ByteArray:
+    return picture[margin_px:-margin_px, margin_px:-margin_px]
+
+
+def _keep_touching(mask: ByteArray, seeds: ByteArray) -> None:
+    """Set the connected parts of a mask that hold no seed to 0, in place."""
+    number, labels = cv2.connectedComponents(mask, connectivity=8)
+    keep = np.zeros(number, np.uint8)
+    for top in range(0, len(mask), BAND_PX):
+        band = slice(top, top + BAND_PX)
+        keep[labels[band][seeds[band] > 0]] = 1
+    _keep_labels(mask, labels, keep)
+
+
+def _drop_small_parts(mask: ByteArray, min_area_px: float) -> None:
     """Set to 0, in place."""
     _, labels, statistics, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    keep = np.asarray(statistics[:, cv2.CC_STAT_AREA] >= min_area_px, dtype=np.uint8)
+    keep = _bytes(statistics[:, cv2.CC_STAT_AREA] >= min_area_px)
+    _keep_labels(mask, labels, keep)
+
+
+def _keep_labels(
+    mask: ByteArray, labels: npt.NDArray[np.integer | np.floating], keep: ByteArray
+) -> None:
     keep[0] = 0  # the background
     for top in range(0, len(mask), BAND_PX):  # NumPy makes 8-byte indices of the labels
         mask[top : top + BAND_PX] = keep[labels[top : top + BAND_PX]]

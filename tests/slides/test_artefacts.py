@@ -238,7 +238,7 @@ def test_the_area_of_the_tissue_is_in_square_millimetres() -> None:
     mask[:10] = True
     tiles = tile_pyramid("s1", mask, (5000, 3000), Mpp(0.25), parameters)
     assert tiles.tissue_mm2 == pytest.approx(1.25 * 0.25)
-    assert summary(tiles, "slide")["tissue_mm2"] == 0.312
+    assert summary(tiles)["tissue_mm2"] == 0.312
 
 
 def test_a_coarse_tile_goes_with_its_last_child() -> None:

@@ -144,7 +144,7 @@ def test_a_status_says_how_many_tiles_and_whence_the_mpp(first_run: Run) -> None
         "message",
     ]
     assert (good["tiles/x5"], good["tiles/x20"]) == ("2", "32")
-    assert 0.99 < float(good["covered"]) <= 1
+    assert 0.98 < float(good["covered"]) <= 1
     assert first_run.status["blank"]["covered"] == ""  # no tissue, no share
     assert (float(good["mpp"]), good["mpp_source"], good["message"]) == (0.5, "slide", "")
     assert float(good["seconds"]) > 0
@@ -490,7 +490,7 @@ def check_pixels(row: SlideRow, tiles: TilePyramid, *, num: int = 3) -> None:
                 assert pixels.shape == (*size, 3)
                 assert pixels.dtype == np.uint8
                 assert pixels.std() > 4, (row.slide_id, name, box)
-                assert 40 < pixels.mean() < 253  # one at the border may be mostly white
+                assert 40 < pixels.mean() < 254  # one at the border may be mostly white
 
 
 def tile_real(
