@@ -307,10 +307,15 @@ def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return dict(json.loads((metadata or {}).get("dasmil", "{}")))
 
 
-def describe_changes(found: str, wanted: str) -> str:
-    """How two sets of parameters, both as JSON, differ: ``tile_px 64 → 32, tissue.mpp 8 → 4``."""
+def describe_changes(found: str, wanted: str, also_new: bool = True) -> str:
+    """How two sets of parameters, both as JSON, differ: ``tile_px 64 → 32, tissue.mpp 8 → 4``.
+
+    Parameters
+    ----------
+    also_new: whether it counts if ``found`` lacks a parameter, as an older version's set may.
+    """
     old, new = (_flat(json.loads(text)) for text in (found, wanted))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and (also_new or k in old)]
     return some_of([f"{key} {old.get(key, 'unknown')} → {new.get(key, 'unknown')}" for key in keys])
 
 

@@ -157,10 +157,11 @@ def describe_other_bag(wanted: BagHeader, found: BagHeader) -> str:
     """How bags differ that must not lie in one folder, in words; "" where they may.
 
     They share all that :meth:`BagHeader.bag_format` holds, and the parameters of tiling or import.
+    A bag without a digest of its slide is of an older version, which may have had fewer parameters.
     """
     if wanted.bag_format() != found.bag_format():
         return describe_difference(wanted.bag_format(), found.bag_format()) or "other extractors"
-    return "" if wanted.tiling == found.tiling else describe_changes(found.tiling, wanted.tiling)
+    return describe_changes(found.tiling, wanted.tiling, also_new=bool(found.slide_digest))
 
 
 def _precision(card: Mapping[str, Any]) -> str:

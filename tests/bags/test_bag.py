@@ -10,10 +10,10 @@ from bag_factory import make_bag, make_card
 from bags.orphans import without_first
 from torch import Tensor
 
-from dasmil.bags import Bag, ExtractorCard, describe_difference
+from dasmil.bags import Bag, ExtractorCard, describe_difference, describe_other_bag
 from dasmil.bags.bag import header_from_metadata, header_to_metadata
 from dasmil.errors import InputError
-from dasmil.units import Mpp, Scale
+from dasmil.units import Mpp, Scale, TilePx
 
 
 def with_tensor(bag: Bag, kind: str, scale: str, tensor: Tensor) -> Bag:
@@ -322,3 +322,16 @@ def test_equal_formats_do_not_differ() -> None:
 def test_a_difference_of_format_is_said_in_words(other: dict, words: str) -> None:
     wanted, found = make_bag().header.bag_format(), make_bag(**other).header.bag_format()
     assert describe_difference(wanted, found) == words
+
+
+def test_bags_that_must_not_share_a_folder_differ_in_words() -> None:
+    header = make_bag(scales=("x10", "x20"), dims={"x10": 4, "x20": 5}).header
+    tiling = '{"min_tissue": 0.25, "tissue": {"mpp": 8.0, "scales": ["x10"]}}'
+    header = replace(header, tiling=tiling, slide_digest="ab")
+    assert describe_other_bag(header, replace(header, slide_id="other", slide_digest="cd")) == ""
+    other = replace(header, tiling=tiling.replace("8.0", "4.0").replace("0.25", "0.5"))
+    assert describe_other_bag(header, other) == "min_tissue 0.5 → 0.25, tissue.mpp 4.0 → 8.0"
+    assert "tiles of 7 px" in describe_other_bag(header, replace(header, tile_px=TilePx(7)))
+    fewer = replace(header, tiling='{"min_tissue": 0.25}')
+    assert "tissue.mpp unknown → 8.0" in describe_other_bag(header, fewer)
+    assert describe_other_bag(header, replace(fewer, slide_digest="")) == ""  # of an older version
