@@ -19,7 +19,7 @@ def instance_auroc(scores: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
     Returns
     -------
-    nan where no tile, or every tile, is positive.
+    nan where no tile, or every tile, is positive, or where a score is not finite.
     """
     return _auroc(torch.cat([*scores, torch.zeros(0)]), torch.cat([*truth, torch.zeros(0).bool()]))
 
@@ -35,4 +35,6 @@ def instance_auroc_per_slide(scores: Sequence[Tensor], truth: Sequence[Tensor]) 
 
 
 def _auroc(scores: Tensor, truth: Tensor) -> float:
+    if not scores.isfinite().all():
+        return nan
     return float(auroc(as_array(scores), as_array(truth).astype(bool)))

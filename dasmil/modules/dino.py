@@ -225,8 +225,7 @@ class DINOModule(LightningModule):
         self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         self.log("train/loss_step", loss, prog_bar=True)
         slides = partial(self._slides_of, self.current_epoch, batch_idx)
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self._finite_loss.watch(self.global_step, loss, slides, every)
+        self._finite_loss.watch(self.global_step, loss, slides)
         if batch_idx == 0 and self.current_epoch == 0:
             self._show(crops)
         return loss

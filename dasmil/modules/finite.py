@@ -9,6 +9,7 @@ from torch import Tensor
 from dasmil.distributed import gather_lists, is_true_anywhere
 from dasmil.errors import InputError, some_of
 
+READ_TOGETHER = 10  # steps
 ADVICE = (
     "check the features of these slides, or lower model.learning_rate, or train with "
     "--trainer.precision 32-true; checkpoints of earlier epochs are sound"
@@ -24,9 +25,7 @@ class FiniteLoss:
     def __init__(self) -> None:
         self._steps: list[tuple[int, Tensor, Callable[[], Sequence[str]]]] = []
 
-    def watch(
-        self, step: int, loss: Tensor, slides: Callable[[], Sequence[str]], every: int
-    ) -> None:
+    def watch(self, step: int, loss: Tensor, slides: Callable[[], Sequence[str]]) -> None:
         """Note the loss of a step.
 
         Parameters
@@ -34,10 +33,9 @@ class FiniteLoss:
         step: number of the step.
         loss: a scalar.
         slides: gives the slide_ids of the step; called only if its loss is not finite.
-        every: number of steps that are checked together.
         """
         self._steps.append((step, loss.detach().isfinite(), slides))
-        if len(self._steps) >= every:
+        if len(self._steps) == READ_TOGETHER:
             self.check()
 
     def check(self) -> None:

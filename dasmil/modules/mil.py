@@ -341,8 +341,7 @@ class DASMILModule(LightningModule):
         )
         loss, slide_ids = total.mean(), graph.slide_ids
         self.log("train/loss_step", loss, prog_bar=True, batch_size=graph.num_bags)
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self._finite_loss.watch(self.global_step, loss, lambda: slide_ids, every)
+        self._finite_loss.watch(self.global_step, loss, lambda: slide_ids)
         return loss
 
     def on_train_epoch_end(self) -> None:

@@ -16,8 +16,7 @@ from dasmil.cli import main
 from dasmil.data import BagDataModule
 from dasmil.data.tiles import TileDataset
 from dasmil.errors import InputError
-from dasmil.modules import DASMILModule, DINOModule
-from dasmil.modules.finite import FiniteLoss
+from dasmil.modules import DASMILModule, DINOModule, finite
 
 PARTS = ("train", "train", "train", "train", "val", "val", "test", "test", "test", "test")
 
@@ -45,14 +44,16 @@ class BreaksAt(DASMILModule):
         return total * (float("nan") if broken else 1.0), terms
 
 
-@pytest.mark.parametrize("log_every_n_steps", [1, 50])
-def test_a_training_whose_loss_is_not_finite_stops_and_names_the_slide(tmp_path, log_every_n_steps):
+@pytest.mark.parametrize("together", [1, 10])
+def test_a_training_whose_loss_is_not_finite_stops_and_names_the_slide(
+    tmp_path, monkeypatch, together
+):
+    """Whether it is noticed in the middle of the epoch, or at its end."""
+    monkeypatch.setattr(finite, "READ_TOGETHER", together)
     data = BagDataModule(make_bags(tmp_path), CLASSES, num_workers=0)
     keepers = [ModelCheckpoint(tmp_path / "kept", name, monitor=m) for name, m in
                (("best", "val/loss"), ("last", None))]  # fmt: skip
-    trainer = quiet_trainer(
-        tmp_path, max_epochs=3, callbacks=keepers, log_every_n_steps=log_every_n_steps
-    )
+    trainer = quiet_trainer(tmp_path, max_epochs=3, callbacks=keepers)
     with pytest.raises(
         InputError, match=r"the loss of step [4-7] is not finite; its slides are s1;"
     ):
@@ -115,15 +116,17 @@ def test_dino_stops_and_names_the_slides_of_the_tiles_of_the_step(road, tmp_path
 
 
 def test_the_first_step_of_all_processes_is_named(monkeypatch):
-    monkeypatch.setattr("dasmil.modules.finite.is_true_anywhere", lambda flag: True)
-    monkeypatch.setattr("dasmil.modules.finite.gather_lists", lambda mine: [*mine, (3, ["other"])])
-    guard = FiniteLoss()
+    monkeypatch.setattr(finite, "is_true_anywhere", lambda flag: True)
+    monkeypatch.setattr(finite, "gather_lists", lambda mine: [*mine, (3, ["other"])])
+    guard = finite.FiniteLoss()
+    guard.watch(3, torch.tensor(1.0), lambda: ["a"])
     with pytest.raises(InputError, match="the loss of step 3 is not finite; its slides are other;"):
-        guard.watch(3, torch.tensor(1.0), lambda: ["a"], every=1)
-    guard = FiniteLoss()
-    guard.watch(2, torch.tensor(float("nan")), lambda: ["b"], every=2)
+        guard.check()
+    guard = finite.FiniteLoss()
+    guard.watch(2, torch.tensor(float("nan")), lambda: ["b"])
+    guard.watch(3, torch.tensor(1.0), lambda: ["a"])
     with pytest.raises(InputError, match="the loss of step 2 is not finite; its slides are b;"):
-        guard.watch(3, torch.tensor(1.0), lambda: ["a"], every=2)
+        guard.check()
 
 
 def read_rows(path):
