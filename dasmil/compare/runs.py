@@ -11,7 +11,12 @@ import yaml
 
 from dasmil.errors import InputError
 from dasmil.metrics import Evaluation
-from dasmil.reports.evaluation import evaluation_file, read_checkpoint_name, read_evaluation
+from dasmil.reports.evaluation import (
+    SHORT_HASH,
+    evaluation_file,
+    read_checkpoint,
+    read_evaluation,
+)
 
 TestSet = tuple[str, ...]  # slide_ids, sorted
 
@@ -27,13 +32,19 @@ class Run:
     folder: of its evaluation.
     evaluation: sorted by slide_id.
     seed: of its ``fit``; None where the folder of the ``fit`` is not at hand or says none.
-    checkpoint: its file's name and the start of its SHA-256; empty if not known.
+    checkpoint, sha256: name and hash of the checkpoint's file; empty if not known.
     """
 
     folder: Path
     seed: int | None
     evaluation: Evaluation
     checkpoint: str = ""
+    sha256: str = ""
+
+    @property
+    def model(self) -> str:
+        """The checkpoint as tables name it."""
+        return f"{self.checkpoint} {self.sha256[:SHORT_HASH]}".strip()
 
     @property
     def test_set(self) -> TestSet:
@@ -88,7 +99,7 @@ def read_methods(
     for folder, label in zip(folders, labels or folder_labels(folders)):
         places = find_evaluations(folder)
         runs = tuple(
-            Run(place, seed_of(place), _in_order(place), read_checkpoint_name(place, "test"))
+            Run(place, seed_of(place), _in_order(place), *read_checkpoint(place, "test"))
             for place in places
         )
         methods.append(Method(label, folder, scale or runs[0].evaluation.scales[-1], runs))

@@ -147,7 +147,7 @@ def _explanation(comparison: Comparison) -> str:
         )
     sentences += [
         f"- checkpoints of {method.label}: "
-        + ", ".join(f"{run.folder} ({run.checkpoint or 'not known'})" for run in method.runs)
+        + ", ".join(f"{run.folder} ({run.model or 'not known'})" for run in method.runs)
         for method in methods
     ]
     return "\n".join(sentences)
@@ -207,6 +207,6 @@ def csv_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
                 "test_sets": len(method.runs_of),
                 **{k: None if v is None or isnan(v) else v for k, v in numbers.items()},
                 "values": ";".join("" if isnan(v) else str(v) for v in result.values),
-                "checkpoints": ";".join(run.checkpoint for run in method.runs),
+                "checkpoints": ";".join(run.model for run in method.runs),
                 "note": "; ".join(comparison.notes),
             }

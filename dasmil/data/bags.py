@@ -534,10 +534,11 @@ class BagDataModule(LightningDataModule):
         """Only a table can say what may be evaluated if the checkpoint does not know its slides."""
         if self.num_folds is None and self.fold is None and evaluated in marked.values():
             return
+        table = self.split_table or "the column split of its cohort.csv"
         raise InputError(
             f"{self.folder}: the checkpoint does not know which slides it was trained on, so "
-            f"{self.split_table or 'the column split of cohort.csv'} must name the {evaluated} "
-            "slides; give such a --data.split_table, and leave out data.num_folds and data.fold"
+            f"{table} must name the {evaluated} slides, and data.num_folds and data.fold cannot "
+            "be given; fill the column, or give --data.split_table"
         )
 
     def _say_what_is_evaluated(self, stage: str) -> None:
@@ -573,6 +574,10 @@ class BagDataModule(LightningDataModule):
                     "fill the split column of cohort.csv, or change the fractions or split_seed"
                 )
 
+    def _is_held_out(self, row: SlideRow) -> bool:
+        """Also an unlabelled slide, if the split column says so."""
+        return self.split.get(row.slide_id, row.split) in ("val", "test")
+
     def _refuse_seen_slides(self) -> None:
         """A slide that an extractor has seen in its own training is no fair test of the whole.
 
@@ -595,7 +600,7 @@ class BagDataModule(LightningDataModule):
                 continue
             trained_on = read_records(record["trained_on"])
             study = Study(trained_on, self.cohort, self.digests, self.other_cohort)
-            held_out = [r for r in self.cohort if self.split.get(r.slide_id) in ("val", "test")]
+            held_out = [r for r in self.cohort if self._is_held_out(r)]
             seen = [r.slide_id for r in held_out if study.find(r) or study.part_of_patient(r)]
             if seen:
                 raise InputError(

@@ -14,7 +14,7 @@ The last two are the evaluation itself, to the last digit: :func:`read_evaluatio
 import json
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from dasmil.metrics import Evaluation
 SHORT_HASH = 12  # digits of a SHA-256 that name a checkpoint in sentences and tables
 METRIC_COLUMNS = ("scale", "level", "metric", "value", "low", "high", "n", "patients", "note")
 SLIDE_COLUMNS = ("slide_id", "patient_id", "label")
+CHECKPOINT = "checkpoint_sha256"  # last column of both tables
 TEST_CHOSEN_NOTE = "threshold chosen on these very test slides: no honest figure"
 
 
@@ -59,18 +60,26 @@ def write_evaluation(
     stage: ``val`` or ``test``.
     extra_figures: what others have measured, named as in the JSON but for the stage
         (``x20/instance_auroc``, ``loss``).
-    about: of the model, for ``test_evaluation.json``: checkpoint and its sha256.
+    about: of the model, for ``test_evaluation.json``: checkpoint and its sha256, which the tables
+        name too.
     pooling: of a patient's slides; see :meth:`Evaluation.by_patient`.
     failed: slides whose output is not finite; their probabilities are empty.
     """
     evaluation_file(folder, stage).unlink(missing_ok=True)
     slides, columns = folder / f"{stage}_slides.csv", _slide_columns(evaluation)
+    digest = (about or {}).get(CHECKPOINT)
+
+    def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+        write_csv(path, [*columns, CHECKPOINT], ({**row, CHECKPOINT: digest} for row in rows))
+
     if failed:
         for kind in ("csv", "json"):
             (folder / f"{stage}_metrics.{kind}").unlink(missing_ok=True)
         empty = dict.fromkeys(columns[len(SLIDE_COLUMNS) :])
         of_slides = _slide_rows(evaluation)
-        write_csv(slides, columns, (r | empty if r["slide_id"] in failed else r for r in of_slides))
+        write_table(
+            slides, columns, (r | empty if r["slide_id"] in failed else r for r in of_slides)
+        )
         return
     rows = [
         *_rows_of_levels(stage, evaluation, pooling),
@@ -78,8 +87,8 @@ def write_evaluation(
     ]
     figures = _flat(stage, rows, evaluation.scales[-1])
     figures |= {f"{stage}/{name}": _known(value) for name, value in (extra_figures or {}).items()}
-    write_csv(slides, columns, _slide_rows(evaluation))
-    write_csv(folder / f"{stage}_metrics.csv", METRIC_COLUMNS, rows)
+    write_table(slides, columns, _slide_rows(evaluation))
+    write_table(folder / f"{stage}_metrics.csv", METRIC_COLUMNS, rows)
     write_text(folder / f"{stage}_metrics.json", json.dumps(figures, indent=2) + "\n")
     described = {
         "part": stage,
@@ -197,15 +206,12 @@ def read_evaluation(folder: Path, stage: str) -> Evaluation:
             f"{path}: no such file; `python -m dasmil {verb} --ckpt_path … --bags … "
             f"--output {folder}` writes it"
         )
+    described = _read_description(path)
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
         classes, scales = tuple(described["classes"]), tuple(described["scales"])
         thresholds, specificity = described["thresholds"], float(described["specificity"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not the description of an evaluation ({type(error).__name__}: {error}); "
-            "evaluate the checkpoint again"
-        ) from error
+        raise _not_described(path, error) from error
     columns, rows = read_csv(table)
     missing = {*SLIDE_COLUMNS, *_probability_columns(scales, classes)} - set(columns)
     if missing or not rows:
@@ -232,11 +238,24 @@ def read_evaluation(folder: Path, stage: str) -> Evaluation:
     )
 
 
-def read_checkpoint_name(folder: Path, stage: str) -> str:
-    """File name of the evaluated checkpoint and the start of its SHA-256; empty if not known."""
-    described = json.loads(evaluation_file(folder, stage).read_text(encoding="utf-8"))
-    name, digest = described.get("checkpoint"), described.get("checkpoint_sha256")
-    return f"{name} {digest[:SHORT_HASH]}" if name and digest else ""
+def read_checkpoint(folder: Path, stage: str) -> tuple[str, str]:
+    """File name and SHA-256 of the evaluated checkpoint; empty if not known."""
+    described = _read_description(evaluation_file(folder, stage))
+    return described.get("checkpoint") or "", described.get(CHECKPOINT) or ""
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise _not_described(path, error) from error
+
+
+def _not_described(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path}: not the description of an evaluation ({type(error).__name__}: {error}); "
+        "evaluate the checkpoint again"
+    )
 
 
 def _label(row: Mapping[str, str], classes: tuple[str, ...], where: str) -> int:

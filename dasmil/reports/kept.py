@@ -1,6 +1,5 @@
 """Metrics and predictions of one checkpoint are never replaced by those of another."""
 
-import json
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dasmil.data.bags import BagDataModule
 from dasmil.errors import InputError, some_of
 from dasmil.files import file_sha256, read_csv
-from dasmil.reports.evaluation import SHORT_HASH, evaluation_file
+from dasmil.reports.evaluation import SHORT_HASH, evaluation_file, read_checkpoint
 
 
 def checkpoint_of(trainer: Trainer) -> tuple[str, str]:
@@ -37,11 +36,10 @@ class KeptMetrics(Callback):
         self._refuse_other_metrics(trainer, "test")
 
     def _refuse_other_metrics(self, trainer: Trainer, part: str) -> None:
-        path = evaluation_file(self.output, part)
-        data = getattr(trainer, "datamodule", None)
-        if not path.is_file() or not isinstance(data, BagDataModule):
+        data: BagDataModule | None = getattr(trainer, "datamodule", None)
+        if not evaluation_file(self.output, part).is_file() or data is None:
             return
-        before = json.loads(path.read_text(encoding="utf-8")).get("checkpoint_sha256") or ""
+        _, before = read_checkpoint(self.output, part)
         _, now = checkpoint_of(trainer)
         if before != now:
             raise InputError(

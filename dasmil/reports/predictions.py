@@ -17,7 +17,7 @@ from dasmil.errors import InputError
 from dasmil.files import write_csv, write_text
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.evaluation import YOUDEN
-from dasmil.reports.evaluation import SHORT_HASH
+from dasmil.reports.evaluation import CHECKPOINT, SHORT_HASH
 from dasmil.reports.heatmap import draw_heatmap, slide_canvas
 from dasmil.reports.kept import checkpoint_of
 from dasmil.slides.cohort import SlideRow
@@ -66,7 +66,7 @@ class PredictionWriter(Callback):
         path = self.output / "predictions.json"
         before = ""
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))["checkpoint_sha256"]
+            before = json.loads(path.read_text(encoding="utf-8")).get(CHECKPOINT, "")
         elif not (self.output / "predictions.csv").is_file():
             before = self.checkpoint
         if before != self.checkpoint:
@@ -76,7 +76,7 @@ class PredictionWriter(Callback):
                 f"{self.checkpoint[:SHORT_HASH]}); give another --output to keep both"
             )
         if is_first:
-            about = {"checkpoint": name, "checkpoint_sha256": self.checkpoint}
+            about = {"checkpoint": name, CHECKPOINT: self.checkpoint}
             write_text(path, json.dumps(about, indent=2) + "\n")
 
     def on_predict_batch_end(
@@ -136,7 +136,7 @@ class PredictionWriter(Callback):
         for name, probability in zip(self.classes, probabilities.tolist(), strict=True):
             row[f"prob/{name}"] = probability
         row |= self._called(probabilities, self.thresholds.get(finest, {}))
-        return row | {"checkpoint_sha256": self.checkpoint}
+        return row | {CHECKPOINT: self.checkpoint}
 
     def _called(self, probabilities: Tensor, thresholds: Mapping[str, float]) -> dict[str, str]:
         """The class that a slide (P,) is called: at 0.5, and at each threshold of validation."""

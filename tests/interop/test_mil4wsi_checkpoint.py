@@ -14,6 +14,7 @@ from dasmil.interop.mil4wsi_checkpoint import released_names
 from dasmil.interop.mil4wsi_graph import SCALES, read_prepared
 from dasmil.losses import objective
 from dasmil.nn import DASMIL
+from dasmil.slides.cohort import read_cohort, write_cohort
 
 FILES = ("model.pt", "model_pyg22.pt")
 QUIET = ["--data.num_workers", "0", "--trainer.enable_progress_bar", "false"]
@@ -154,6 +155,20 @@ def test_validate_gives_the_released_losses_with_the_options_of_the_command_line
         assert main(["validate", *given, *map(str, options), *output]) == 0
         figures = json.loads((tmp_path / "figures" / "val_metrics.json").read_text())
         assert figures["val/loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_nothing_is_tested_unless_a_table_names_the_test_slides(tmp_path, capsys):
+    """Which slides the released weights were trained on is not known."""
+    source = golden_folder(CASES[0])
+    assert import_checkpoint(source / "model.pt", tmp_path / "model.ckpt") == 0
+    assert import_bags(source, tmp_path / "bags") == 0
+    rows = read_cohort(tmp_path / "bags" / "cohort.csv")
+    write_cohort(tmp_path / "bags" / "cohort.csv", [replace(row, split=None) for row in rows])
+    given = ["--ckpt_path", str(tmp_path / "model.ckpt"), "--bags", str(tmp_path / "bags"), *QUIET]
+    assert main(["test", *given, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "does not know which slides it was trained on" in error and "--data.split_table" in error
+    assert main(["predict", *given, "--output", str(tmp_path / "predictions")]) == 0
 
 
 @pytest.mark.parametrize(

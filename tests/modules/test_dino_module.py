@@ -14,7 +14,7 @@ from dasmil.embedding.weights import load_checkpoint
 from dasmil.errors import InputError
 from dasmil.modules import DINOModule
 from dasmil.slides.cohort import read_cohort
-from dasmil.slides.study import SlideRecord, plain_records
+from dasmil.slides.study import SlideRecord, plain_records, read_records
 
 SMALL = {
     "backbone": "vit_tiny_patch16_224",
@@ -134,19 +134,41 @@ def test_the_checkpoint_knows_what_it_was_trained_on(road):
     assert all(seen["digest"] and seen["patient_id"] for seen in record["trained_on"])
 
 
-def test_a_training_that_goes_on_has_seen_the_slides_of_before_too(capsys):
+def test_a_training_that_goes_on_has_seen_the_slides_of_before_too(road, tmp_path, capsys):
+    content = load_checkpoint(road.dino["x20"])
+    before = read_records(content["extractor"]["trained_on"])
+    table = tmp_path / "split.csv"
+    table.write_text(f"slide_id,split\n{before[0].slide_id},train\n{before[1].slide_id},test\n")
+    data = small_data(road, split_table=str(table), val_fraction=0.0)
+    del content["settings"], content["steps"]  # an older version goes on with any settings
+    torch.save(content, tmp_path / "before.ckpt")
+    hparams = content["hyper_parameters"]
+    module = DINOModule(**{key: hparams[key] for key in hparams if key[0] != "_"})
+    trainer = Trainer(
+        max_epochs=content["epoch"] + 2,
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.warns(UserWarning, match="does not name"):
+        trainer.fit(module, datamodule=data, ckpt_path=tmp_path / "before.ckpt", weights_only=True)
+    assert [row.slide_id for row in data.rows] == [before[0].slide_id]
+    trainer.save_checkpoint(tmp_path / "further.ckpt")
+    seen = load_checkpoint(tmp_path / "further.ckpt")["extractor"]["trained_on"]
+    assert read_records(seen) == before
+    assert f"{len(before) - 1} further slide(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("before", "seen"), [(["old"], ["now", "old"]), (None, None)])
+def test_what_an_older_checkpoint_has_seen_is_added_and_what_is_not_known_stays_so(before, seen):
     module = DINOModule(**SMALL)
-    module.record = {"trained_on": plain_records([SlideRecord("a", digest="1"), SlideRecord("b")])}
+    module.record = {"trained_on": plain_records([SlideRecord("now")])}
     module._trainer = SimpleNamespace(is_global_zero=True, training=False)
-    before = [SlideRecord("a", digest="2"), SlideRecord("b", "p", digest="3"), SlideRecord("c")]
-    module.on_load_checkpoint({"extractor": {"trained_on": plain_records(before)}})
-    seen = [(record["slide_id"], record["digest"]) for record in module.record["trained_on"]]
-    assert seen == [("a", "1"), ("b", ""), ("a", "2"), ("b", "3"), ("c", "")]
-    assert "trained on 1 further slide(s), which stay in its record: c" in capsys.readouterr().out
-    module.on_load_checkpoint({"extractor": {"trained_on": ["a", "d"]}})  # an older checkpoint
-    assert {r["slide_id"] for r in module.record["trained_on"]} == set("abcd")
-    module.on_load_checkpoint({"extractor": {"trained_on": None}})
-    assert module.record["trained_on"] is None
+    module.on_load_checkpoint({"extractor": {"trained_on": before}})
+    found = module.record["trained_on"]
+    assert (None if found is None else [record["slide_id"] for record in found]) == seen
 
 
 def test_the_crops_are_shown_in_tensorboard(road):

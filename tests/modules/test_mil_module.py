@@ -17,6 +17,7 @@ from dasmil.lightning_cli import _evaluation_defaults
 from dasmil.losses import ObjectiveOptions
 from dasmil.modules import DASMILModule, mil
 from dasmil.nn import DASMIL
+from dasmil.slides.study import SlideRecord, plain_records
 
 SMALL = {"hidden_dim": 8, "out_dim": 8, "query_dim": 4}
 
@@ -173,6 +174,24 @@ def test_a_resumed_run_must_have_the_same_parts(tmp_path):
         quiet_trainer(tmp_path, max_epochs=2).fit(
             DASMILModule(**SMALL), datamodule=again, ckpt_path=keeper.last_model_path
         )
+
+
+def test_weights_that_are_trained_further_remember_the_slides_of_before(tmp_path):
+    folder = separable_bags(tmp_path)
+    data = BagDataModule(folder, ["normal", "tumour"], num_workers=0)
+    data.setup("fit")
+    before = plain_records([SlideRecord("s12", split="train"), SlideRecord("old", "p", "val", "1")])
+    fitted = DASMILModule(**SMALL, split=before)
+    options = {"max_epochs": 1, "enable_checkpointing": False}
+    with pytest.raises(InputError, match=r"1 slide\(s\) of the part 'test' .*s12 \(trained on\)"):
+        quiet_trainer(tmp_path, **options).fit(fitted, datamodule=data)
+    further = DASMILModule(**SMALL, split=before[1:])
+    quiet_trainer(tmp_path, **options).fit(further, datamodule=data)
+    assert further.hparams["split"] == [*data.study(), before[1]]
+    unknown = DASMILModule(**SMALL, split={})
+    with pytest.warns(UserWarning, match="not known which slides these weights"):
+        quiet_trainer(tmp_path, **options).fit(unknown, datamodule=data)
+    assert unknown.hparams["split"] == {}
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -10,7 +10,7 @@ import torch
 
 from dasmil.errors import InputError
 from dasmil.metrics import Evaluation
-from dasmil.reports.evaluation import read_evaluation, write_evaluation
+from dasmil.reports.evaluation import read_checkpoint, read_evaluation, write_evaluation
 
 THRESHOLDS = {
     "x10": {"youden": 0.5, "specificity_0.9": 0.75},
@@ -58,6 +58,14 @@ def test_read_back_to_the_last_digit(tmp_path: Path, thresholds) -> None:
         assert found.probabilities[scale].dtype == torch.float64
         assert torch.equal(found.probabilities[scale], probabilities)
     assert json.loads((tmp_path / "val_evaluation.json").read_text())["checkpoint"] == "best.ckpt"
+
+
+def test_both_tables_name_the_checkpoint(tmp_path: Path) -> None:
+    about = {"checkpoint": "best.ckpt", "checkpoint_sha256": "0123"}
+    write_evaluation(tmp_path, "test", evaluation(), about=about)
+    for table in ("test_slides.csv", "test_metrics.csv"):
+        assert {row["checkpoint_sha256"] for row in rows_of(tmp_path / table)} == {"0123"}
+    assert read_checkpoint(tmp_path, "test") == ("best.ckpt", "0123")
 
 
 def test_the_json_is_flat_and_the_finest_scale_stands_without_its_name(tmp_path: Path) -> None:
