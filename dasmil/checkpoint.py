@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dasmil.embedding.weights import load_checkpoint
+from dasmil.embedding.weights import load_checkpoint, refuse_other_keys
 from dasmil.errors import InputError
 from dasmil.modules.mil import DASMILModule
 
@@ -23,6 +23,7 @@ def load(checkpoint: str | Path) -> DASMILModule:
     """
     state, hparams = read_checkpoint(Path(checkpoint))
     model = DASMILModule(**hparams)
+    refuse_other_keys(model, state, checkpoint)
     model.load_state_dict(state)
     return model.eval()
 

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -88,7 +89,9 @@ def main(args: Sequence[str] | None = None) -> int:
     hush()
     try:
         with ending_on_sigterm():
-            return run(args)
+            code = run(args)
+            sys.stdout.flush()
+            return code
     except (KeyboardInterrupt, SystemExit) as stop:
         number = signal_of(stop)
         if number is None:
@@ -98,6 +101,11 @@ def main(args: Sequence[str] | None = None) -> int:
                 f"{args[0]} was ended by {ENDED[number]}; {_advice(args[0], stop)}", file=sys.stderr
             )
         return 128 + number
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain
+        return 128 + signal.SIGPIPE
     except Exception as error:
         # Lightning says so what it cannot do with its options
         misconfigured = type(error).__name__ == "MisconfigurationException"
@@ -107,6 +115,13 @@ def main(args: Sequence[str] | None = None) -> int:
         # a reading process wraps the sentence in its traceback
         print(f"error: {said.rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2
+
+
+def _nobody_reads() -> bool:
+    """Whether the other end of the output's pipe is closed, as ``| head`` closes it."""
+    output = select.poll()
+    output.register(sys.stdout, select.POLLERR)
+    return bool(output.poll(0))
 
 
 def _advice(verb: str, stop: BaseException) -> str:

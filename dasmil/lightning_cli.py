@@ -24,11 +24,12 @@ from dasmil.files import file_sha256
 from dasmil.modules import DASMILModule
 from dasmil.modules.evaluation import mean_losses
 from dasmil.modules.going_on import refuse_other_settings, training_settings
-from dasmil.reports.evaluation import write_evaluation
+from dasmil.reports.evaluation import auroc_lines, write_evaluation
 from dasmil.reports.figures import evaluation_figures, save_figures, show_in_tensorboard
 from dasmil.reports.history import History, run_folder
 from dasmil.reports.instances import InstanceTruth
 from dasmil.reports.kept import KeptMetrics
+from dasmil.reports.log_lines import LogLines
 from dasmil.reports.predictions import PredictionWriter
 from dasmil.run_folder import RunFolder, Trace, run_folder_of, split_resume
 
@@ -143,6 +144,9 @@ class DasmilCLI(LightningCLI):
             )
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
+        if subcommand in ("validate", "test"):  # Lightning's table has a row per metric and scale
+            parser.set_defaults({"verbose": False})
+        parser.set_defaults({"trainer.enable_model_summary": False})
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -178,8 +182,12 @@ class DasmilCLI(LightningCLI):
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Also with its other processes and its folder in order if it does not end well."""
+        """Also leave other processes and the folder in order if it does not end well."""
         self._add_callbacks(EndOnSigterm())
+        bar = self.trainer.progress_bar_callback
+        if bar is not None and not sys.stdout.isatty():
+            self.trainer.callbacks.remove(bar)  # type: ignore[attr-defined]
+            self._add_callbacks(LogLines())
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
@@ -302,9 +310,13 @@ class DasmilCLI(LightningCLI):
         """Tables, intervals and figures of the last evaluation, by one process."""
         evaluation = getattr(self.model, "evaluation", None)
         self._say_failed(getattr(self.model, "failed", ()), "; so no metrics are written")
-        if folder is None or evaluation is None or not self.trainer.is_global_zero:
+        if evaluation is None or not self.trainer.is_global_zero:
             return
         stage = STAGES[self.verb]
+        if not self.model.failed:
+            print(*auroc_lines(stage, evaluation), sep="\n")
+        if folder is None:
+            return
         more = mean_losses(self.model.results)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, InstanceTruth):

@@ -13,7 +13,8 @@ WARNINGS = (
     r".*is smaller than the logging interval.*",  # history.csv has a row per epoch
 )
 NOTICES = re.compile(  # Lightning's; that a GPU is there and not used is a warning
-    r"(GPU|TPU|HPU) available|.*Tip: |Seed set to|Restoring states from|Loaded model weights|"
+    r"(GPU|TPU|HPU) available|.*Tip: |(\[rank: \d+\] )?Seed set to|Detected KeyboardInterrupt|"
+    r"Restoring states from|Loaded model weights|"
     r"`Trainer.fit` stopped|LOCAL_RANK: |Initializing distributed|-{20,}\s+distributed_backend",
     re.DOTALL,
 )

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from dasmil.compare.figure import draw
 from dasmil.compare.runs import Method, Run, read_methods
@@ -26,6 +25,7 @@ from dasmil.files import write_csv, write_text
 from dasmil.metrics import pool, swap_test
 from dasmil.metrics.evaluation import Inputs
 from dasmil.metrics.intervals import combined_interval
+from dasmil.progress import progress
 
 
 def compare(
@@ -103,7 +103,7 @@ def compare_methods(
     judged = [_Judged(method, _with_same_fold(metrics, methods[0])) for method in methods]
     first, others = judged[0], judged[1:]
     results = {name: [first.result(name)] for name in first.metrics}
-    for other in tqdm(others, desc="compare", disable=None, leave=False):
+    for other in progress(others, "compare", leave=False):
         p_values = _p_values(other, first, draws, seed)
         for name in first.metrics:
             results[name].append(other.result(name, first, p_values[name]))

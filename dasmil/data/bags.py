@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from tqdm import tqdm
 
 from dasmil.bags import (
     UNKNOWN,
@@ -33,6 +32,7 @@ from dasmil.bags.store import graph_bytes
 from dasmil.data.sampler import TrainingLoader, TrainingSampler, go_on, sampling_weights
 from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError, some_of
+from dasmil.progress import progress
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.splits import SPLIT_COLUMNS, placed, refuse_overlap, split_cohort
@@ -267,7 +267,7 @@ class BagDataModule(LightningDataModule):
         total_square: dict[str, Tensor] = defaultdict(lambda: torch.zeros(1, dtype=torch.float64))
         origin: dict[str, Tensor] = {}  # a tile's features: differences to it do not cancel
         rounding: dict[str, float] = defaultdict(lambda: NETWORK_ROUNDING)
-        for row in tqdm(self.part("train"), "statistics of the training bags", unit="bag"):
+        for row in progress(self.part("train"), "statistics of the training bags", unit="bag"):
             bag = self.read_bag(row.slide_id)
             for scale in bag.scales:
                 x = bag.features[scale].double()
@@ -456,7 +456,9 @@ class BagDataModule(LightningDataModule):
         """What many files say; when that takes long, a bar shows how far it is."""
         with ThreadPoolExecutor(OPENING_THREADS) as pool:
             found = pool.map(read, paths)
-            return list(tqdm(found, "opening bags", len(paths), unit="bag", delay=2, leave=False))
+            return list(
+                progress(found, "opening bags", total=len(paths), unit="bag", delay=2, leave=False)
+            )
 
     def study(self) -> list[dict[str, str | None]]:
         """One record per slide of the cohort, for the checkpoint: plain values."""
@@ -543,6 +545,7 @@ class BagDataModule(LightningDataModule):
 
     def _say_what_is_evaluated(self, stage: str) -> None:
         """Print how many slides are evaluated, how many are left out, and why."""
+        verb = "test" if stage == "test" else "validate"  # Lightning's stage is no plain text
         evaluated = "test" if stage == "test" else self.val_part
         with_bag = {row.slide_id for row in self.rows}
         left_out: dict[str, list[str]] = defaultdict(list)
@@ -557,12 +560,12 @@ class BagDataModule(LightningDataModule):
         why = ", ".join(f"{len(ids)} {why} ({some_of(ids)})" for why, ids in left_out.items())
         num_left_out = sum(map(len, left_out.values()))
         print(
-            f"{stage}: {len(self.part(evaluated))} slides are {EVALUATIONS[stage]}, "
+            f"{verb}: {len(self.part(evaluated))} slides are {EVALUATIONS[stage]}, "
             f"{num_left_out} are left out" + (f": {why}" if why else "")
         )
         if self._met is not None:
             for note in self._met.notes(self.rows):
-                print(f"{stage}: {note}")
+                print(f"{verb}: {note}")
 
     def _refuse_missing_classes(self, *parts: str) -> None:
         for part in parts:

@@ -21,7 +21,7 @@ from dasmil.embedding.networks import (
     vit_backbone,
 )
 from dasmil.embedding.pooling import Pooling, pool
-from dasmil.embedding.weights import load_checkpoint, load_weights, say
+from dasmil.embedding.weights import load_checkpoint, load_weights, refuse_other_keys, say
 from dasmil.errors import InputError
 from dasmil.slides.study import SlideRecord, plain_records, read_records
 from dasmil.units import Scale
@@ -299,6 +299,7 @@ def _from_checkpoint(path: Path, source: ExtractorSource, scale: Scale, tile_px:
     backbone = vit_backbone(record.name, record.image_size, **record.options)
     prefix, weights = BACKBONE_PREFIX, checkpoint["state_dict"]
     weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    refuse_other_keys(backbone, weights, path)
     backbone.load_state_dict(weights)
     return Extractor(
         backbone,

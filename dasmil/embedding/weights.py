@@ -1,7 +1,8 @@
 """Files of weights: read without running anything that is in them, and loaded strictly."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,25 +64,58 @@ def load_weights(network: nn.Module, name: str, path: Path) -> None:
     dropped = [key for key in weights if key not in wanted and key.startswith(heads)]
     weights = {key: weight for key, weight in weights.items() if key not in dropped}
 
-    missing = [key for key in wanted if key not in weights]
-    unexpected = [key for key in weights if key not in wanted]
-    shapes = {
-        key: f"{key} {tuple(weight.shape)} instead of {tuple(wanted[key].shape)}"
-        for key, weight in weights.items()
-        if key in wanted and weight.shape != wanted[key].shape
-    }
-    if missing or unexpected or shapes:
-        kinds = {
-            "missing": missing,
-            "unexpected": unexpected,
-            "of another shape": list(shapes.values()),
-        }
-        found = "; ".join(f"{kind}: {some_of(keys)}" for kind, keys in kinds.items() if keys)
-        cause = _likely_cause(network, missing, unexpected, {k: weights[k] for k in shapes})
-        raise InputError(f"{path}: these weights do not fit {name} ({found}); {cause}")
+    if misfit := Misfit.of(wanted, weights):
+        reshaped = {key: weights[key] for key in misfit.reshaped}
+        cause = _likely_cause(network, misfit.missing, misfit.unexpected, reshaped)
+        raise InputError(f"{path}: these weights do not fit {name} ({misfit}); {cause}")
     network.load_state_dict(weights)
     if dropped:
         say(f"{path}: its classifier is not needed and is left out: {', '.join(dropped)}")
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Keys of weights that are not those of a network.
+
+    Parameters
+    ----------
+    reshaped: keys of another shape, and the two shapes in words.
+    """
+
+    missing: Sequence[str]
+    unexpected: Sequence[str]
+    reshaped: Mapping[str, str]
+
+    @classmethod
+    def of(cls, wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> "Misfit | None":
+        """The difference between what a network has and what a file holds; None if they agree."""
+        found = cls(
+            [key for key in wanted if key not in weights],
+            [key for key in weights if key not in wanted],
+            {
+                key: f"{key} {tuple(weight.shape)} instead of {tuple(wanted[key].shape)}"
+                for key, weight in weights.items()
+                if key in wanted and weight.shape != wanted[key].shape
+            },
+        )
+        return found if any((found.missing, found.unexpected, found.reshaped)) else None
+
+    def __str__(self) -> str:
+        kinds = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "of another shape": self.reshaped.values(),
+        }
+        return "; ".join(f"{kind}: {some_of(keys)}" for kind, keys in kinds.items() if keys)
+
+
+def refuse_other_keys(network: nn.Module, weights: Mapping[str, Tensor], where: object) -> None:
+    """Raise :class:`InputError` if a checkpoint's weights are not those of a network."""
+    if misfit := Misfit.of(network.state_dict(), weights):
+        raise InputError(
+            f"{where}: its weights are not those of its model ({misfit}); it was changed, or "
+            "written by another version of dasmil"
+        )
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

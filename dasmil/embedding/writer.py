@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from tqdm import tqdm
 
 from dasmil.bags import Bag, BagHeader, ExtractorCard, all_finite, bag_path, write_bag
 from dasmil.bags.status import status_row
 from dasmil.embedding.dataset import WAIT, TileChunk
 from dasmil.endings import end_on_sigterm
 from dasmil.errors import DiskFullError, InputError
+from dasmil.progress import progress
 from dasmil.slides.tiling import TilePyramid
 from dasmil.work.worker import Worker
 
@@ -93,7 +93,7 @@ class BagWriter(Callback):
         end_on_sigterm()
         self._stepped = time.monotonic()
         total, hidden = sum(self._num_tiles.values()), not self.show_progress
-        self._bar = tqdm(desc="embed", total=total, unit="tile", disable=hidden, smoothing=0.05)
+        self._bar = progress(desc="embed", total=total, unit="tile", disable=hidden, smoothing=0.05)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show_progress()

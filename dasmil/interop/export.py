@@ -6,12 +6,12 @@ import h5py
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dasmil.bags import Bag, all_finite, bag_path, read_bag
 from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path, read_csv, write_csv
 from dasmil.interop.feature_grids import Dtype
+from dasmil.progress import progress
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.units import Scale
 
@@ -41,7 +41,7 @@ def export(bags: Path, output: Path, dtype: Dtype = "float32") -> int:
     rows = read_cohort(bags / "cohort.csv")
     failed = []
     done: list[SlideRow] = []
-    for row in tqdm(rows, "export", unit="slide"):
+    for row in progress(rows, "export", unit="slide"):
         try:
             bag = read_bag(bag_path(bags, row.slide_id))
             features = {name: _as_asked(bag, name, dtype) for name in bag.scales}

@@ -11,7 +11,6 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import psutil
-from tqdm import tqdm
 
 from dasmil.bags import (
     ExtractorCard,
@@ -25,6 +24,7 @@ from dasmil.bags.status import EXTRACTORS, bag_status, status_row
 from dasmil.errors import DiskFullError, InputError, say_error, some_of
 from dasmil.files import files_below, read_csv, write_csv, write_text
 from dasmil.interop.feature_grids import Dtype, Orphans, SlideFeatures, make_bag
+from dasmil.progress import progress
 from dasmil.slides.cohort import (
     SlideRow,
     describe_leaving,
@@ -239,7 +239,7 @@ def import_features(
         rows = refuse_faulty(rows, worker)
         _write_extractors(dest / EXTRACTORS, cards, tool)
         worker.on_beat = (status := bag_status(dest)).write
-        for row in tqdm(rows, f"import {tool}", unit="slide"):
+        for row in progress(rows, f"import {tool}", unit="slide"):
             sources = [found[row.slide_id] for found in files if row.slide_id in found]
             sources += beside(row.slide_id)
             mpp = (mpps or {}).get(row.slide_id)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from dasmil.bags import (
     Bag,
@@ -26,6 +25,7 @@ from dasmil.files import write_csv, write_text
 from dasmil.interop.digest import features_digest
 from dasmil.interop.mil4wsi_graph import SCALES, PreparedGraph, read_prepared
 from dasmil.interop.mil4wsi_grid import IntArray, finest_side, place_on_grid, require_nested
+from dasmil.progress import progress
 from dasmil.slides.cohort import SlideRow, write_cohort
 from dasmil.units import Mpp, TilePx
 
@@ -83,7 +83,7 @@ def mil4wsi_bags(
             )
     records: list[dict[str, Any]] = []
     slides: dict[str, SlideRow] = {}
-    for path in tqdm(_graph_files(src), "import", unit="slide"):
+    for path in progress(_graph_files(src), "import", unit="slide"):
         records.append(record := {"file": path, "state": "failed"})
         try:
             graph = read_prepared(path)

@@ -25,6 +25,7 @@ from torchvision.utils import make_grid
 from dasmil.data.tiles import TileDataModule
 from dasmil.embedding.extractor import ExtractorRecord
 from dasmil.embedding.networks import refuse_cut_patches, vit_backbone
+from dasmil.embedding.weights import refuse_other_keys
 from dasmil.errors import InputError, some_of
 from dasmil.modules.finite import FiniteLoss
 from dasmil.modules.going_on import KEY, refuse_other_settings, training_settings
@@ -182,6 +183,8 @@ class DINOModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Weights that go on have seen the slides of before, whatever is trained on now."""
+        where = "the checkpoint" if self._trainer is None else self.trainer.ckpt_path
+        refuse_other_keys(self, checkpoint["state_dict"], where)
         if self._trainer is not None and self.trainer.training:
             refuse_other_settings(checkpoint, self._settings())
             self._steps_before = checkpoint.get("steps")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dasmil.bags import BagGraph, describe_difference
 from dasmil.data.bags import BagDataModule
+from dasmil.embedding.weights import refuse_other_keys
 from dasmil.errors import InputError, some_of
 from dasmil.losses import ObjectiveOptions, balanced_weights, objective
 from dasmil.metrics.evaluation import Evaluation
@@ -272,6 +273,7 @@ class DASMILModule(LightningModule):
             return
         hparams = checkpoint["hyper_parameters"]
         self._refuse_other_data(hparams, data)
+        refuse_other_keys(self, checkpoint["state_dict"], self.trainer.ckpt_path)
         if self.trainer.training and not is_same_study(hparams["split"], data.study()):
             raise InputError(
                 f"{data.folder}: its parts are not those that the checkpoint was trained with; "
@@ -440,10 +442,14 @@ class DASMILModule(LightningModule):
             )
 
     def _log_figures(self, figures: dict[str, float]) -> None:
-        """Values that are the same in every process already."""
+        """Log values that are the same in every process already.
+
+        Lightning asks for a reduction of them. The maximum of equal values is exact, their mean
+        need not be.
+        """
         for name, value in figures.items():
             shown = name in ("val/auroc", "val/loss", "test/auroc")
-            self.log(name, value, prog_bar=shown, sync_dist=False)
+            self.log(name, value, prog_bar=shown, sync_dist=True, reduce_fx="max")
 
     @property
     def _selection(self) -> tuple[str, Tensor | None]:

@@ -19,10 +19,10 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from dasmil.errors import InputError
 from dasmil.files import atomic_path, read_csv
+from dasmil.progress import progress
 from dasmil.slides.qc import CAPTION_PX
 from dasmil.slides.tile import PARAMETERS, tile_status
 from dasmil.slides.tile_slide import qc_path
@@ -59,6 +59,11 @@ def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = N
     InputError
         when a folder's status.csv is missing, or is not one of this version.
     """
+    if (tiles / "extractors.json").is_file() and not (tiles / PARAMETERS).is_file():
+        raise InputError(
+            f"{tiles}: a folder of bags, which hold no pictures; give the folder that `tile` has "
+            f"written, and this one as --bags {tiles}"
+        )
     if (tiles / PARAMETERS).is_file():
         with suppress(OSError):  # who may only read the folder sees the table as it is
             tile_status(tiles).write()
@@ -80,7 +85,7 @@ def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = N
     missing = []
     with atomic_path(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(head)
-        for row in tqdm(rows, desc="contact-sheet", unit="slide"):
+        for row in progress(rows, desc="contact-sheet", unit="slide"):
             path = qc_path(tiles, row["slide_id"])
             picture = _picture(path, 1 + len(scales))
             if picture is None:

@@ -102,6 +102,18 @@ def write_evaluation(
     write_text(evaluation_file(folder, stage), json.dumps(described, indent=2) + "\n")
 
 
+def auroc_lines(stage: str, evaluation: Evaluation) -> Iterator[str]:
+    """One line per scale: AUROC of the slides, its 95 % interval, and how many they are."""
+    count = f"{len(evaluation.slide_ids)} slides of {len(set(evaluation.patients))} patients"
+    note = evaluation.why_no_interval or evaluation.warning
+    for scale in evaluation.scales:
+        value = evaluation.figures(scale, {"auroc"})["auroc"]
+        low, high = evaluation.intervals(scale)["auroc"]
+        auroc = "not defined" if isnan(value) else f"{value:.3f}"
+        auroc += "" if isnan(low) else f", 95 % interval {low:.3f} to {high:.3f}"
+        yield f"{stage}: {scale}: AUROC {auroc}; {count}" + (f" ({note})" if note else "")
+
+
 def _rows_of_levels(
     stage: str, evaluation: Evaluation, pooling: Literal["mean", "max"]
 ) -> Iterator[dict[str, Any]]:

@@ -80,6 +80,17 @@ def draw_heatmap(
     return np.concatenate(panels, axis=1)
 
 
+def relative_attention(weights: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """Attention of a slide's tiles (N,) → (N,) from 0 to 1, to be drawn.
+
+    1 is the largest weight, or twice the mean weight if that is more: attention that singles no
+    tile out is 0.5 everywhere, and not as red as attention that rests on one tile.
+    """
+    if len(weights) == 0:
+        return weights
+    return weights / max(weights.max(), 2 * weights.mean(), np.finfo(weights.dtype).tiny)
+
+
 def _colours(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     """(N,) in 0..1 → (N, 3) RGB of the turbo map."""
     levels = (np.clip(values, 0, 1) * 255).round().astype(np.uint8).reshape(-1, 1)

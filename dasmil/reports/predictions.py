@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -18,7 +17,7 @@ from dasmil.files import write_csv, write_text
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.evaluation import YOUDEN
 from dasmil.reports.evaluation import CHECKPOINT, SHORT_HASH
-from dasmil.reports.heatmap import draw_heatmap, slide_canvas
+from dasmil.reports.heatmap import draw_heatmap, relative_attention, slide_canvas
 from dasmil.reports.kept import checkpoint_of
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.qc import write_png
@@ -191,9 +190,7 @@ class PredictionWriter(Callback):
             weight = attention[scale][:, number]
             scores = {
                 f"instance probability: {name}": probability.numpy(),
-                "attention / largest attention": (weight / weight.max().clamp(min=1e-30)).numpy()
-                if len(weight)
-                else np.zeros(0),
+                "attention (1: largest, at least 2 x mean)": relative_attention(weight.numpy()),
             }
             bag_probability = class_probabilities(bag_logits[scale][None])[0]
             p = float(bag_probability[self.classes.index(name)])

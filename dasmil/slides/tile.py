@@ -15,10 +15,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from dasmil.errors import DiskFullError, InputError, say_error, some_of
 from dasmil.files import describe_changes, write_text
+from dasmil.progress import progress
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.cohort import (
     SlideRow,
@@ -143,7 +142,7 @@ def _tile_all(
     idle = [ChildProcess(function) for _ in range(num_processes)]
     running: dict[Connection, tuple[ChildProcess, SlideRow]] = {}
     try:
-        with tqdm(desc="tile", total=len(rows), unit="slide") as bar:
+        with progress(desc="tile", total=len(rows), unit="slide") as bar:
             while waiting or running:
                 while idle and (row := _next_slide(waiting, worker)) is not None:
                     process = idle.pop()

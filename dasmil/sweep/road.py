@@ -12,7 +12,6 @@ from pathlib import Path
 from dasmil.errors import InputError
 from dasmil.files import find_config, read_csv
 from dasmil.sweep.steps import (
-    QUIET,
     Fold,
     Step,
     config_arguments,
@@ -84,7 +83,7 @@ class Pretraining(Step):
         yield [
             *("fit", *config_arguments(self.configs), "--data.tiles", str(self.tiles)),
             *("--data.scale", self.scale, *(self.fold.arguments() if self.fold else ())),
-            *(*log_to(self.folder), *QUIET),
+            *log_to(self.folder),
         ]
 
     def outcome(self, column: str) -> str:
@@ -113,7 +112,7 @@ class Embedding(Step):
 
     def commands(self) -> Iterator[list[str]]:
         sources = [text for s, path in self.extractors for text in (f"--extractors.{s}", str(path))]
-        given = ["--tiles", str(self.tiles), "--output", str(self.folder), *sources, *QUIET]
+        given = ["--tiles", str(self.tiles), "--output", str(self.folder), *sources]
         yield ["embed", *config_arguments(self.configs), *given]
 
     def outcome(self, column: str) -> str:

@@ -11,7 +11,6 @@ from dasmil.errors import InputError
 from dasmil.files import find_config
 from dasmil.sweep.road import Embedding
 from dasmil.sweep.steps import (
-    QUIET,
     Fold,
     Step,
     config_arguments,
@@ -88,7 +87,7 @@ class Run(Step):
         return [
             *("fit", *config_arguments(self.configs), "--seed_everything", str(self.seed)),
             *("--data.bags", str(self.bags), *(self.fold.arguments() if self.fold else ())),
-            *(*log_to(self.folder), *QUIET),
+            *log_to(self.folder),
         ]
 
     def test(self) -> list[str]:
@@ -97,7 +96,7 @@ class Run(Step):
         if self.truth_classes:
             truth += ["--truth_classes", json.dumps(self.truth_classes)]
         output = ["--output", str(self.metrics.parent)]
-        return ["test", *best, *truth, *output, *QUIET, *self._as_fitted()]
+        return ["test", *best, *truth, *output, *self._as_fitted()]
 
     def _as_fitted(self) -> list[str]:
         """What ``test`` must do as ``fit`` did, and a checkpoint does not say."""

@@ -14,7 +14,6 @@ from dasmil.errors import InputError
 from dasmil.files import file_sha256
 
 LOCK = "run.lock"
-QUIET = ("--trainer.enable_progress_bar", "false")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ def run(arguments):
     command = [sys.executable, "-m", "dasmil", *map(str, arguments), *TWO]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "sync_dist" not in done.stderr and "\r" not in done.stdout + done.stderr
     return done.stdout
 
 

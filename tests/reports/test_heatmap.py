@@ -8,7 +8,7 @@ from bag_factory import make_bag
 
 from dasmil.demo.slides import write_pyramid
 from dasmil.files import sample_digest
-from dasmil.reports.heatmap import OPACITY, draw_heatmap, slide_canvas
+from dasmil.reports.heatmap import OPACITY, draw_heatmap, relative_attention, slide_canvas
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.qc import CAPTION_PX
 
@@ -39,6 +39,16 @@ def test_a_tile_has_its_score_s_colour_where_it_lies_and_nowhere_else(bag):
         assert np.abs(middle - expected).max() <= 1
     beside = panel[: canvas.shape[0], : canvas.shape[1]][~covered]
     assert (beside == 200).all()
+
+
+def test_attention_that_singles_no_tile_out_is_drawn_flat_and_not_as_the_largest(bag):
+    flat = np.full(1000, 1e-3, np.float32)
+    assert relative_attention(flat) == pytest.approx(np.full(1000, 0.5))
+    assert relative_attention(flat + 1e-9 * np.arange(1000)) == pytest.approx(0.5, abs=1e-3)
+    peaked = np.array([0.9, 0.09, 0.01])
+    assert relative_attention(peaked) == pytest.approx(peaked / 0.9)
+    assert relative_attention(np.zeros(3)).tolist() == [0, 0, 0]
+    assert relative_attention(np.zeros(0)).tolist() == []
 
 
 def test_a_tile_that_reaches_over_the_border_is_drawn_as_far_as_the_slide_goes(bag):
