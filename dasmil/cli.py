@@ -75,6 +75,7 @@ VERBS = {  # verb → its module; the function has the name of the verb
     "demo": "demo.run",
 }
 GOES_ON = ("tile", "embed", "import", "sweep", "demo")  # verbs that do only what is not done
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, Lightning and SLURM
 ENDED = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 BY_PLACE = ("export", "contact-sheet")  # verbs whose required parameters are no options
 MANY = {  # verbs whose first parameter is any number of folders
@@ -96,10 +97,9 @@ def main(args: Sequence[str] | None = None) -> int:
         number = signal_of(stop)
         if number is None:
             raise
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(
-                f"{args[0]} was ended by {ENDED[number]}; {_advice(args[0], stop)}", file=sys.stderr
-            )
+        if all(os.environ.get(name, "0") == "0" for name in RANKS):
+            how = f"{args[0]} was ended by {ENDED[number]}"
+            print(f"{how}; {_advice(args[0], stop)}", file=sys.stderr)
         return 128 + number
     except BrokenPipeError:
         if not _nobody_reads():

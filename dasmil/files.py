@@ -331,6 +331,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def must_exist(path: Path, advice: str) -> None:
+    """Raise :class:`InputError` with advice if a path does not exist."""
+    if not os.path.exists(path):  # noqa: PTH110 - of a name that no file can have Path raises
+        raise InputError(f"{path}: does not exist; {advice}")
+
+
 def configs_folder() -> Path:
     """``configs/``: in the installed package, or beside it in a clone."""
     package = Path(__file__).parent

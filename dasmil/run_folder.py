@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dasmil.data.bags import BagDataModule
 from dasmil.errors import InputError
-from dasmil.files import write_csv
+from dasmil.files import must_exist, write_csv
 from dasmil.provenance import record_start
 from dasmil.reports.history import run_folder
 from dasmil.slides.splits import SPLIT_COLUMNS
@@ -38,6 +38,7 @@ def split_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
         return list(args), None
     folder = Path(given.resume)
     config = folder / "config.yaml"
+    must_exist(folder, "give --resume the folder of a fit")
     if not config.is_file():
         raise InputError(f"{folder}: holds no config.yaml; give --resume the folder of a fit")
     logger = yaml.safe_load(config.read_text(encoding="utf-8"))["trainer"]["logger"]

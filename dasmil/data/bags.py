@@ -32,6 +32,7 @@ from dasmil.bags.store import graph_bytes
 from dasmil.data.sampler import TrainingLoader, TrainingSampler, go_on, sampling_weights
 from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError, some_of
+from dasmil.files import must_exist
 from dasmil.progress import progress
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
@@ -120,8 +121,8 @@ class BagDataModule(LightningDataModule):
     scales:
         those of the bags' scales that the model reads; all where None.
     batch_size:
-        slides a step in training. Evaluation takes one at a time: its figures depend neither on
-        this nor on the number of processes, to the last digit.
+        slides per step in training. Evaluation takes one at a time: with one number of threads its
+        metrics depend neither on this nor on the number of processes, to the last digit.
     num_workers:
         reading processes of each device.
     cache:
@@ -412,6 +413,7 @@ class BagDataModule(LightningDataModule):
             )
 
     def _read_cohort(self) -> list[SlideRow]:
+        must_exist(self.folder, "give data.bags the folder that embed wrote")
         cohort = read_cohort(self.folder / "cohort.csv")
         for row in cohort:
             if row.label is not None and row.label not in self.classes:

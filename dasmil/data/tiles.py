@@ -17,6 +17,7 @@ from dasmil.data.bags import say_missing
 from dasmil.data.sampler import TrainingLoader, go_on
 from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError
+from dasmil.files import must_exist
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.reader import RgbArray, Slide
@@ -230,6 +231,7 @@ class TileDataModule(LightningDataModule):
         self.mpp = 0.0
 
     def setup(self, stage: str) -> None:
+        must_exist(self.folder, "give data.tiles the folder that tile wrote")
         cohort = read_cohort(self.folder / "cohort.csv")
         if self.split_table is not None:
             cohort = placed(cohort, self.split_table)

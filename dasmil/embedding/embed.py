@@ -33,7 +33,7 @@ from dasmil.embedding.weights import say
 from dasmil.embedding.writer import BagWriter, Embedded, bag_header
 from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError, some_of
-from dasmil.files import write_text
+from dasmil.files import must_exist, write_text
 from dasmil.slides.cohort import SlideRow, describe_leaving, read_cohort, write_cohort
 from dasmil.slides.tiling import TilePyramid, read_tiles, slide_changed, tiles_path
 from dasmil.work.worker import STALE_AFTER_S, Worker
@@ -206,6 +206,7 @@ def embed(
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise InputError("embed: strategies that spawn or fork are not for it; use ddp")
+    must_exist(tiles, "give --tiles the folder that tile wrote")
     cohort = read_cohort(tiles / "cohort.csv")
     tables, not_tiled = _read_tables(cohort, tiles)
     if not tables:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dasmil.errors import InputError, some_of
+from dasmil.files import must_exist
 
 WRAPPERS = ("state_dict", "model", "teacher")
 PREFIXES = ("module.", "backbone.")
@@ -28,8 +29,9 @@ OPTIONS = {  # part of a key → the network's option that decides whether there
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's content, on the CPU; tensors and plain values only, never unpickled code."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
+    must_exist(path, "give the file of a checkpoint")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the file of a checkpoint in it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
@@ -139,8 +141,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors":
         return load_checkpoint(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file of weights")
+    must_exist(path, "give the file of weights")
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -18,7 +18,7 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from dasmil.errors import InputError
-from dasmil.files import read_csv, write_csv
+from dasmil.files import must_exist, read_csv, write_csv
 from dasmil.slides.cohort import SlideRow, write_cohort
 
 FloatArray = npt.NDArray[np.float64]
@@ -119,6 +119,7 @@ def _read_download(folder: Path) -> dict[str, tuple[Path, FloatArray]]:
         nuclei = {name: _read_nuclei(path.with_name(f"{path.stem}_{name}.mat")) for name in TYPES}
         found[f"img{int(number[1]):03d}"] = path, nuclei[POSITIVE]
     if not found:
+        must_exist(folder, "give the unpacked download")
         raise InputError(
             f"{folder}: neither bags.csv nor Classification/img*/img*.bmp in it; give the unpacked "
             "download CRCHistoPhenotypes_2016_04_28"

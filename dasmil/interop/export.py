@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dasmil.bags import Bag, all_finite, bag_path, read_bag
 from dasmil.errors import InputError, some_of
-from dasmil.files import atomic_path, read_csv, write_csv
+from dasmil.files import atomic_path, must_exist, read_csv, write_csv
 from dasmil.interop.feature_grids import Dtype
 from dasmil.progress import progress
 from dasmil.slides.cohort import SlideRow, read_cohort
@@ -38,6 +38,7 @@ def export(bags: Path, output: Path, dtype: Dtype = "float32") -> int:
     -------
     The exit code: 1 when a bag is missing or cannot be read, else 0.
     """
+    must_exist(bags, "give the folder that embed or import wrote")
     rows = read_cohort(bags / "cohort.csv")
     failed = []
     done: list[SlideRow] = []

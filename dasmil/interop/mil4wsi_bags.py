@@ -21,7 +21,7 @@ from dasmil.bags import (
     write_bag,
 )
 from dasmil.errors import InputError
-from dasmil.files import write_csv, write_text
+from dasmil.files import must_exist, write_csv, write_text
 from dasmil.interop.digest import features_digest
 from dasmil.interop.mil4wsi_graph import SCALES, PreparedGraph, read_prepared
 from dasmil.interop.mil4wsi_grid import IntArray, finest_side, place_on_grid, require_nested
@@ -117,6 +117,7 @@ def mil4wsi_bags(
 
 
 def _graph_files(src: Path) -> list[Path]:
+    must_exist(src, "give the folder of graphs that mil4wsi prepared")
     for folder in (src / "processed", src):
         files = [p for part in ("train", "test") for p in (folder / part).glob("data_*.pt")]
         if files:

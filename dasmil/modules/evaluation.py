@@ -1,8 +1,8 @@
 """What is kept of each slide that is evaluated, and all slides put together.
 
 Every process keeps its slides, all are gathered at the end of the epoch, and each slide counts
-once, however often a sampler had to repeat it: the figures do not depend on the number of
-processes.
+once, however often a sampler had to repeat it: the metrics of a checkpoint do not depend on the
+number of processes, as long as each has the same number of threads.
 """
 
 from collections.abc import Mapping, Sequence

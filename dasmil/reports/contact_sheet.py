@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dasmil.errors import InputError
-from dasmil.files import atomic_path, read_csv
+from dasmil.files import atomic_path, must_exist, read_csv
 from dasmil.progress import progress
 from dasmil.slides.qc import CAPTION_PX
 from dasmil.slides.tile import PARAMETERS, tile_status
@@ -59,6 +59,7 @@ def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = N
     InputError
         when a folder's status.csv is missing, or is not one of this version.
     """
+    must_exist(tiles, "give the folder that `tile` has written")
     if (tiles / "extractors.json").is_file() and not (tiles / PARAMETERS).is_file():
         raise InputError(
             f"{tiles}: a folder of bags, which hold no pictures; give the folder that `tile` has "

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from dasmil.errors import InputError
+from dasmil.files import must_exist
 from dasmil.work.status import STATES, Status
 
 
@@ -36,6 +37,7 @@ def find_status(folder: Path) -> Status:
 
     if (folder / EXTRACTORS).is_file():
         return bag_status(folder)
+    must_exist(folder, "give a folder that tile, embed or import has written")
     raise InputError(
         f"{folder}: neither {PARAMETERS} nor {EXTRACTORS} is in it; give a folder that tile, embed "
         "or import has written"

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Literal, get_args
 
 from dasmil.errors import InputError, some_of
-from dasmil.files import files_below, read_csv, to_number, write_csv
+from dasmil.files import files_below, must_exist, read_csv, to_number, write_csv
 from dasmil.work.worker import Worker
 
 Part = Literal["train", "val", "test"]
@@ -130,6 +130,7 @@ def read_cohort(source: Path, leave_out: Path | None = None) -> list[SlideRow]:
     elif source.is_file():
         rows = _read_table(source)
     else:
+        must_exist(source, "give a cohort table or a folder of slides")
         raise InputError(f"{source}: neither a cohort table nor a folder of slides")
     if not rows:
         raise InputError(f"{source}: no slides in it")

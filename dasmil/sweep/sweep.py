@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dasmil.errors import InputError
-from dasmil.files import write_csv, write_text
+from dasmil.files import must_exist, write_csv, write_text
 from dasmil.sweep.figure import draw
 from dasmil.sweep.processes import do_steps, gpus, make_slots
 from dasmil.sweep.road import Embedding, plan_road
@@ -110,6 +110,7 @@ def sweep(
     all_folds = [None] if folds is None else [Fold(number, folds) for number in range(folds)]
     sources: Mapping[Fold | None, Path | Embedding]
     if bags is not None and cohort is None:
+        must_exist(bags, "give --bags the folder that embed wrote")
         if not (bags / "cohort.csv").is_file():
             raise InputError(
                 f"{bags}: it has no cohort.csv; give --bags the folder that embed wrote"

@@ -171,7 +171,7 @@ def test_an_unknown_name_is_refused_with_names_near_it():
 
 
 def test_missing_checkpoint_is_named():
-    with pytest.raises(InputError, match=r"gone\.ckpt: no such checkpoint"):
+    with pytest.raises(InputError, match=r"gone\.ckpt: does not exist"):
         load_extractor("gone.ckpt", X20, 64)
 
 

@@ -175,7 +175,7 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path):
 
 def test_missing_and_broken_files(tmp_path):
     for suffix in ("safetensors", "pth"):
-        assert "no such" in refused(tmp_path / f"gone.{suffix}")
+        assert "does not exist" in refused(tmp_path / f"gone.{suffix}")
         path = tmp_path / f"broken.{suffix}"
         path.write_bytes(b"\x08\x00\x00\x00")
         assert "broken" in refused(path)

@@ -1,4 +1,4 @@
-"""One process and two give the same figures to the last digit, and learn the same."""
+"""One process and two, of one thread each, give the same figures to the last digit."""
 
 import json
 import shutil

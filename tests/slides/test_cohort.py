@@ -212,7 +212,7 @@ def test_a_slide_that_no_file_can_be_named_after_says_why(row: SlideRow, fault: 
 
 def test_a_source_that_is_nothing_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "none"
-    assert refusal(path) == f"{path}: neither a cohort table nor a folder of slides"
+    assert refusal(path) == f"{path}: does not exist; give a cohort table or a folder of slides"
 
 
 def test_a_folder_gives_a_row_for_every_slide_below_it(tmp_path: Path) -> None:

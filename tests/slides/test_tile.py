@@ -438,7 +438,7 @@ def test_the_command_line_says_bad_input_in_one_line(
     missing = tmp_path / "none.csv"
     assert main(["tile", "--cohort", str(missing), *output, "--scales", "[x20]"]) == 2
     assert capsys.readouterr().err == (
-        f"error: {missing}: neither a cohort table nor a folder of slides\n"
+        f"error: {missing}: does not exist; give a cohort table or a folder of slides\n"
     )
     assert main(["tile", "--cohort", str(two_slides), *output, "--scales", "[x20,x15]"]) == 2
     assert capsys.readouterr().err.startswith("error: scales x15 and x20: the ratio 1.33333 ")
