@@ -17,7 +17,7 @@ shrinks to a point at 0 or 1.
   17:873, 1998).
 - **Other distributions**: if the jackknife over patients finds a larger standard error, the
   interval is stretched by the ratio.
-- t is Student's, with the number of patients of each class, less one each, as degrees of freedom.
+- t is Student's, with one to two times the number of patients as degrees of freedom.
 
 ``tests/benchmarks/coverage.py`` measures how often the intervals hold the true value.
 """
@@ -91,8 +91,15 @@ class Sides:
 
     @cached_property
     def quantile(self) -> float:
-        """Student's t at 97.5 %."""
-        return float(t.ppf(0.975, max(sum(self.num_patients) - 2, 1)))
+        """Student's t at 97.5 %.
+
+        With many slides per patient, the patients alone say how slides hang together, so their
+        number less two are the degrees of freedom. With one slide each, nothing of the kind is
+        estimated, and they are twice that.
+        """
+        patients = sum(self.num_patients)
+        slides = float(sum(counts.sum() for counts in self._compared))
+        return float(t.ppf(0.975, max(patients - 2, 1) * (1 + patients / slides)))
 
     def correlations(self, scores: Array) -> tuple[Array, Array]:
         """Of the scores of two slides of a patient: of the same class, and of two classes.
