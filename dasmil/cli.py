@@ -19,7 +19,8 @@ USAGE = """\
 usage: python -m dasmil VERB [--config FILE] [options]
 
 slides → predictions
-  tile      find tissue and lay an aligned tile pyramid over every slide
+  tile      find tissue and lay an aligned tile pyramid over every slide; with --preview SLIDE...,
+            draw the tissue that several settings find
   embed     tiles → bag files, with one frozen extractor per scale
   fit       train: an extractor (configs/dino.yaml) or DAS-MIL (configs/dasmil.yaml)
   validate  the validation figures of a checkpoint
@@ -150,6 +151,12 @@ def run(args: Sequence[str]) -> int:
         return _import(rest)
     if verb not in VERBS:
         raise InputError(f"no verb {verb!r}{near(verb, (*VERBS, *LIGHTNING_VERBS, 'import'))}")
+    if verb == "tile" and "--preview" in rest:
+        from dasmil.slides.preview import preview
+
+        first = ("slides", "SLIDE", "slide files, or slide_ids of the cohort")
+        words = [word for word in rest if word != "--preview"]
+        return _call(preview, "dasmil tile --preview", words, first)
     function = getattr(import_module(f"dasmil.{VERBS[verb]}"), verb.replace("-", "_"))
     return _call(function, f"dasmil {verb}", rest, MANY.get(verb), verb in BY_PLACE)
 

@@ -21,9 +21,9 @@ ARTEFACTS = {"pen": (255, 120, 0), "black": (0, 170, 190), "blur": (230, 200, 0)
 RgbArray = npt.NDArray[np.uint8]
 
 
-def shrink(thumbnail: RgbArray) -> RgbArray:
-    """(H, W, 3) uint8 RGB, brought to the size of a panel."""
-    factor = PANEL_PX / max(thumbnail.shape[:2])
+def shrink(thumbnail: RgbArray, side_px: int = PANEL_PX) -> RgbArray:
+    """(H, W, 3) uint8 RGB, with a longer side of so many pixels."""
+    factor = side_px / max(thumbnail.shape[:2])
     size = (max(1, round(thumbnail.shape[1] * factor)), max(1, round(thumbnail.shape[0] * factor)))
     interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST
     return np.asarray(cv2.resize(thumbnail, size, interpolation=interpolation), dtype=np.uint8)
@@ -72,6 +72,13 @@ def draw_qc(
         panels.append(caption(panel, text))
     row = np.concatenate(panels, axis=1)
     return np.concatenate([row, _legend(tiles, row.shape[1])]) if areas else row
+
+
+def draw_mask(picture: RgbArray, mask: MaskArray) -> RgbArray:
+    """The picture with the outline of a mask of any resolution."""
+    outlined = picture.copy()
+    _draw_outline(outlined, _at_size(mask, picture.shape[1::-1]), OUTLINE)
+    return outlined
 
 
 def _at_size(mask: MaskArray, size: tuple[int, int]) -> MaskArray:

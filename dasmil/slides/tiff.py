@@ -108,3 +108,12 @@ def jpeg_level(path: Path, size_px: tuple[int, int], cache_bytes: int) -> JpegLe
             ):
                 return JpegLevel(path, page, cache_bytes)
     return None
+
+
+def bits_per_sample(path: Path) -> int:
+    """Of the first picture in a TIFF; 8 if the file is none."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return int(getattr(tiff.pages[0], "bitspersample", 8))
+    except (tifffile.TiffFileError, OSError):
+        return 8

@@ -1,15 +1,18 @@
 """One slide → its tile table and QC picture."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from dasmil.errors import InputError
 from dasmil.files import file_state, sample_digest
-from dasmil.slides.artefacts import artefact_masks, exclude
+from dasmil.slides.artefacts import ArtefactParameters, artefact_masks, exclude
 from dasmil.slides.focus import blurred_tiles
-from dasmil.slides.qc import draw_qc, shrink, write_png
+from dasmil.slides.qc import PANEL_PX, RgbArray, draw_qc, shrink, write_png
 from dasmil.slides.reader import PhysicalScale, Slide
+from dasmil.slides.tiff import bits_per_sample
 from dasmil.slides.tiling import (
     TilePyramid,
     TilingParameters,
@@ -20,7 +23,12 @@ from dasmil.slides.tiling import (
     without_blurred,
     write_tiles,
 )
-from dasmil.slides.tissue import tissue_mask
+from dasmil.slides.tissue import (
+    MaskArray,
+    TissueParameters,
+    has_dark_background,
+    tissue_mask,
+)
 
 StatusRow = dict[str, str | int | float]
 
@@ -29,20 +37,76 @@ def qc_path(folder: Path, slide_id: str) -> Path:
     return folder / "qc" / f"{slide_id}.png"
 
 
+@dataclass(frozen=True)
+class Look:
+    """A slide at low power, ready for tissue to be sought.
+
+    Parameters
+    ----------
+    thumbnail: (H, W, 3) uint8 RGB; pen and black are painted white.
+    mpp: of the thumbnail.
+    picture: (h, w, 3) uint8 RGB, the slide as it is, for pictures.
+    artefacts: ``pen`` and ``black`` → where they lie, for the rules that are on.
+    excluded: (H, W) bool, what was painted; None if nothing was.
+    """
+
+    thumbnail: RgbArray
+    mpp: float
+    picture: RgbArray
+    artefacts: Mapping[str, MaskArray]
+    excluded: MaskArray | None
+
+    def find_tissue(self, parameters: TissueParameters) -> MaskArray:
+        """(H, W) bool."""
+        mask = tissue_mask(self.thumbnail, self.mpp, parameters)
+        if self.excluded is not None:  # a gap that was closed or a hole that was filled
+            np.logical_and(mask, ~self.excluded, out=mask)
+        return mask
+
+
+def look_at(
+    slide: Slide, mpp: float, parameters: ArtefactParameters, side_px: int = PANEL_PX
+) -> Look:
+    """Read the thumbnail of a slide and find its pen marks and black areas.
+
+    Parameters
+    ----------
+    mpp: of the thumbnail, about.
+    side_px: longer side of :attr:`Look.picture`.
+
+    Raises
+    ------
+    InputError
+        if the slide has more than 8 bits per colour, or a black background.
+    """
+    path = slide.row.path
+    if (bits := bits_per_sample(path)) > 8:
+        raise InputError(
+            f"{path}: stored with {bits} bits per colour, of which OpenSlide reads 8, whatever the "
+            "values' range is; scale the values to 0..255 and store them with 8 bits"
+        )
+    thumbnail = slide.thumbnail(mpp)
+    picture = shrink(thumbnail, side_px)  # before anything is painted over
+    mpp = slide.mpp * slide.size_px0[0] / thumbnail.shape[1]
+    artefacts = artefact_masks(thumbnail, mpp, parameters)
+    excluded = exclude(artefacts, thumbnail) if artefacts else None
+    if has_dark_background(thumbnail):
+        raise InputError(
+            f"{path}: its background is black, as in fluorescence and dark field, and tissue is "
+            "sought on a bright background; leave the slide out, or add --artefacts.black true if "
+            "the black was not scanned"
+        )
+    return Look(thumbnail, mpp, picture, artefacts, excluded)
+
+
 def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> StatusRow:
     """Find tissue, lay the tiles, draw the picture; the tile table is written last."""
     slide_id, path = slide.row.slide_id, slide.row.path
     state, digest = file_state(path), sample_digest(path)
-    thumbnail = slide.thumbnail(parameters.tissue.mpp)
-    thumbnail_mpp = slide.mpp * slide.size_px0[0] / thumbnail.shape[1]
-    picture = shrink(thumbnail)  # before anything is painted over
-    artefacts = artefact_masks(thumbnail, thumbnail_mpp, parameters.artefacts)
-    excluded = exclude(artefacts, thumbnail) if artefacts else None
-    mask = tissue_mask(thumbnail, thumbnail_mpp, parameters.tissue)
-    if excluded is not None:  # a gap that was closed or a hole that was filled
-        np.logical_and(mask, ~excluded, out=mask)
+    look = look_at(slide, parameters.tissue.mpp, parameters.artefacts)
+    mask = look.find_tissue(parameters.tissue)
     tiles = tile_pyramid(
-        slide_id, mask, slide.size_px0, slide.mpp, parameters, artefacts, slide.bounds_px0
+        slide_id, mask, slide.size_px0, slide.mpp, parameters, look.artefacts, slide.bounds_px0
     )
 
     blurred_px0 = None
@@ -52,7 +116,9 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
         tiles = without_blurred(tiles, blurred)
     covered = covered_share(mask, tiles)
     tiles = replace(tiles, covered=covered, slide_digest=digest, slide_state=state)
-    write_png(qc_path(output, slide_id), draw_qc(picture, mask, tiles, artefacts, blurred_px0))
+    write_png(
+        qc_path(output, slide_id), draw_qc(look.picture, mask, tiles, look.artefacts, blurred_px0)
+    )
     write_tiles(tiles_path(output, slide_id), tiles)
     return summary(tiles, slide.physical_scale)
 

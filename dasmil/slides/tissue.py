@@ -93,11 +93,13 @@ def tissue_mask(
     texture = _texture(_pad(_reduce(grey, factor), margin_px), window_px)
     stain = _stain(thumbnail, grey, _enlarge(_crop(texture, margin_px), grey))
     del grey  # of a large slide, memory counts from here on
+    colourless = _is_colourless(thumbnail)
     rough = (texture > parameters.min_texture * TEXTURE_STEPS).view(np.uint8)
+    uneven = texture >= GLASS_TEXTURE * TEXTURE_STEPS if colourless else None
     del texture
-    small_stain = _pad(_reduce(stain, factor), margin_px)
-    coloured = _coloured(rough, small_stain, parameters.min_saturation, 3 * window_px)
-    del small_stain
+    _keep_coloured(
+        rough, _pad(_reduce(stain, factor), margin_px), parameters.min_saturation, 3 * window_px
+    )
     if min(stain.shape) > parameters.median_px:
         stain = _bytes(cv2.medianBlur(stain, parameters.median_px))
 
@@ -105,11 +107,9 @@ def tissue_mask(
     otsu = cv2.threshold(stain, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0]
     strong = float(np.clip(otsu, pale, parameters.max_saturation))
     seeds = (stain > strong).view(np.uint8)
-    if _is_colourless(thumbnail):  # shading is dark, too, but slight and smooth
+    if uneven is not None:  # shading is dark, too, but slight and smooth
         pale = strong
-        seeds &= _enlarge(_crop(rough, margin_px), seeds)
-    rough &= coloured
-    del coloured
+        seeds &= _enlarge(_crop(uneven.view(np.uint8), margin_px), seeds)
     # fill spots between fat cells, then take back how far the roughness of an edge reaches
     rough = _bytes(cv2.dilate(rough, disc(window_px / 2)))
     rough = _bytes(cv2.erode(rough, disc(window_px / 2 + 2 * (window_px - 1))))
@@ -193,14 +193,20 @@ def _is_colourless(thumbnail: ByteArray) -> bool:
     )
 
 
-def _coloured(rough: ByteArray, stain: ByteArray, min_saturation: int, window_px: int) -> ByteArray:
-    """1 where the rough pixels around have a sixth of the least saturation on average, else 0.
+def _keep_coloured(rough: ByteArray, stain: ByteArray, min_saturation: int, window_px: int) -> None:
+    """Set rough areas to 0 whose mean stain is less than a sixth of the least saturation.
 
     Dust, hairs and scratches have none. The window is wide, because JPEG stores colour coarsely.
+    Both pictures are changed in place.
     """
     window = (window_px, window_px)
-    colour = cv2.blur(np.minimum(stain, GLASS_SATURATION) * 6 * rough, window)
-    return (colour > cv2.blur(rough * np.uint8(min_saturation), window)).view(np.uint8)
+    np.minimum(stain, GLASS_SATURATION, out=stain)
+    stain *= 6
+    stain *= rough
+    cv2.blur(stain, window, dst=stain)
+    least = rough * np.uint8(min_saturation)
+    cv2.blur(least, window, dst=least)
+    rough &= (stain > least).view(np.uint8)
 
 
 def _brightest(grey: ByteArray) -> int:
