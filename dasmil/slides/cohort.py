@@ -105,8 +105,9 @@ def slide_name(name: str) -> str:
 
 
 def readable(name: str) -> str:
-    """A file's name as a table can hold it: UTF-8, without blanks around it."""
-    return os.fsencode(name).decode(errors="backslashreplace").strip() or name
+    """A file's name as a slide_id: UTF-8, without blanks around it, never empty or hidden."""
+    text = os.fsencode(name).decode(errors="backslashreplace").strip().lstrip(".").strip()
+    return text or repr(name)
 
 
 def match_names(rows: Sequence[SlideRow], slide_ids: Collection[str]) -> list[SlideRow]:

@@ -172,6 +172,8 @@ def test_slide_ids_that_some_disks_do_not_tell_apart_are_refused(tmp_path: Path)
         ("16.1", "16.1"),
         ("x.ome.tiff", "x.ome"),
         (" b.svs", "b"),
+        (" .svs", "' '"),
+        (".case7", "case7"),
         ("a .svs", "a"),
         ("c\u00a0.svs", "c"),
         (os.fsdecode(b"caf\xe9.svs"), "caf\\xe9"),
