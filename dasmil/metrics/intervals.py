@@ -19,7 +19,7 @@ shrinks to a point at 0 or 1.
   interval is stretched by the ratio.
 - t is Student's, with one to two times the number of patients as degrees of freedom.
 
-``tests/benchmarks/coverage.py`` measures how often the intervals hold the true value.
+``tests/benchmarks/interval_coverage.py`` measures how often the intervals hold the true value.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ HALVINGS = 34  # of the search for an end: to 1e-10
 EDGE = 1e-9  # nearer to 0 or 1 than this, θ is taken for this
 MIN_PATIENTS = 5  # in each class: with fewer there is no interval and no p
 FEW_PATIENTS = 20  # in each class: with fewer a warning stands in the tables
-BRIER_SLIDES = 4  # a slide that nobody has seen is taken to be no worse than a coin: error 1/4
+BRIER_SLIDES = 3  # Brier's variance is taken to be at least a third of that of a proportion
 
 
 @dataclass(frozen=True)

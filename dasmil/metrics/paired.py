@@ -62,7 +62,8 @@ def swap_test(
     predictions of random patients are swapped, in all runs, and the difference is taken again. It
     holds its level for any number of patients, however their slides hang together. Metrics that
     ask for the order of the slides alone swap ranks, as probabilities of two models need not mean
-    the same (Venkatraman and Begg, Biometrika 83:835, 1996).
+    the same (Venkatraman and Begg, Biometrika 83:835, 1996); their differences are widened by
+    √(P / (P − 1)) of P patients, without which the test errs in up to 8 % for ten patients.
 
     Parameters
     ----------
@@ -70,7 +71,8 @@ def swap_test(
         of the other.
     patients: (n,) of each slide; a number from 0.
     """
-    changed, every = swaps(int(patients.max()) + 1, draws, seed)
+    num_patients = int(patients.max()) + 1
+    changed, every = swaps(num_patients, draws, seed)
     ranked = [name for name in names if name.startswith(OF_RANKS) and "_at_val_" not in name]
     plain = [name for name in names if name not in ranked]
     found = {}
@@ -87,8 +89,10 @@ def swap_test(
             _differences(pairs, changed[start : start + step][:, patients], group)
             for start in range(0, len(changed), step)
         ]
+        # a model's ranks have one sum, so patients differ less than they would without ranking
+        wider = np.sqrt(num_patients / (num_patients - 1)) if as_ranks and num_patients > 1 else 1
         for name in group:
-            swapped = np.concatenate([part[name] for part in parts])
+            swapped = wider * np.concatenate([part[name] for part in parts])
             found[name] = p_value(float(observed[name][0]), swapped, every)
     return {name: found[name] for name in names}
 

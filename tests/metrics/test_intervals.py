@@ -89,7 +89,7 @@ def test_f1_of_a_model_that_errs_nowhere_is_the_proportion_of_its_positive_slide
 def test_the_intervals_hold_the_true_auroc(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short form of the benchmark: 200 draws of each cell, so 93 % may look like 90 %."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import coverage  # type: ignore[import-not-found]
+    import interval_coverage as coverage  # type: ignore[import-not-found]
 
     wanted = [
         coverage.design("", "one slide each", (12, 1, 0), (28, 0, 1)),
@@ -105,7 +105,7 @@ def test_the_intervals_hold_the_true_auroc(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_paired_test_errs_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import coverage  # type: ignore[import-not-found]
+    import interval_coverage as coverage  # type: ignore[import-not-found]
 
     design = coverage.design("", "both classes", (3, 5, 0), (4, 0, 5), (3, 3, 2))
     assert coverage.rejections(design, (0.85, 0.85), 0.5, 0.5, draws=200) <= 0.06

@@ -1,8 +1,8 @@
 """How often the 95 % intervals hold the true value, and how often the paired test errs.
 
-``python tests/benchmarks/coverage.py`` prints three Markdown tables: AUROC's interval beside its
-rivals, the intervals of the other metrics, and the paired test. It takes about 25 minutes on one
-core; ``--draws 200`` gives a first look, ``--part`` one of the tables.
+``python tests/benchmarks/interval_coverage.py`` prints three Markdown tables: AUROC's interval
+beside its rivals, the intervals of the other metrics, and the paired test. It takes about 20
+minutes on one core; ``--draws 200`` gives a first look, ``--part`` one of the tables.
 
 Scores are normal in both classes. A slide's score is the sum of a part that all slides of its
 patient share, and one of its own; the share of the first in the variance is the correlation.
@@ -19,6 +19,7 @@ from scipy.stats import norm, rankdata
 
 from dasmil.metrics.evaluation import Inputs
 from dasmil.metrics.intervals import (
+    BRIER_SLIDES,
     MIN_PATIENTS,
     Interval,
     Sides,
@@ -312,7 +313,7 @@ def other_metrics(
             f1(called, positive),
             f1_interval(called, positive, patients, within, quantile),
         ),
-        "brier": proportion(errors, every, 4),
+        "brier": proportion(errors, every, BRIER_SLIDES),
         "average_precision": (
             average_precision(values, positive),
             average_precision_interval(values, positive, patients),
