@@ -16,6 +16,7 @@ from dasmil.embedding.weights import refuse_other_keys
 from dasmil.errors import InputError, some_of
 from dasmil.losses import ObjectiveOptions, balanced_weights, objective
 from dasmil.metrics.evaluation import Evaluation
+from dasmil.modules.decay import BagLosses
 from dasmil.modules.evaluation import (
     CONSTANT,
     SlideResult,
@@ -110,7 +111,11 @@ class DASMILModule(LightningModule):
     betas:
         of Adam (D16).
     weight_decay:
-        of Adam (D16).
+        of Adam, as L2 (D16).
+    decay_below:
+        the weight decay acts in epochs after one in which the mean bag loss of every scale over
+        the training slides was less than this part of chance, the entropy of their labels; null:
+        always (D16).
     class_weights:
         of the label losses, one a class in the order of data.classes; ``balanced`` is inverse to
         the classes' frequencies among the training slides.
@@ -167,6 +172,7 @@ class DASMILModule(LightningModule):
         min_learning_rate: float = 1e-5,
         betas: tuple[float, float] = (0.5, 0.9),
         weight_decay: float = 5e-3,
+        decay_below: float | None = 0.9,
         class_weights: list[float] | Literal["balanced"] | None = None,
         specificity: float = 0.9,
         patient_pooling: Literal["mean", "max"] = "mean",
@@ -188,6 +194,7 @@ class DASMILModule(LightningModule):
         self.evaluation: Evaluation | None = None  # of the last part that was evaluated
         self.failed: list[str] = []  # its slides whose output is not finite
         self._finite_loss = FiniteLoss()
+        self._bag_losses = BagLosses()
         self.network: DASMIL
         self.standardize: Standardize | None
         if bag_format is not None:
@@ -344,7 +351,17 @@ class DASMILModule(LightningModule):
         loss, slide_ids = total.mean(), graph.slide_ids
         self.log("train/loss_step", loss, prog_bar=True, batch_size=graph.num_bags)
         self._finite_loss.watch(self.global_step, loss, lambda: slide_ids)
+        if self.hparams["decay_below"] is not None:
+            self._bag_losses.note(graph.labels, [terms[f"bag/{scale}"] for scale in self.scales])
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: BagGraph, batch_idx: int) -> None:
+        """Weight decay of the next epoch; every checkpoint has it in the optimiser's state."""
+        below = self.hparams["decay_below"]
+        if below is not None and self.trainer.is_last_batch:
+            acts = self._bag_losses.take() < below
+            for group in self.trainer.optimizers[0].param_groups:
+                group["weight_decay"] = self.hparams["weight_decay"] if acts else 0.0
 
     def on_train_epoch_end(self) -> None:
         self._finite_loss.check()
@@ -362,7 +379,7 @@ class DASMILModule(LightningModule):
             self.parameters(),
             lr=hp["learning_rate"],
             betas=tuple(hp["betas"]),
-            weight_decay=hp["weight_decay"],
+            weight_decay=hp["weight_decay"] if hp["decay_below"] is None else 0.0,
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, self.trainer.max_epochs, eta_min=hp["min_learning_rate"]
@@ -437,7 +454,8 @@ class DASMILModule(LightningModule):
             warnings.warn(
                 f"{', '.join(dead)}: {which} gives bag logits that differ by less than "
                 f"{CONSTANT:g} over the {len(self.results)} validation slides: this scale has "
-                "learned nothing; lower model.weight_decay, or set model.standardize to true",
+                "learned nothing; set model.standardize to true, or train for longer, and if "
+                "model.decay_below is null, lower model.weight_decay",
                 stacklevel=2,
             )
 
