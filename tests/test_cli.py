@@ -300,6 +300,8 @@ def test_another_checkpoint_never_replaces_what_a_folder_holds(
     for verb in ("test", "validate"):
         command = [verb, *evaluation(road, trained), "--output", str(tmp_path / verb)]
         assert main(command) == 0
+        said = f"{verb}: {2 + (verb == 'test')} slides are {verb.removesuffix('e')}ed, "
+        assert said in capsys.readouterr().out
         assert main(command) == 0  # the same checkpoint may
         command = [verb, *evaluation(road, other), "--output", str(tmp_path / verb)]
         assert main(command) == 2

@@ -561,6 +561,7 @@ class BagDataModule(LightningDataModule):
                 left_out["without a bag file"].append(row.slide_id)
         why = ", ".join(f"{len(ids)} {why} ({some_of(ids)})" for why, ids in left_out.items())
         num_left_out = sum(map(len, left_out.values()))
+        verb = "test" if stage == "test" else "validate"  # Lightning's stages are no plain strings
         print(
             f"{verb}: {len(self.part(evaluated))} slides are {EVALUATIONS[stage]}, "
             f"{num_left_out} are left out" + (f": {why}" if why else "")
