@@ -82,8 +82,10 @@ def check(slide: Slide) -> int:
     return sum(jpegs is not None for jpegs in slide._jpegs.values())
 
 
-def test_a_drawn_pyramid_of_jpegs(tmp_path: Path) -> None:
-    write_jpeg_pyramid(tmp_path / "a.tiff", 1024, 768, (1, 2))
+@pytest.mark.parametrize("size_px0", [(1024, 768), (1000, 700)], ids=str)
+def test_a_drawn_pyramid_of_jpegs(tmp_path: Path, size_px0: tuple[int, int]) -> None:
+    """The last JPEGs of 1000 x 700 px are black beyond the slide, where all is white."""
+    write_jpeg_pyramid(tmp_path / "a.tiff", *size_px0, (1, 2))
     with Slide(SlideRow("a", tmp_path / "a.tiff")) as slide:
         assert check(slide) == 2
 
