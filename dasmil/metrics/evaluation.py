@@ -1,4 +1,4 @@
-"""A part of the cohort as one model sees it, and the figures of it."""
+"""A part of the cohort as one model sees it, and its metrics."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence

@@ -336,10 +336,14 @@ def sensitivity_interval(
 def sensitivity_band(
     scores: Array, positive: BoolArray, patients: IntArray, sensitivity: Array, specificity: Array
 ) -> Interval:
-    """Of points (k,) of a ROC of (n,) scores, one by one; see :func:`_roc_error`."""
+    """Of points (k,) of a ROC of (n,) scores, one by one; see :func:`_roc_error`.
+
+    The points lie in the order of falling specificity. As no ROC falls, neither do the ends.
+    """
     sides = _whole(positive, patients)
     error = _roc_error(sides, scores, specificity)
-    return score_interval(sensitivity, error, sides.quantile, np.zeros_like(sensitivity))
+    low, high = score_interval(sensitivity, error, sides.quantile, np.zeros_like(sensitivity))
+    return np.maximum.accumulate(low), np.minimum.accumulate(high[::-1])[::-1]
 
 
 def _roc_error(sides: Sides, scores: Array, specificity: float | Array) -> Callable[[Array], Array]:

@@ -160,6 +160,8 @@ def test_a_band_holds_its_curve_and_has_a_width_if_the_slides_are_in_perfect_ord
     for made in (roc_figure, precision_recall_figure):
         low, high = band(made(evaluation(MANY, OF_MANY), "test"))
         assert (low <= high).all() and (low >= 0).all() and (high <= 1).all()
+        if made is roc_figure:
+            assert (np.diff(low) >= 0).all() and (np.diff(high) >= 0).all()
         low, high = band(made(evaluation(perfect, OF_MANY), "test"))
         assert (low[100:] < 0.9).all() and high == pytest.approx(1)
 
