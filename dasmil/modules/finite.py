@@ -46,13 +46,13 @@ class FiniteLoss:
         InputError
             if a loss is not finite, with the first such step and its slides.
         """
-        if not self._steps:
+        steps, self._steps = self._steps, []
+        if not steps:
             return
-        broken = ~torch.stack([finite for _, finite, _ in self._steps]).all()
+        broken = ~torch.stack([finite for _, finite, _ in steps]).all()
         if not is_true_anywhere(broken):
-            self._steps.clear()
             return
-        mine = [(step, list(slides())) for step, finite, slides in self._steps if not finite]
+        mine = [(step, list(slides())) for step, finite, slides in steps if not finite]
         found = gather_lists(mine)
         first = min(step for step, _ in found)
         names = sorted({name for step, slides in found if step == first for name in slides})

@@ -50,7 +50,8 @@ def write_evaluation(
 ) -> None:
     """Write the four files; those of an earlier evaluation of this part are replaced.
 
-    If a slide has failed, there are no metrics: of the files only the table of slides is written.
+    If a slide has failed, there are no metrics: the table of slides alone is written, and not over
+    an evaluation that is complete.
 
     Figures are of slides, and of patients too (``patient_auroc``) where a patient has several
     slides. Those of the finest scale stand in the JSON without a scale as well.
@@ -65,7 +66,6 @@ def write_evaluation(
     pooling: of a patient's slides; see :meth:`Evaluation.by_patient`.
     failed: slides whose output is not finite; their probabilities are empty.
     """
-    evaluation_file(folder, stage).unlink(missing_ok=True)
     slides, columns = folder / f"{stage}_slides.csv", _slide_columns(evaluation)
     digest = (about or {}).get(CHECKPOINT)
 
@@ -73,22 +73,22 @@ def write_evaluation(
         write_csv(path, [*columns, CHECKPOINT], ({**row, CHECKPOINT: digest} for row in rows))
 
     if failed:
-        for kind in ("csv", "json"):
-            (folder / f"{stage}_metrics.{kind}").unlink(missing_ok=True)
-        empty = dict.fromkeys(columns[len(SLIDE_COLUMNS) :])
-        of_slides = _slide_rows(evaluation)
-        write_table(
-            slides, columns, (r | empty if r["slide_id"] in failed else r for r in of_slides)
-        )
+        if not evaluation_file(folder, stage).is_file():
+            empty = dict.fromkeys(columns[len(SLIDE_COLUMNS) :])
+            rows = _slide_rows(evaluation)
+            write_table(
+                slides, columns, (r | empty if r["slide_id"] in failed else r for r in rows)
+            )
         return
-    rows = [
+    evaluation_file(folder, stage).unlink(missing_ok=True)
+    of_metrics = [
         *_rows_of_levels(stage, evaluation, pooling),
         *_extra_rows(extra_figures or {}, evaluation.scales),
     ]
-    figures = _flat(stage, rows, evaluation.scales[-1])
+    figures = _flat(stage, of_metrics, evaluation.scales[-1])
     figures |= {f"{stage}/{name}": _known(value) for name, value in (extra_figures or {}).items()}
     write_table(slides, columns, _slide_rows(evaluation))
-    write_table(folder / f"{stage}_metrics.csv", METRIC_COLUMNS, rows)
+    write_table(folder / f"{stage}_metrics.csv", METRIC_COLUMNS, of_metrics)
     write_text(folder / f"{stage}_metrics.json", json.dumps(figures, indent=2) + "\n")
     described = {
         "part": stage,
