@@ -311,7 +311,7 @@ def test_real_slides(shared_data, tmp_path):
     assert main(["contact-sheet", str(tmp_path / "TILES")]) == 0
     cards = Page(tmp_path / "TILES" / "contact_sheet.html").by_slide
     figures = [json.loads(cards[name]["data-figures"]) for name in names]
-    for key in ("tissue_mm2", "tiles/x2.5", "tiles/x5"):
+    for key in ("tissue_mm2", "tiles/x5"):  # thin cores lie in many of the coarse tiles
         values = [found[key] for found in figures]
         assert values == sorted(values) and values[0] > 0
     for name in names:  # the right half is bluer where tiles lie
