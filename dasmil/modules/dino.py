@@ -298,9 +298,10 @@ class DINOModule(LightningModule):
         )
         decay = cosine_schedule(self.global_step, steps + 1, *hp["weight_decay"])
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = rate
+            # lightly 1.5.20 returns NumPy numbers, which no safely loaded checkpoint may hold
+            group["lr"] = float(rate)
             if group["name"] == "decayed":
-                group["weight_decay"] = decay
+                group["weight_decay"] = float(decay)
         self.log_dict({"schedule/learning_rate": rate, "schedule/weight_decay": decay})
 
     def _log_teacher(self, teacher_out: Tensor) -> None:
