@@ -13,7 +13,7 @@ from typing import Any
 
 from dasmil.endings import ending_on_sigterm, signal_of
 from dasmil.errors import InputError, input_error_in, near
-from dasmil.quiet import hush
+from dasmil.quiet import hush, is_first_process
 
 USAGE = """\
 usage: python -m dasmil VERB [--config FILE] [options]
@@ -76,7 +76,6 @@ VERBS = {  # verb → its module; the function has the name of the verb
     "demo": "demo.run",
 }
 GOES_ON = ("tile", "embed", "import", "sweep", "demo")  # verbs that do only what is not done
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, Lightning and SLURM
 ENDED = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 BY_PLACE = ("export", "contact-sheet")  # verbs whose required parameters are no options
 MANY = {  # verbs whose first parameter is any number of folders
@@ -98,7 +97,7 @@ def main(args: Sequence[str] | None = None) -> int:
         number = signal_of(stop)
         if number is None:
             raise
-        if all(os.environ.get(name, "0") == "0" for name in RANKS):
+        if is_first_process():
             how = f"{args[0]} was ended by {ENDED[number]}"
             print(f"{how}; {_advice(args[0], stop)}", file=sys.stderr)
         return 128 + number
@@ -145,6 +144,7 @@ def run(args: Sequence[str]) -> int:
     if verb in LIGHTNING_VERBS:
         from dasmil.lightning_cli import run as run_lightning
 
+        hush()
         _keep_whole_numbers()
         return run_lightning(verb, rest)
     if verb == "import":
@@ -221,6 +221,7 @@ def _add_trainer(parser: Any) -> None:
     """Lightning's Trainer as a verb uses it that trains nothing."""
     from lightning.pytorch import Trainer
 
+    hush()
     _keep_whole_numbers()
     parser.add_class_arguments(Trainer, "trainer")
     parser.set_defaults({"trainer.logger": False, "trainer.enable_checkpointing": False})

@@ -1,8 +1,10 @@
 """Silence notices of other libraries that users of dasmil can do nothing about."""
 
 import logging
+import os
 import re
 import warnings
+from pathlib import Path
 
 WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning, about torch
@@ -25,16 +27,43 @@ LOGGERS = (
     "lightning.fabric.utilities.distributed",
     "lightning.pytorch.accelerators.cuda",
 )
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, Lightning and SLURM
 
 
 def hush() -> None:
-    """Silence these notices; every other warning is heard."""
+    """Silence these notices, and print every other warning as one sentence.
+
+    To be called again once Lightning is imported, which sets a format of its own.
+    """
+    warnings.formatwarning = _sentence
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message)
     for name in LOGGERS:
         logger = logging.getLogger(name)
         if _is_worth_reading not in logger.filters:
             logger.addFilter(_is_worth_reading)
+
+
+def is_first_process() -> bool:
+    """False in all but one of the processes that work as one."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
+
+
+def _sentence(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning for users; one for programmers says where it comes from.
+
+    Those of dasmil are about the whole study: of many processes the first one gives them.
+    """
+    if Path(filename).is_relative_to(Path(__file__).parent) and not is_first_process():
+        return ""
+    where = "" if issubclass(category, UserWarning) else f"{filename}:{lineno}: "
+    return f"warning: {where}{message}\n"
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:

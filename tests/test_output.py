@@ -4,13 +4,15 @@ import io
 import re
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from road import embed_command, fit_dasmil, fit_dino
 
 import dasmil
-from dasmil import progress
+from dasmil import progress, quiet
 from dasmil.cli import main
 from dasmil.errors import InputError
 
@@ -58,6 +60,21 @@ def test_test_prints_a_line_per_scale(road, trained, tmp_path, capsys):
         "test: x20: AUROC ",
     ]
     assert all("; 3 slides of 3 patients (no interval and no p: " in line for line in lines)
+
+
+def test_a_warning_is_one_sentence_without_a_place_in_the_code(road, trained):
+    main(["test", "--ckpt_path", str(trained)])  # refused, but Lightning is imported
+    text = warnings.formatwarning("few slides", UserWarning, "dasmil/x.py", 3, "warnings.warn()")
+    assert text == "warning: few slides\n"
+
+
+def test_of_many_processes_the_first_one_warns(monkeypatch):
+    where = str(Path(quiet.__file__).parent / "data" / "bags.py")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert quiet._sentence("few slides", UserWarning, where, 3) == ""
+    assert quiet._sentence("no such kernel", UserWarning, "torch.py", 3) != ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert quiet._sentence("few slides", UserWarning, where, 3) == "warning: few slides\n"
 
 
 def test_embed_prints_no_bar(road, tmp_path, capsys):
