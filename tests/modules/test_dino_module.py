@@ -165,8 +165,9 @@ def test_a_training_that_goes_on_has_seen_the_slides_of_before_too(road, tmp_pat
 def test_what_an_older_checkpoint_has_seen_is_added_and_what_is_not_known_stays_so(before, seen):
     module = DINOModule(**SMALL)
     module.record = {"trained_on": plain_records([SlideRecord("now")])}
-    module._trainer = SimpleNamespace(is_global_zero=True, training=False)
-    module.on_load_checkpoint({"extractor": {"trained_on": before}})
+    module._trainer = SimpleNamespace(is_global_zero=True, training=False, ckpt_path="old.ckpt")
+    older = {"extractor": {"trained_on": before}, "state_dict": module.state_dict()}
+    module.on_load_checkpoint(older)
     found = module.record["trained_on"]
     assert (None if found is None else [record["slide_id"] for record in found]) == seen
 

@@ -94,6 +94,6 @@ def test_other_slides_do_not_take_the_place_of_a_run_s_own_figures(checkpoint, b
     assert before.count("\n") == 1 + PARTS["test"]
     other = write_bags(bags.parent / "other", {"new0": "normal", "new1": "tumour"})
     assert main([*arguments, str(other)]) == 2
-    assert "holds the figures of other test slides" in capsys.readouterr().err
+    assert "holds the metrics of other test slides" in capsys.readouterr().err
     assert written.read_text() == before
     assert main([*arguments, str(other), "--output", str(bags.parent / "external")]) == 0

@@ -436,7 +436,7 @@ def test_a_slide_that_comes_twice_counts_once(bags, tmp_path, monkeypatch, batch
     """As a sampler repeats slides for several processes, whatever rank has them."""
     once = InstanceTruth(tmp_path / "truth")
     run(bags, once)
-    monkeypatch.setattr(instances, "gather_lists", lambda items: [*items[::-1], items[0]])
+    monkeypatch.setattr(instances, "gather_lists", lambda items: [*items[::-1], *items[:1]])
     twice = InstanceTruth(tmp_path / "truth")
     run(bags, twice, batch_size=batch_size)
     assert twice.figures == once.figures and len(once.figures) == 6

@@ -50,7 +50,7 @@ def arguments(tmp_path, cohort, own):
         ({"folds": 1}, "sweep: --folds 1 must be at least two"),
         ({"cohort": None}, "sweep: give either --bags, .* or --cohort"),
         ({"bags": "bags"}, "sweep: give either --bags, .* or --cohort"),
-        ({"cohort": None, "bags": "none"}, "none: it has no cohort.csv; give --bags the folder"),
+        ({"cohort": None, "bags": "none"}, "none: does not exist; give --bags the folder"),
         ({"cohort": "none"}, "none: no such table; give --cohort a CSV"),
         ({"truth": "none"}, "none: no such folder; give --truth a folder of annotations"),
         ({"truth_classes": ("Gland",)}, "sweep: --truth_classes needs --truth"),
