@@ -11,13 +11,19 @@ import re
 import secrets
 import warnings
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dasmil.errors import DiskFullError, InputError, some_of
 
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+READING_THREADS = 16  # on a network file system each look at a file waits for an answer
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DELIMITERS = ",;\t"  # of tables; the first of those that a header has equally many of
 SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx and .ods files begin, and .xls
@@ -122,6 +128,23 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def map_files(function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
+    """Call a function that reads a file for each item, in threads; results are in order.
+
+    The threads stay idle afterwards. Python 3.11 may hang in a process that is forked while a
+    thread of its parent ends, and DataLoader forks soon after the bags have been opened.
+    """
+    return _readers().map(function, items)
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(READING_THREADS, "map_files")
+
+
+os.register_at_fork(after_in_child=_readers.cache_clear)  # threads do not survive a fork
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

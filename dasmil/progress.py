@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_S = 120.0  # between two lines
+tqdm.monitor_interval = 0  # no thread that ends while DataLoader forks: see files.map_files
 
 
 class Lines(tqdm):

@@ -1,6 +1,8 @@
 """Files are whole or absent; tables come back as they were written."""
 
+import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from dasmil.files import (
     SAMPLE_BYTES,
     atomic_path,
     file_state,
+    map_files,
     read_csv,
     sample_digest,
     write_csv,
@@ -228,3 +231,15 @@ def test_a_slide_that_is_not_there_has_no_digest(tmp_path: Path) -> None:
     for function in (sample_digest, file_state):
         with pytest.raises(InputError, match="no such file"):
             function(tmp_path / "lost.svs")
+
+
+def test_files_are_read_in_threads_that_outlive_it_and_that_a_forked_process_makes_for_itself():
+    """A thread that ends while another process is forked may hang that process in Python 3.11."""
+    assert list(map_files(abs, [-3, 2, -1])) == [3, 2, 1]
+    assert any(thread.name.startswith("map_files") for thread in threading.enumerate())
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_absolute).get(timeout=60) == [3, 2, 1]
+
+
+def _absolute() -> list[int]:
+    return list(map_files(abs, [-3, 2, -1]))

@@ -4,7 +4,6 @@ import json
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -32,7 +31,7 @@ from dasmil.bags.store import graph_bytes
 from dasmil.data.sampler import TrainingLoader, TrainingSampler, go_on, sampling_weights
 from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError, some_of
-from dasmil.files import must_exist
+from dasmil.files import map_files, must_exist
 from dasmil.progress import progress
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
@@ -60,7 +59,6 @@ DRAWING = {  # options that draw parts, and their names in split_cohort
 }
 # parameters of BagDataModule that decide the course of a training beside the slides' parts
 OF_TRAINING = ("scales", "batch_size", "weighted_sampling", "val_part")
-OPENING_THREADS = 16  # on a network file system each opening waits for an answer
 PINNED_ROUNDING = 1.5  # CUDA's pinned memory comes in powers of two
 NETWORK_ROUNDING = 1e-6  # relative; what a float32 network makes of equal tiles in other batches
 
@@ -456,11 +454,10 @@ class BagDataModule(LightningDataModule):
     @staticmethod
     def _of_each(read: Callable[[Path], Value], paths: Sequence[Path]) -> list[Value]:
         """What many files say; when that takes long, a bar shows how far it is."""
-        with ThreadPoolExecutor(OPENING_THREADS) as pool:
-            found = pool.map(read, paths)
-            return list(
-                progress(found, "opening bags", total=len(paths), unit="bag", delay=2, leave=False)
-            )
+        found = map_files(read, paths)
+        return list(
+            progress(found, "opening bags", total=len(paths), unit="bag", delay=2, leave=False)
+        )
 
     def study(self) -> list[dict[str, str | None]]:
         """One record per slide of the cohort, for the checkpoint: plain values."""

@@ -7,7 +7,6 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,12 +32,10 @@ from dasmil.embedding.weights import say
 from dasmil.embedding.writer import BagWriter, Embedded, bag_header
 from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError, some_of
-from dasmil.files import must_exist, write_text
+from dasmil.files import map_files, must_exist, write_text
 from dasmil.slides.cohort import SlideRow, describe_leaving, read_cohort, write_cohort
 from dasmil.slides.tiling import TilePyramid, read_tiles, slide_changed, tiles_path
 from dasmil.work.worker import STALE_AFTER_S, Worker
-
-LOOKING_THREADS = 8  # that look at slide files: on a network disk each look waits for an answer
 
 
 class EmbeddingModule(LightningModule):
@@ -381,8 +378,7 @@ def _changed_slides(
             return False  # said where it is read
 
     rows = [row for row in cohort if row.slide_id in tables]
-    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-        found = list(pool.map(changed, rows))
+    found = map_files(changed, rows)
     return {
         row.slide_id: f"{row.path}: the slide file has changed since it was tiled; run tile again"
         for row, is_changed in zip(rows, found, strict=True)
