@@ -34,12 +34,12 @@ from dasmil.metrics.froc import (
 )
 from dasmil.metrics.instance import instance_auroc, instance_auroc_per_slide
 from dasmil.slides.annotation import (
-    FILE_NAMES,
+    ENDINGS,
     Areas,
     Points,
     Polygons,
     class_names,
-    find_truth,
+    find_truths,
     marks_points,
     read_annotation,
 )
@@ -156,11 +156,11 @@ class InstanceTruth(Callback):
                 f"{len(data.classes)} ({', '.join(data.classes)}); leave the truth out"
             )
         rows = data.part(part)
-        found = {row.slide_id: find_truth(self.truth, row.slide_id) for row in rows}
-        self._files = {slide_id: path for slide_id, path in found.items() if path is not None}
+        slide_ids = [row.slide_id for row in rows]
+        self._files = find_truths(self.truth, slide_ids)
         if not self._files:
-            some = rows[0].slide_id if rows else "<slide_id>"
-            names = ", ".join(name.format(slide_id=some) for name in FILE_NAMES)
+            some = next(iter(slide_ids), "<slide_id>")
+            names = ", ".join(f"{some}{ending}" for ending in ENDINGS)
             raise InputError(
                 f"{self.truth}: no annotation of any of the {len(rows)} {part} slides; for {some} "
                 f"it would be one of {names}"
@@ -171,7 +171,7 @@ class InstanceTruth(Callback):
         points = [marks_points(path, self.classes) for path in self._files.values()]
         self._has_froc = self.froc and not any(points)
         self._slides, self._failed, self.figures, self.curves = [], [], {}, {}
-        unknown = sorted(found.keys() - self._files.keys() - self._negative)
+        unknown = sorted(set(slide_ids) - self._files.keys() - self._negative)
         if unknown:
             warnings.warn(
                 f"{self.truth}: {len(unknown)} {part} slide(s) of class {data.classes[1]} have no "

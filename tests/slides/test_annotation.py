@@ -11,7 +11,7 @@ from dasmil.slides.annotation import (
     Points,
     Polygons,
     class_names,
-    find_truth,
+    find_truths,
     marks_points,
     read_annotation,
 )
@@ -375,19 +375,26 @@ class TestPoints:
     "name", ["a.xml", "a.csv", "a.geojson", "a.tif", "a.tiff", "a.png", "a_mask.tif"]
 )
 def test_the_annotation_of_a_slide_is_found_by_its_name(tmp_path, name):
-    for other in ("b.xml", "ab.xml", "a.txt", "a.svs"):
+    for other in ("b.xml", "ab.xml", "a.txt", "a.svs", ".a.xml"):
         (tmp_path / other).touch()
-    assert find_truth(tmp_path, "a") is None
+    assert find_truths(tmp_path, ["a"]) == {}
     (tmp_path / name).touch()
-    assert find_truth(tmp_path, "a") == tmp_path / name
-    assert find_truth(tmp_path, "a.b") is None
+    assert find_truths(tmp_path, ["a", "a.b"]) == {"a": tmp_path / name}
+    assert find_truths(tmp_path / "none", ["a"]) == {}
+
+
+@pytest.mark.parametrize("name", [" b.xml", "b .csv", "b\u00a0_mask.TIF", " b.geojson.gz"])
+def test_blanks_around_the_name_of_a_slide_are_no_part_of_it(tmp_path, name):
+    """As of the slides: `` b.svs`` is the slide b."""
+    (tmp_path / name).touch()
+    assert find_truths(tmp_path, ["a", "b"]) == {"b": tmp_path / name}
 
 
 def test_two_annotations_of_a_slide_are_refused(tmp_path):
     (tmp_path / "a.xml").touch()
     (tmp_path / "a_mask.tif").touch()
     with pytest.raises(InputError, match=r"a\.xml: there is a_mask\.tif beside it; keep one"):
-        find_truth(tmp_path, "a")
+        find_truths(tmp_path, ["a"])
 
 
 @pytest.mark.parametrize("name", ["a.XML", "a.CSV", "a.GEOJSON", "a_mask.TIF", "a.PNG"])
@@ -400,7 +407,7 @@ def test_suffixes_in_capitals_are_found_and_read(tmp_path, name):
         empty = '{"type": "FeatureCollection", "features": []}'
         text = {".XML": asap(), ".CSV": "x;y\n1,5;2\n", ".GEOJSON": empty}
         path.write_text(text[path.suffix])
-    assert find_truth(tmp_path, "a") == path
+    assert find_truths(tmp_path, ["a"]) == {"a": path}
     assert read_annotation(path, SIZE).is_empty == (not name.endswith("CSV"))
     assert marks_points(path) == name.endswith("CSV")
     assert class_names(path) == set()

@@ -12,7 +12,7 @@ from dasmil.slides.annotation import (
     Polygons,
     areas,
     class_names,
-    find_truth,
+    find_truths,
     marks_points,
     read_annotation,
 )
@@ -134,7 +134,7 @@ class TestForms:
     @pytest.mark.parametrize("name", ["a.geojson", "a.json", "a.geojson.gz"])
     def test_a_file_of_one_lesion(self, tmp_path, content, name):
         assert share(read(tmp_path, content, name), FIRST) == [0.5]
-        assert find_truth(tmp_path, "a") == tmp_path / name
+        assert find_truths(tmp_path, ["a"]) == {"a": tmp_path / name}
 
     def test_an_export_of_qupath_as_it_is(self, tmp_path):
         """Version 0.5: a locked annotation, its cells, and the outline of the tissue."""

@@ -12,7 +12,7 @@ It is there for evaluation alone: nothing that trains imports this package.
 ==================================== =============================================================
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from dasmil.errors import InputError
@@ -20,50 +20,51 @@ from dasmil.slides.annotation import asap, geojson
 from dasmil.slides.annotation.areas import Areas, Polygons
 from dasmil.slides.annotation.mask import read_mask
 from dasmil.slides.annotation.points import Points, read_points
+from dasmil.slides.cohort import readable
 
 GEOJSON_SUFFIXES = (".geojson", ".json", ".geojson.gz")
 MASK_SUFFIXES = (".tif", ".tiff", ".png")
-FILE_NAMES = tuple(
-    f"{{slide_id}}{end}"
-    for end in (
-        *(".xml", ".csv", *GEOJSON_SUFFIXES, *MASK_SUFFIXES),
-        *(f"_mask{suffix}" for suffix in MASK_SUFFIXES),
-    )
+ENDINGS = (
+    *(".xml", ".csv", *GEOJSON_SUFFIXES, *MASK_SUFFIXES),
+    *(f"_mask{suffix}" for suffix in MASK_SUFFIXES),
 )
 
 __all__ = [
-    "FILE_NAMES",
+    "ENDINGS",
     "Areas",
     "Points",
     "Polygons",
     "class_names",
-    "find_truth",
+    "find_truths",
     "marks_points",
     "read_annotation",
 ]
 
 
-def find_truth(folder: Path, slide_id: str) -> Path | None:
-    """The slide's annotation in a folder; None where it has none.
+def find_truths(folder: Path, slide_ids: Iterable[str]) -> dict[str, Path]:
+    """The annotation in a folder of each slide that has one.
+
+    Blanks around the name of a slide, and capitals in what follows it, make no difference.
 
     Raises
     ------
     InputError
-        when there are two.
+        if there are two of a slide.
     """
-    paths = []
-    for name in FILE_NAMES:  # the suffix in small letters or in capitals
-        stem, _, suffix = name.partition(".")
-        stem = stem.format(slide_id=slide_id)
-        paths += [folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix.upper()}"]
-    found = [path for path in paths if path.is_file()]
-    if len(found) == 2 and found[0].samefile(found[1]):  # on a disk that ignores case
-        found = found[:1]
-    if len(found) > 1:
-        raise InputError(
-            f"{found[0]}: there is {found[1].name} beside it; keep one annotation of a slide"
-        )
-    return found[0] if found else None
+    wanted, found = set(slide_ids), dict[str, Path]()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.strip().startswith(".") or not path.is_file():
+            continue
+        for ending in ENDINGS:
+            name = readable(path.name[: -len(ending)])
+            if path.name[-len(ending) :].lower() != ending or name not in wanted:
+                continue
+            if name in found:
+                raise InputError(
+                    f"{found[name]}: there is {path.name} beside it; keep one annotation of a slide"
+                )
+            found[name] = path
+    return found
 
 
 def read_annotation(
