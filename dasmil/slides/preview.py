@@ -7,9 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dasmil.errors import InputError
+from dasmil.errors import DiskFullError, InputError, say_error
 from dasmil.slides.artefacts import ArtefactParameters
-from dasmil.slides.cohort import SlideRow, read_cohort
+from dasmil.slides.cohort import SlideRow, read_cohort, refuse_twice, slide_name
 from dasmil.slides.qc import RgbArray, caption, draw_mask, shrink, write_png
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile_slide import look_at
@@ -74,16 +74,21 @@ def preview(
     The exit code: 1 if a slide failed, else 0.
     """
     rows = [] if cohort is None else read_cohort(cohort, leave_out=output)
-    found = [_find_row(slide, rows) for slide in slides]  # all, before the first is drawn
+    found = list(dict.fromkeys(_find_row(slide, rows) for slide in slides))
+    refuse_twice(Path("--preview"), found)  # one would replace the other's picture
     failed = 0
     for row in found:
         path = output / "preview" / f"{row.slide_id}.png"
         try:
+            if row.fault:
+                raise InputError(row.fault)
             with Slide(row) as slide:
                 write_png(path, draw_preview(slide, tissue, artefacts))
-        except InputError as error:
+        except DiskFullError:
+            raise
+        except Exception as error:  # told on screen and by the exit code
             failed += 1
-            print(f"failed: {row.slide_id}: {error}")
+            print(f"failed: {row.slide_id}: {say_error(error)}")
         else:
             print(f"tile: {path}")
     return int(failed > 0)
@@ -94,7 +99,7 @@ def _find_row(slide: Path, rows: Sequence[SlideRow]) -> SlideRow:
         if str(slide) == row.slide_id or slide.absolute() == row.path.absolute():
             return row
     if slide.exists():
-        return SlideRow(slide.stem, slide)
+        return SlideRow(slide_name(slide.absolute().name), slide)
     known = "the cohort has no such slide_id" if rows else "for a slide_id, --cohort is needed"
     raise InputError(f"--preview {slide}: no such file, and {known}")
 
@@ -105,9 +110,10 @@ def sensitivities(tissue: TissueParameters) -> list[tuple[TissueParameters, str]
     for sensitivity in SENSITIVITIES:
         choice = replace(
             tissue,
-            min_saturation=round(tissue.min_saturation / sensitivity),
-            min_texture=round(tissue.min_texture / sensitivity, 1),
+            min_saturation=min(255, round(tissue.min_saturation / sensitivity)),
+            min_texture=float(f"{tissue.min_texture / sensitivity:.2g}"),
         )
+        choice = tissue if sensitivity == 1 else choice
         text = (
             f"--tissue.min_saturation {choice.min_saturation} "
             f"--tissue.min_texture {choice.min_texture:g}"

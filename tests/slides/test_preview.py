@@ -9,6 +9,7 @@ import pytest
 
 from dasmil.cli import main
 from dasmil.demo.slides import write_pyramid
+from dasmil.slides.cohort import read_cohort
 from dasmil.slides.preview import sensitivities
 from dasmil.slides.tissue import TissueParameters
 
@@ -71,3 +72,49 @@ def test_the_options_beside_a_panel_are_those_it_is_drawn_with() -> None:
             assert getattr(choice, name) == float(options.get(name, getattr(given, name)))
         assert choice.closing_um == 16.0
     assert [choice for choice, text in sensitivities(given) if "(as set)" in text] == [given]
+
+
+def test_what_is_set_is_drawn_as_it_is_and_no_sensitivity_leaves_the_range() -> None:
+    given = TissueParameters(min_saturation=200, min_texture=2.25)
+    choices = dict((text, choice) for choice, text in sensitivities(given))
+    assert choices["--tissue.min_saturation 200 --tissue.min_texture 2.25  (as set)"] == given
+    assert max(choice.min_saturation for choice in choices.values()) == 255
+
+
+def test_a_picture_has_the_name_that_the_slide_has_in_a_cohort(slide: Path, tmp_path: Path) -> None:
+    other = slide.rename(slide.with_name(" 16.1 .tiff"))
+    assert main(["tile", "--preview", str(other), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "preview/16.1.png").exists()
+    assert read_cohort(other.parent)[0].slide_id == "16.1"
+
+
+def test_two_slides_of_one_name_are_refused(
+    slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin = tmp_path / "more" / slide.name
+    twin.parent.mkdir()
+    twin.write_bytes(slide.read_bytes())
+    command = ["tile", "--output", str(tmp_path / "TILES"), "--preview"]
+    assert main([*command, str(slide), str(twin)]) == 2
+    assert "'biopsy' stands twice" in capsys.readouterr().err
+    assert main([*command, str(slide), str(slide)]) == 0
+
+
+def test_a_slide_that_fails_in_any_way_costs_one_line(
+    slide: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr("dasmil.slides.preview.draw_preview", fail)
+    long = slide.rename(slide.with_name("x" * 201 + ".tiff"))
+    odd = tmp_path / "odd.tiff"
+    odd.write_bytes(long.read_bytes())
+    command = ["tile", "--preview", str(odd), str(long), "--output", str(tmp_path / "TILES")]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "failed: odd: RuntimeError: out of order" in said
+    assert "has 201 bytes, too many for the names of its files" in said
