@@ -111,8 +111,12 @@ def jpeg_level(path: Path, size_px: tuple[int, int], cache_bytes: int) -> JpegLe
 
 
 def bits_per_sample(path: Path) -> int:
-    """Of the first picture in a TIFF; 8 if the file is none."""
+    """Of a PNG, or of the first picture in a TIFF; 8 if the file is neither."""
     try:
+        with open(path, "rb") as file:
+            head = file.read(25)
+        if head.startswith(b"\x89PNG"):
+            return head[24]
         with tifffile.TiffFile(path) as tiff:
             return int(getattr(tiff.pages[0], "bitspersample", 8))
     except (tifffile.TiffFileError, OSError):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -35,6 +36,18 @@ def test_more_than_8_bits_are_refused(tmp_path: Path, factor: int) -> None:
     """OpenSlide keeps the upper 8 of 16, and pads the last tiles with black."""
     with pytest.raises(InputError, match=r"grey\.tiff: stored with 16 bits .* store them with 8"):
         look(tmp_path / "grey.tiff", GREY.astype(np.uint16) * factor)
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (400, 400, 3)], ids=["grey", "colour"])
+def test_a_png_of_more_than_8_bits_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Pillow cuts grey values above 255 off: the slide would be white throughout."""
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), np.full(shape, 30000, np.uint16))
+    with (
+        Slide(SlideRow("a", path, mpp=8.0)) as slide,
+        pytest.raises(InputError, match=r"a\.png: stored with 16 bits"),
+    ):
+        look_at(slide, 8.0, ArtefactParameters())
 
 
 def test_a_black_background_is_refused_unless_it_is_left_out(tmp_path: Path) -> None:
