@@ -61,8 +61,16 @@ class TissueParameters:
     min_hole_um2: float = 20_000.0
 
     def __post_init__(self) -> None:
-        if self.min_texture < 0:
-            raise InputError(f"tissue.min_texture: {self.min_texture:g} is negative")
+        if self.mpp <= 0:
+            raise InputError(f"tissue.mpp: {self.mpp:g} is not positive")
+        if self.median_px < 1 or self.median_px % 2 == 0:
+            raise InputError(f"tissue.median_px: {self.median_px} is not odd and positive")
+        for name in ("min_saturation", "max_saturation"):
+            if not 0 <= getattr(self, name) <= 255:
+                raise InputError(f"tissue.{name}: {getattr(self, name)} is outside 0..255")
+        for name in ("min_texture", "closing_um", "min_tissue_um2", "min_hole_um2"):
+            if getattr(self, name) < 0:
+                raise InputError(f"tissue.{name}: {getattr(self, name):g} is negative")
 
 
 def tissue_mask(

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+from dasmil.errors import InputError
 from dasmil.slides import tissue
 from dasmil.slides.tissue import (
     TissueParameters,
@@ -280,6 +281,20 @@ def test_a_colourless_slide_holds_tissue_where_it_is_darker_than_glass() -> None
         assert not mask[~(disc(110, 110, 90) | disc(280, 280, 100))].any()
     blank = np.broadcast_to(244 * shading, (SIDE, SIDE, 3)).astype(np.uint8)
     assert not tissue_mask(blank, MPP, PARAMETERS).any()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("mpp", 0.0), ("median_px", 4), ("median_px", 0), ("min_saturation", 256)),
+        *(("max_saturation", -1), ("min_texture", -1.0), ("closing_um", -1.0)),
+    ],
+)
+def test_values_that_no_slide_can_be_tiled_with_are_refused_by_name(
+    field: str, value: float
+) -> None:
+    with pytest.raises(InputError, match=rf"^tissue\.{field}: {value:g} is "):
+        replace(PARAMETERS, **{field: value})
 
 
 def test_a_dark_background_is_told_from_black_borders_and_dark_tissue() -> None:
