@@ -179,9 +179,11 @@ def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], lis
     told = re.fullmatch(r"sep=(.)\s*", lines[0]) if lines else None
     header = re.sub(r'"[^"]*"', "", lines[0]) if lines else ""
     delimiter = told[1] if told else max(DELIMITERS, key=header.count)
-    reader = csv.reader(lines[1:] if told else lines, delimiter=delimiter)
+    reader = csv.reader(lines, delimiter=delimiter)
     rows = []
     try:
+        if told:
+            next(reader)
         columns = [name.strip() for name in next(reader, [])]
         while columns and not columns[-1]:
             columns.pop()
@@ -247,9 +249,14 @@ def files_below(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
             warnings.warn(f"{current}: its files are left out: {error.strerror}", stacklevel=2)
             continue
         for entry in entries:
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError as error:  # of a link that leads to itself or into a closed folder
+                warnings.warn(f"{entry.path}: is left out: {error.strerror}", stacklevel=2)
+                continue
+            if is_folder:
                 (links if entry.is_symlink() else folders).append(Path(entry.path))
-            elif entry.is_file():
+            elif is_file:
                 yield Path(entry.path)
 
 

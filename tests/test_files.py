@@ -157,6 +157,9 @@ def test_a_delimiter_in_quotes_is_text_and_a_first_line_may_name_another(
     assert read_csv(path)[1] == [{"slide_id": "s1", "x;y;z": "1;2"}]
     path.write_text("sep=|\nslide_id|path\ns1|a,b.svs\n")
     assert read_csv(path)[1] == [{"slide_id": "s1", "path": "a,b.svs"}]
+    path.write_text("sep=|\nslide_id|path\ns1\n")
+    with pytest.raises(InputError, match="line 3: it has not the 2 cells"):
+        read_csv(path)
 
 
 def test_a_column_that_stands_twice_is_refused_by_name(tmp_path: Path) -> None:

@@ -134,6 +134,12 @@ def read_cohort(source: Path, leave_out: Path | None = None) -> list[SlideRow]:
         must_exist(source, "give a cohort table or a folder of slides")
         raise InputError(f"{source}: neither a cohort table nor a folder of slides")
     if not rows:
+        output = leave_out and leave_out.resolve()
+        if source.is_dir() and output in (source.resolve(), *source.resolve().parents):
+            raise InputError(
+                f"{source}: it lies in --output {leave_out}, whose pictures are no slides; choose "
+                "another --output"
+            )
         raise InputError(f"{source}: no slides in it")
     refuse_twice(source, rows)
     return rows

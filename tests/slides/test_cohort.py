@@ -271,6 +271,21 @@ def test_linked_folders_are_read_once_under_their_own_names_first(tmp_path: Path
     ]
 
 
+def test_links_that_lead_to_no_file_cost_a_warning(tmp_path: Path) -> None:
+    touch(tmp_path, "a.svs", "b.svs")
+    (tmp_path / "round.svs").symlink_to("round.svs")
+    (tmp_path / "gone.svs").symlink_to("nowhere.svs")
+    with pytest.warns(UserWarning, match=r"round\.svs: is left out: Too many levels of symbolic"):
+        assert [row.slide_id for row in read_cohort(tmp_path)] == ["a", "b"]
+
+
+def test_slides_inside_the_output_are_not_said_to_be_missing(tmp_path: Path) -> None:
+    touch(tmp_path, "data/slides/a.svs")
+    for output in (tmp_path / "data", tmp_path / "data" / "slides"):
+        with pytest.raises(InputError, match=f"it lies in --output {output}, .* choose another"):
+            read_cohort(tmp_path / "data" / "slides", leave_out=output)
+
+
 def test_a_folder_without_slides_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "readme.txt")
     assert refusal(tmp_path) == f"{tmp_path}: no slides in it"
