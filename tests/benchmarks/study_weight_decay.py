@@ -125,6 +125,7 @@ VARIANTS = {
     "1e-3, bag classifier × 4": Variant(1e-3, gain=4.0),
     "5e-3, bag classifier × 4": Variant(5e-3, gain=4.0),
     "5e-3, bag classifier × 8": Variant(5e-3, gain=8.0),
+    "5e-3 after learning, bag classifier × √3": Variant(5e-3, below=0.9, gain=3**0.5),  # LeCun's
     "5e-3 after learning, bag classifier × 2": Variant(5e-3, below=0.9, gain=2.0),
     "5e-3 after learning, bag classifier × 4": Variant(5e-3, below=0.9, gain=4.0),
     "5e-3 on the graph, bag classifier × 4": Variant(5e-3, on="graph", gain=4.0),
