@@ -30,6 +30,7 @@ SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx and .ods files 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 SAMPLES = 24  # blocks that tell one slide from another: the first, the last and those between
 SAMPLE_BYTES = 4096
+SLIDE_PART = re.compile(r"[^.].*\.(dcm|dat)|slidedat\.ini", re.IGNORECASE)  # of DICOM, of MIRAX
 
 
 @contextmanager
@@ -268,8 +269,8 @@ def sample_digest(path: Path) -> str:
 
     Parameters
     ----------
-    path: a file; a folder stands for all regular files in it, as of DICOM; a MIRAX file (.mrxs)
-        also stands for those in the folder of its name beside it.
+    path: a file; a folder stands for the DICOM files in it; a MIRAX file (.mrxs) also stands for
+        those of MIRAX in the folder of its name beside it.
 
     Returns
     -------
@@ -317,9 +318,9 @@ def file_state(path: Path) -> str:
 
 
 def _parts_of(path: Path) -> list[Path]:
-    """The files of a slide, sorted; not what a desktop hides in a folder (names with a dot)."""
+    """The files of a slide, sorted; not what else lies in its folder, such as notes."""
     if path.is_dir():
-        return [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
+        return [p for p in sorted(path.iterdir()) if SLIDE_PART.fullmatch(p.name) and p.is_file()]
     if not path.exists():
         raise InputError(f"{path}: no such file")
     beside = path.with_suffix("")

@@ -216,18 +216,27 @@ def test_small_files_are_sampled_too(tmp_path: Path, size: int) -> None:
 
 
 def test_a_slide_of_many_files_is_all_of_them(tmp_path: Path) -> None:
-    """MIRAX: what is named in a table is a thumbnail, the pixels lie in the folder beside it."""
+    """MIRAX: what is named in a table is a thumbnail, the pixels lie in the folder beside it.
+
+    What others leave there makes no other slide of it, or one that was trained on would be tested.
+    """
     index, folder = tmp_path / "s.mrxs", tmp_path / "s"
     index.write_bytes(b"thumbnail")
     folder.mkdir()
-    for name in ("Data0000.dat", "Data0001.dat"):
+    for name in ("Data0000.dat", "Data0001.dat", "Slidedat.ini", "1.DCM"):
         (folder / name).write_bytes(b"pixels" * 1000)
     before, of_folder = sample_digest(index), sample_digest(folder)
-    (folder / ".DS_Store").write_text("of a desktop")
-    assert sample_digest(index) == before
-    (folder / "Data0001.dat").write_bytes(b"others" * 1000)
-    assert sample_digest(index) != before
-    assert sample_digest(folder) != of_folder
+    state = file_state(index)
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._1.dcm", "notes.txt"):
+        (folder / name).write_text("of a desktop")
+    assert (sample_digest(index), file_state(index)) == (before, state)
+    for name in ("Data0001.dat", "Slidedat.ini", "1.DCM"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"others" * 1000)
+        assert sample_digest(index) != before
+        assert sample_digest(folder) != of_folder
+        (folder / name).write_bytes(content)
+    assert sample_digest(folder) == of_folder
 
 
 def test_a_slide_that_is_not_there_has_no_digest(tmp_path: Path) -> None:
