@@ -144,7 +144,7 @@ def _read(path: Path) -> dict[str, Any]:
     must_exist(path, "give the file of weights")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
 
 

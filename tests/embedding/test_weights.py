@@ -179,6 +179,9 @@ def test_missing_and_broken_files(tmp_path):
         path = tmp_path / f"broken.{suffix}"
         path.write_bytes(b"\x08\x00\x00\x00")
         assert "broken" in refused(path)
+        folder = tmp_path / f"folder.{suffix}"
+        folder.mkdir()
+        assert "folder" in refused(folder)
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
