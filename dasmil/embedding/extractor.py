@@ -145,10 +145,10 @@ class Extractor(nn.Module):
         except InputError as error:
             raise InputError(f"extractor {name!r}: {error}") from error
         except (AssertionError, RuntimeError, ValueError) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise InputError(
-                f"extractor {name!r}: cannot embed images of {image_size} px "
-                f"({str(error).splitlines()[0]}); give the image_size that it takes, such as "
-                f"{nearest_sizes(self.backbone, image_size)}"
+                f"extractor {name!r}: cannot embed images of {image_size} px ({reason}); give the "
+                f"image_size that it takes, such as {nearest_sizes(self.backbone, image_size)}"
             ) from error
         if torch.equal(features, self._features_of_noise(image_size, border=1)) and not torch.equal(
             features, self._features_of_noise(image_size, border=image_size)

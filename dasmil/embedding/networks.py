@@ -74,7 +74,7 @@ def create_network(name: str, pretrained: bool, options: Mapping[str, Any]) -> n
     except InputError:
         raise
     except Exception as error:  # networks raise many kinds for arguments that they do not take
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(": ")
         raise InputError(
             f"extractor {name!r}: timm does not make it"
             + (f" with the options {dict(options)}" if options else "")

@@ -346,6 +346,10 @@ def test_a_dino_checkpoint_says_the_rest_itself(road):
         ({"model": "w.safetensors"}, "is given with its network: model NAME and weights FILE"),
         ({"options": {"depht": 2}}, r"timm does not make it with the options .*depht"),
         ({"options": {"act_layer": "silly"}}, r"timm does not make it .*KeyError.*silly"),
+        (  # an assertion without words
+            {"model": "random:test_resnet", "options": {"output_stride": 7}},
+            r"'output_stride': 7} \(AssertionError\)$",
+        ),
         ({"options": {"mlp_layer": "SwiGluPacked"}}, r"is no layer .*; near it: SwiGLUPacked"),
         ({"options": {"mlp_layer": "Format"}}, "is no layer of timm.layers or torch.nn"),
         ({"options": {"act_layer": nn.SiLU}}, r"not JSON serializable"),
