@@ -691,6 +691,7 @@ TABLE: dict[str, tuple[str, Any, Any, Any, Any]] = {
     "out_dim": ("D13", 256, 256, 256, 384),
     "node_dropout": ("D14", 0.5, 0.0, 0.5, 0.5),
     "residual": ("D15", "none", "none", "none", "glu"),
+    "bag_classifier_init": ("D16", "lecun", "torch", "torch", "torch"),
     "learning_rate": ("D16", 2e-4, 2e-4, 2e-4, 2e-4),
     "min_learning_rate": ("D16", 1e-5, 1e-5, 5e-6, 5e-6),
     "betas": ("D16", [0.5, 0.9], [0.9, 0.999], [0.5, 0.9], [0.5, 0.9]),

@@ -66,6 +66,9 @@ class DASMILModule(LightningModule):
         of each GAT: none, plain (x + h) or glu (x + GLU(h)) (D15).
     query_dim:
         width of the MIL head's queries.
+    bag_classifier_init:
+        variance of the bag classifier's first weights: lecun (1 / fan-in) or torch (a third of it)
+        (D16).
     contextualize:
         false leaves the graph out: the heads see the extractors' features (Table 5).
     concatenate_parents:
@@ -149,6 +152,7 @@ class DASMILModule(LightningModule):
         node_dropout: float = 0.5,
         residual: Literal["none", "plain", "glu"] = "none",
         query_dim: int = 128,
+        bag_classifier_init: Literal["lecun", "torch"] = "lecun",
         contextualize: bool = True,
         concatenate_parents: bool = False,
         coarse_instances: Literal["all", "parents"] = "all",
@@ -215,6 +219,7 @@ class DASMILModule(LightningModule):
             node_dropout=hp["node_dropout"],
             residual=hp["residual"],
             query_dim=hp["query_dim"],
+            bag_classifier_init=hp["bag_classifier_init"],
             contextualize=hp["contextualize"],
             concatenate_parents=hp["concatenate_parents"],
             coarse_instances=hp["coarse_instances"],

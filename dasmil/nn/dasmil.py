@@ -26,7 +26,7 @@ class DASMIL(nn.Module):
     in_dims: width of the tile features per scale, coarse to fine.
     num_logits: C; 1 for a binary task with one logit.
     hidden_dim, out_dim, heads, attention_dropout, node_dropout, residual: see :class:`PGNN`.
-    query_dim: see :class:`MILHead`.
+    query_dim, bag_classifier_init: see :class:`MILHead`.
     contextualize: False leaves the PGNN out: the heads see the extractors' features (Table 5, ✗).
     concatenate_parents: True gives a head each tile's vector with its parent's before it
         (Table 4, [10x ‖ 20x]); the coarsest scale has no parents.
@@ -48,6 +48,7 @@ class DASMIL(nn.Module):
         node_dropout: float = 0.5,
         residual: Residual = "none",
         query_dim: int = 128,
+        bag_classifier_init: Literal["lecun", "torch"] = "lecun",
         contextualize: bool = True,
         concatenate_parents: bool = False,
         coarse_instances: Literal["all", "parents"] = "all",
@@ -70,7 +71,7 @@ class DASMIL(nn.Module):
 
         def head(width: int) -> nn.Module:
             if pooling == "attention":
-                return MILHead(width, num_logits, query_dim)
+                return MILHead(width, num_logits, query_dim, bag_classifier_init)
             return PoolingHead(width, num_logits, pooling)
 
         self.heads = nn.ModuleDict({module_key(s): head(width) for s, width in targets.items()})

@@ -4,6 +4,7 @@ Paper: Li et al., CVPR 2021, as Bontempo et al. 2023, section 3, use it for each
 """
 
 from math import sqrt
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,27 @@ class MILHead(nn.Module):
     in_dim: width K of the tile features.
     num_logits: C; 1 for a binary task with one logit.
     query_dim: width of the queries that are compared with the critical instance's.
+    bag_classifier_init: ``lecun`` draws its weights with variance 1 / (C K), so that the bag
+        logits have the mean square of the bag embedding; ``torch`` with a third of that, as
+        released (D16).
     """
 
-    def __init__(self, in_dim: int, num_logits: int, query_dim: int = 128):
+    def __init__(
+        self,
+        in_dim: int,
+        num_logits: int,
+        query_dim: int = 128,
+        bag_classifier_init: Literal["lecun", "torch"] = "lecun",
+    ):
         super().__init__()
         self.instance_classifier = nn.Linear(in_dim, num_logits)
         self.transform = nn.Sequential(nn.Linear(in_dim, in_dim), nn.ReLU())
         self.query = nn.Sequential(nn.Linear(in_dim, query_dim), nn.Tanh())
         self.value = nn.Linear(in_dim, in_dim)
         self.bag_classifier = nn.Conv1d(num_logits, num_logits, kernel_size=in_dim)
+        if bag_classifier_init == "lecun":
+            with torch.no_grad():  # torch draws uniformly with variance 1 / (3 C K)
+                self.bag_classifier.weight.mul_(sqrt(3))
 
     def forward(self, h: Tensor, ptr: Tensor, shown: Tensor | None = None) -> ScaleOutput:
         """(N, K) features of B bags and their (B + 1,) boundaries.

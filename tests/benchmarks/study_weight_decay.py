@@ -88,7 +88,7 @@ class Variant:
     below: ``decay_below`` of the module; None: always.
     rate: factor on the task's learning rate.
     standardize: features with the mean and spread of the training tiles.
-    gain: factor on the initial weights of the bag classifiers.
+    gain: factor on torch's initial weights of the bag classifiers; LeCun's is √3.
     """
 
     decay: float
@@ -101,13 +101,14 @@ class Variant:
     gain: float = 1.0
 
 
+DEFAULT = "5e-3 after learning, bag classifier × √3"  # of DASMILModule
 VARIANTS = {
     "0": Variant(0.0),
     "5e-5": Variant(5e-5),
     "5e-4": Variant(5e-4),
     "1e-3": Variant(1e-3),
     "5e-3": Variant(5e-3),
-    "5e-3 after learning": Variant(5e-3, below=0.9),  # the default
+    "5e-3 after learning": Variant(5e-3, below=0.9),
     "5e-3 from 1/4 of the epochs on": Variant(5e-3, starts=0.25),
     "5e-3 on matrices": Variant(5e-3, on="matrices"),
     "5e-3 on the graph": Variant(5e-3, on="graph"),
@@ -125,7 +126,7 @@ VARIANTS = {
     "1e-3, bag classifier × 4": Variant(1e-3, gain=4.0),
     "5e-3, bag classifier × 4": Variant(5e-3, gain=4.0),
     "5e-3, bag classifier × 8": Variant(5e-3, gain=8.0),
-    "5e-3 after learning, bag classifier × √3": Variant(5e-3, below=0.9, gain=3**0.5),  # LeCun's
+    DEFAULT: Variant(5e-3, below=0.9, gain=3**0.5),
     "5e-3 after learning, bag classifier × 2": Variant(5e-3, below=0.9, gain=2.0),
     "5e-3 after learning, bag classifier × 4": Variant(5e-3, below=0.9, gain=4.0),
     "5e-3 on the graph, bag classifier × 4": Variant(5e-3, on="graph", gain=4.0),
@@ -147,6 +148,7 @@ class StudyModule(DASMILModule):
             weight_decay=variant.decay,
             decay_below=variant.below,
             standardize=task.standardize or variant.standardize,
+            bag_classifier_init="torch",
         )
         self.variant = variant
 

@@ -14,7 +14,7 @@ from dasmil.data import BagDataModule
 from dasmil.modules import DASMILModule
 from dasmil.modules.decay import BagLosses
 
-OF_THE_RELEASE = {"decay_below": None}
+OF_THE_RELEASE = {"decay_below": None, "bag_classifier_init": "torch"}
 VAL = dict.fromkeys(["s12", "s13", "s14", "s15"], "val")
 
 

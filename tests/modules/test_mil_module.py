@@ -247,6 +247,7 @@ OTHER_NETWORK = {
     "node_dropout": 0.3,
     "residual": "glu",
     "query_dim": 5,
+    "bag_classifier_init": "torch",
     "contextualize": False,
     "concatenate_parents": True,
     "coarse_instances": "parents",

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from itertools import pairwise
 from math import exp, sin, sqrt, tanh
+from typing import Literal
 
 import pytest
 import torch
@@ -24,6 +25,15 @@ def make_rows(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Features of the tiles of several bags, and the bags' boundaries."""
     h = 2 * torch.randn(sum(sizes), WIDTH, dtype=torch.float64)
     return h, torch.tensor([0, *sizes]).cumsum(0)
+
+
+@pytest.mark.parametrize(("init", "variance"), [("lecun", 1.0), ("torch", 1 / 3)])
+def test_the_variance_of_the_bag_classifiers_first_weights(
+    init: Literal["lecun", "torch"], variance: float
+) -> None:
+    torch.manual_seed(0)
+    weight = MILHead(2_000, 2, QUERY, init).bag_classifier.weight
+    assert weight.var().item() * weight[0].numel() == pytest.approx(variance, rel=0.05)
 
 
 def linear(layer: dict[str, Tensor], name: str, x: list[float]) -> list[float]:
