@@ -58,11 +58,13 @@ def swap_test(
 ) -> dict[str, float]:
     """p of no difference of each metric's mean over the runs, by swaps of whole patients.
 
-    If two models do as well, it does not matter which one a patient's predictions are of. So the
-    predictions of random patients are swapped, in all runs, and the difference is taken again. It
-    holds its level for any number of patients, however their slides hang together. Metrics that
+    The hypothesis: it does not matter which of the two models a patient's predictions are of. So
+    the predictions of random patients are swapped, in all runs, and the difference is taken again.
+    It holds its level for any number of patients, however their slides hang together. Metrics that
     ask for the order of the slides alone swap ranks, as probabilities of two models need not mean
-    the same (Venkatraman and Begg, Biometrika 83:835, 1996); see :func:`_lost_by_ranking`.
+    the same (Venkatraman and Begg, Biometrika 83:835, 1996); see :func:`_lost_by_ranking`. Ranks
+    are those in a slide's own fold if only pairs of the same fold are compared, as the models of
+    different folds are different models too.
 
     Parameters
     ----------
@@ -72,13 +74,16 @@ def swap_test(
     """
     changed, every = swaps(int(patients.max()) + 1, draws, seed)
     ranked = [name for name in names if name.startswith(OF_RANKS) and "_at_val_" not in name]
+    same_fold = [name for name in ranked if name.endswith("_same_fold")]
+    whole = [name for name in ranked if name not in same_fold]
     plain = [name for name in names if name not in ranked]
+    every_slide = np.zeros(len(patients), dtype=int)
     found = {}
-    for group, as_ranks in ((ranked, True), (plain, False)):
+    for group, folds in ((plain, None), (whole, every_slide), (same_fold, ours[0].folds)):
         if not group:
             continue
         pairs = [
-            (_ranks(one), _ranks(other)) if as_ranks else (one, other)
+            (one, other) if folds is None else (_ranks(one, folds), _ranks(other, folds))
             for one, other in zip(ours, theirs, strict=True)
         ]
         observed = _differences(pairs, np.zeros((1, len(patients)), dtype=bool), group)
@@ -87,25 +92,38 @@ def swap_test(
             _differences(pairs, changed[start : start + step][:, patients], group)
             for start in range(0, len(changed), step)
         ]
-        wider = _lost_by_ranking(ours[0].labels, patients) if as_ranks else 1
+        wider = 1 if folds is None else _lost_by_ranking(ours[0].labels, patients, folds)
         for name in group:
             swapped = wider * np.concatenate([part[name] for part in parts])
             found[name] = p_value(float(observed[name][0]), swapped, every)
     return {name: found[name] for name in names}
 
 
-def _ranks(inputs: Inputs) -> Inputs:
-    return replace(inputs, probabilities=rankdata(inputs.probabilities, axis=0))
+def _ranks(inputs: Inputs, folds: IntArray) -> Inputs:
+    """With the rank of each slide in its fold in place of its probabilities."""
+    ranks = np.empty_like(inputs.probabilities)
+    for fold in np.unique(folds):
+        here = folds == fold
+        ranks[here] = rankdata(inputs.probabilities[here], axis=0)
+    return replace(inputs, probabilities=ranks)
 
 
-def _lost_by_ranking(labels: IntArray, patients: IntArray) -> float:
+def _lost_by_ranking(labels: IntArray, patients: IntArray, folds: IntArray) -> float:
     """How much less models differ in ranks than without them, as standard deviations.
 
-    The ranks of a class are centred: of its P patients P − 1 are free. Without this factor the
-    test errs in up to 8 % if there are ten patients.
+    The ranks of a class in a fold are centred: of its P patients P − 1 are free (a half of one
+    patient). Without this factor the test errs in up to 8 % if there are ten patients. A fold
+    weighs as much as it has pairs of slides of two classes.
     """
-    num = np.array([len(np.unique(patients[labels == label])) for label in np.unique(labels)])
-    return float(np.sqrt((1 / np.maximum(num - 1, 1)).sum() / (1 / num).sum()))
+    free, whole = 0.0, 0.0
+    for fold in np.unique(folds):
+        here = folds == fold
+        classes, slides = np.unique(labels[here], return_counts=True)
+        weight = float(slides.sum() ** 2 - np.square(slides).sum()) ** 2
+        num = np.array([len(np.unique(patients[here & (labels == label)])) for label in classes])
+        free += weight * (1 / np.maximum(num - 1, 0.5)).sum()
+        whole += weight * (1 / num).sum()
+    return float(np.sqrt(free / whole)) if whole else 1.0
 
 
 def _differences(

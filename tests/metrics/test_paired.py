@@ -56,6 +56,21 @@ def test_every_swap_is_made_once(seed: int) -> None:
     )
 
 
+def test_models_of_different_folds_need_not_mean_the_same_by_a_score() -> None:
+    """Only the order inside each fold counts if only pairs of the same fold are compared."""
+    rng = np.random.default_rng(0)
+    labels, folds, patients = np.arange(40) % 2, np.arange(40) // 20, np.arange(40)
+
+    def of_folds(scores: np.ndarray) -> Inputs:
+        return Inputs(np.stack([-scores, scores], axis=-1), {}, labels, folds, 0.9)
+
+    ours, theirs = 4 * labels + rng.standard_normal(40), rng.standard_normal(40)
+    name = "auroc_same_fold"
+    p = swap_test([of_folds(ours)], [of_folds(theirs)], patients, [name])[name]
+    moved = of_folds(ours + 100 * folds), of_folds(np.exp(theirs - 9 * folds))
+    assert swap_test([moved[0]], [moved[1]], patients, [name])[name] == p < 0.01
+
+
 def test_runs_are_swapped_together() -> None:
     """With the same run twice, nothing is more certain."""
     rng = np.random.default_rng(0)
