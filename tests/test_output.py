@@ -59,7 +59,10 @@ def test_test_prints_a_line_per_scale(road, trained, tmp_path, capsys):
         "test: x10: AUROC ",
         "test: x20: AUROC ",
     ]
-    assert all("; 3 slides of 3 patients (no interval and no p: " in line for line in lines)
+    assert all(
+        "; 3 slides of 3 patients (too few patients for any interval or p: " in line
+        for line in lines
+    )
 
 
 def test_a_warning_is_one_sentence_without_a_place_in_the_code(road, trained):

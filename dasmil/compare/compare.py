@@ -24,7 +24,7 @@ from dasmil.errors import InputError
 from dasmil.files import write_csv, write_text
 from dasmil.metrics import pool, swap_test
 from dasmil.metrics.evaluation import Inputs
-from dasmil.metrics.intervals import combined_interval
+from dasmil.metrics.intervals import MIN_PATIENTS, combined_interval
 from dasmil.progress import progress
 
 
@@ -72,6 +72,7 @@ def compare(
     if not run_dirs or not metrics or draws < 1:
         raise InputError("compare: it needs at least one folder, one metric and one draw")
     methods = read_methods(run_dirs, labels, scale)
+    metrics = tuple(dict.fromkeys(metrics))
     _refuse_unknown(metrics, methods)
     comparison = compare_methods(methods, metrics, draws, seed)
     text = markdown(comparison)
@@ -115,7 +116,9 @@ def compare_methods(
         num_patients=len(set(evaluation.patients)),
         draws=draws,
         seed=seed,
-        notes=tuple(note for note in (evaluation.why_no_interval, evaluation.warning) if note),
+        notes=tuple(
+            filter(None, (evaluation.why_no_interval, _why_no_same_fold(first), evaluation.warning))
+        ),
     )
 
 
@@ -128,6 +131,17 @@ def _with_same_fold(metrics: Sequence[str], method: Method) -> tuple[str, ...]:
 def _named(metric: str, method: Method) -> str:
     """``auroc`` of a cross-validation is named ``auroc_pooled``."""
     return POOLED if metric == "auroc" and len(method.runs_of) > 1 else metric
+
+
+def _why_no_same_fold(judged: "_Judged") -> str:
+    """Why ``auroc_same_fold`` alone has no interval; "" if it has one, or if none has."""
+    missing = SAME_FOLD in judged.metrics and isnan(judged.intervals[SAME_FOLD][0])
+    if not missing or judged.runs[0].why_no_interval:
+        return ""
+    return (
+        f"{SAME_FOLD}: too few patients for an interval or a p: a class has fewer than "
+        f"{MIN_PATIENTS} in the folds that have slides of another class too"
+    )
 
 
 class _Judged:

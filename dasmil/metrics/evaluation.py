@@ -65,15 +65,12 @@ class Evaluation:
         """Coarse to fine; the finest one's prediction is the final one."""
         return tuple(self.probabilities)
 
-    def figures(
-        self, scale: str, names: Collection[str] | None = None, index: Tensor | None = None
-    ) -> dict[str, float]:
+    def figures(self, scale: str, names: Collection[str] | None = None) -> dict[str, float]:
         """:func:`dasmil.metrics.slide_metrics`, and the metrics at the thresholds of validation.
 
         Parameters
         ----------
         names: only these metrics; all if None.
-        index: (m,) of the slides that count, with repetition; all if None.
 
         Returns
         -------
@@ -82,10 +79,7 @@ class Evaluation:
         ``sensitivity_at_val_specificity_0.9`` and ``specificity_at_val_specificity_0.9``. With
         ``folds``, ``auroc_same_fold``.
         """
-        inputs = self.inputs(scale)
-        if index is not None:
-            inputs = inputs.select(as_array(index))
-        return {name: float(value) for name, value in inputs.metrics(names).items()}
+        return {name: float(value) for name, value in self.inputs(scale).metrics(names).items()}
 
     def inputs(self, scale: str) -> "Inputs":
         """What the metrics of a scale are computed from, as arrays."""
@@ -191,7 +185,8 @@ class Evaluation:
     def why_no_interval(self) -> str:
         """Which classes have too few patients for any interval or p; "" if none has."""
         few = _few(self.num_patients, MIN_PATIENTS)
-        return f"no interval and no p: {few}, and {MIN_PATIENTS} are needed" if few else ""
+        needed = f"and {MIN_PATIENTS} are needed"
+        return f"too few patients for any interval or p: {few}, {needed}" if few else ""
 
     @property
     def warning(self) -> str:
@@ -245,14 +240,14 @@ class Inputs:
     folds: IntArray | None
     specificity: float
 
-    def select(self, index: IntArray | BoolArray) -> "Inputs":
-        """Of the slides of an index, or of a mask, alone."""
+    def select(self, keep: BoolArray) -> "Inputs":
+        """Of these slides alone."""
         return replace(
             self,
-            probabilities=self.probabilities[..., index, :],
-            margins={point: margin[..., index] for point, margin in self.margins.items()},
-            labels=self.labels[index],
-            folds=None if self.folds is None else self.folds[index],
+            probabilities=self.probabilities[..., keep, :],
+            margins={point: margin[..., keep] for point, margin in self.margins.items()},
+            labels=self.labels[keep],
+            folds=None if self.folds is None else self.folds[keep],
         )
 
     def metrics(self, names: Collection[str] | None = None) -> dict[str, Array]:

@@ -142,10 +142,33 @@ def test_too_few_patients_give_neither_interval_nor_p_and_the_table_says_why(
     for first, other in comparison.results.values():
         assert all(map(isnan, (*first.interval, *other.difference_interval, other.p)))
     text = markdown(comparison)
-    assert "no interval and no p: 4 with slides of tumor, and 5 are needed" in text
+    assert (
+        "too few patients for any interval or p: 4 with slides of tumor, and 5 are needed" in text
+    )
     assert "few patients: 6 with slides of normal and 4 with slides of tumor" in text
     (row, *_) = csv_rows(comparison)
     assert (row["low"], row["p"]) == (None, None) and "4 with slides of tumor" in row["note"]
+
+
+def test_the_table_says_why_the_auroc_of_the_same_fold_alone_has_no_interval(
+    tmp_path: Path,
+) -> None:
+    """Of the second fold, with all but two of the tumours, no pair is in one fold."""
+    write_run(tmp_path / "fold_0", MIXED[:7], labels=TEN[:7])
+    write_run(tmp_path / "fold_1", MIXED[5:], labels=[1] * 5, names=[f"t{n}" for n in range(5)])
+    comparison = compare_methods(read_methods([tmp_path]), ["auroc"], 9, 0)
+    (pooled,), (same_fold,) = comparison.results.values()
+    assert not isnan(pooled.interval[0]) and isnan(same_fold.interval[0])
+    reason = "auroc_same_fold: too few patients for an interval or a p: a class has fewer than 5"
+    assert reason in markdown(comparison) and reason in next(csv_rows(comparison))["note"]
+
+
+def test_a_metric_that_is_asked_for_twice_stands_there_once(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / n, MIXED[k:] + MIXED[:k], labels=TEN) for k, n in enumerate("abc")]
+    compare(tuple(runs), ("brier", "brier"), output=tmp_path / "table", draws=9)
+    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+        found = [float(row["value"]) for row in csv.DictReader(file)]
+    assert found == [results([run], "brier")[0].value for run in runs]
 
 
 def test_the_patient_is_the_unit_over_all_test_sets(tmp_path: Path) -> None:

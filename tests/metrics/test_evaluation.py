@@ -65,12 +65,11 @@ def test_only_the_figures_and_slides_that_are_asked_for() -> None:
     points = {"youden": 0.2, "specificity_0.9": 0.7}
     whole = evaluation([0.1, 0.4, 0.6, 0.8], [0, 0, 1, 1], thresholds=points)
     names = ["auroc", "f1_at_val_threshold", "sensitivity_at_val_specificity_0.9"]
-    index = torch.tensor([0, 2, 2, 1])
-    figures = whole.figures("x20", names, index)
+    chosen = whole.select(torch.tensor([0, 2, 2, 1]))
+    figures, everything = chosen.figures("x20", names), chosen.figures("x20")
     assert list(figures) == names
-    everything = whole.select(index).figures("x20")
     assert figures == {name: everything[name] for name in names}
-    assert whole.select(index).slide_ids == ("slide_0", "slide_2", "slide_2", "slide_1")
+    assert chosen.slide_ids == ("slide_0", "slide_2", "slide_2", "slide_1")
 
 
 def test_without_thresholds_there_is_no_figure_at_one() -> None:
@@ -165,7 +164,7 @@ def test_a_patient_counts_in_every_class_of_which_it_has_a_slide() -> None:
     slides = evaluation([0.1] * 5 + [0.9] * 4, labels, patients)
     assert slides.num_patients == {"normal": 5, "tumor": 4}
     assert slides.why_no_interval == (
-        "no interval and no p: 4 with slides of tumor, and 5 are needed"
+        "too few patients for any interval or p: 4 with slides of tumor, and 5 are needed"
     )
     assert all(isnan(end) for ends in slides.intervals("x20").values() for end in ends)
     enough = evaluation([0.1] * 5 + [0.9] * 5, [*labels, 1], [*patients, "b"])

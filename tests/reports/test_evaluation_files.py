@@ -103,7 +103,9 @@ def test_too_few_patients_have_no_interval_and_the_table_says_why(tmp_path: Path
     write_evaluation(tmp_path, "test", evaluation())
     row = metrics_of(tmp_path)["x20", "slide", "auroc"]
     assert (row["value"], row["low"], row["high"]) == ("1.0", "", "")
-    assert row["note"].startswith("no interval and no p: 2 with slides of normal and 2 with")
+    assert row["note"].startswith(
+        "too few patients for any interval or p: 2 with slides of normal and 2 with"
+    )
 
 
 def test_the_threshold_of_the_test_slides_stands_in_tests_alone_and_is_no_honest_figure(
