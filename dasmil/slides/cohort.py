@@ -290,15 +290,20 @@ def read_patients(
 
     A warning says what was taken for "not known" beside an empty cell.
     """
-    texts = [next(filter(None, map(record.get, columns)), "") for record in records]
-    taken = [text for text in texts if text.lower() in NOT_KNOWN]
+    cells = [[text for text in map(record.get, columns) if text] for record in records]
+    patients = [next((text for text in texts if _is_known(text)), None) for texts in cells]
+    taken = [texts[0] for texts, patient in zip(cells, patients) if texts and patient is None]
     if taken:
         warnings.warn(
             f"{path}: the patient of {len(taken)} slide(s) is taken as not known: "
             f"{some_of(sorted(set(taken)))}",
             stacklevel=2,
         )
-    return [None if not text or text.lower() in NOT_KNOWN else text for text in texts]
+    return patients
+
+
+def _is_known(text: str) -> bool:
+    return text.lower() not in NOT_KNOWN
 
 
 def positive_number(record: Mapping[str, str], column: str, where: str) -> float | None:

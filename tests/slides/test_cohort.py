@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from dasmil.errors import InputError
-from dasmil.slides.cohort import SlideRow, match_names, read_cohort, slide_name, write_cohort
+from dasmil.slides.cohort import (
+    SlideRow,
+    match_names,
+    read_cohort,
+    read_patients,
+    slide_name,
+    write_cohort,
+)
 from dasmil.slides.splits import split_cohort
 
 
@@ -151,6 +158,14 @@ def test_what_other_programs_write_for_no_patient_is_no_patient_but_a_label(tmp_
         rows = read_cohort(write_table(tmp_path, "slide_id,path,label,patient_id\n" + text))
     assert [row.patient_id for row in rows] == [None] * 6 + ["Nana"]
     assert [row.label for row in rows] == cells
+
+
+def test_a_column_that_does_not_know_the_patient_hides_no_other(tmp_path: Path) -> None:
+    """CLAM's tables may have a case_id and a patient_id."""
+    records = [dict(case_id=a, patient_id=b) for a, b in (("NA", "p1"), ("c2", "p2"), ("-", ""))]
+    with pytest.warns(UserWarning, match="the patient of 1 slide.* not known: -$"):
+        found = read_patients(tmp_path, [*records, {}], "case_id", "patient_id")
+    assert found == ["p1", "c2", None, None]
 
 
 def test_columns_that_are_not_read_are_named_with_what_may_have_been_meant(tmp_path: Path) -> None:
