@@ -126,8 +126,9 @@ def _nobody_reads() -> bool:
 
 def _advice(verb: str, stop: BaseException) -> str:
     """How to go on with a verb that was ended, as far as it has not said so itself."""
-    kept = ", what is done is kept" if verb in GOES_ON else ""
-    return " ".join(getattr(stop, "__notes__", ())) or f"run the same command again{kept}"
+    if verb in GOES_ON:  # also if it was ended in a fit: the demo makes its fits itself
+        return "run the same command again, what is done is kept"
+    return " ".join(getattr(stop, "__notes__", ())) or "run the same command again"
 
 
 def run(args: Sequence[str]) -> int:

@@ -7,10 +7,14 @@ import time
 
 import psutil
 import pytest
+from interop.feature_files import CELLS, write_trident
 from road import embed_command, fit_dasmil, fit_dino, tile_command
 
 from dasmil.cli import main
+from dasmil.demo import run as demo
 from dasmil.embedding.writer import BagWriter
+from dasmil.interop import feature_import
+from dasmil.modules import DASMILModule
 from dasmil.reports.history import History
 from dasmil.reports.predictions import PredictionWriter
 from dasmil.slides import tile
@@ -117,6 +121,46 @@ def test_predict(road, tmp_path, ending, capsys):
     command += ["--data.num_workers", "1", "--output", str(tmp_path / "out")]
     assert main(command) == 128 + number
     assert_said(number, capsys, "predict", "run the same command again")
+
+
+def test_test(road, tmp_path, ending, capsys):
+    assert main([*fit_dasmil(road.bags, tmp_path), "--trainer.max_epochs", "1"]) == 0
+    number = ending(DASMILModule, "test_step")
+    checkpoint = tmp_path / "dasmil" / "checkpoints" / "best.ckpt"
+    command = ["test", "--ckpt_path", str(checkpoint), "--bags", str(road.bags)]
+    command += ["--data.num_workers", "1", "--output", str(tmp_path / "out")]
+    assert main(command) == 128 + number
+    assert_said(number, capsys, "test", "run the same command again")
+    assert not list(tmp_path.glob("out/test_*"))
+    assert main(command) == 0
+
+
+def test_import(tmp_path, ending, capsys):
+    for slide_id in ("s1", "s2", "s3"):
+        features = write_trident(tmp_path, slide_id, 20, CELLS)
+    number = ending(feature_import, "make_bag")
+    command = ["import", "trident", str(tmp_path / "bags"), "--features.x20", str(features)]
+    assert main(command) == 128 + number
+    assert_said(number, capsys, "import", "run the same command again, what is done is kept")
+    assert states(tmp_path / "bags") == {"done", "waiting"}
+    assert main(command) == 0
+    assert states(tmp_path / "bags") == {"done"}
+
+
+def test_demo(road, tmp_path, ending, capsys, monkeypatch):
+    """Ended in a fit, which names ``fit --resume`` if it is called by itself."""
+    fit = [*fit_dasmil(road.bags, tmp_path / "runs"), "--trainer.max_epochs", "3"]
+    steps = [tile_command(road.cohort, tmp_path / "tiles"), [*fit, "--data.num_workers", "1"]]
+    monkeypatch.setattr(demo, "write_cohort", lambda *_, **__: road.cohort)
+    monkeypatch.setattr(demo, "_road", lambda *_: iter(steps))
+    monkeypatch.setattr(demo, "_summary", lambda *_: None)
+    number = ending(History, "on_train_epoch_end")
+    assert main(["demo", "--output", str(tmp_path)]) == 128 + number
+    assert_said(number, capsys, "demo", "run the same command again, what is done is kept")
+    assert main(["demo", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("(done before)") == 1
+    with open(tmp_path / "runs" / "dasmil" / "history.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2"]
 
 
 def test_a_process_that_works_for_another_one_gets_no_signal_while_it_starts():
