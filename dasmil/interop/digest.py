@@ -12,7 +12,7 @@ MAX_ROWS = 256  # of the features; the coordinates are read as a whole
 def features_digest(features: npt.NDArray[Any], place: npt.NDArray[Any]) -> str:
     """Hex digest of a slide's tiles; empty if there are none, since all such slides are alike.
 
-    The digest is the same for features that are stored as float16 or float32.
+    Equal features have the same digest, whether they are stored as float16 or float32.
 
     Parameters
     ----------

@@ -9,15 +9,18 @@ shrinks to a point at 0 or 1.
   slides of a patient and class, estimated from ranks inside the class, so it is known even if the
   classes are parted perfectly. It turns slides into an effective number of slides (Obuchowski,
   Biometrics 53:567, 1997).
-- **AUROC**: the standard error is that of two normal distributions, with these correlations.
+- **AUROC**: the standard error is that of two normal distributions, with these correlations
+  (Newcombe's own is Hanley and McNeil's, of two exponential distributions).
 - **Proportions** (accuracy, sensitivity, specificity): Wilson's with the effective number. F1 is
   turned into the proportion F / (2 − F) = TP / (TP + FP + FN) (Lam, arXiv:2309.14621).
   Average precision: Wilson's with the effective number of positive slides (Boyd, Eng and Page,
   ECML 2013). Balanced accuracy: from the intervals of its parts (Newcombe, Statistics in Medicine
-  17:873, 1998).
+  17:873, 1998). Brier score: Wilson's too, but it varies less than a proportion, so up to three
+  times the effective number, as far as the jackknife over patients says so.
 - **Other distributions**: if the jackknife over patients finds a larger standard error, the
   interval is stretched by the ratio.
-- t is Student's, with one to two times the number of patients as degrees of freedom.
+- t is Student's. Its degrees of freedom are one to two times the number of patients less two; a
+  patient who has slides of both classes counts twice.
 
 ``tests/benchmarks/interval_coverage.py`` measures how often the intervals hold the true value.
 """
@@ -105,7 +108,8 @@ class Sides:
         """Of the scores of two slides of a patient: of the same class, and of two classes.
 
         Moments of the ranks inside each class (analysis of variance), turned into the correlation
-        of normal scores, 2 sin(π r / 6), and raised by the share that few patients hide.
+        of normal scores, 2 sin(π r / 6), and raised by one over the patients' degrees of freedom,
+        as few patients show too little of it.
 
         Parameters
         ----------
@@ -529,6 +533,7 @@ def call_intervals(
     Parameters
     ----------
     scores: (n,) probabilities of the positive class.
+    positive: (n,); both classes must have slides of two patients.
     """
     called, sides = margin > 0, _whole(positive, patients)
     within, _ = sides.correlations(scores)
@@ -539,15 +544,13 @@ def call_intervals(
             ("sensitivity", called, positive),
             ("specificity", ~called, ~positive),
         )
-        if of.any()
     }
-    if positive.any() and not positive.all():
-        found["balanced_accuracy"] = combined_interval(
-            [called[positive].mean(), (~called)[~positive].mean()],
-            [found["sensitivity"], found["specificity"]],
-            [0.5, 0.5],
-        )
-        found["f1"] = _plain(f1_interval(called, positive, patients, within, sides.quantile))
+    found["balanced_accuracy"] = combined_interval(
+        [called[positive].mean(), (~called)[~positive].mean()],
+        [found["sensitivity"], found["specificity"]],
+        [0.5, 0.5],
+    )
+    found["f1"] = _plain(f1_interval(called, positive, patients, within, sides.quantile))
     return found
 
 

@@ -49,7 +49,7 @@ def auroc(scores: Array, positive: BoolArray) -> Array:
 
     Returns
     -------
-    (...,); nan where a class has no slide.
+    (...,); nan if a class has no slide.
     """
     return same_fold_auroc(scores, positive, np.zeros(len(positive), dtype=int))
 
@@ -77,15 +77,7 @@ def average_precision(scores: Array, positive: BoolArray) -> Array:
     """Mean over the positive slides of the precision at each one's score.
 
     This is the area under the precision-recall steps. Slides of equal score are called together.
-
-    Parameters
-    ----------
-    scores: (..., n).
-    positive: (n,).
-
-    Returns
-    -------
-    (...,); nan without a positive slide.
+    Shapes are those of :func:`auroc`; nan without a positive slide.
     """
     if not positive.any():
         return np.full(scores.shape[:-1], nan)
@@ -97,15 +89,11 @@ def average_precision(scores: Array, positive: BoolArray) -> Array:
 def sensitivity_at_specificity(scores: Array, positive: BoolArray, specificity: float) -> Array:
     """The best sensitivity at which at least this share of the negative slides is spared.
 
+    Shapes, and when it is nan, are those of :func:`auroc`.
+
     Parameters
     ----------
-    scores: (..., n).
-    positive: (n,).
     specificity: above 0, at most 1.
-
-    Returns
-    -------
-    (...,); nan where a class has no slide.
     """
     if positive.all() or not positive.any():
         return np.full(scores.shape[:-1], nan)
