@@ -44,8 +44,8 @@ class KeptMetrics(Callback):
         if before != now:
             raise InputError(
                 f"{self.output}: holds the metrics of another checkpoint "
-                f"({before[:SHORT_HASH]}, this one is {now[:SHORT_HASH]}); give --output to keep "
-                "both"
+                f"({before[:SHORT_HASH] or 'not known'}, this one is "
+                f"{now[:SHORT_HASH] or 'not known'}); give --output to keep both"
             )
         _, rows = read_csv(self.output / f"{part}_slides.csv")
         evaluated = data.part(data.val_part if part == "val" else "test")
