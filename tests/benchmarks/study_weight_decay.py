@@ -101,8 +101,8 @@ class Variant:
     gain: float = 1.0
 
 
-DEFAULT = "5e-3 after learning, bag classifier × √3"  # of DASMILModule
 VARIANTS = {
+    "default": Variant(5e-3, below=0.9, gain=3**0.5),  # as DASMILModule has it
     "0": Variant(0.0),
     "5e-5": Variant(5e-5),
     "5e-4": Variant(5e-4),
@@ -126,7 +126,6 @@ VARIANTS = {
     "1e-3, bag classifier × 4": Variant(1e-3, gain=4.0),
     "5e-3, bag classifier × 4": Variant(5e-3, gain=4.0),
     "5e-3, bag classifier × 8": Variant(5e-3, gain=8.0),
-    DEFAULT: Variant(5e-3, below=0.9, gain=3**0.5),
     "5e-3 after learning, bag classifier × 2": Variant(5e-3, below=0.9, gain=2.0),
     "5e-3 after learning, bag classifier × 4": Variant(5e-3, below=0.9, gain=4.0),
     "5e-3 on the graph, bag classifier × 4": Variant(5e-3, on="graph", gain=4.0),
