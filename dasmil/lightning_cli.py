@@ -42,13 +42,13 @@ def run(verb: str, args: Sequence[str]) -> int:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save config.yaml when the training begins: a fit that is refused changes nothing."""
+    """Save config.yaml when the first epoch begins: a fit that is refused changes nothing."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Not yet."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().setup(trainer, pl_module, "fit")
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")  # which saves once
 
 
 class EndOnSigterm(Callback):

@@ -65,8 +65,9 @@ def run_folder_of(checkpoint: Path) -> Path | None:
 class RunFolder(Callback):
     """Record each start of a ``fit`` in its folder; re-locate its checkpoints if that has moved.
 
-    ``provenance.json`` gets the start, ``split.csv`` the split. They are written when the training
-    begins, so that a ``fit`` that is refused before changes nothing.
+    ``provenance.json`` gets the start, ``split.csv`` the split. They are written when the first
+    epoch begins: a module may still refuse to train in ``on_train_start``, which comes after that
+    of the callbacks, and a ``fit`` that is refused changes nothing.
 
     Parameters
     ----------
@@ -79,7 +80,9 @@ class RunFolder(Callback):
         self.seed = seed
         self.begun = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.begun:
+            return
         self.begun = True
         folder, data = run_folder(trainer), getattr(trainer, "datamodule", None)
         if folder is None or not trainer.is_global_zero:

@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from interop.feature_files import CELLS, write_trident
 from road import embed_command, fit_dasmil, fit_dino, tile_command
 
@@ -102,6 +103,18 @@ REFUSED = {
 def test_a_refused_fit_leaves_nothing_behind(road, tmp_path, capsys, options):
     assert main([*fit_dasmil(road.bags, tmp_path / "runs"), *options]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_fit_that_is_refused_after_its_checkpoint_was_read_leaves_nothing_behind(
+    road, tmp_path, capsys
+):
+    content = torch.load(road.dino["x20"], weights_only=True)
+    content["steps"], content["settings"]["trainer.max_epochs"] = 80, 2
+    torch.save(content, tmp_path / "other.ckpt")
+    command = [*fit_dino(road.tiles, "x20", tmp_path / "runs"), "--trainer.max_epochs", "2"]
+    assert main([*command, "--ckpt_path", str(tmp_path / "other.ckpt")]) == 2
+    assert "made for 80 steps, its tiles would now make 8" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
