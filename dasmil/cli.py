@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib import import_module
@@ -76,6 +77,7 @@ VERBS = {  # verb → its module; the function has the name of the verb
     "demo": "demo.run",
 }
 GOES_ON = ("tile", "embed", "import", "sweep", "demo")  # verbs that do only what is not done
+FIRST_SAYS_S = 10.0  # in which the first of several processes says its error
 ENDED = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 BY_PLACE = ("export", "contact-sheet")  # verbs whose required parameters are no options
 MANY = {  # verbs whose first parameter is any number of folders
@@ -112,6 +114,8 @@ def main(args: Sequence[str] | None = None) -> int:
         said = str(error) if misconfigured else input_error_in(error)
         if not said:
             raise
+        if not is_first_process():
+            time.sleep(FIRST_SAYS_S)  # the first one says the same, if it can, and ends this one
         # a reading process wraps the sentence in its traceback
         print(f"error: {said.rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2

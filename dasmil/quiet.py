@@ -27,7 +27,7 @@ LOGGERS = (
     "lightning.fabric.utilities.distributed",
     "lightning.pytorch.accelerators.cuda",
 )
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, Lightning and SLURM
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # of torchrun, Lightning and SLURM
 
 
 def hush() -> None:

@@ -12,7 +12,7 @@ import torch
 from road import embed_command, fit_dasmil, fit_dino
 
 import dasmil
-from dasmil import progress, quiet
+from dasmil import cli, progress, quiet
 from dasmil.cli import main
 from dasmil.errors import InputError
 
@@ -78,6 +78,19 @@ def test_of_many_processes_the_first_one_warns(monkeypatch):
     assert quiet._sentence("no such kernel", UserWarning, "torch.py", 3) != ""
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert quiet._sentence("few slides", UserWarning, where, 3) == "warning: few slides\n"
+
+
+def test_of_many_processes_the_first_one_says_an_error(monkeypatch, capsys):
+    """The others wait to be ended by it; an error of theirs alone is said after that."""
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    for name in ("LOCAL_RANK", "NODE_RANK"):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, "1")
+            assert main(["trian"]) == 2
+    assert waited == [cli.FIRST_SAYS_S] * 2
+    assert main(["trian"]) == 2
+    assert len(waited) == 2 and capsys.readouterr().err.count("error: no verb 'trian'") == 3
 
 
 def test_embed_prints_no_bar(road, tmp_path, capsys):

@@ -507,5 +507,5 @@ def _warn_of_few(data: BagDataModule) -> None:
             f"{data.folder}: only {counts} slide(s) choose the epoch of best.ckpt, fewer than "
             f"{FEW_SLIDES} of a class; its metrics on them say little: raise data.val_fraction, or "
             "choose settings over all of data.num_folds",
-            stacklevel=3,
+            stacklevel=2,
         )

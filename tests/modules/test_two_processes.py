@@ -16,14 +16,16 @@ from dasmil.slides.cohort import read_cohort
 TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
-def run(arguments):
-    """A command with two processes; its output is shown when it fails."""
+def run(arguments, code=0):
+    """A command with two processes; its output is shown when it ends with another code."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "dasmil", *map(str, arguments), *TWO]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     assert "sync_dist" not in done.stderr and "\r" not in done.stdout + done.stderr
-    return done.stdout
+    said = [line for line in done.stderr.splitlines() if line.startswith(("warning: ", "error: "))]
+    assert len(set(said)) == len(said), done.stderr
+    return done.stderr if code else done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,11 @@ def test_dasmil_fits_one_step(checkpoint):
     state = torch.load(checkpoint, weights_only=True)
     assert state["global_step"] == 1
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+
+
+def test_an_error_of_both_processes_is_said_once(road, tmp_path):
+    said = run([*fit_dasmil(road.bags, tmp_path), "--model.learning_rate", "1e38"], code=2)
+    assert said.count("error: fit: the loss of step 1 is not finite") == 1
 
 
 def test_dino_fits_one_step(road):
