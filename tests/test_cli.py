@@ -334,6 +334,16 @@ def test_split_options_of_the_command_line_are_obeyed_or_refused(road, trained, 
         assert f"{trained_on} (trained on)" in capsys.readouterr().err
 
 
+def test_an_option_that_asks_for_another_network_is_refused(road, trained, capsys):
+    command = ["test", *evaluation(road, trained)]
+    assert main([*command, "--config", "configs/dasmil.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {trained}: its network was trained with other options, here ")
+    assert "model.hidden_dim 384 instead of 16, model.out_dim 256 instead of 16, model.que" in said
+    assert main([*command, "--model.coarse_instances", "parents"]) == 2  # with weights that fit
+    assert "model.coarse_instances parents instead of all" in capsys.readouterr().err
+
+
 def test_the_figures_do_not_depend_on_the_batch_size(road, trained, tmp_path):
     figures = []
     for size in ("1", "3"):

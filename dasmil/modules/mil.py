@@ -1,6 +1,7 @@
 """Training and evaluation of DAS-MIL."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -40,6 +41,12 @@ from dasmil.slides.study import (
     read_records,
 )
 
+# options that decide what the network makes of a bag; its dropout acts in training alone, and the
+# backend of a GAT changes nothing
+OF_NETWORK = (
+    *("standardize", "one_logit", "hidden_dim", "out_dim", "heads", "residual", "query_dim"),
+    *("contextualize", "concatenate_parents", "coarse_instances", "pooling"),
+)
 FEW_SLIDES = 10  # of a class: at an AUROC of 0.8 its standard error is then 0.1
 
 
@@ -285,6 +292,7 @@ class DASMILModule(LightningModule):
             return
         hparams = checkpoint["hyper_parameters"]
         self._refuse_other_data(hparams, data)
+        self._refuse_other_network(hparams)
         refuse_other_keys(self, checkpoint["state_dict"], self.trainer.ckpt_path)
         if self.trainer.training and not is_same_study(hparams["split"], data.study()):
             raise InputError(
@@ -311,6 +319,19 @@ class DASMILModule(LightningModule):
         place_slides(data.cohort, study, data.val_part, data.split, data.split, str(data.folder))
         place_slides(data.cohort, study, "test", data.split, data.split, str(data.folder))
         return plain_records(join_records(read_records(data.study()), met))
+
+    def _refuse_other_network(self, hparams: Mapping[str, Any]) -> None:
+        """A config on top of a checkpoint may ask for a network that was never trained."""
+        other = [
+            f"model.{name} {self.hparams[name]} instead of {hparams[name]}"
+            for name in OF_NETWORK
+            if name in hparams and self.hparams[name] != hparams[name]
+        ]
+        if other:
+            raise InputError(
+                f"{self.trainer.ckpt_path}: its network was trained with other options, here are "
+                f"{some_of(other)}; leave them out, also as part of a --config"
+            )
 
     @staticmethod
     def _refuse_other_data(hparams: Any, data: BagDataModule) -> None:
