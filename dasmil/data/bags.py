@@ -210,6 +210,7 @@ class BagDataModule(LightningDataModule):
         self.empty: set[str] = set()
         self.places: dict[str, Place] = {}  # of the labelled slides
         self._met: Study | None = None  # the slides that the model has met
+        self._fitted = False  # whether a training has begun with these slides
         self._kept: dict[str, BagGraph] | None = None
 
     def setup(self, stage: str) -> None:
@@ -224,6 +225,7 @@ class BagDataModule(LightningDataModule):
         self._met = None
         self.split = self._parts(stage)
         if stage == "fit":
+            self._fitted = True
             self._refuse_missing_classes("train", self.val_part)
         if stage in EVALUATIONS and self._processes()[1] == 0:
             self._say_what_is_evaluated(stage)
@@ -233,7 +235,7 @@ class BagDataModule(LightningDataModule):
                 f"{self.folder}: the validation slides are the test slides (data.val_part: test, "
                 "D17); figures on them are no test figures"
                 + (f"; {unused} slide(s) of the part 'val' are not used" if unused else ""),
-                stacklevel=2,
+                stacklevel=1,  # the caller is Lightning: each process would say it
             )
         if stage != "predict" and not self.allow_seen_slides:
             self._refuse_seen_slides()
@@ -532,10 +534,18 @@ class BagDataModule(LightningDataModule):
         return {DRAWING[name]: value for name, value in given.items() if value is not None}
 
     def _refuse_unknown_study(self, evaluated: str, marked: Mapping[str, str]) -> None:
-        """Only a table can say what may be evaluated if the checkpoint does not know its slides."""
-        if self.num_folds is None and self.fold is None and evaluated in marked.values():
-            return
+        """Only a table can say what may be evaluated if the checkpoint does not know its slides.
+
+        Warns that this is so, or refuses if there is no such table.
+        """
         table = self.split_table or "the column split of its cohort.csv"
+        if self.num_folds is None and self.fold is None and evaluated in marked.values():
+            warnings.warn(
+                f"{self.folder}: the checkpoint does not know which slides it was trained on; only "
+                f"{table} says that the {evaluated} slides are not among them",
+                stacklevel=2,
+            )
+            return
         raise InputError(
             f"{self.folder}: the checkpoint does not know which slides it was trained on, so "
             f"{table} must name the {evaluated} slides, and data.num_folds and data.fold cannot "
@@ -558,12 +568,11 @@ class BagDataModule(LightningDataModule):
                 left_out["without a bag file"].append(row.slide_id)
         why = ", ".join(f"{len(ids)} {why} ({some_of(ids)})" for why, ids in left_out.items())
         num_left_out = sum(map(len, left_out.values()))
-        verb = "test" if stage == "test" else "validate"  # Lightning's stages are no plain strings
         print(
             f"{verb}: {len(self.part(evaluated))} slides are {EVALUATIONS[stage]}, "
             f"{num_left_out} are left out" + (f": {why}" if why else "")
         )
-        if self._met is not None:
+        if self._met is not None and not self._fitted:  # a fit meets its own slides
             for note in self._met.notes(self.rows):
                 print(f"{verb}: {note}")
 

@@ -107,6 +107,19 @@ def test_without_digests_the_names_decide(
     assert evaluated(folder, split=study(), other_cohort=True) == [*NAMES, "new"]
 
 
+def test_a_fit_says_nothing_of_digests_when_it_validates_its_own_slides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = BagDataModule(write_bags(tmp_path, LABELS, SPLIT), CLASSES, num_workers=0)
+    data.setup("fit")
+    data.given_split = data.study()  # which the trained module holds
+    data.setup("validate")
+    assert capsys.readouterr().out == (
+        "validate: 2 slides are validated, 6 are left out: 4 trained on (n0, t0, n1, t1), 2 in the "
+        "part 'test' (n3, t3)\n"
+    )
+
+
 def test_new_slides_of_a_patient_that_was_trained_on_are_left_out_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,10 +204,13 @@ def test_a_checkpoint_that_does_not_know_its_slides_asks_for_a_split(
     with pytest.raises(InputError, match="does not know which slides"):
         evaluated(folder, split=unknown, num_folds=2, fold=0)
     table = write_table(tmp_path / "split.csv", SPLIT)
-    assert evaluated(folder, split=unknown, split_table=table) == ["n3", "t3"]
+    with pytest.warns(UserWarning, match=rf"does not know .* only {table} says that the test sl"):
+        assert evaluated(folder, split=unknown, split_table=table) == ["n3", "t3"]
     column = write_bags(tmp_path / "b", LABELS, {"n3": "test", "n2": "val"})
-    assert evaluated(column, split=unknown) == ["n3"]
-    assert evaluated(column, "validate", split=unknown) == ["n2"]
+    with pytest.warns(UserWarning, match=r"only the column split of .* says that the test slides"):
+        assert evaluated(column, split=unknown) == ["n3"]
+    with pytest.warns(UserWarning, match=r"says that the val slides are not among them"):
+        assert evaluated(column, "validate", split=unknown) == ["n2"]
     data = BagDataModule(folder, CLASSES, split=unknown)
     data.setup("predict")
     assert data.parts_in_study() == {}
