@@ -188,10 +188,10 @@ class DINOModule(LightningModule):
         if self._trainer is not None and self.trainer.training:
             refuse_other_settings(checkpoint, self._settings())
             self._steps_before = checkpoint.get("steps")
-        before = checkpoint.get("extractor")
-        if before is None or self.record is None:
+        if self.record is None:
             return
-        if before["trained_on"] is None or self.record["trained_on"] is None:
+        before = checkpoint.get("extractor")  # None after a training with other data
+        if before is None or before["trained_on"] is None or self.record["trained_on"] is None:
             self.record["trained_on"] = None
             return
         now = read_records(self.record["trained_on"])

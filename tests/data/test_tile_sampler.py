@@ -1,6 +1,7 @@
 """Even draws of tiles over slides, and the slides and pixels that self-supervision sees."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from bag_factory import CLASSES, write_bags, write_cohort_csv
 from PIL import Image
 
 from dasmil.data import BagDataModule, TileDataModule
+from dasmil.data.augment import PilViews, TensorViews
 from dasmil.data.tiles import EvenSlideSampler, TileDataset
 from dasmil.errors import InputError
+from dasmil.files import file_state, sample_digest
 from dasmil.slides.cohort import SlideRow
-from dasmil.slides.tiling import TilePyramid, tiles_path, write_tiles
+from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path, write_tiles
 from dasmil.units import Mpp, TilePx, parse_scales
 
 Draw = tuple[int, int]  # number of the slide, row of the tile
@@ -229,6 +232,18 @@ def test_slides_without_tiles_are_left_out(tmp_path: Path) -> None:
     assert ids(make_data(folder)) == ["d"]
 
 
+def test_a_slide_file_that_has_changed_since_it_was_tiled_is_refused(tmp_path: Path) -> None:
+    folder, slide = write_tables(tmp_path, LABELS, SPLIT), tmp_path / "a.svs"
+    slide.write_bytes(b"as tiled")
+    tiled = read_tiles(tiles_path(folder, "a"))
+    known = {"slide_digest": sample_digest(slide), "slide_state": file_state(slide)}
+    write_tiles(tiles_path(folder, "a"), replace(tiled, **known))
+    assert ids(make_data(folder)) == ["a", "d"]
+    slide.write_bytes(b"replaced")
+    with pytest.raises(InputError, match=r"a\.svs: the slide file has changed .* run tile again"):
+        make_data(folder)
+
+
 def test_no_training_slide_with_tiles_is_refused(tmp_path: Path) -> None:
     folder = write_tables(tmp_path, LABELS, SPLIT)
     write_tile_table(folder, "a", 0)
@@ -339,5 +354,7 @@ def test_augmentation_that_cannot_be_done_is_refused(
 
 def test_what_only_pil_can_do_is_left_to_it(tmp_path: Path) -> None:
     turned = {"rr_prob": 0.5, "rr_degrees": 30}
-    TileDataModule(tmp_path, "x20", augmentation=turned, augmentation_backend="pil")
-    TileDataModule(tmp_path, "x20", augmentation={**turned, "rr_prob": 0.0})
+    data = TileDataModule(tmp_path, "x20", augmentation=turned, augmentation_backend="pil")
+    assert isinstance(data.views, PilViews)
+    data = TileDataModule(tmp_path, "x20", augmentation={**turned, "rr_prob": 0.0})
+    assert isinstance(data.views, TensorViews)

@@ -2,6 +2,7 @@ import csv
 from math import cos, log, pi
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -12,7 +13,7 @@ from dasmil.data import TileDataModule
 from dasmil.data.augment import TensorViews
 from dasmil.embedding.weights import load_checkpoint
 from dasmil.errors import InputError
-from dasmil.modules import DINOModule
+from dasmil.modules import DINOModule, dino
 from dasmil.slides.cohort import read_cohort
 from dasmil.slides.study import SlideRecord, plain_records, read_records
 
@@ -112,6 +113,28 @@ def test_the_schedules_are_those_of_the_paper(watched):
     assert momenta == sorted(momenta) and momenta[0] >= 0.996 and momenta[-1] == pytest.approx(1)
 
 
+def test_numpy_numbers_of_the_schedules_stay_out_of_the_checkpoint(road, tmp_path, monkeypatch):
+    """lightly 1.5.20 returns them, and no safely loaded checkpoint may hold them."""
+    for name in ("cosine_schedule", "cosine_warmup_schedule"):
+        schedule = getattr(dino, name)
+        monkeypatch.setattr(dino, name, lambda *a, of=schedule, **k: np.float64(of(*a, **k)))
+    trainer = Trainer(
+        max_epochs=1,
+        limit_train_batches=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(DINOModule(**SMALL), datamodule=small_data(road))
+    trainer.save_checkpoint(tmp_path / "one step.ckpt")
+    (state,) = torch.load(tmp_path / "one step.ckpt", weights_only=True)["optimizer_states"]
+    values = [group[name] for group in state["param_groups"] for name in ("lr", "weight_decay")]
+    assert [type(value) for value in values] == [float] * 4
+
+
 def test_a_collapse_would_show(watched):
     _, logged, module = watched
     for row in logged:
@@ -161,12 +184,15 @@ def test_a_training_that_goes_on_has_seen_the_slides_of_before_too(road, tmp_pat
     assert f"{len(before) - 1} further slide(s)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("before", "seen"), [(["old"], ["now", "old"]), (None, None)])
+@pytest.mark.parametrize(
+    ("before", "seen"),
+    [({"trained_on": ["old"]}, ["now", "old"]), ({"trained_on": None}, None), (None, None)],
+)
 def test_what_an_older_checkpoint_has_seen_is_added_and_what_is_not_known_stays_so(before, seen):
     module = DINOModule(**SMALL)
     module.record = {"trained_on": plain_records([SlideRecord("now")])}
     module._trainer = SimpleNamespace(is_global_zero=True, training=False, ckpt_path="old.ckpt")
-    older = {"extractor": {"trained_on": before}, "state_dict": module.state_dict()}
+    older = {"extractor": before, "state_dict": module.state_dict()}
     module.on_load_checkpoint(older)
     found = module.record["trained_on"]
     assert (None if found is None else [record["slide_id"] for record in found]) == seen
