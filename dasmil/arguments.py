@@ -299,7 +299,7 @@ def with_scales_together(args: Sequence[str]) -> list[str]:
         if scale is None:
             values |= _mapping(value, word)
         elif setting is None:
-            values[scale] = value
+            values[scale] = _mapping(value, word) if value.startswith("{") else value
         else:
             before = values.get(scale, {})
             before = {"model": before} if isinstance(before, str) else before

@@ -92,8 +92,9 @@ def test_every_scale_takes_every_setting_in_any_order(tmp_path, capsys):
     command = f"{EMBED} --config {file} --extractors.x10.image_size 64 --extractors.x20 B"
     command += " --extractors.x20.mean [0.1,0.2,0.3] --extractors.x2.5.pooling=cls"
     command += " --extractors.x2.5.model C --extractors.x2.5.image_size 32"
+    whole = ["--extractors.x40", "{model: E, image_size: 96}"]
     with pytest.raises(SystemExit, match="0"):
-        main([*command.split(), "--print_config"])
+        main([*command.split(), *whole, "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["tiles"] == "TILES"
     found = printed["extractors"]
@@ -102,6 +103,7 @@ def test_every_scale_takes_every_setting_in_any_order(tmp_path, capsys):
         "x5": "D",
         "x20": {"model": "B", "mean": [0.1, 0.2, 0.3]},
         "x2.5": {"model": "C", "pooling": "cls", "image_size": 32},
+        "x40": {"model": "E", "image_size": 96},
     }
     assert found.keys() == asked.keys()
     for scale, settings in asked.items():
