@@ -51,11 +51,7 @@ def first_max(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
     torch's ``segment_reduce`` and ``scatter_reduce`` divide the gradient among ties by rules that
     differ from each other, and the former only if the gradient is positive.
 
-    Parameters
-    ----------
-    z: (N, C).
-    group: (N,) int64, the group of each row.
-    num_groups: G.
+    Parameters are those of :func:`first_argmax`.
 
     Returns
     -------
