@@ -241,7 +241,21 @@ def _slide_file(path: Path) -> Path:
     files = sorted(p for p in names if p.suffix.lower() == ".dcm" and p.name[0] != ".")
     if not files:
         raise InputError(f"{path}: a folder without DICOM (.dcm) files is no slide")
+    if (num_slides := len(set(map(_dicom_series, files)) - {None})) > 1:
+        raise InputError(
+            f"{path}: the folder holds {num_slides} DICOM slides; give each a folder of its own, or "
+            "name one file of each in a cohort table"
+        )
     return files[0]
+
+
+def _dicom_series(file: Path) -> str | None:
+    """The slide that a file is a part of; None for a label or an overview that lies alone."""
+    try:
+        with openslide.OpenSlide(file) as slide:
+            return slide.properties.get("dicom.SeriesInstanceUID")
+    except (openslide.OpenSlideError, OSError):
+        return None
 
 
 def _open(path: Path) -> openslide.AbstractSlide:

@@ -515,6 +515,21 @@ def test_real_aperio_and_dicom_agree(shared_data: Path) -> None:
         assert match[0, 0] > 0.9
 
 
+def test_two_dicom_slides_in_one_folder_are_refused(shared_data: Path, tmp_path: Path) -> None:
+    """One of them would be read, and nobody hear of the other."""
+    folder = shared_data / "slides" / "native" / "cmu-1-small-region-dicom"
+    (level,) = folder.glob("level-2-*.dcm")
+    content = level.read_bytes()
+    series = b"1.2.276.0.7230010.3.1.3.2425734838.4124713.1626788322.499658"
+    assert series in content
+    for name, last in (("a", b"8"), ("b", b"8"), ("c", b"9")):
+        (tmp_path / f"{name}.dcm").write_bytes(content.replace(series, series[:-1] + last))
+    assert "holds 2 DICOM slides; give each a folder" in refusal(SlideRow("d", tmp_path))
+    assert Slide(SlideRow("c", tmp_path / "c.dcm")).size_px0 == (555, 741)
+    (tmp_path / "c.dcm").write_bytes(b"a label that OpenSlide cannot read")
+    assert Slide(SlideRow("d", tmp_path)).size_px0 == (555, 741)
+
+
 def test_a_real_slide_with_a_wrong_mpp_needs_the_table(shared_data: Path) -> None:
     native = shared_data / "slides" / "native"
     path = native / "cmu-1-wrong-mpp.tiff"
