@@ -159,8 +159,16 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         writer.writerows(rows)
 
 
-def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names, and one dictionary per row with every value stripped.
+class Row(dict[str, str]):
+    """Column → cell of one row of a table, and the number of its line in the file."""
+
+    def __init__(self, cells: Iterable[tuple[str, str]], line: int):
+        super().__init__(cells)
+        self.line = line
+
+
+def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], list[Row]]:
+    """Column names, and the rows with every value stripped.
 
     Cells are separated by commas, semicolons or tabs, whichever the header has most of; a first
     line such as ``sep=;`` decides, as in Excel. The text is UTF-8, or UTF-16 with its mark. Rows
@@ -201,7 +209,8 @@ def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], lis
                     "header"
                 )
             pairs = zip(columns, cells, strict=False)
-            rows.append({k: v if k in verbatim else v.strip() for k, v in pairs})
+            stripped = ((k, v if k in verbatim else v.strip()) for k, v in pairs)
+            rows.append(Row(stripped, reader.line_num))
     except csv.Error as error:
         raise InputError(f"{path} line {reader.line_num}: not a CSV table ({error})") from error
     return columns, rows

@@ -18,7 +18,7 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from dasmil.errors import InputError
-from dasmil.files import must_exist, read_csv, write_csv
+from dasmil.files import Row, must_exist, read_csv, write_csv
 from dasmil.slides.cohort import SlideRow, write_cohort
 
 FloatArray = npt.NDArray[np.float64]
@@ -77,8 +77,8 @@ def _read_tables(folder: Path) -> dict[str, tuple[Path, FloatArray]]:
     bags = _rows(folder / "bags.csv", ("image", "label_epithelial_present"))
     nuclei: dict[str, list[tuple[float, float]]] = defaultdict(list)
     names = {row["image"] for row in bags}
-    for line, row in enumerate(_rows(folder / "nuclei.csv", ("image", "type", "x", "y")), start=2):
-        where = f"{folder / 'nuclei.csv'} line {line}"
+    for row in _rows(folder / "nuclei.csv", ("image", "type", "x", "y")):
+        where = f"{folder / 'nuclei.csv'} line {row.line}"
         if row["type"] not in TYPES:
             raise InputError(f"{where}: type {row['type']!r} is none of {', '.join(TYPES)}")
         if row["image"] not in names:
@@ -101,7 +101,7 @@ def _read_tables(folder: Path) -> dict[str, tuple[Path, FloatArray]]:
     return pictures
 
 
-def _rows(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
+def _rows(path: Path, needed: Iterable[str]) -> list[Row]:
     columns, rows = read_csv(path)
     missing = [column for column in needed if column not in columns]
     if missing:

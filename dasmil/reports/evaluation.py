@@ -238,9 +238,7 @@ def read_evaluation(folder: Path, stage: str) -> Evaluation:
         classes=classes,
         slide_ids=tuple(row["slide_id"] for row in rows),
         patients=tuple(row["patient_id"] for row in rows),
-        labels=torch.tensor(
-            [_label(row, classes, f"{table} line {n}") for n, row in enumerate(rows, start=2)]
-        ),
+        labels=torch.tensor([_label(row, classes, f"{table} line {row.line}") for row in rows]),
         probabilities={
             scale: _probabilities(rows, _probability_columns((scale,), classes), table)
             for scale in scales
@@ -279,7 +277,7 @@ def _label(row: Mapping[str, str], classes: tuple[str, ...], where: str) -> int:
     return classes.index(row["label"])
 
 
-def _probabilities(rows: list[dict[str, str]], columns: list[str], table: Path) -> Tensor:
+def _probabilities(rows: Sequence[Mapping[str, str]], columns: list[str], table: Path) -> Tensor:
     """(n, P) float64 of a scale."""
     try:
         values = [[float(row[column]) for column in columns] for row in rows]

@@ -241,8 +241,8 @@ def _read_table(path: Path) -> list[SlideRow]:
     say_unknown_columns(path, columns, COLUMNS)
     rows = []
     patients = read_patients(path, records, "patient_id")
-    for line, (record, patient) in enumerate(zip(records, patients, strict=True), start=2):
-        where = f"{path} line {line}"
+    for record, patient in zip(records, patients, strict=True):
+        where = f"{path} line {record.line}"
         if not record["slide_id"] or not record["path"].strip():
             raise InputError(f"{where}: slide_id or path is empty")
         split = record.get("split") or None

@@ -243,8 +243,8 @@ def _slide_file(path: Path) -> Path:
         raise InputError(f"{path}: a folder without DICOM (.dcm) files is no slide")
     if (num_slides := len(set(map(_dicom_series, files)) - {None})) > 1:
         raise InputError(
-            f"{path}: the folder holds {num_slides} DICOM slides; give each a folder of its own, or "
-            "name one file of each in a cohort table"
+            f"{path}: the folder holds {num_slides} DICOM slides; give each a folder of its own, "
+            "or name one file of each in a cohort table"
         )
     return files[0]
 

@@ -220,14 +220,14 @@ def read_split_table(path: Path | str) -> dict[str, tuple[str, str | None]]:
         raise InputError(f"data.split_table: {path}: no such table, nor among dasmil's own configs")
     columns, records = read_csv(found)
     if {"slide_id", "split"} <= set(columns):
-        entries = [(r["slide_id"], r["split"], r.get("label") or None) for r in records]
+        entries = [(r.line, r["slide_id"], r["split"], r.get("label") or None) for r in records]
     elif {"image", "phase"} <= set(columns):
         names = [r["image"].rsplit("_", 1) for r in records]
-        entries = [(name[0], r["phase"], name[-1]) for name, r in zip(names, records)]
+        entries = [(r.line, name[0], r["phase"], name[-1]) for name, r in zip(names, records)]
     else:
         raise InputError(f"{found}: a split table has the columns slide_id and split")
     table: dict[str, tuple[str, str | None]] = {}
-    for line, (slide_id, part, label) in enumerate(entries, start=2):
+    for line, slide_id, part, label in entries:
         if part not in PARTS:
             raise InputError(f"{found} line {line}: split {part!r} is none of {', '.join(PARTS)}")
         if slide_id in table:

@@ -105,6 +105,7 @@ def test_a_slide_without_patient_is_its_own_patient() -> None:
         ("slide_id,path\ns1,a.svs\ns2\n", " line 3: it has not the 2 cells of the header"),
         ("slide_id,path\ns1,a.svs\n,b.svs\n", " line 3: slide_id or path is empty"),
         ("slide_id,path\ns1, \n", " line 2: slide_id or path is empty"),
+        ("sep=;\nslide_id;path\n\ns1; \n", " line 4: slide_id or path is empty"),
         ("slide_id,path\na/b,a.svs\n", " line 2: slide_id 'a/b' cannot be a file name"),
         ("slide_id,path\n.s1,a.svs\n", " line 2: slide_id '.s1' cannot be a file name"),
         (
