@@ -66,7 +66,8 @@ class Slide:
 
     def __init__(self, row: SlideRow, cache_bytes: int = CACHE_BYTES):
         self.row = row
-        self._handle = _open(_slide_file(row.path))
+        self._file = _slide_file(row.path)
+        self._handle = _open(self._file)
         self._handle.set_cache(openslide.OpenSlideCache(cache_bytes))
         self._cache_bytes = cache_bytes
         self._jpegs: dict[int, JpegLevel | None] = {}
@@ -190,7 +191,7 @@ class Slide:
         if properties.get(openslide.PROPERTY_NAME_VENDOR) not in JPEG_VENDORS:
             return None
         size_px = self._handle.level_dimensions[level]
-        jpegs = jpeg_level(_slide_file(self.row.path), size_px, self._cache_bytes)
+        jpegs = jpeg_level(self._file, size_px, self._cache_bytes)
         if jpegs is None:
             return None
         stored, (width, height) = round(self.downsamples[level]), size_px
