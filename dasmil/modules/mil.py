@@ -41,8 +41,8 @@ from dasmil.slides.study import (
     read_records,
 )
 
-# options that decide what the network makes of a bag; its dropout acts in training alone, and the
-# backend of a GAT changes nothing
+# options that decide what the network makes of a bag; dropout and first weights act in training
+# alone, and the backend of a GAT changes nothing
 OF_NETWORK = (
     *("standardize", "one_logit", "hidden_dim", "out_dim", "heads", "residual", "query_dim"),
     *("contextualize", "concatenate_parents", "coarse_instances", "pooling"),

@@ -279,6 +279,12 @@ def test_every_option_of_the_network_reaches_it(monkeypatch):
     assert {"num_logits", *OTHER_NETWORK} == set(defaults_of(DASMIL.__init__))
 
 
+def test_every_option_that_decides_what_a_network_says_is_compared_with_the_checkpoint():
+    """The others act in training alone, or change nothing."""
+    in_training = {"attention_dropout", "node_dropout", "bag_classifier_init", "gat_backend"}
+    assert set(OTHER_NETWORK) - in_training == set(mil.OF_NETWORK) - {"standardize", "one_logit"}
+
+
 def test_the_defaults_are_said_once_and_the_same():
     module, network = defaults_of(DASMILModule.__init__), defaults_of(DASMIL.__init__)
     assert {name: module[name] for name in OTHER_NETWORK} == {
