@@ -377,6 +377,18 @@ def must_exist(path: Path, advice: str) -> None:
         raise InputError(f"{path}: does not exist; {advice}")
 
 
+def must_be_file(path: Path, advice: str) -> None:
+    """Raise :class:`InputError` with advice unless a path is a regular file, or a link to one.
+
+    Opening a FIFO waits for ever, and a device has no end.
+    """
+    must_exist(path, advice)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; {advice}")
+    if not path.is_file():
+        raise InputError(f"{path}: is no regular file; {advice}")
+
+
 def configs_folder() -> Path:
     """``configs/``: in the installed package, or beside it in a clone."""
     package = Path(__file__).parent

@@ -15,6 +15,7 @@ from dasmil.files import (
     atomic_path,
     file_state,
     map_files,
+    must_be_file,
     read_csv,
     sample_digest,
     write_csv,
@@ -255,3 +256,23 @@ def test_files_are_read_in_threads_that_outlive_it_and_that_a_forked_process_mak
 
 def _absolute() -> list[int]:
     return list(map_files(abs, [-3, 2, -1]))
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "nowhere").symlink_to("missing")
+    for name in ("file", "link"):
+        must_be_file(tmp_path / name, "give a file")
+    refused = {
+        "fifo": "is no regular file; give a file",
+        "nowhere": "does not exist; give a file",
+        "x" * 300: "does not exist; give a file",
+        ".": "is a folder; give a file",
+    }
+    for name, sentence in refused.items():
+        with pytest.raises(InputError, match=sentence):
+            must_be_file(tmp_path / name, "give a file")
+    with pytest.raises(InputError, match="is no regular file"):
+        must_be_file(Path("/dev/zero"), "give a file")
