@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -196,7 +196,7 @@ def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], lis
         columns = [name.strip() for name in next(reader, [])]
         while columns and not columns[-1]:
             columns.pop()
-        if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
+        if twice := [name for name, times in Counter(columns).items() if times > 1]:
             raise InputError(
                 f"{path}: the column {some_of(twice)} stands twice; remove or rename one of them"
             )

@@ -199,7 +199,7 @@ class TestForms:
 
     def test_a_file_that_is_not_compressed(self, tmp_path):
         (tmp_path / "a.geojson.gz").write_text(json.dumps(collection()))
-        with pytest.raises(InputError, match=r"a\.geojson\.gz: not GeoJSON \(Not a gzipped file"):
+        with pytest.raises(InputError, match=r"a\.geojson\.gz: cannot be read \(Not a gzipped"):
             read_annotation(tmp_path / "a.geojson.gz", SIZE)
 
 

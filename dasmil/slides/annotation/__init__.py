@@ -10,14 +10,27 @@ It is there for evaluation alone: nothing that trains imports this package.
                                       ``<slide_id>_mask.tif``, as Camelyon16 names them
 ``<slide_id>.csv``                    points: columns x and y in level-0 pixels
 ==================================== =============================================================
+
+Whatever a file holds, reading it takes at most 1 GB of memory and 10 s; what would take more is
+refused with a sentence. At most:
+
+- 200 MB unpacked, 2 million corners or points, 100,000 outlines, and outlines that cross 20 million
+  rows of pixels altogether (XML, GeoJSON, CSV);
+- 1 million elements of XML that are no corners, and no document type (DOCTYPE);
+- 700 MB of Python objects that GeoJSON or CSV is turned into: 100 MB of coordinates alone, more of
+  anything else;
+- 89 million pixels of a mask without tiles, in PNG or TIFF; of a pyramid, 268 million pixels at
+  its coarsest level, in tiles of at most 16 million.
 """
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from dasmil.errors import InputError
+from dasmil.files import must_be_file
 from dasmil.slides.annotation import asap, geojson
-from dasmil.slides.annotation.areas import Areas, Polygons
+from dasmil.slides.annotation.areas import MAX_COST, Areas, Polygons
+from dasmil.slides.annotation.limits import ADVICE
 from dasmil.slides.annotation.mask import read_mask
 from dasmil.slides.annotation.points import Points, read_points
 from dasmil.slides.cohort import readable
@@ -53,7 +66,7 @@ def find_truths(folder: Path, slide_ids: Iterable[str]) -> dict[str, Path]:
     """
     wanted, found = set(slide_ids), dict[str, Path]()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name.strip().startswith(".") or not path.is_file():
+        if path.name.strip().startswith(".") or path.is_dir():
             continue
         for ending in ENDINGS:
             name = readable(path.name[: -len(ending)])
@@ -87,8 +100,26 @@ def read_annotation(
     Raises
     ------
     InputError
-        when the file is not readable as what its name says, or does not fit the slide.
+        when the file is not readable as what its name says, does not fit the slide, or would take
+        more than the limits above.
     """
+    must_be_file(path, "give an annotation of a slide")
+    found = _read(path, size_px0, lesions, bounds_px0, size_is_extent)
+    if isinstance(found, Polygons) and (cost := found.cost) > MAX_COST:
+        raise InputError(
+            f"{path}: its outlines cross {cost:,} rows of pixels, and "
+            f"{MAX_COST:,} are the limit; {ADVICE}"
+        )
+    return found
+
+
+def _read(
+    path: Path,
+    size_px0: tuple[int, int],
+    lesions: Collection[str] | None,
+    bounds_px0: tuple[int, int],
+    size_is_extent: bool,
+) -> Points | Areas:
     name = path.name.lower()
     if name.endswith(".csv"):
         return read_points(path, size_px0, size_is_extent)
@@ -108,6 +139,7 @@ def read_annotation(
 
 def marks_points(path: Path, lesions: Collection[str] | None = None) -> bool:
     """Whether a file marks points; areas where not."""
+    must_be_file(path, "give an annotation of a slide")
     if path.name.lower().endswith(GEOJSON_SUFFIXES):
         return geojson.marks_points(path, geojson.CLASSES.with_lesions(lesions))
     return path.suffix.lower() == ".csv"
@@ -115,6 +147,7 @@ def marks_points(path: Path, lesions: Collection[str] | None = None) -> bool:
 
 def class_names(path: Path) -> set[str]:
     """Classes or groups that a file has annotations of; none of masks and tables of points."""
+    must_be_file(path, "give an annotation of a slide")
     name = path.name.lower()
     if name.endswith(".xml"):
         return asap.asap_groups(path)

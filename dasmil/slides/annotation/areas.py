@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +17,11 @@ MaskArray = npt.NDArray[np.bool_]
 Rings = Sequence[FloatArray]  # a polygon: its outline and then its holes, each (V, 2)
 
 MAX_MASK_PX = 2**28  # of a slide's mask in memory, one byte each: 100,000 x 200,000 px at 1/16
+BAND_CROSSINGS = 2**20  # filled at once, some 150 bytes each
+MAX_COST = 20_000_000  # of a file; a crossing takes some 0.3 µs
+CUT_COST = 100  # of an edge that is cut off, in crossings
+FAR_PX = 2.0**40  # coordinates beyond are cut off
+MAX_EXTENT_PX0 = 2**22  # a metre at x40; how far a slide of unknown size may reach
 
 
 class Areas(ABC):
@@ -113,17 +119,34 @@ class Polygons(Areas):
         shape = mask_shape(self.size_px0, reduction(self.size_px0))
         return self._filled(shape, np.array(shape[::-1]) / self.size_px0)
 
+    @property
+    def cost(self) -> int:
+        """How much :attr:`finest` takes: how often edges cross its rows, and how many are cut."""
+        shape = mask_shape(self.size_px0, reduction(self.size_px0))
+        to_mask = np.array(shape[::-1]) / self.size_px0
+        found = 0
+        for polygons in (self.lesions, self.excluded):
+            rings = [xy for rings in polygons for xy in rings]
+            found += CUT_COST * sum(int((np.abs(xy * to_mask) > FAR_PX).sum()) for xy in rings)
+            if found <= MAX_COST:
+                found += _Edges(polygons, to_mask, shape[0]).num_crossings
+        return found
+
     def _filled(self, shape: tuple[int, int], to_mask: FloatArray) -> MaskArray:
         mask = np.zeros(shape, dtype=bool)
         for polygons, value in ((self.lesions, True), (self.excluded, False)):
-            for rings in polygons:
-                _fill(mask, [xy * to_mask for xy in rings], value)
+            _Edges(polygons, to_mask, shape[0]).fill(mask, value)
         return mask
 
 
 def mask_shape(size_px0: tuple[int, int], downsample: float) -> tuple[int, int]:
     """Rows and columns of a mask."""
     width, height = (max(1, round(length / downsample)) for length in size_px0)
+    if width * height > 2 * MAX_MASK_PX:  # rounding may make it a little larger
+        raise InputError(
+            f"a mask of {width} x {height} px, of a slide of {size_px0[0]} x {size_px0[1]} px, "
+            "takes too much memory; are the slide's size and mpp right?"
+        )
     return height, width
 
 
@@ -135,32 +158,104 @@ def reduction(size: tuple[int, int]) -> int:
     return factor
 
 
-def _fill(mask: MaskArray, rings: Rings, value: bool) -> None:
-    """Set the pixels whose centre lies inside a polygon, by the even-odd rule over all its rings.
+class _Edges:
+    """The edges of polygons, and the rows of a mask that they cross.
 
-    OpenCV and Pillow set those that its outline touches too: half a pixel too much on every side.
+    A row is crossed if the centres of its pixels lie between the ends of an edge. Between two
+    crossings of a polygon in a row, pixels lie inside by the even-odd rule over all its rings.
+    OpenCV and Pillow set those that the outline touches too: half a pixel too much on every side.
+
+    Parameters
+    ----------
+    to_mask: pixels of the mask per level-0 pixel, along x and y.
+    num_rows: of the mask.
     """
-    start = np.concatenate(rings) - 0.5  # pixel (0, 0) has its centre at 0, 0
-    end = np.concatenate([np.roll(xy, -1, axis=0) for xy in rings]) - 0.5
-    first, last = (
-        np.clip(np.ceil(bound(start[:, 1], end[:, 1])).astype(int), 0, len(mask))
-        for bound in (np.minimum, np.maximum)
-    )
-    num_rows = last - first  # of pixels whose centre the edge passes
-    edge = np.repeat(np.arange(len(start)), num_rows)
-    row = np.arange(len(edge)) - np.repeat(num_rows.cumsum() - num_rows, num_rows) + first[edge]
-    (x0, y0), (x1, y1) = start[edge].T, end[edge].T
-    crossing = np.ceil(x0 + (row - y0) * (x1 - x0) / (y1 - y0)).astype(int)
-    order = np.lexsort((crossing, row))
-    bounds = np.clip(crossing[order], 0, mask.shape[1]).reshape(-1, 2)
-    for at, (left, right) in zip(row[order][::2].tolist(), bounds.tolist(), strict=True):
-        mask[at, left:right] = value
+
+    def __init__(self, polygons: Sequence[Rings], to_mask: FloatArray, num_rows: int):
+        rings = [xy for rings in polygons for xy in rings]
+        corners = np.concatenate([np.empty((0, 2)), *rings]) * to_mask
+        if np.abs(corners).max(initial=0) > FAR_PX:
+            rings = [_clipped(xy * to_mask) for xy in rings]
+            corners = np.concatenate(rings)
+        lengths = np.array([len(xy) for xy in rings], dtype=np.int64)
+        self._start = corners - 0.5  # pixel (0, 0) has its centre at 0, 0
+        following = np.arange(1, len(self._start) + 1)
+        held = lengths > 0
+        following[lengths.cumsum()[held] - 1] = (lengths.cumsum() - lengths)[held]
+        self._end = self._start[following]
+        of_ring = np.repeat(np.arange(len(polygons)), [len(rings) for rings in polygons])
+        self._polygon = np.repeat(of_ring, lengths)
+        y0, y1 = self._start[:, 1], self._end[:, 1]
+        self._first, self._last = (
+            np.clip(np.ceil(bound(y0, y1)), 0, num_rows).astype(np.int64)
+            for bound in (np.minimum, np.maximum)
+        )
+
+    @property
+    def num_crossings(self) -> int:
+        return int((self._last - self._first).sum())
+
+    def fill(self, mask: MaskArray, value: bool) -> None:
+        """Set the pixels inside, as many rows at a time as memory allows."""
+        crossed = np.bincount(self._first, minlength=len(mask) + 1)
+        crossed = (crossed - np.bincount(self._last, minlength=len(mask) + 1)).cumsum()
+        bands = crossed.cumsum() // BAND_CROSSINGS
+        begins = [0, *(np.flatnonzero(np.diff(bands[:-1])) + 1).tolist()]
+        for begin, end in zip(begins, [*begins[1:], len(mask)], strict=True):
+            self._fill_rows(mask[begin:end], begin, value)
+
+    def _fill_rows(self, mask: MaskArray, begin: int, value: bool) -> None:
+        num_rows, width = mask.shape
+        held = np.flatnonzero((self._first < begin + num_rows) & (self._last > begin))
+        first = np.maximum(self._first[held], begin)
+        times = np.minimum(self._last[held], begin + num_rows) - first
+        edge = np.repeat(held, times)
+        row = np.arange(len(edge)) - np.repeat(times.cumsum() - times - first, times)
+        (x0, y0), (x1, y1) = self._start[edge].T, self._end[edge].T
+        crossing = np.clip(np.ceil(x0 + (row - y0) * (x1 - x0) / (y1 - y0)), 0, width)
+        # polygon, row and crossing as one number, which sorts many times faster
+        number = (self._polygon[edge] * num_rows + row - begin) * (width + 1)
+        number = np.sort(number + crossing.astype(np.int64)).reshape(-1, 2)
+        row = number[:, 0] // (width + 1) % num_rows
+        inside = number % (width + 1) + (row * width)[:, None]  # from and to, pixel by pixel
+        inside = inside[inside[:, 0] < inside[:, 1]]
+        starts, ends = np.sort(inside[:, 0]), np.sort(inside[:, 1])
+        apart = np.flatnonzero(starts[1:] > ends[:-1])  # nothing reaches over these gaps
+        starts = np.concatenate([starts[:1], starts[apart + 1]])
+        ends = np.concatenate([ends[apart], ends[-1:]])
+        pixels = mask.reshape(-1)
+        for at, to in zip(starts.tolist(), ends.tolist(), strict=True):
+            pixels[at:to] = value
+
+
+def _clipped(ring: FloatArray) -> FloatArray:
+    """A ring (V, 2) cut to where products of coordinates are finite, in a ring (W, 2).
+
+    By Sutherland and Hodgman (1974), one half plane after the other.
+    """
+    for axis, side in ((0, 1.0), (0, -1.0), (1, 1.0), (1, -1.0)):
+        following = np.roll(ring, -1, axis=0)
+        beyond = side * ring[:, axis] > FAR_PX
+        cut = beyond != np.roll(beyond, -1)
+        at = np.empty_like(ring)
+        for number in np.flatnonzero(cut):  # exactly: floats of such size leave no digits here
+            near, far = (list(map(Fraction, xy[number].tolist())) for xy in (ring, following))
+            along = (Fraction(side * FAR_PX) - near[axis]) / (far[axis] - near[axis])
+            at[number] = [float(a + along * (b - a)) for a, b in zip(near, far, strict=True)]
+        corners = np.stack([ring, at], axis=1).reshape(-1, 2)
+        ring = corners[np.stack([~beyond, cut], axis=1).reshape(-1)]
+    return ring
 
 
 def refuse_other_slide(
     path: Path, what: str, xy_px0: FloatArray, size_px0: tuple[int, int], size_is_extent: bool
 ) -> None:
     """A shape (V, 2) must at least touch the slide, as far as its size is known."""
+    if size_is_extent and xy_px0.max() > MAX_EXTENT_PX0:
+        raise InputError(
+            f"{path}: {what} reaches to {xy_px0.max():g} px, further than any slide; "
+            "coordinates are level-0 pixels"
+        )
     beyond = (xy_px0.min(axis=0) > size_px0).any() and not size_is_extent
     if beyond or (xy_px0.max(axis=0) < 0).any():
         raise InputError(

@@ -1,13 +1,17 @@
 """Polygons as ASAP and Camelyon16 write them: XML, corners in level-0 pixels."""
 
+from array import array
+from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.parsers import expat
 
 import numpy as np
 
 from dasmil.errors import InputError
 from dasmil.slides.annotation.areas import FloatArray, Polygons, Rings, refuse_other_slide
 from dasmil.slides.annotation.classes import Classes
+from dasmil.slides.annotation.limits import ADVICE, read_file, refuse_many, shorten
 
 GROUPS = Classes(
     lesions=frozenset(["_0", "_1", "tumor", "metastases", "none"]),
@@ -15,6 +19,95 @@ GROUPS = Classes(
     noun="group",
 )
 POLYGON_TYPES = frozenset(["Polygon", "Spline", "Rectangle"])
+MAX_DEPTH = 100  # of elements in elements; ASAP's are five deep
+MAX_OTHERS = 1_000_000  # elements that are no corners
+MAX_NAMES = 10_000  # of elements and attributes; the parser keeps all of them
+MAX_TAG_BYTES = 1_000_000  # the parser reads what has not ended yet again with every piece
+
+
+@dataclass
+class Mark:
+    """One annotation of a file.
+
+    Parameters
+    ----------
+    corners: order, x and y of each corner, one after the other.
+    wrong: why the corners are not all numbers; "" if they are.
+    """
+
+    name: str
+    kind: str | None
+    group: str
+    corners: "array[float]" = field(default_factory=lambda: array("d"))
+    wrong: str = ""
+
+    @property
+    def xy_px0(self) -> FloatArray:
+        """(V, 2) in their order."""
+        order, x, y = np.array(self.corners).reshape(-1, 3).T
+        return np.stack([x, y], axis=1)[np.lexsort((y, x, order))]
+
+
+class _Collector:
+    """Gathers annotations while the parser reads, so that no tree of elements is held."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.marks: list[Mark] = []
+        self._tags: list[str] = []
+        self._open: list[Mark] = []
+        self._names: set[str] = set()
+        self._num_others = 0
+
+    def refuse_doctype(self, *_: object) -> None:
+        """A document type may declare entities, which grow without end or name other files."""
+        raise InputError(
+            f"{self.path}: it declares a document type (DOCTYPE), which ASAP does not write; "
+            "remove that declaration"
+        )
+
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        tags = self._tags
+        tags.append(tag)
+        if tag == "Coordinate" and tags[-3:-1] == ["Annotation", "Coordinates"]:
+            _add_corner(self._open[-1], attributes)
+            if len(attributes) == 3:
+                return
+        elif len(tags) == 1 and tag != "ASAP_Annotations":
+            raise InputError(
+                f"{self.path}: its root is {shorten(tag)}, not ASAP_Annotations; save it from ASAP"
+            )
+        elif tag == "Annotation":
+            name, group = attributes.get("Name", ""), attributes.get("PartOfGroup", "")
+            mark = Mark(name, attributes.get("Type"), group)
+            self.marks.append(mark)
+            self._open.append(mark)
+            refuse_many(self.path, len(self.marks), 0)
+        self._names.update([tag, *attributes])
+        self._num_others += 1
+        for number, limit, what in (
+            (self._num_others, MAX_OTHERS, "elements beside corners"),
+            (len(tags), MAX_DEPTH, "elements in each other"),
+            (len(self._names), MAX_NAMES, "names of elements"),
+        ):
+            if number > limit:
+                raise InputError(f"{self.path}: it has more than {limit:,} {what}; {ADVICE}")
+
+    def end(self, tag: str) -> None:
+        self._tags.pop()
+        if tag == "Annotation":
+            self._open.pop()
+
+
+def _add_corner(mark: Mark, attributes: dict[str, str]) -> None:
+    try:
+        order, x, y = map(float, (attributes["Order"], attributes["X"], attributes["Y"]))
+        if not (isfinite(order) and isfinite(x) and isfinite(y)):
+            raise ValueError(f"{order}, {x}, {y}")
+    except (KeyError, ValueError) as error:
+        mark.wrong = mark.wrong or f"{type(error).__name__}: {shorten(error)}"
+    else:
+        mark.corners.extend((order, x, y))
 
 
 def read_asap(
@@ -29,58 +122,47 @@ def read_asap(
     them. What has less than three corners has no area, and is left out.
     """
     polygons: dict[str, list[Rings]] = {"lesion": [], "excluded": []}
-    for annotation in _annotations(path):
-        name = annotation.get("Name", "")
-        meaning = groups.meaning(path, repr(name), _group(annotation))
+    for mark in _marks(path):
+        what = shorten(mark.name)
+        meaning = groups.meaning(path, what, mark.group)
         if meaning == "other":
             continue
-        if annotation.get("Type") not in POLYGON_TYPES:
+        if mark.kind not in POLYGON_TYPES:
             raise InputError(
-                f"{path}: {name!r} is a {annotation.get('Type')}, not a polygon; "
+                f"{path}: {what} is a {shorten(mark.kind)}, not a polygon; "
                 "points are given as a CSV table with the columns x and y"
             )
-        xy = _corners(path, name, annotation)
+        if mark.wrong:
+            raise InputError(f"{path}: the corners of {what} are not all numbers ({mark.wrong})")
+        xy = mark.xy_px0
         if len(xy) >= 3:
-            refuse_other_slide(path, repr(name), xy, size_px0, size_is_extent)
+            refuse_other_slide(path, what, xy, size_px0, size_is_extent)
             polygons[meaning].append([xy])
     return Polygons(size_px0, polygons["lesion"], polygons["excluded"], size_is_extent)
 
 
 def asap_groups(path: Path) -> set[str]:
     """Names of the groups that have an annotation."""
-    return {_group(annotation) for annotation in _annotations(path)}
+    return {mark.group for mark in _marks(path)}
 
 
-def _annotations(path: Path) -> list[ElementTree.Element]:
+def _marks(path: Path) -> list[Mark]:
+    found = _Collector(path)
+    parser = expat.ParserCreate(namespace_separator="}")
+    parser.StartElementHandler = found.start
+    parser.EndElementHandler = found.end
+    parser.StartDoctypeDeclHandler = found.refuse_doctype
+    data = memoryview(read_file(path))
     try:
-        root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        raise InputError(f"{path}: not XML ({error})") from error
-    if root.tag != "ASAP_Annotations":
-        raise InputError(
-            f"{path}: its root is {root.tag!r}, not ASAP_Annotations; save it from ASAP"
-        )
-    return list(root.iter("Annotation"))
-
-
-def _group(annotation: ElementTree.Element) -> str:
-    return annotation.get("PartOfGroup", "")
-
-
-def _corners(path: Path, name: str, annotation: ElementTree.Element) -> FloatArray:
-    """(V, 2) in their order."""
-    corners = annotation.findall("Coordinates/Coordinate")
-    try:
-        values = sorted((float(c.attrib["Order"]), _xy(c)) for c in corners)
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"{path}: the corners of {name!r} are not all numbers ({type(error).__name__}: {error})"
-        ) from error
-    return np.array([xy for _, xy in values], dtype=np.float64).reshape(-1, 2)
-
-
-def _xy(corner: ElementTree.Element) -> tuple[float, float]:
-    x, y = float(corner.attrib["X"]), float(corner.attrib["Y"])
-    if not np.isfinite((x, y)).all():
-        raise ValueError(f"{x},{y}")
-    return x, y
+        for begin in range(0, len(data), MAX_TAG_BYTES):
+            parser.Parse(data[begin : begin + MAX_TAG_BYTES], False)
+            refuse_many(path, 0, sum(len(mark.corners) for mark in found.marks) // 3)
+            if begin - parser.CurrentByteIndex > MAX_TAG_BYTES:
+                raise InputError(f"{path}: a tag of it has no end; save it from ASAP")
+        parser.Parse(b"", True)
+    except InputError:
+        raise
+    except (expat.ExpatError, ValueError, LookupError, TypeError) as error:
+        # pyexpat looks for encodings that Expat does not know among Python's, of which some fail
+        raise InputError(f"{path}: not XML ({shorten(error)}); save it from ASAP") from error
+    return found.marks

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from dasmil.errors import InputError
+from dasmil.slides.annotation.limits import shorten
 
 Meaning = Literal["lesion", "excluded", "other"]
 
@@ -60,9 +61,10 @@ class Classes:
         if self.all_else:
             return "other"
         raise InputError(
-            f"{path}: {what} is of the {self.noun} {name!r}, which is not known; lesions are "
-            f"{_listed(self.lesions)}, what is cut out {_listed(self.excluded)}; to say yourself "
-            "what is a lesion give --truth_classes, as '[Tumor]' or '[\"Tumor: Positive\"]'"
+            f"{path}: {what} is of the {self.noun} {shorten(name)}, which is not known; lesions "
+            f"are {_listed(self.lesions)}, what is cut out {_listed(self.excluded)}; to say "
+            "yourself what is a lesion give --truth_classes, as '[Tumor]' or "
+            "'[\"Tumor: Positive\"]'"
         )
 
 

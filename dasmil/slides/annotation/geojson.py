@@ -11,9 +11,7 @@ What a person has marked are annotations. Detections, cells and tiles are QuPath
 TMA cores no findings at all: these are left out.
 """
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,13 @@ import numpy as np
 from dasmil.errors import InputError
 from dasmil.slides.annotation.areas import FloatArray, Polygons, Rings, refuse_other_slide
 from dasmil.slides.annotation.classes import Classes, Meaning
+from dasmil.slides.annotation.limits import (
+    JSON_BYTES,
+    read_file,
+    refuse_costly_text,
+    refuse_many,
+    shorten,
+)
 from dasmil.slides.annotation.points import Points, points_of
 
 UNCLASSIFIED = "None"  # what QuPath shows for an object without a class
@@ -49,6 +54,8 @@ NOT_MARKED = {  # object types, and what version 0.2 wrote into the id instead
     "TMACoreObject": "TMA core",
 }
 ROOTS = frozenset(["root", "PathRootObject"])  # of a hierarchy; it holds objects and is none
+
+MAX_NAMES = 50  # of which a derived class is made
 
 GEOMETRIES = frozenset(
     many + kind for many in ("", "Multi") for kind in ("Point", "LineString", "Polygon")
@@ -103,22 +110,27 @@ def read_geojson(
     """
     polygons: dict[Meaning, list[Rings]] = {"lesion": [], "excluded": []}
     points: list[FloatArray] = []
+    num_rings = num_corners = 0
     for mark in _marks(path):
         meaning = mark.meaning(path, classes)
         if meaning == "other":
             continue
-        for kind, coordinates in _parts(path, mark, mark.geometry):
+        for kind, coordinates in _parts(path, mark):
             if kind.endswith("LineString"):
                 raise InputError(f"{path}: {mark.what} is a line, without an area; draw a polygon")
             if kind.endswith("Polygon"):
                 for lists in coordinates if kind == "MultiPolygon" else [coordinates]:
                     rings = _arrays(path, mark, lists, bounds_px0)
+                    num_rings += len(rings)
+                    num_corners += sum(map(len, rings))
+                    refuse_many(path, num_rings, num_corners)
                     if rings and len(rings[0]) >= 3:
                         refuse_other_slide(path, mark.what, rings[0], size_px0, size_is_extent)
                         polygons[meaning].append([xy for xy in rings if len(xy) >= 3])
             elif meaning == "lesion":
                 positions = coordinates if kind == "MultiPoint" else [coordinates]
                 points += _arrays(path, mark, [positions], bounds_px0)
+                refuse_many(path, len(points), 0)
     if points and polygons["lesion"]:
         raise InputError(f"{path}: it marks lesions by points and by areas; keep one of the two")
     if points:
@@ -129,9 +141,7 @@ def read_geojson(
 def marks_points(path: Path, classes: Classes = CLASSES) -> bool:
     """Whether lesions are marked by points."""
     lesions = [mark for mark in _marks(path) if mark.meaning(path, classes) == "lesion"]
-    return any(
-        kind.endswith("Point") for mark in lesions for kind, _ in _parts(path, mark, mark.geometry)
-    )
+    return any(kind.endswith("Point") for mark in lesions for kind, _ in _parts(path, mark))
 
 
 def geojson_classes(path: Path) -> set[str]:
@@ -146,11 +156,12 @@ def _marks(path: Path) -> list[Mark]:
     for number, feature in enumerate(_features(path, _parsed(path))):
         properties = feature.get("properties") or {}
         kind = properties.get("objectType") or properties.get("object_type")
-        kind = str(kind or properties.get("type") or feature.get("id"))
+        kind = kind or properties.get("type") or feature.get("id")
+        kind = kind if isinstance(kind, str) else ""
         if kind in NOT_MARKED:
             left_out[NOT_MARKED[kind]] = left_out.get(NOT_MARKED[kind], 0) + 1
         elif kind not in ROOTS:
-            what = repr(properties.get("name") or f"annotation {number + 1}")
+            what = shorten(properties.get("name") or f"annotation {number + 1}")
             geometry = feature.get("geometry")
             if not isinstance(geometry, dict):
                 raise InputError(f"{path}: {what} has no geometry; export it from QuPath again")
@@ -165,64 +176,86 @@ def _marks(path: Path) -> list[Mark]:
 
 
 def _parsed(path: Path) -> Any:
+    data = read_file(path)
     try:
-        data = path.read_bytes()
-        return json.loads(gzip.decompress(data) if path.suffix.lower() == ".gz" else data)
-    except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
-        raise InputError(f"{path}: not GeoJSON ({error})") from error
+        text = data.decode(json.detect_encoding(data), "surrogatepass")
+        del data  # up to 200 MB that are not needed beside the text
+        refuse_costly_text(path, text, JSON_BYTES)
+        return json.loads(text)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not GeoJSON ({shorten(error)})") from error
 
 
 def _features(path: Path, found: Any) -> Iterator[dict[str, Any]]:
-    """All objects, those nested in others too."""
-    if isinstance(found, list):
-        for each in found:
-            yield from _features(path, each)
-        return
+    """All objects, those nested in others too; each before its children."""
+    waiting = [found]  # no recursion: Python's limit depends on who calls
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, list):
+            waiting += reversed(found)
+            continue
+        kind = _kind(found)
+        properties = (found.get("properties") or {}) if kind else {}
+        if kind == "FeatureCollection" and isinstance(found.get("features"), list):
+            waiting.append(found["features"])
+        elif kind == "Feature" and isinstance(properties, dict):
+            yield found
+            waiting.append(properties.get("childObjects") or properties.get("children") or [])
+        elif kind in GEOMETRIES or kind == "GeometryCollection":
+            yield {"geometry": found}
+        else:
+            raise InputError(
+                f"{path}: not GeoJSON of QuPath: it holds {shorten(found)} where a Feature or a "
+                "FeatureCollection should be"
+            )
+
+
+def _kind(found: Any) -> str:
+    """The type of an object of GeoJSON; "" if it is none."""
     kind = found.get("type") if isinstance(found, dict) else None
-    if kind == "FeatureCollection" and isinstance(found.get("features"), list):
-        yield from _features(path, found["features"])
-    elif kind == "Feature" and isinstance(found.get("properties") or {}, dict):
-        yield found
-        properties = found.get("properties") or {}
-        children = properties.get("childObjects") or properties.get("children") or []
-        yield from _features(path, children)
-    elif kind in GEOMETRIES or kind == "GeometryCollection":
-        yield {"geometry": found}
-    else:
-        raise InputError(
-            f"{path}: not GeoJSON of QuPath: it holds {_shortened(found)} where a Feature or a "
-            "FeatureCollection should be"
-        )
+    return kind if isinstance(kind, str) else ""
 
 
-def _parts(path: Path, mark: Mark, geometry: Any) -> Iterator[tuple[str, Any]]:
-    """Kind and coordinates of a geometry that is none of others."""
-    kind = geometry.get("type") if isinstance(geometry, dict) else None
-    if kind == "GeometryCollection":
-        for part in geometry.get("geometries") or []:
-            yield from _parts(path, mark, part)
-    elif kind in GEOMETRIES and isinstance(geometry.get("coordinates"), list):
-        yield kind, geometry["coordinates"]
-    else:
-        raise InputError(
-            f"{path}: {mark.what} is no geometry of GeoJSON, but {_shortened(geometry)}"
-        )
+def _parts(path: Path, mark: Mark) -> Iterator[tuple[str, list[Any]]]:
+    """Kind and coordinates of each geometry of an annotation that is none of others."""
+    waiting: list[Any] = [mark.geometry]
+    while waiting:
+        geometry = waiting.pop()
+        kind = _kind(geometry)
+        if kind == "GeometryCollection" and isinstance(geometry.get("geometries") or [], list):
+            waiting += reversed(geometry.get("geometries") or [])
+        elif kind in GEOMETRIES and isinstance(geometry.get("coordinates"), list):
+            yield kind, geometry["coordinates"]
+        else:
+            raise InputError(
+                f"{path}: {mark.what} is no geometry of GeoJSON, but {shorten(geometry)}"
+            )
 
 
 def _arrays(path: Path, mark: Mark, lists: Any, bounds_px0: tuple[int, int]) -> list[FloatArray]:
     """Each list of positions as (V, 2) on the slide; a position may have a third number."""
     try:
         arrays = [
-            np.array([(p[0], p[1]) for p in positions], dtype=np.float64).reshape(-1, 2)
+            np.stack([_numbers([p[axis] for p in positions]) for axis in (0, 1)], axis=1)
             for positions in lists
         ]
-    except (TypeError, ValueError, IndexError, KeyError) as error:
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:
         raise InputError(
-            f"{path}: the coordinates of {mark.what} are not all pairs of numbers ({error})"
+            f"{path}: the coordinates of {mark.what} are not all pairs of numbers "
+            f"({shorten(error)})"
         ) from error
     if not all(np.isfinite(xy).all() for xy in arrays):
         raise InputError(f"{path}: the coordinates of {mark.what} are not all finite")
     return [xy + bounds_px0 for xy in arrays]
+
+
+def _numbers(values: list[Any]) -> FloatArray:
+    """(V,); texts that look like numbers, and lists, are none."""
+    if wrong := {*map(type, values)} - {int, float}:
+        raise TypeError(f"some are {', '.join(sorted(each.__name__ for each in wrong))}")
+    return np.array(values, dtype=np.float64)
 
 
 def _names(path: Path, what: str, properties: dict[str, Any]) -> tuple[str, ...]:
@@ -234,19 +267,17 @@ def _names(path: Path, what: str, properties: dict[str, Any]) -> tuple[str, ...]
     given = properties.get("classification")
     parts: list[Any] = []
     if isinstance(given, str):
-        parts = given.split(":")
+        parts = given.split(":", MAX_NAMES)
     elif isinstance(given, dict) and isinstance(given.get("names"), list):
-        parts = given["names"]
+        parts = given["names"][: MAX_NAMES + 1]
     else:
-        while isinstance(given, dict) and given:
-            parts = [*str(given.get("name") or "").split(":"), *parts]
+        while isinstance(given, dict) and given and len(parts) <= MAX_NAMES:
+            name = given.get("name") or ""
+            parts = [*(name.split(":", MAX_NAMES) if isinstance(name, str) else [name]), *parts]
             given = given.get("parentClass")
         if given not in (None, {}):
-            raise InputError(f"{path}: the classification of {what} is {_shortened(given)}")
+            raise InputError(f"{path}: the classification of {what} is {shorten(given)}")
+    if len(parts) > MAX_NAMES or not all(isinstance(part, str | int | float) for part in parts):
+        raise InputError(f"{path}: the class of {what} is no text, but {shorten(parts)}")
     names = [str(part).strip() for part in parts if str(part).strip()]
     return (names[0], ": ".join(names)) if names else (UNCLASSIFIED,)
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

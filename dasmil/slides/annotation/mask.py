@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +11,57 @@ import numpy as np
 import numpy.typing as npt
 import openslide
 import tifffile
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION as PHOTOMETRIC
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dasmil.errors import InputError
-from dasmil.slides.annotation.areas import Areas, MaskArray, mask_shape, reduction
+from dasmil.slides.annotation.areas import (
+    MAX_MASK_PX,
+    Areas,
+    MaskArray,
+    mask_shape,
+    reduction,
+)
+from dasmil.slides.annotation.limits import shorten
+from dasmil.slides.pictures import open_picture
 
 MIN_IS_WHITE = 0
+FORMATS = ("PNG", "TIFF")
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_PICTURE_PX = 89_000_000  # of a mask without tiles; Pillow itself warns from there on
+MAX_TILE_PX = 2**24  # of a pyramid; a stored tile is decoded as a whole
 READ_BLOCK_PX = 4096  # side of the largest region of a mask decoded at once
+STRIP_PX = 2**22  # of a decoded picture whose values are taken at once
 
 
 class MaskFile(Areas):
     """Areas where a picture that covers the whole slide is not zero.
 
-    :attr:`finest` is its finest level with at most 2^28 pixels, as it is; a picture with none so
-    small is reduced, and a pixel is then marked when half of it is.
+    :attr:`finest` is its finest level with at most 2^28 pixels, as it is.
+
+    Parameters
+    ----------
+    levels: width and height of each, fine to coarse.
+    picture: (H, W) values, of a file without levels.
     """
 
-    def __init__(self, path: Path, size_px0: tuple[int, int], levels: tuple[tuple[int, int], ...]):
+    def __init__(
+        self,
+        path: Path,
+        size_px0: tuple[int, int],
+        levels: tuple[tuple[int, int], ...],
+        picture: npt.NDArray[np.uint8] | None = None,
+    ):
         super().__init__(size_px0)
         self.path = path
-        self.levels = levels  # width and height, fine to coarse
+        self.levels = levels
+        self.picture = picture
+        if reduction(levels[-1]) > 1:
+            raise InputError(
+                f"{path}: a mask of {levels[-1][0]} x {levels[-1][1]} px without a smaller level; "
+                f"at most {MAX_MASK_PX:,} px are read, so save it with levels, as a pyramid"
+            )
 
     def mask(self, downsample: float) -> MaskArray:
         """A stored level of this size as it is; else reduced (or enlarged) from :attr:`finest`."""
@@ -44,26 +73,20 @@ class MaskFile(Areas):
 
     @cached_property
     def finest(self) -> MaskArray:
-        for level, (width, height) in enumerate(self.levels):
-            if reduction((width, height)) == 1:
-                return self._read(level)
-        return self._read(len(self.levels) - 1)
+        return self._read(next(n for n, size in enumerate(self.levels) if reduction(size) == 1))
 
     def _read(self, level: int) -> MaskArray:
         """Block by block, so that little more than the mask itself is in memory."""
         width, height = self.levels[level]
-        factor = reduction((width, height))
-        mask = np.zeros((-(-height // factor), -(-width // factor)), dtype=bool)
+        mask = np.zeros((height, width), dtype=bool)
         found: set[int] = set()
         for left, top, block in self._blocks(level):
             if not block.any():
                 continue
             counts = cv2.calcHist([block], [0], None, [256], [0, 256])
             found |= set((np.flatnonzero(counts[1:]) + 1).tolist())
-            rows, columns = (-(-length // factor) for length in block.shape)
-            top, left = top // factor, left // factor
-            reduced = _resized(block > 0, (columns, rows))
-            mask[top : top + rows, left : left + columns] = reduced
+            rows, columns = block.shape
+            mask[top : top + rows, left : left + columns] = block > 0
         if len(found) > 1:
             some = ", ".join(map(str, sorted(found)[:4])) + (", …" if len(found) > 4 else "")
             raise InputError(
@@ -74,11 +97,11 @@ class MaskFile(Areas):
 
     def _blocks(self, level: int) -> Iterator[tuple[int, int, npt.NDArray[np.uint8]]]:
         """Left, top and pixels of a level's blocks."""
-        if not _is_pyramid(self.path):
-            yield 0, 0, _picture(self.path)
+        if self.picture is not None:
+            yield 0, 0, self.picture
             return
         width, height = self.levels[level]
-        with openslide.OpenSlide(self.path) as handle:
+        with _opened(self.path) as handle:
             factor = handle.level_downsamples[level]
             for top in range(0, height, READ_BLOCK_PX):
                 for left in range(0, width, READ_BLOCK_PX):
@@ -87,9 +110,7 @@ class MaskFile(Areas):
                     try:
                         rgba = np.asarray(handle.read_region(place_px0, level, size))
                     except openslide.OpenSlideError as error:
-                        raise InputError(
-                            f"{self.path}: the mask cannot be read: {error}"
-                        ) from error
+                        raise _unreadable(self.path, error) from error
                     red, green, blue, _ = cv2.split(rgba)
                     yield left, top, np.maximum(np.maximum(red, green), blue)
 
@@ -104,13 +125,14 @@ def _resized(mask: MaskArray, size: tuple[int, int]) -> MaskArray:
 
 def read_mask(path: Path, size_px0: tuple[int, int]) -> MaskFile:
     """A picture or a pyramid (TIFF that OpenSlide reads), whose shape is that of the slide."""
+    picture = None
     if _is_pyramid(path):
         _refuse_odd_pixels(path)
-        with openslide.OpenSlide(path) as handle:
+        with _opened(path) as handle:
             levels = handle.level_dimensions
     else:
-        height, width = _picture(path).shape
-        levels = ((width, height),)
+        picture = _picture(path)
+        levels = ((picture.shape[1], picture.shape[0]),)
     width, height = levels[0]
     off = min(
         abs(height - width * size_px0[1] / size_px0[0]),
@@ -121,25 +143,58 @@ def read_mask(path: Path, size_px0: tuple[int, int]) -> MaskFile:
             f"{path}: a mask of {width} x {height} px does not have the shape of the slide, "
             f"{size_px0[0]} x {size_px0[1]} px; it must cover the whole slide"
         )
-    return MaskFile(path, size_px0, levels)
+    return MaskFile(path, size_px0, levels, picture)
 
 
 def _is_pyramid(path: Path) -> bool:
-    return path.suffix.lower() != ".png" and openslide.OpenSlide.detect_format(path) is not None
+    """OpenSlide knows other formats by their content, too; some have files beside them."""
+    with open(path, "rb") as file:
+        is_tiff = file.read(4) in TIFF_MAGIC
+    return (
+        is_tiff
+        and path.suffix.lower() != ".png"
+        and openslide.OpenSlide.detect_format(path) is not None
+    )
+
+
+def _opened(path: Path) -> openslide.OpenSlide:
+    try:
+        handle = openslide.OpenSlide(path)
+    except openslide.OpenSlideError as error:
+        raise _unreadable(path, error) from error
+    for level in range(handle.level_count):
+        width, height = (
+            int(handle.properties.get(f"openslide.level[{level}].tile-{side}", 0))
+            for side in ("width", "height")
+        )
+        if width * height > MAX_TILE_PX:
+            handle.close()
+            raise InputError(
+                f"{path}: stored in tiles of {width} x {height} px; save it in tiles of 256 x 256"
+            )
+    return handle
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: the mask cannot be read ({shorten(error)}); save it again")
 
 
 def _refuse_odd_pixels(path: Path) -> None:
     """OpenSlide gives colours: what is not 8 bits of grey (or RGB) would change its values."""
-    with tifffile.TiffFile(path) as file:
-        page = file.pages.first
-        kinds = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
-        if page.bitspersample != 8 or page.photometric not in kinds or page.extrasamples:
-            with_alpha = ", with alpha" if page.extrasamples else ""
-            raise InputError(
-                f"{path}: its pixels are {page.bitspersample} bits "
-                f"({tifffile.PHOTOMETRIC(page.photometric).name}{with_alpha}); save it as 8-bit "
-                "grey, min-is-black"
-            )
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages.first
+            bits, photometric = page.bitspersample, tifffile.PHOTOMETRIC(page.photometric)
+            has_alpha = bool(page.extrasamples)
+    except Exception as error:  # of a damaged file tifffile raises whatever it runs into
+        raise _unreadable(path, error) from error
+    kinds = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
+    if bits != 8 or photometric not in kinds or has_alpha:
+        with_alpha = ", with alpha" if has_alpha else ""
+        raise InputError(
+            f"{path}: its pixels are {bits} bits ({photometric.name}{with_alpha}); save it as "
+            "8-bit grey, min-is-black"
+        )
 
 
 def _picture(path: Path) -> npt.NDArray[np.uint8]:
@@ -148,40 +203,45 @@ def _picture(path: Path) -> npt.NDArray[np.uint8]:
     Of colours it is the largest channel, of a palette the number of the colour. What is transparent
     is not marked; where all that is seen is black, the alpha channel itself is the mask.
     """
-    try:
-        with Image.open(path) as image:
-            pixels, alpha = _values(path, image)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise InputError(f"{path}: the mask cannot be read: {error}") from error
+    image = open_picture(path, FORMATS, MAX_PICTURE_PX)
+    # Pillow inverts these as pictures; what writes masks so, such as tifffile, means the values
+    inverts = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == MIN_IS_WHITE
+    pixels = np.empty((image.height, image.width), dtype=np.uint8)
+    alpha = np.empty_like(pixels) if image.has_transparency_data else None
+    num_rows = max(1, STRIP_PX // image.width)
+    for top in range(0, image.height, num_rows):
+        strip = image.crop((0, top, image.width, min(top + num_rows, image.height)))
+        rows = slice(top, top + strip.height)
+        pixels[rows] = _values(path, strip, inverts)
+        if alpha is not None:
+            alpha[rows] = np.asarray(strip.convert("RGBA").getchannel("A"))
+    if inverts and np.count_nonzero(pixels) > pixels.size / 2:
+        warnings.warn(
+            f"{path}: most of it is marked, by its stored values; if it is to be seen the "
+            "other way round (its photometric is min-is-white), save it as min-is-black",
+            stacklevel=2,
+        )
     if alpha is not None and alpha.min() != alpha.max():
-        pixels = np.where(alpha > 0, pixels, 0)
+        pixels[alpha == 0] = 0
         pixels = pixels if pixels.any() else alpha
+    return pixels
+
+
+def _values(path: Path, image: Image.Image, inverts: bool) -> npt.NDArray[Any]:
+    """(H, W) of a strip, from 0 to 255.
+
+    Parameters
+    ----------
+    inverts: whether Pillow has inverted the stored values.
+    """
+    pixels = np.asarray(image.convert("P") if image.mode == "PA" else image)
+    if pixels.ndim == 3:
+        channels = np.moveaxis(pixels, 2, 0)[: 3 if pixels.shape[2] > 2 else 1]
+        pixels = reduce(np.maximum, channels)
+    if inverts:
+        pixels = {"1": np.logical_not, "L": np.invert}.get(image.mode, np.asarray)(pixels)
     if pixels.dtype.kind not in "biu" or pixels.min(initial=0) < 0:
         raise InputError(f"{path}: its pixels are {pixels.dtype}; save it as 8-bit grey")
     if pixels.max(initial=0) > 255:
         raise InputError(f"{path}: it holds the value {pixels.max()}; save it as 8-bit grey")
-    return pixels.astype(np.uint8)
-
-
-def _values(
-    path: Path, image: Image.Image
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8] | None]:
-    """(H, W) values and alpha; None if the picture has no alpha."""
-    alpha = None
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-    if image.mode == "PA":
-        image = image.convert("P")
-    pixels = np.asarray(image)
-    if pixels.ndim == 3:
-        pixels = pixels[..., : 3 if pixels.shape[2] > 2 else 1].max(axis=2)
-    if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == MIN_IS_WHITE:
-        # Pillow inverts these as pictures; what writes masks so, such as tifffile, means the values
-        pixels = {"1": np.logical_not, "L": np.invert}.get(image.mode, np.asarray)(pixels)
-        if pixels.size and np.count_nonzero(pixels) > pixels.size / 2:
-            warnings.warn(
-                f"{path}: most of it is marked, by its stored values; if it is to be seen the "
-                "other way round (its photometric is min-is-white), save it as min-is-black",
-                stacklevel=2,
-            )
-    return pixels, alpha
+    return pixels

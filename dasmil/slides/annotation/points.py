@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from dasmil.errors import InputError
 from dasmil.files import read_csv, to_number
+from dasmil.slides.annotation.limits import TABLE_BYTES, read_file, refuse_costly_text, shorten
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -46,13 +47,14 @@ class Points:
 
 def read_points(path: Path, size_px0: tuple[int, int], size_is_extent: bool = False) -> Points:
     """A table with the columns x and y; others are not read."""
+    refuse_costly_text(path, read_file(path).decode("latin-1"), TABLE_BYTES)
     columns, rows = read_csv(path)
     if not {"x", "y"} <= set(columns):
         raise InputError(f"{path}: points need the columns x and y, in level-0 pixels")
     try:
         xy = np.array([(to_number(row["x"]), to_number(row["y"])) for row in rows]).reshape(-1, 2)
     except ValueError as error:
-        raise InputError(f"{path}: {error}; x and y are level-0 pixels") from None
+        raise InputError(f"{path}: {shorten(error)}; x and y are level-0 pixels") from None
     return points_of(path, xy, size_px0, size_is_extent)
 
 
