@@ -9,21 +9,26 @@ from matplotlib.figure import Figure
 
 from dasmil.compare.table import Comparison, direction
 from dasmil.files import atomic_path
+from dasmil.reports.shown import show_first, show_name
 
 ROW_INCHES = 0.42
 PANEL_INCHES = 2.9
 LABEL_WIDTH = 30  # characters of a method's label in one line
+MAX_LABEL = 90  # characters of all its lines
+MAX_METHODS, MAX_METRICS = 40, 8
 
 
 def draw(path: Path, comparison: Comparison) -> None:
     """One panel per metric, one line per method: value, 95 % interval, and a dot per run."""
-    methods = comparison.methods
+    methods, fewer_methods = show_first(comparison.methods, MAX_METHODS, "methods")
+    shown, fewer_metrics = show_first(list(comparison.results), MAX_METRICS, "metrics")
     height = 1.5 + ROW_INCHES * len(methods)
-    width = 2.2 + PANEL_INCHES * len(comparison.results)
+    width = 2.2 + PANEL_INCHES * len(shown)
     figure = Figure((width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(comparison.results), sharey=True, squeeze=False)[0]
-    for panel, (metric, results) in zip(panels, comparison.results.items()):
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for panel, metric in zip(panels, shown):
+        results = comparison.results[metric][: len(methods)]
         for y, result in enumerate(results):
             colour = "0.25" if y == 0 else "C0"
             panel.plot(
@@ -44,11 +49,14 @@ def draw(path: Path, comparison: Comparison) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     several = len({method.scale for method in methods}) > 1
     names = [method.label + (f" at {method.scale}" if several else "") for method in methods]
-    panels[0].set_yticks(range(len(names)), [textwrap.fill(name, LABEL_WIDTH) for name in names])
+    labels = [textwrap.fill(show_name(name, MAX_LABEL), LABEL_WIDTH) for name in names]
+    panels[0].set_yticks(range(len(names)), labels)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
+    left_out = ", ".join(filter(None, [fewer_methods, fewer_metrics]))
     figure.suptitle(
         f"{comparison.num_slides} test slides of {comparison.num_patients} patients\n"
-        "● a run, | the value with its 95 % interval, ┊ the first method's value",
+        "● a run, | the value with its 95 % interval, ┊ the first method's value"
+        + (f"\n{left_out}" if left_out else ""),
         fontsize=10,
     )
     with atomic_path(path) as temporary:

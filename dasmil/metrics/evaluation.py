@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dasmil.errors import InputError
+from dasmil.errors import MAX_NAMED, InputError
 from dasmil.metrics.intervals import (
     FEW_PATIENTS,
     MIN_PATIENTS,
@@ -301,6 +301,8 @@ def _suffix(point: str) -> str:
 def _few(num_patients: Mapping[str, int], limit: int) -> str:
     """Names the classes with fewer patients than the limit; "" if there are none."""
     few = [f"{num} with slides of {name}" for name, num in num_patients.items() if num < limit]
+    if len(few) > MAX_NAMED:
+        few = [*few[: MAX_NAMED - 1], f"few of {len(few) - MAX_NAMED + 1} more classes"]
     return " and ".join(few)
 
 

@@ -2,8 +2,8 @@
 
 The page is one file that asks for nothing else: pictures, style and script are in it
 (``contact_sheet.html`` beside this module, with a card a slide). A card's picture takes at most
-:data:`MAX_PICTURE_BYTES`, so that 2,000 slides are at most 60 MB; slide by slide it is written as
-it is made.
+:data:`MAX_PICTURE_BYTES`, and all together at most :data:`MAX_PICTURES_BYTES`, so that the page
+has at most 60 MB and a kilobyte or two per slide; slide by slide it is written as it is made.
 """
 
 import base64
@@ -30,6 +30,9 @@ from dasmil.slides.tile_slide import qc_path
 TEMPLATE = Path(__file__).with_suffix(".html")
 PICTURE_PX = (640, 320)  # width and height into which a card's picture fits
 MAX_PICTURE_BYTES = 20_000  # of its JPEG; a third more in the page
+MAX_PICTURES_BYTES = 40_000_000  # of all JPEGs: 2,000 slides have pictures of the full size
+MIN_PICTURE_BYTES = 1500
+MIN_SIDE_PX = 8  # so small a picture is not made smaller
 QUALITIES = (80, 65, 50, 35)  # of the JPEG, from the best down to one that is small enough
 
 Row = Mapping[str, str]
@@ -84,6 +87,7 @@ def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = N
     for name, text in places.items():
         head = head.replace(f"{{{{{name}}}}}", text)
     missing = []
+    max_bytes = min(MAX_PICTURE_BYTES, max(MIN_PICTURE_BYTES, MAX_PICTURES_BYTES // len(rows)))
     with atomic_path(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(head)
         for row in progress(rows, desc="contact-sheet", unit="slide"):
@@ -91,7 +95,7 @@ def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = N
             picture = _picture(path, 1 + len(scales))
             if picture is None:
                 missing.append(row["slide_id"])
-            shown = _shown(picture, row["slide_id"], path, output.parent)
+            shown = _shown(picture, row["slide_id"], path, output.parent, max_bytes)
             there = None if embedded is None else embedded.get(row["slide_id"], {})
             file.write(_card(row, scales, shown, there))
         file.write(tail)
@@ -156,23 +160,27 @@ def _picture(path: Path, num_panels: int) -> npt.NDArray[np.uint8] | None:
     return np.asarray(cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _jpeg(picture: npt.NDArray[np.uint8]) -> bytes:
+def _jpeg(picture: npt.NDArray[np.uint8], max_bytes: int) -> bytes:
     """Of the best quality that is small enough; a picture of noise alone is made smaller, too."""
     while True:
         for quality in QUALITIES:
             _, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
-            if len(data) <= MAX_PICTURE_BYTES:
+            if len(data) <= max_bytes or min(picture.shape[:2]) < MIN_SIDE_PX:
                 return data.tobytes()
         picture = np.asarray(cv2.resize(picture, None, fx=0.7, fy=0.7), np.uint8)
 
 
 def _shown(
-    picture: npt.NDArray[np.uint8] | None, slide_id: str, path: Path, page_folder: Path
+    picture: npt.NDArray[np.uint8] | None,
+    slide_id: str,
+    path: Path,
+    page_folder: Path,
+    max_bytes: int,
 ) -> str:
     """A picture as HTML, with the place of its file as seen from the page."""
     if picture is None:
         return '<div class="none">no picture</div>'
-    data = base64.b64encode(_jpeg(picture)).decode()
+    data = base64.b64encode(_jpeg(picture, max_bytes)).decode()
     name = html.escape(slide_id)
     file = html.escape(quote(Path(os.path.relpath(path, page_folder)).as_posix()))
     return (

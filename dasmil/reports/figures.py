@@ -1,6 +1,7 @@
 """An evaluation as pictures: ROC, precision-recall, calibration, confusion, scores.
 
-A scale has the same colour in all of them, and in the curves of its training.
+A scale has the same colour in all of them, and in the curves of its training. Of many classes the
+most frequent ones are drawn (:mod:`dasmil.reports.shown`).
 """
 
 import textwrap
@@ -46,17 +47,29 @@ from dasmil.metrics.slide import (
     average_precision,
     confidence,
 )
+from dasmil.reports.shown import say_left_out, show_finest, show_name
 
 # Okabe and Ito (2008): also the colour-blind tell them apart
 SCALE_COLOURS = {"x20": "#0072B2", "x10": "#D55E00", "x5": "#009E73", "x40": "#000000"}
 OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9")
-CLASS_COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#000000", "#F0E442")
+CLASS_COLOURS = (
+    *("#E69F00", "#56B4E9", "#CC79A7", "#000000", "#F0E442"),
+    *("#0072B2", "#D55E00", "#009E73"),
+)
 GREY = "#8C8C8C"
 
 GRID = np.linspace(0, 1, 201)  # where bands are computed
 ROUNDING = 1e-6  # more than the last digit of torchmetrics' rates, less than one slide's share
 HISTOGRAM_BINS = 20
+RARE = 20  # so many times higher bars of the rest would hide those of a class
 LEGEND_WIDTH = 46  # characters
+MAX_NOTE = 300  # characters of the legend's note
+TITLE_WIDTH = 62
+MAX_CURVES = len(CLASS_COLOURS)  # classes that are drawn against the rest
+MAX_BANDS = 4  # with more curves, bands would hide each other; the legend stands below
+MAX_CELLS = 20  # classes in a row of a confusion matrix; the others are counted together
+MAX_LEVEL_NAMES = 6  # up to here the names of classes lie level below a matrix
+MAX_COUNTED = 4  # classes whose slides the title counts
 DPI = 130
 
 Place = Literal["lower left", "lower right"]
@@ -105,6 +118,10 @@ class Subject:
     negative: str
     scores: Tensor
     target: Tensor
+
+    @property
+    def shown(self) -> str:
+        return show_name(self.name)
 
     @property
     def why_undefined(self) -> str:
@@ -204,7 +221,7 @@ def calibration_figure(evaluation: Evaluation, part: str) -> Figure:
     with its 95 % interval (Wilson, 1927); below, the number of its slides. For more than two
     classes, of the most probable class.
     """
-    scales = evaluation.scales
+    scales, left_out = show_finest(evaluation.scales)
     figure = Figure((max(4.6, 3.2 * len(scales)), 4.9), layout="constrained")
     panels = figure.subplots(
         2, len(scales), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1]
@@ -236,48 +253,54 @@ def calibration_figure(evaluation: Evaluation, part: str) -> Figure:
         middle = (np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS
         below.bar(middle, count, 0.9 / CALIBRATION_BINS, color=colour)
     if len(evaluation.classes) == 2:
-        of, share_of = evaluation.classes[1], f"share that is {evaluation.classes[1]}"
+        of = show_name(evaluation.classes[1])
+        share_of = f"share that is {of}"
     else:
         of, share_of = "the most probable class", "share of slides of that class"
     panels[0, 0].set_ylabel(share_of)
     panels[1, 0].set_ylabel("slides")
     figure.supxlabel(f"probability of {of}", fontsize=10)
-    figure.suptitle(_title(evaluation, part, "calibration"), fontsize=10)
+    figure.suptitle(_title(evaluation, part, "calibration", left_out), fontsize=10)
     return figure
 
 
 def confusion_figure(evaluation: Evaluation, part: str) -> Figure:
     """Slides by label and by what they are called, one row a scale; per cent of the label's slides.
 
-    Two classes: at 0.5 and at each threshold of validation. More: the most probable class.
+    Two classes: at 0.5 and at each threshold of validation. More: the most probable class. Of more
+    than :data:`MAX_CELLS` classes, all but the most frequent ones are one row and one column.
     """
-    num_classes = len(evaluation.classes)
-    calls = {scale: _calls(evaluation, scale) for scale in evaluation.scales}
+    names, number_of = _grouped_classes(evaluation)
+    scales, left_out = show_finest(evaluation.scales)
+    calls = {scale: _calls(evaluation, scale) for scale in scales}
     num_columns = max(map(len, calls.values()))
-    side = 1.5 + 0.45 * num_classes
+    side = 1.5 + 0.45 * len(names)
     figure = Figure(
         (max(4.6, (side + 0.3) * num_columns + 0.5), side * len(calls) + 0.8),
         layout="constrained",
     )
     panels = figure.subplots(len(calls), num_columns, squeeze=False)
-    ticks = range(num_classes)
+    ticks = range(len(names))
+    upright = len(names) > MAX_LEVEL_NAMES  # names beside each other would overlap
     for row, (scale, called) in enumerate(calls.items()):
         for panel in panels[row, len(called) :]:
             panel.set_visible(False)
         for panel, (how, predicted) in zip(panels[row], called.items()):
             panel.set_title(f"{scale}, {how}", fontsize=9)
-            panel.set_xticks(ticks, evaluation.classes)
-            panel.set_yticks(ticks, evaluation.classes, rotation=90, va="center")
-            panel.set(xlim=(-0.5, num_classes - 0.5), ylim=(num_classes - 0.5, -0.5))
+            panel.set_xticks(ticks, names, rotation=90 if upright else 0)
+            panel.set_yticks(ticks, names, rotation=0 if upright else 90, va="center")
+            panel.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
             if not evaluation.probabilities[scale].isfinite().all():
                 _say(panel, "not defined:\na probability\nis not a number")
                 continue
-            counts = multiclass_confusion_matrix(predicted, evaluation.labels, num_classes).numpy()
-            _draw_counts(panel, counts)
+            counts = multiclass_confusion_matrix(
+                number_of[predicted], number_of[evaluation.labels], len(names)
+            )
+            _draw_counts(panel, counts.numpy())
         panels[row, 0].set_ylabel("label")
     for column in range(num_columns):
         panels[-1, column].set_xlabel("called")
-    figure.suptitle(_title(evaluation, part, "confusion"), fontsize=10)
+    figure.suptitle(_title(evaluation, part, "confusion", left_out), fontsize=10)
     return figure
 
 
@@ -294,7 +317,7 @@ def scores_figure(evaluation: Evaluation, part: str) -> Figure:
         _plain(panel)
         panel.set_xlim(-0.01, 1.01)
         if not subject.scores.isfinite().all():
-            panel.set_title(subject.name, fontsize=9, loc="left")
+            panel.set_title(subject.shown, fontsize=9, loc="left")
             _say(panel, "not defined: a probability is not a number")
             continue
         scores, held = subject.scores.numpy(), (subject.target == 1).numpy()
@@ -305,38 +328,67 @@ def scores_figure(evaluation: Evaluation, part: str) -> Figure:
         panel.bar(middle, -down, color=GREY, label=subject.negative, **style)
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_ylim(-1.08 * max(1, *down), 1.08 * max(1, *up))
-        panel.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if max(down) > RARE * max(1, *up):
+            panel.set_yscale("symlog", linthresh=1)
+            panel.set_ylabel("slides (log)", fontsize=9)
+        else:
+            panel.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+            panel.set_ylabel("slides", fontsize=9)
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
-        panel.set_ylabel("slides", fontsize=9)
         beside: dict[str, Any] = {"transform": panel.transAxes, "fontsize": 9}
         panel.text(1.015, 1, f"↑ {held.sum()}\n{subject.positive}", va="top", **beside)
         panel.text(1.015, 0, f"↓ {(~held).sum()}\n{subject.negative}", va="bottom", **beside)
-        words = [subject.name]
+        words = [subject.shown]
         for point, threshold in (evaluation.thresholds or {}).get(subject.name, {}).items():
             line, called = ("--", "dashed") if point == YOUDEN else (":", "dotted")
             panel.axvline(threshold, color="black", linestyle=line, linewidth=1.3, label=point)
             words.append(f"{called}: {_words(point)}, {threshold:.3g}")
         panel.set_title("   ".join(words), fontsize=9, loc="left")
     two = len(evaluation.classes) == 2
-    panels[-1].set_xlabel(f"probability of {evaluation.classes[1] if two else 'the class'}")
-    figure.suptitle(
-        _title(evaluation, part, _at_finest(evaluation, "scores by label")), fontsize=10
-    )
+    of = show_name(evaluation.classes[1]) if two else "the class"
+    panels[-1].set_xlabel(f"probability of {of}")
+    figure.suptitle(_title_of_subjects(evaluation, part, "scores by label"), fontsize=10)
     return figure
 
 
 def _subjects(evaluation: Evaluation) -> Iterator[Subject]:
-    """Two classes: the positive one at each scale. More: each at the finest scale."""
+    """Two classes: the positive one at each scale. More: the most frequent at the finest scale."""
     if len(evaluation.classes) == 2:
-        negative, positive = evaluation.classes
-        for scale, colour in scale_colours(evaluation.scales).items():
+        negative, positive = map(show_name, evaluation.classes)
+        scales, _ = show_finest(evaluation.scales)
+        for scale, colour in scale_colours(scales).items():
             scores = evaluation.probabilities[scale][:, 1].contiguous()
             yield Subject(scale, colour, positive, negative, scores, evaluation.labels)
         return
     probabilities = evaluation.probabilities[evaluation.scales[-1]]
-    for number, (name, colour) in enumerate(zip(evaluation.classes, cycle(CLASS_COLOURS))):
+    for number, colour in zip(_most_frequent(evaluation, MAX_CURVES), cycle(CLASS_COLOURS)):
+        name, scores = evaluation.classes[number], probabilities[:, number].contiguous()
         target = (evaluation.labels == number).long()
-        yield Subject(name, colour, name, "rest", probabilities[:, number].contiguous(), target)
+        yield Subject(name, colour, show_name(name), "rest", scores, target)
+
+
+def _is_crowded(evaluation: Evaluation) -> bool:
+    """Whether there are so many subjects that bands and a legend inside would hide curves."""
+    two = len(evaluation.classes) == 2
+    return len(evaluation.scales if two else evaluation.classes) > MAX_BANDS
+
+
+def _most_frequent(evaluation: Evaluation, most: int) -> list[int]:
+    """The classes with most slides, in the order of the classes."""
+    counts = torch.bincount(evaluation.labels, minlength=len(evaluation.classes))
+    return sorted(counts.argsort(descending=True, stable=True)[:most].tolist())
+
+
+def _grouped_classes(evaluation: Evaluation) -> tuple[list[str], Tensor]:
+    """Names of the rows of a confusion matrix, and (P,) the row of each class."""
+    num_classes = len(evaluation.classes)
+    chosen = _most_frequent(evaluation, MAX_CELLS)
+    names = [show_name(evaluation.classes[number]) for number in chosen]
+    if num_classes > len(chosen):
+        names.append(f"{num_classes - len(chosen)} others")
+    number_of = torch.full((num_classes,), len(chosen))
+    number_of[torch.tensor(chosen)] = torch.arange(len(chosen))
+    return names, number_of
 
 
 def _operating_points(evaluation: Evaluation) -> Iterator[tuple[str, str, str, Tensor]]:
@@ -406,16 +458,17 @@ def _draw_curves(axes: Axes, evaluation: Evaluation, curve: Curve) -> None:
     for number, subject in enumerate(subjects):
         scores, target = subject.scores, subject.target
         if subject.why_undefined:
-            undefined.append(f"{subject.name}: not defined, {subject.why_undefined}")
+            undefined.append(f"{subject.shown}: not defined, {subject.why_undefined}")
             continue
         of_slides = as_array(scores), as_array(target) == 1
-        label = f"{subject.name}: {curve.name} {float(curve.area(*of_slides)):.3f}"
+        label = f"{subject.shown}: {curve.name} {float(curve.area(*of_slides)):.3f}"
         if not evaluation.why_no_interval:
             low, high = map(float, curve.interval(*of_slides, patients))
             label += f" [{low:.3f}, {high:.3f}]"
-            middle = curve.on_grid(*curve.points(scores, target))
-            band = curve.band(*of_slides, patients, middle)
-            axes.fill_between(GRID, *band, color=subject.colour, alpha=0.17, linewidth=0)
+            if not _is_crowded(evaluation):
+                middle = curve.on_grid(*curve.points(scores, target))
+                band = curve.band(*of_slides, patients, middle)
+                axes.fill_between(GRID, *band, color=subject.colour, alpha=0.17, linewidth=0)
         x, y = curve.points(scores, target)
         style: dict[str, Any] = {
             "color": subject.colour,
@@ -423,7 +476,8 @@ def _draw_curves(axes: Axes, evaluation: Evaluation, curve: Curve) -> None:
             "label": label,
         }
         # the later the thinner: equal curves are seen to be several
-        axes.plot(x, y, linewidth=1.6 + 0.9 * (len(subjects) - 1 - number), **style)
+        step = 0.2 if _is_crowded(evaluation) else 0.9
+        axes.plot(x, y, linewidth=1.6 + step * (len(subjects) - 1 - number), **style)
     if undefined:
         _say(axes, "\n".join(undefined))
 
@@ -450,15 +504,21 @@ def _legend(axes: Axes, evaluation: Evaluation, place: Place) -> None:
     if len(axes.lines) < 2:
         return
     handles, _ = axes.get_legend_handles_labels()
+    below = _is_crowded(evaluation)
     if handles:
         note = evaluation.why_no_interval or evaluation.warning
-        label = evaluation.why_no_interval or "; ".join(filter(None, ["95 % at each point", note]))
-        handles.append(Patch(color=GREY, alpha=0.3, label=textwrap.fill(label, LEGEND_WIDTH)))
+        bands = "95 % of the area in brackets" if below else "95 % at each point"
+        label = evaluation.why_no_interval or "; ".join(filter(None, [bands, note]))
+        label = textwrap.fill(show_name(label, MAX_NOTE), LEGEND_WIDTH)
+        handles.append(Patch(color=GREY, alpha=0.3, label=label))
     for point in dict.fromkeys(point for _, _, point, _ in _operating_points(evaluation)):
         label = f"threshold of validation: {_words(point)}"
         handles += axes.plot([], [], " ", color=GREY, label=label, **_marker(point))
+    style: dict[str, Any] = {"loc": place}
+    if below:
+        style = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1)}
     if handles:
-        axes.legend(handles=handles, loc=place, fontsize=8.5, framealpha=0.9)
+        axes.legend(handles=handles, fontsize=8.5, framealpha=0.9, **style)
 
 
 def _calls(evaluation: Evaluation, scale: str) -> dict[str, Tensor]:
@@ -479,16 +539,19 @@ def _draw_counts(panel: Axes, counts: npt.NDArray[np.integer]) -> None:
     panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(*counts.shape):
         share = shares[row, column]
+        if len(counts) > MAX_LEVEL_NAMES and counts[row, column] == 0 and column != row:
+            continue
         text = f"{counts[row, column]}\n{share:.0%}" if of_label[row, 0] else "no slide"
         colour = "white" if share > 0.55 else "black"
         panel.text(column, row, text, ha="center", va="center", color=colour, fontsize=10)
 
 
 def _square(evaluation: Evaluation, part: str, what: str) -> tuple[Figure, Axes]:
-    figure = Figure((5.6, 5.8), layout="constrained")
-    axes = figure.add_subplot()
+    height = 9.6 if _is_crowded(evaluation) else 5.8  # with the legend below
+    figure = Figure((5.6, height), layout="constrained")
+    axes = figure.add_subplot(anchor="N")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    axes.set_title(_title(evaluation, part, _at_finest(evaluation, what)), fontsize=10)
+    axes.set_title(_title_of_subjects(evaluation, part, what), fontsize=10)
     _plain(axes)
     return figure, axes
 
@@ -509,13 +572,23 @@ def _say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, **place, bbox={"facecolor": "white", "edgecolor": GREY, "pad": 6})
 
 
-def _at_finest(evaluation: Evaluation, what: str) -> str:
-    """Says the scale where only one is shown; see :func:`_subjects`."""
-    return what if len(evaluation.classes) == 2 else f"{what} at {evaluation.scales[-1]}"
+def _title_of_subjects(evaluation: Evaluation, part: str, what: str) -> str:
+    """Says the scale if only one is shown, and how many scales or classes are left out."""
+    if len(evaluation.classes) == 2:
+        return _title(evaluation, part, what, show_finest(evaluation.scales)[1])
+    left_out = say_left_out(len(evaluation.classes), MAX_CURVES, "classes")
+    return _title(evaluation, part, f"{what} at {evaluation.scales[-1]}", left_out)
 
 
-def _title(evaluation: Evaluation, part: str, what: str) -> str:
+def _title(evaluation: Evaluation, part: str, what: str, left_out: str = "") -> str:
     slides, patients = len(evaluation.slide_ids), len(set(evaluation.patients))
     counts = torch.bincount(evaluation.labels, minlength=len(evaluation.classes)).tolist()
-    classes = ", ".join(f"{count} {name}" for count, name in zip(counts, evaluation.classes))
-    return f"{part}: {what}\n{slides} slides of {patients} patients ({classes})"
+    chosen = _most_frequent(evaluation, MAX_COUNTED)
+    words = [f"{counts[number]} {show_name(evaluation.classes[number])}" for number in chosen]
+    if len(chosen) < len(counts):
+        others = sum(counts) - sum(counts[number] for number in chosen)
+        words.append(f"{others} of {len(counts) - len(chosen)} other classes")
+    lines = textwrap.wrap(
+        f"{slides} slides of {patients} patients ({', '.join(words)})", TITLE_WIDTH
+    )
+    return "\n".join([f"{part}: {what}", *lines, *filter(None, [left_out])])

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dasmil.errors import InputError
 from dasmil.files import atomic_path, read_csv, write_csv
 from dasmil.reports.figures import GREY, scale_colours
+from dasmil.reports.shown import MAX_SCALES, say_left_out, show_name
 
 TABLE, PICTURE = "history.csv", "curves.png"
 FIRST_COLUMNS = ("epoch", "step", "learning_rate")
@@ -23,6 +24,10 @@ DRAW_SECONDS = 60  # between two pictures while training goes on
 PARTS = {"train": "-", "val": "--"}  # line style
 AUROC = "auroc"  # shown of the figures of the validation
 PANELS_IN_A_ROW = 3
+MAX_PANELS = 24
+MAX_CURVES = 2 * MAX_SCALES  # in a panel: the last ones, which are of the finest scales
+MAX_POINTS = 2000  # of a curve
+MAX_TITLE = 40  # characters
 FEW_EPOCHS = 30  # up to here a dot for each
 DPI = 110
 
@@ -155,19 +160,23 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     rows: of ``history.csv``, one an epoch, by names such as ``train/bag/x20`` or ``val/x20/auroc``.
     """
     columns = sorted(_with_values(rows) - {"epoch", "step"}, key=_natural)
-    panels = _panels(columns)
+    every = _panels(columns)
+    panels = dict(list(every.items())[:MAX_PANELS])
+    left_out = say_left_out(len(every), MAX_PANELS, "terms")
     colours = scale_colours(sorted(filter(None, map(_scale, columns)), key=_natural)) | {"": GREY}
     num_columns = max(1, min(PANELS_IN_A_ROW, len(panels)))
     num_rows = max(1, -(-len(panels) // num_columns))
     figure = Figure((3.2 * num_columns, 2.5 * num_rows), layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     for panel, (title, curves) in zip(axes, panels.items()):
-        for column in curves:
+        for column in curves[-MAX_CURVES:]:
             part, scale = column.split("/")[0], _scale(column)
             label = " ".join(word for word in (part if part in PARTS else "", scale) if word)
             style = {"color": colours[scale], "linestyle": PARTS.get(part, "-"), "label": label}
             _plot(panel, rows, column, **style)
-        panel.set_title("AUROC" if title == AUROC else title.replace("_", " "), fontsize=10)
+        name = "AUROC" if title == AUROC else show_name(title.replace("_", " "), MAX_TITLE)
+        more = say_left_out(len(curves), MAX_CURVES, "curves")
+        panel.set_title("\n".join(filter(None, [name, more])), fontsize=10)
         if title == AUROC:
             panel.set_ylim(-0.03, 1.03)
         panel.set_xlabel("epoch", fontsize=9)
@@ -180,6 +189,8 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             panel.legend(fontsize=7.5)
     for panel in axes[len(panels) :]:
         panel.set_visible(False)
+    if left_out:
+        figure.suptitle(left_out, fontsize=10)
     return figure
 
 
@@ -210,8 +221,12 @@ def _term(column: str) -> str:
 
 
 def _plot(panel: Axes, rows: Sequence[Mapping[str, Any]], column: str, **style: Any) -> None:
-    """Over the epochs that have a value; one that is not a number leaves a gap."""
+    """Over the epochs that have a value; one that is not a number leaves a gap.
+
+    Of very many epochs every second, third, … is drawn, and the last one.
+    """
     known = [row for row in rows if row.get(column) not in (None, "")]
+    known = known[:: -max(1, -(-len(known) // MAX_POINTS))][::-1]
     marker = "." if len(known) < FEW_EPOCHS else ""
     epochs, values = [int(row["epoch"]) for row in known], [float(row[column]) for row in known]
     panel.plot(epochs, values, marker=marker, linewidth=1.4, **style)

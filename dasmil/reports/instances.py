@@ -33,6 +33,7 @@ from dasmil.metrics.froc import (
     slide_hits,
 )
 from dasmil.metrics.instance import instance_auroc, instance_auroc_per_slide
+from dasmil.reports.shown import show_finest, show_line
 from dasmil.slides.annotation import (
     ENDINGS,
     Areas,
@@ -190,12 +191,12 @@ class InstanceTruth(Callback):
         if len(missing) == len(self.classes):
             raise InputError(
                 f"{self.truth}: no annotation is of the classes {', '.join(self.classes)}; there "
-                f"are {', '.join(sorted(found)) or 'none, as in masks and tables of points'}"
+                f"are {_listed(found) or 'none, as in masks and tables of points'}"
             )
         if missing:
             warnings.warn(
                 f"{self.truth}: no annotation is of the classes {', '.join(missing)}; there are "
-                f"{', '.join(sorted(found))}",
+                f"{_listed(found)}",
                 stacklevel=2,
             )
 
@@ -324,6 +325,11 @@ class InstanceTruth(Callback):
             _write_curves(self.output, self.curves)
 
 
+def _listed(names: Collection[str]) -> str:
+    """Classes that files name, for a sentence."""
+    return some_of([show_line(name) for name in sorted(names)])
+
+
 def _write_curves(folder: Path, curves: Mapping[str, Froc]) -> None:
     rows = [
         {"scale": scale, "false_positives_per_slide": fps, "sensitivity": sensitivity}
@@ -340,7 +346,9 @@ def froc_figure(curves: Mapping[str, Froc]) -> Figure:
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axes = figure.add_subplot()
     low, high = FALSE_POSITIVES[0] / 2, FALSE_POSITIVES[-1] * 2
-    for scale, curve in curves.items():
+    scales, left_out = show_finest(list(curves))
+    for scale in scales:
+        curve = curves[scale]
         at = np.geomspace(low, high, 500)
         ascending = curve.false_positives[::-1], curve.sensitivity[::-1]
         (line,) = axes.plot(at, np.interp(at, *ascending), label=f"{scale}: {curve.score:.3f}")
@@ -349,6 +357,7 @@ def froc_figure(curves: Mapping[str, Froc]) -> Figure:
     axes.set_xticks(FALSE_POSITIVES, [f"{value:g}" for value in FALSE_POSITIVES])
     axes.set(xlim=(low, high), ylim=(-0.01, 1.01))
     axes.set(xlabel="false positives per slide (mean)", ylabel="sensitivity (lesions found)")
-    axes.set_title("FROC as in Camelyon16; mean sensitivity at the dots")
+    title = "FROC as in Camelyon16; mean sensitivity at the dots"
+    axes.set_title("\n".join(filter(None, [title, left_out])))
     axes.legend(loc="best")
     return figure

@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dasmil.files import atomic_path
+from dasmil.reports.shown import show_first, show_name
 from dasmil.sweep.runs import SweepRow
 from dasmil.sweep.table import Cell
 
 ROW_INCHES = 0.34
 PANEL_INCHES = 3.4
+MAX_ROWS, MAX_COLUMNS = 60, 8
+MAX_LABEL = 60  # characters
 
 
 def draw(
@@ -18,7 +21,9 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = list(cells[0])
+    has_paper = any(row.paper for row in rows)
+    columns, fewer_columns = show_first(list(cells[0]), MAX_COLUMNS, "columns")
+    rows, fewer_rows = show_first(rows, MAX_ROWS, "rows")
     height = 1.3 + ROW_INCHES * len(rows)
     figure = Figure((1.8 + PANEL_INCHES * len(columns), height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -34,9 +39,11 @@ def draw(
         panel.set_xlabel(column)
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(rows)), [row.label for row in rows])
+    panels[0].set_yticks(range(len(rows)), [show_name(row.label, MAX_LABEL) for row in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    paper = "; ◇ the paper, on its own data" if any(row.paper for row in rows) else ""
-    figure.suptitle(f"{title}\n● a run, | their mean{paper}", fontsize=10)
+    paper = "; ◇ the paper, on its own data" if has_paper else ""
+    left_out = ", ".join(filter(None, [fewer_rows, fewer_columns]))
+    lines = [show_name(title, MAX_LABEL), f"● a run, | their mean{paper}", left_out]
+    figure.suptitle("\n".join(filter(None, lines)), fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)

@@ -3,16 +3,19 @@
 import csv
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isnan
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dasmil.cli import main
 from dasmil.compare.compare import compare, compare_methods
+from dasmil.compare.figure import draw
 from dasmil.compare.runs import read_methods
-from dasmil.compare.table import Result, csv_rows, markdown
+from dasmil.compare.table import Comparison, Result, csv_rows, markdown
 from dasmil.errors import InputError
 from dasmil.metrics import Evaluation
 from dasmil.reports.evaluation import write_evaluation
@@ -372,3 +375,21 @@ def test_the_command_line_says_a_refusal_in_one_line(
 ) -> None:
     assert main(["compare", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_picture_of_very_many_methods_and_metrics_has_a_limit(tmp_path: Path) -> None:
+    method = read_methods([write_run(tmp_path / "a", [0.1, 0.6, 0.4, 0.9])])[0]
+    result = Result((0.5,), 0.5, (0.4, 0.6), None, None, None)
+    many = Comparison(
+        methods=tuple(
+            replace(method, label=f"$x_{{ {number}" + "x" * 300) for number in range(300)
+        ),
+        results={f"metric {number}": [result] * 300 for number in range(30)},
+        num_slides=4,
+        num_patients=4,
+        draws=9,
+        seed=0,
+    )
+    draw(tmp_path / "c.png", many)
+    with Image.open(tmp_path / "c.png") as picture:
+        assert max(picture.size) <= 3600

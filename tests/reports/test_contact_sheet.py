@@ -264,6 +264,17 @@ def test_slide_by_slide(tiles, monkeypatch):
     assert len(written) == 4 and np.diff(written).min() > MAX_PICTURE_BYTES / 4
 
 
+def test_the_more_slides_the_smaller_their_pictures(tiles, monkeypatch):
+    """20,000 slides would make a page of 500 MB."""
+    noise = np.random.default_rng(0).integers(0, 256, (320, 640, 3)).astype(np.uint8)
+    monkeypatch.setattr(module, "_picture", lambda *_: noise)
+    monkeypatch.setattr(module, "MAX_PICTURES_BYTES", 4 * 3000)
+    contact_sheet(tiles)
+    page = (tiles / "contact_sheet.html").read_text(encoding="utf-8")
+    pictures = [each.split('"')[0] for each in page.split("data:image/jpeg;base64,")[1:]]
+    assert len(pictures) == 4 and all(1500 < len(each) <= 4000 for each in pictures)
+
+
 def test_by_command_and_without_torch(tiles, tmp_path):
     program = (
         "import sys\nfrom dasmil.cli import main\n"

@@ -293,6 +293,66 @@ def test_a_scale_has_its_colour_whatever_stands_beside_it():
     assert len(set(scale_colours(["x1.25", "x2.5", "x5", "x10", "x20", "x40"]).values())) == 6
 
 
+def many_classes(num_classes: int, num_scales: int = 1, name: str = "c{}") -> Evaluation:
+    """Two slides of each class, three of the last 20."""
+    classes = torch.arange(num_classes)
+    labels = torch.cat([classes, classes, classes[-20:]])
+    ids = tuple(map(str, range(len(labels))))
+    noise = torch.rand(len(labels), num_classes, generator=torch.Generator().manual_seed(0))
+    probabilities = (noise.double() + 9 * torch.eye(num_classes).double()[labels]).softmax(dim=1)
+    return Evaluation(
+        classes=tuple(map(name.format, range(num_classes))),
+        slide_ids=ids,
+        patients=ids,
+        labels=labels,
+        probabilities={f"x{number}": probabilities for number in range(1, num_scales + 1)},
+    )
+
+
+@pytest.mark.parametrize("num_classes", [20, 60, 200])
+def test_the_size_of_a_picture_has_a_limit_and_it_says_what_is_left_out(num_classes):
+    """With 200 classes the matrix alone had 140 megapixels per scale."""
+    figures = evaluation_figures(many_classes(num_classes), "val")
+    for figure in figures.values():
+        assert max(figure.get_size_inches()) <= 16
+    for name in ("roc", "precision_recall", "scores"):
+        assert f"{num_classes - 8} more classes are left out" in words(figures[name])
+        shown = [f"c{number}" for number in range(num_classes - 20, num_classes - 12)]
+        assert all(f"{each}" in words(figures[name]) for each in shown)
+    ticks = [text.get_text() for text in figures["confusion"].axes[0].get_xticklabels()]
+    others = [f"{num_classes - 20} others"] if num_classes > 20 else []
+    assert ticks == [*(f"c{number}" for number in range(num_classes - 20, num_classes)), *others]
+
+
+def test_the_others_of_a_confusion_matrix_are_counted_together():
+    """All slides are called what they are: 3 of each class that is drawn, 80 of the others."""
+    texts = [text.get_text() for text in confusion_figure(many_classes(60), "val").axes[0].texts]
+    assert texts == [*["3\n100%"] * 20, "80\n100%"]
+
+
+def test_the_finest_scales_are_drawn_and_the_others_are_counted():
+    figures = evaluation_figures(many_classes(3, num_scales=30), "val")
+    two = evaluation_figures(
+        replace(
+            evaluation(),
+            probabilities={f"x{n}": evaluation().probabilities["x20"] for n in range(1, 31)},
+        ),
+        "val",
+    )
+    for figure in (figures["confusion"], figures["calibration"], *two.values()):
+        assert max(figure.get_size_inches()) <= 20
+        assert "24 more scales are left out" in words(figure)
+
+
+def test_names_of_classes_are_shown_as_they_are(tmp_path):
+    """Matplotlib takes dollars for formulas, and leaves lines with a first _ out of legends."""
+    figures = evaluation_figures(many_classes(3, name="_${}_{{ \x1b\n" + "x" * 300), "val")
+    save_figures(tmp_path, figures)
+    assert " _\\$0_{ \ufffd xxx" in words(figures["roc"])
+    assert max(map(len, words(figures["roc"]).splitlines())) < 100
+    assert all(line.isprintable() for line in words(figures["roc"]).splitlines())
+
+
 @pytest.mark.parametrize("made", [evaluation, three_classes])
 def test_all_pictures_are_files_that_say_what_they_are_of(tmp_path, made):
     shown = made()

@@ -1,5 +1,7 @@
 """The table and the curves of a training."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -179,3 +181,22 @@ def test_names_that_it_does_not_know_have_a_panel_of_their_own(name):
 
 def test_a_model_that_logs_nothing_has_an_empty_picture():
     assert not any(axes.get_visible() for axes in curves_figure([{"epoch": 0, "step": 1}]).axes)
+
+
+def test_very_many_terms_scales_and_epochs_make_no_larger_picture():
+    """24 panels, 12 curves in each, 2,000 points of a curve; the last epoch is among them."""
+    rows = [
+        {"epoch": epoch, "step": epoch}
+        | {f"train/term{number}$_/x{scale}": 1.0 for number in range(40) for scale in range(1, 3)}
+        | {f"train/loss/x{scale}": 1.0 for scale in range(1, 30)}
+        for epoch in range(9)
+    ]
+    figure = curves_figure(rows)
+    assert max(figure.get_size_inches()) <= 20
+    assert figure.get_suptitle() == "17 more terms are left out"
+    assert len(figure.axes[0].lines) == 12
+    assert figure.axes[0].get_title() == "loss\n17 more curves are left out"
+    figure.savefig(io.BytesIO(), dpi=20)
+    long = curves_figure([{"epoch": epoch, "train/loss": 1.0} for epoch in range(5001)])
+    x = long.axes[0].lines[0].get_xdata()
+    assert len(x) <= 2000 and x[-1] == 5000

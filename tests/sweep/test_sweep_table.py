@@ -74,3 +74,11 @@ def test_the_picture_marks_runs_and_the_papers_figures(tmp_path):
     blue, orange = (31, 119, 180), (255, 127, 14)
     assert pixels_near(orange, (0.9, 1.0), {}) == 0 < pixels_near(orange, (0.9, 1.0), {"auroc": 1})
     assert pixels_near(blue, (None, None), {}) == 0 < pixels_near(blue, (0.9, None), {})
+
+
+def test_a_picture_of_very_many_rows_and_columns_has_a_limit(tmp_path):
+    rows = [SweepRow(f"row $_{{{number} " + "x" * 300) for number in range(500)]
+    cells = [{f"column {number}": Cell((0.9,)) for number in range(50)} for _ in rows]
+    draw(tmp_path / "t.png", "Title $x_{$", rows, cells)
+    with Image.open(tmp_path / "t.png") as picture:
+        assert max(picture.size) <= 4200
