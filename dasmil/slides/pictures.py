@@ -8,6 +8,11 @@ from PIL import Image
 from dasmil.errors import InputError
 from dasmil.files import must_be_file
 
+TO_A_PYRAMID = (
+    "convert it to a pyramid of small tiles, for example with "
+    "`vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg`"
+)
+
 
 def open_picture(path: Path, formats: Sequence[str], max_pixels: int) -> Image.Image:
     """Decode a picture and return it; its file is closed.
@@ -33,8 +38,7 @@ def open_picture(path: Path, formats: Sequence[str], max_pixels: int) -> Image.I
             if not 0 < width * height <= max_pixels:
                 raise InputError(
                     f"{path}: a picture of {width} x {height} px without tiles; at most "
-                    f"{max_pixels:,} px are decoded as a whole, so reduce it or save it as a "
-                    "pyramid of tiles (TIFF)"
+                    f"{max_pixels:,} px are decoded as a whole: reduce it, or {TO_A_PYRAMID}"
                 )
             image.load()
             return image
@@ -42,8 +46,8 @@ def open_picture(path: Path, formats: Sequence[str], max_pixels: int) -> Image.I
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit is the lower one
         raise InputError(
-            f"{path}: a picture without tiles, too large to be decoded as a whole ({error}); "
-            "reduce it or save it as a pyramid of tiles (TIFF)"
+            f"{path}: a picture without tiles, too large to be decoded as a whole ({error}): "
+            f"reduce it, or {TO_A_PYRAMID}"
         ) from error
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{path}: cannot be read as {names}; save it as such a file") from error

@@ -10,12 +10,14 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import openslide
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from dasmil.errors import InputError
+from dasmil.files import must_be_file
 from dasmil.slides.cohort import SlideRow
+from dasmil.slides.pictures import TO_A_PYRAMID, open_picture
 from dasmil.slides.tiff import VENDORS as JPEG_VENDORS
-from dasmil.slides.tiff import JpegLevel, jpeg_level
+from dasmil.slides.tiff import JpegLevel, jpeg_level, refuse_damaged_picture
 from dasmil.units import Mpp
 
 cv2.setNumThreads(1)  # slides are shared among processes; threads below them only get in the way
@@ -29,10 +31,7 @@ NEARLY_WHOLE = 0.06  # how far a ratio may be from a whole one to be treated as 
 CACHE_BYTES = 32 * 2**20  # OpenSlide's own default
 READ_BLOCK_PX = 2048  # side of the largest region decoded at once
 MAX_STORED_TILE_PX = 2**28  # a stored tile is decoded as a whole: 2.5 GB at this size
-TO_A_PYRAMID = (
-    "convert it to a pyramid of small tiles, for example with "
-    "`vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg`"
-)
+PICTURES = ("PNG", "JPEG", "TIFF")  # slides without tiles, which Pillow decodes
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,14 @@ class Slide:
     def __init__(self, row: SlideRow, cache_bytes: int = CACHE_BYTES):
         self.row = row
         self._file = _slide_file(row.path)
-        self._handle = _open(self._file)
-        self._handle.set_cache(openslide.OpenSlideCache(cache_bytes))
         self._cache_bytes = cache_bytes
+        self._handle = _open(self._file, cache_bytes)
         self._jpegs: dict[int, JpegLevel | None] = {}
         self._lock = Lock()
         self.size_px0: tuple[int, int] = self._handle.dimensions
         self.bounds_px0 = _bounds_px0(self._handle.properties)
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
+        self._level_sizes: tuple[tuple[int, int], ...] = tuple(self._handle.level_dimensions)
         _refuse_giant_tiles(row.path, self._handle)
         self.physical_scale = _physical_scale(row, self._handle.properties)
         self.mpp = self.physical_scale.mpp
@@ -172,7 +171,8 @@ class Slide:
     ) -> RgbArray:
         try:
             rgba = np.asarray(self._handle.read_region(origin_px0, level, size_px))
-        except (openslide.OpenSlideError, OSError) as error:  # OSError: a truncated PNG or JPEG
+        except openslide.OpenSlideError as error:
+            self._handle = _open(self._file, self._cache_bytes)  # the old one reads nothing more
             left, top = origin_px0
             raise InputError(
                 f"{self.row.path}: pixels at {left},{top} cannot be read: {error}"
@@ -190,21 +190,30 @@ class Slide:
         properties = self._handle.properties
         if properties.get(openslide.PROPERTY_NAME_VENDOR) not in JPEG_VENDORS:
             return None
-        size_px = self._handle.level_dimensions[level]
+        size_px = self._level_sizes[level]
         jpegs = jpeg_level(self._file, size_px, self._cache_bytes)
-        if jpegs is None:
+        if jpegs is not None and not self._gives_the_same(jpegs, level):
+            jpegs.close()
             return None
-        stored, (width, height) = round(self.downsamples[level]), size_px
+        return jpegs
+
+    def _gives_the_same(self, jpegs: JpegLevel, level: int) -> bool:
+        """Whether samples of a level come out as OpenSlide has them, or are refused by both."""
+        stored, (width, height) = round(self.downsamples[level]), self._level_sizes[level]
         sample_px = (min(64, width), min(64, height))
         for down, along in product((0.2, 0.5, 0.8), repeat=2):
             left = int((width - sample_px[0]) * along)
             top = int((height - sample_px[1]) * down)
             found = jpegs.read(left, top, *sample_px)
-            expected = self._openslide_region((left * stored, top * stored), level, sample_px)
+            try:
+                expected = self._openslide_region((left * stored, top * stored), level, sample_px)
+            except InputError:
+                if found is None:
+                    continue
+                return False
             if found is None or not np.array_equal(found, expected):
-                jpegs.close()
-                return None
-        return jpegs
+                return False
+        return True
 
     def thumbnail(self, mpp: float) -> RgbArray:
         """The whole slide at about ``mpp`` (never finer than stored), block by block.
@@ -238,7 +247,10 @@ def _slide_file(path: Path) -> Path:
     except OSError as error:  # a name that is too long, a loop of links, a folder of someone else
         raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
     if names is None:
+        must_be_file(path, "give the file of a slide")
+        _refuse_odd_parts(path.with_suffix(""), path.suffix.lower() == ".mrxs")
         return path
+    _refuse_odd_parts(path, True)
     files = sorted(p for p in names if p.suffix.lower() == ".dcm" and p.name[0] != ".")
     if not files:
         raise InputError(f"{path}: a folder without DICOM (.dcm) files is no slide")
@@ -259,18 +271,32 @@ def _dicom_series(file: Path) -> str | None:
         return None
 
 
-def _open(path: Path) -> openslide.AbstractSlide:
+def _refuse_odd_parts(folder: Path, is_read: bool) -> None:
+    """OpenSlide opens the files of a slide in a folder, and would wait for a FIFO for ever."""
+    for path in folder.iterdir() if is_read and folder.is_dir() else ():
+        if not path.is_dir():
+            must_be_file(path, "remove it from the folder of the slide")
+
+
+def _open(path: Path, cache_bytes: int) -> openslide.AbstractSlide:
+    """A slide in one of OpenSlide's formats, or a picture as a slide of one level."""
     try:
-        return openslide.open_slide(path)
-    except UnidentifiedImageError as error:  # Pillow is asked when OpenSlide knows no format
-        raise InputError(f"{path}: OpenSlide does not know this format; is it a slide?") from error
-    except Image.DecompressionBombError as error:  # Pillow decodes a picture as a whole
-        raise InputError(
-            f"{path}: a picture without tiles, too large to be decoded as a whole ({error}); "
-            + TO_A_PYRAMID
-        ) from error
-    except (openslide.OpenSlideError, OSError) as error:
+        if openslide.OpenSlide.detect_format(path) is not None:
+            handle = openslide.OpenSlide(path)
+            handle.set_cache(openslide.OpenSlideCache(cache_bytes))
+            return handle
+    except openslide.OpenSlideError as error:
         raise InputError(f"{path}: cannot be opened as a slide: {error}") from error
+    refuse_damaged_picture(path)
+    try:
+        return openslide.ImageSlide(open_picture(path, PICTURES, MAX_STORED_TILE_PX))
+    except InputError as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise InputError(
+                f"{path}: OpenSlide does not know this format, and it is no picture "
+                f"({', '.join(PICTURES)}); is it a slide?"
+            ) from error
+        raise
 
 
 def _refuse_giant_tiles(path: Path, handle: openslide.AbstractSlide) -> None:

@@ -3,23 +3,29 @@
 OpenSlide spends most of a ``read_region`` on composing what it has decoded. Where a level is
 nothing but a grid of JPEGs, as in Aperio's files and in plain pyramids, they are laid side by
 side here instead. OpenSlide remains the measure: a level is read in this way only when samples of
-it come out the same in both.
+it come out the same in both, and what the decoder warns of is left to OpenSlide, which refuses it.
 """
 
 import os
 import weakref
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
-import cv2
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 import tifffile
 
+from dasmil.errors import InputError
+
+T = TypeVar("T")
 RgbArray = npt.NDArray[np.uint8]
 
+START = b"\xff\xd8"  # of a JPEG
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 VENDORS = frozenset({"aperio", "generic-tiff"})  # their JPEGs neither overlap nor leave gaps
-FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 # tells the decoder what only the TIFF's header says: that the three components are RGB
 ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 
@@ -41,10 +47,10 @@ class JpegLevel:
         # of a large slide a million each: as arrays they take an eighth of what Python's numbers do
         self._offsets = np.asarray(page.dataoffsets, np.int64)
         self._lengths = np.asarray(page.databytecounts, np.int64)
-        adobe = ADOBE_RGB if page.photometric == tifffile.PHOTOMETRIC.RGB else b""
-        tables = page.jpegtables[2:-2] if page.jpegtables else b""
-        self._head = b"\xff\xd8" + adobe + tables
+        self._space = "RGB" if page.photometric == tifffile.PHOTOMETRIC.RGB else "YCbCr"
+        self._head = _head(page)
         self._file = os.open(path, os.O_RDONLY)
+        self._file_bytes = os.fstat(self._file).st_size
         self.close = weakref.finalize(self, os.close, self._file)
         kept = max(1, cache_bytes // (3 * page.tilewidth * page.tilelength))
         self._decode = lru_cache(kept)(self._decode_anew)
@@ -78,46 +84,107 @@ class JpegLevel:
         return into
 
     def _decode_anew(self, number: int) -> RgbArray | None:
-        data = os.pread(self._file, self._lengths[number], self._offsets[number])
-        if data[:2] != b"\xff\xd8":  # nothing stored here, or nothing sound
+        length, offset = int(self._lengths[number]), int(self._offsets[number])
+        if offset + length > self._file_bytes:
             return None
-        encoded = np.frombuffer(self._head + data[2:], np.uint8)
-        picture = cv2.imdecode(encoded, FLAGS)
-        if picture is None or picture.shape != (self.side_px[1], self.side_px[0], 3):
+        data = os.pread(self._file, length, offset)
+        if data[:2] != START:  # nothing stored here, or nothing sound
             return None
-        return np.asarray(picture, np.uint8)
+        encoded = self._head + data[2:]
+        try:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(encoded)
+            if (width, height) != self.side_px or space != self._space:
+                return None
+            return np.asarray(simplejpeg.decode_jpeg(encoded), np.uint8)
+        except ValueError:  # an error of the decoder, or a warning such as "Corrupt JPEG data"
+            return None
 
 
 def jpeg_level(path: Path, size_px: tuple[int, int], cache_bytes: int) -> JpegLevel | None:
     """The level of that width and height, if it is a grid of JPEGs of three components."""
-    try:
-        file = tifffile.TiffFile(path)
-    except tifffile.TiffFileError:  # OpenSlide knows more kinds of files, or says what is wrong
-        return None
-    with file as tiff:
-        for page in tiff.pages:
-            if (
-                isinstance(page, tifffile.TiffPage)
-                and (page.imagewidth, page.imagelength) == size_px
-                and page.is_tiled
-                and page.compression == tifffile.COMPRESSION.JPEG
-                and page.photometric in (tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.RGB)
-                and page.samplesperpixel == 3
-                and page.bitspersample == 8
-                and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
-            ):
-                return JpegLevel(path, page, cache_bytes)
-    return None
+
+    def is_wanted(page: tifffile.TiffPage) -> bool:
+        return bool(
+            (page.imagewidth, page.imagelength) == size_px
+            and page.is_tiled
+            and page.compression == tifffile.COMPRESSION.JPEG
+            and page.photometric in (tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.RGB)
+            and page.samplesperpixel == 3
+            and page.bitspersample == 8
+            and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
+        )
+
+    return _of_page(path, is_wanted, lambda page: JpegLevel(path, page, cache_bytes))
 
 
 def bits_per_sample(path: Path) -> int:
     """Of a PNG, or of the first picture in a TIFF; 8 if the file is neither."""
+    with open(path, "rb") as file:
+        head = file.read(25)
+    if head.startswith(b"\x89PNG") and len(head) == 25:
+        return head[24]
+    return _of_page(path, lambda _: True, lambda page: int(page.bitspersample)) or 8
+
+
+def refuse_damaged_picture(path: Path) -> None:
+    """Raise :class:`InputError` if a PNG, JPEG or TIFF is one that OpenSlide would refuse.
+
+    Pillow reads tiled TIFFs in spite of damages for which OpenSlide does not know them, and returns
+    pixels of JPEGs of which their decoder warns. Of a TIFF the first page is looked at.
+    """
+    with open(path, "rb") as file:
+        start = file.read(4)
+        head, pieces = b"", [(0, path.stat().st_size)]
+        if start.startswith(TIFF_STARTS):
+            page = _of_page(path, lambda _: True, _layout)
+            if page is None or page.is_tiled:
+                raise InputError(f"{path}: a tiled TIFF that OpenSlide cannot read; is it damaged?")
+            head, pieces = page.head, page.pieces
+        elif not start.startswith(START):
+            return
+        for offset, length in pieces:
+            file.seek(offset)
+            encoded = head + file.read(length)[len(head) and 2 :]
+            try:
+                _, _, space, _ = simplejpeg.decode_jpeg_header(encoded)
+                colors = "CMYK" if space in ("CMYK", "YCCK") else "GRAY"
+                simplejpeg.decode_jpeg(encoded, colors, min_factor=8)  # small, from all the data
+            except ValueError as error:
+                raise InputError(f"{path}: a damaged JPEG ({error}); save it again") from error
+
+
+class _Layout(NamedTuple):
+    """How a page is stored: what stands before each of its JPEGs, and where these lie."""
+
+    is_tiled: bool
+    head: bytes
+    pieces: list[tuple[int, int]]
+
+
+def _layout(page: tifffile.TiffPage) -> _Layout:
+    is_jpeg = page.compression == tifffile.COMPRESSION.JPEG
+    pieces = list(zip(page.dataoffsets, page.databytecounts)) if is_jpeg else []
+    return _Layout(bool(page.is_tiled), _head(page), pieces)
+
+
+def _head(page: tifffile.TiffPage) -> bytes:
+    """What stands before the data of each JPEG of a page: its colours and its tables."""
+    is_rgb = page.photometric == tifffile.PHOTOMETRIC.RGB
+    tables = page.jpegtables[2:-2] if page.jpegtables else b""
+    return START + (ADOBE_RGB if is_rgb else b"") + tables
+
+
+def _of_page(
+    path: Path,
+    is_wanted: Callable[[tifffile.TiffPage], bool],
+    get: Callable[[tifffile.TiffPage], T],
+) -> T | None:
+    """Something of the first page that is wanted; None if there is none, or the file is damaged."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(25)
-        if head.startswith(b"\x89PNG"):
-            return head[24]
         with tifffile.TiffFile(path) as tiff:
-            return int(getattr(tiff.pages[0], "bitspersample", 8))
-    except (tifffile.TiffFileError, OSError):
-        return 8
+            for page in tiff.pages:
+                if isinstance(page, tifffile.TiffPage) and is_wanted(page):
+                    return get(page)
+    except Exception:  # of damaged directories tifffile raises many kinds; OpenSlide is asked then
+        return None
+    return None

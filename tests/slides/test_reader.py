@@ -1,5 +1,6 @@
 """Pixels and physical scale of slides, on drawn pyramids and on real files."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -235,13 +236,52 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     assert folder == f"{tmp_path / 'folder'}: a folder without DICOM (.dcm) files is no slide"
 
 
-def test_a_truncated_picture_is_refused_when_it_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_a_truncated_picture_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
     Image.fromarray(draw_picture(300, 300, grain_px=1)).save(path)
     path.write_bytes(path.read_bytes()[:20_000])
-    with Slide(SlideRow("a", path, mpp=0.5)) as slide, pytest.raises(InputError) as caught:
-        slide.read((0, 200, 64, 264), (64, 64))
-    assert str(caught.value).startswith(f"{path}: pixels at 0,200 cannot be read")
+    assert refusal(SlideRow("a", path, mpp=0.5)).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("compression", [None, "jpeg"])
+def test_a_picture_of_damaged_jpegs_is_refused(tmp_path: Path, compression: str | None) -> None:
+    """Pillow returns pixels of it, as do OpenCV and viewers."""
+    path = tmp_path / ("a.jpg" if compression is None else "a.tif")
+    picture = Image.fromarray(draw_picture(300, 300, grain_px=1))
+    picture.save(path, **({} if compression is None else {"compression": compression}))
+    Slide(SlideRow("a", path, mpp=0.5)).close()
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 2] = b"\xff\xd9"  # it ends here
+    path.write_bytes(data)
+    with Image.open(path) as image:
+        image.load()
+    assert refusal(SlideRow("a", path, mpp=0.5)).startswith(f"{path}: a damaged JPEG")
+
+
+def test_other_formats_are_no_slides(tmp_path: Path) -> None:
+    """Pillow reads dozens by their content; PostScript it gives to Ghostscript."""
+    picture = Image.fromarray(draw_picture(64, 64, grain_px=3))
+    formats = ("BMP", "GIF", "PPM", "WEBP", "TGA", "ICO", "PCX", "EPS", "SGI", "DDS", "MSP")
+    for kind in formats:
+        path = tmp_path / f"{kind}.png"
+        picture.convert("1" if kind == "MSP" else "RGB").save(path, kind)
+        assert "OpenSlide does not know this format" in refusal(SlideRow("a", path, mpp=0.5)), kind
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    """Opening a FIFO would wait for ever, and OpenSlide opens all that lies in some folders."""
+    fifo = tmp_path / "fifo.svs"
+    os.mkfifo(fifo)
+    link = tmp_path / "link.svs"
+    link.symlink_to("/dev/zero")
+    for name in ("mirax", "dicom"):
+        (tmp_path / name).mkdir()
+        os.mkfifo(tmp_path / name / "Data0000.dat")
+    (tmp_path / "mirax.mrxs").write_bytes(b"")
+    for path in (fifo, link, tmp_path / "mirax.mrxs", tmp_path / "dicom"):
+        assert "is no regular file" in refusal(SlideRow("a", path, mpp=0.5))
 
 
 def test_what_can_only_be_decoded_in_giant_parts_is_refused(
