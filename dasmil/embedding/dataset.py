@@ -35,12 +35,17 @@ class TileChunk:
     start: per scale the row of the first tile.
     tiles: per scale (n, 3, tile_px, tile_px) uint8 RGB, channels last in memory; empty when
         reading failed.
+    damaged: per scale (n,) bool, tiles whose pixels cannot be decoded, which are white; empty if
+        there are none.
+    reason: where the first damaged tile lies, and what is wrong with it.
     error: why reading failed.
     """
 
     slide: int
     start: dict[str, int] = field(default_factory=dict)
     tiles: dict[str, Tensor] = field(default_factory=dict)
+    damaged: dict[str, Tensor] = field(default_factory=dict)
+    reason: str = ""
     error: str | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TileChunk":
@@ -95,14 +100,16 @@ class ChunkDataset(Dataset[TileChunk]):
             return TileChunk(number)
         try:
             tiles, cutter = self._cutter(number)
-            pixels = cutter.cut(start, stop)
+            cut = cutter.cut(start, stop)
         except Exception as error:  # becomes the slide's row in status.csv; the cohort goes on
             return TileChunk(number, error=str(error) or repr(error))
         rows = rows_inside(tiles, start, stop)
         return TileChunk(
             number,
             {tiles.scales[scale].name: first for scale, (first, _) in rows.items()},
-            {name: torch.from_numpy(found).permute(0, 3, 1, 2) for name, found in pixels.items()},
+            {n: torch.from_numpy(found).permute(0, 3, 1, 2) for n, found in cut.pixels.items()},
+            {n: torch.from_numpy(found) for n, found in cut.damaged.items()},
+            cut.reason,
         )
 
     def _cutter(self, number: int) -> tuple[TilePyramid, TileCutter]:

@@ -2,19 +2,37 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dasmil.slides.reader import RgbArray, Slide, resize
+from dasmil.slides.reader import DamagedError, RgbArray, Slide, resize
 from dasmil.slides.tiling import TilePyramid
 
 MAX_SIDE_PX = 4096  # of a read; what is larger OpenSlide splits, and rounds where it does
 SUBPIXEL = 1 / 256  # a shift that OpenSlide, too, takes for none
 
+BoolArray = npt.NDArray[np.bool_]
 Rows = tuple[int, int]  # the first and the end
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Some coarsest tiles of a slide and all tiles inside them.
+
+    Parameters
+    ----------
+    pixels: per scale (n, tile_px, tile_px, 3) uint8 RGB, in the order of the rows.
+    damaged: per scale (n,) bool, tiles whose pixels cannot be decoded; empty if there are none.
+    reason: where the first of them lies, and what is wrong with it.
+    """
+
+    pixels: dict[str, RgbArray]
+    damaged: dict[str, BoolArray] = field(default_factory=dict)
+    reason: str = ""
 
 
 def rows_inside(tiles: TilePyramid, start: int, stop: int, coarsest: int = 0) -> dict[int, Rows]:
@@ -55,16 +73,26 @@ class TileCutter:
             for level, group in groupby(levels, key=lambda pair: pair[1])
         ]
 
-    def cut(self, start: int, stop: int) -> dict[str, RgbArray]:
-        """Pixels of the coarsest tiles [start, stop) and of all tiles inside them.
-
-        Returns
-        -------
-        Per scale (n, tile_px, tile_px, 3) uint8 RGB, in the order of the rows.
-        """
+    def cut(self, start: int, stop: int) -> Cut:
+        """The coarsest tiles [start, stop) and all tiles inside them; damaged ones are white."""
         side = self.tiles.tile_px
         rows = rows_inside(self.tiles, start, stop)
         pixels = {n: np.empty((b - a, side, side, 3), np.uint8) for n, (a, b) in rows.items()}
+        names = {n: self.tiles.scales[n].name for n in rows}
+        try:
+            self._cut(rows, pixels)
+        except DamagedError:
+            damaged, reason = self._cut_one_by_one(rows, pixels)
+            return Cut(
+                {names[n]: found for n, found in pixels.items()},
+                {names[n]: found for n, found in damaged.items()},
+                reason,
+            )
+        return Cut({names[n]: found for n, found in pixels.items()})
+
+    def _cut(self, rows: Mapping[int, Rows], pixels: Mapping[int, RgbArray]) -> None:
+        """Fill in the tiles; the first damaged pixel raises."""
+        side = self.tiles.tile_px
         for level, numbers in self.reads:
             if self.slide.is_whole(level):
                 self._cut_shared(level, numbers, rows, pixels)
@@ -73,7 +101,24 @@ class TileCutter:
                     boxes = self.boxes_px0[number][slice(*rows[number])]
                     for tile, box in zip(pixels[number], boxes, strict=True):
                         tile[...] = self.slide.read(box, (side, side))
-        return {self.tiles.scales[number].name: found for number, found in pixels.items()}
+
+    def _cut_one_by_one(
+        self, rows: Mapping[int, Rows], pixels: Mapping[int, RgbArray]
+    ) -> tuple[dict[int, BoolArray], str]:
+        """Fill in each tile from a read of its own; which of them are damaged, and the first."""
+        side, reason = self.tiles.tile_px, ""
+        damaged = {number: np.zeros(len(found), bool) for number, found in pixels.items()}
+        for number, (first, end) in rows.items():
+            for index, box in enumerate(self.boxes_px0[number][first:end]):
+                try:
+                    pixels[number][index] = self.slide.read(box, (side, side))
+                except DamagedError as error:
+                    pixels[number][index], damaged[number][index] = 255, True
+                    reason = reason or (
+                        f"{self.slide.row.path}: its {self.tiles.scales[number].name} tile at "
+                        f"{box[0]},{box[1]} (level-0 pixels) cannot be read: {error.__cause__}"
+                    )
+        return damaged, reason
 
     def _cut_shared(
         self,

@@ -46,10 +46,15 @@ class PhysicalScale:
     warning: str = ""
 
 
+class DamagedError(InputError):
+    """Pixels of a slide that cannot be decoded; others of it may be sound."""
+
+
 class Slide:
     """An open slide.
 
-    Handles cannot be pickled: open a slide in the process that reads it. Reading is thread-safe.
+    Handles cannot be pickled: open a slide in the process that reads it. Reading is thread-safe
+    as long as the slide is sound.
 
     Parameters
     ----------
@@ -105,6 +110,11 @@ class Slide:
         Returns
         -------
         (height, width, 3) uint8 RGB.
+
+        Raises
+        ------
+        DamagedError
+            if some of them cannot be decoded.
         """
         left, _, right, _ = box_px0
         return self._read(box_px0, size_px, self.level_for(int(right - left) / size_px[0]))
@@ -174,7 +184,7 @@ class Slide:
         except openslide.OpenSlideError as error:
             self._handle = _open(self._file, self._cache_bytes)  # the old one reads nothing more
             left, top = origin_px0
-            raise InputError(
+            raise DamagedError(
                 f"{self.row.path}: pixels at {left},{top} cannot be read: {error}"
             ) from error
         return _over_white(rgba)
@@ -207,7 +217,7 @@ class Slide:
             found = jpegs.read(left, top, *sample_px)
             try:
                 expected = self._openslide_region((left * stored, top * stored), level, sample_px)
-            except InputError:
+            except DamagedError:
                 if found is None:
                     continue
                 return False

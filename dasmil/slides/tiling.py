@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,39 @@ def tile_pyramid(
     )
 
 
+def kept_rows(
+    tiles: TilePyramid, left_out: Mapping[str, npt.NDArray[np.bool_]]
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Per scale (N_s,) bool: the tiles that stay when some are left out.
+
+    What lies inside a tile that is left out goes with it, and so does a tile that then holds no
+    other.
+
+    Parameters
+    ----------
+    left_out: (N_s,) bool over the tiles of some scales.
+    """
+    names = [scale.name for scale in tiles.scales]
+    kept = {n: ~left_out.get(n, np.zeros(len(tiles.grid[n]), bool)) for n in names}
+    for coarse, fine in pairwise(names):
+        kept[fine] &= kept[coarse][tiles.parent[fine]]
+    for coarse, fine in reversed(list(pairwise(names))):
+        with_child = np.zeros(len(kept[coarse]), bool)
+        with_child[tiles.parent[fine][kept[fine]]] = True
+        kept[coarse] = with_child
+    return kept
+
+
+def select_rows(tiles: TilePyramid, kept: Mapping[str, npt.NDArray[np.bool_]]) -> TilePyramid:
+    """The pyramid of the tiles that :func:`kept_rows` gives."""
+    grid = {name: rows[kept[name]] for name, rows in tiles.grid.items()}
+    parent = {}
+    for coarse, fine in pairwise(scale.name for scale in tiles.scales):
+        new_rows = np.cumsum(kept[coarse], dtype=np.int32) - 1
+        parent[fine] = new_rows[tiles.parent[fine][kept[fine]]]
+    return replace(tiles, grid=grid, parent=parent)
+
+
 def without_blurred(tiles: TilePyramid, blurred: npt.NDArray[np.bool_]) -> TilePyramid:
     """The tiles without some finest ones, and without the coarser ones that hold no other.
 
@@ -165,9 +199,9 @@ def without_blurred(tiles: TilePyramid, blurred: npt.NDArray[np.bool_]) -> TileP
     ----------
     blurred: (N,) bool over the tiles of the finest scale.
     """
-    grid, parent = _grids(tiles.geometry, tiles.grid[tiles.scales[-1].name][~blurred])
     share = float(blurred.mean()) if len(blurred) else 0.0
-    return replace(tiles, grid=grid, parent=parent, excluded={**tiles.excluded, "blur": share})
+    sharp = select_rows(tiles, kept_rows(tiles, {tiles.scales[-1].name: blurred}))
+    return replace(sharp, excluded={**tiles.excluded, "blur": share})
 
 
 def covered_share(mask: MaskArray, tiles: TilePyramid) -> float:

@@ -348,7 +348,7 @@ def test_features_are_those_of_the_usual_way(shared_data, file, mpp, interpolate
         tiles = tile_pyramid(
             "a", mask, slide.size_px0, slide.mpp, TilingParameters(("x5", "x10", "x20"))
         )
-        pixels = TileCutter(slide, tiles).cut(0, min(6, len(tiles.grid["x5"])))
+        pixels = TileCutter(slide, tiles).cut(0, min(6, len(tiles.grid["x5"]))).pixels
         for name, ours in pixels.items():
             ours = ours[:20]
             usual = np.stack(

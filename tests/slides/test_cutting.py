@@ -6,9 +6,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from jpegs import damage, write_jpeg_pyramid
 
 from dasmil.demo.slides import write_pyramid
-from dasmil.errors import InputError
 from dasmil.slides import cutting
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.cutting import TileCutter, rows_inside
@@ -40,7 +40,7 @@ def check(slide: Slide, tiles: TilePyramid, *, chunk: int, tolerance: int = 0) -
     """Cut all tiles in chunks; every row is there, in order, with the pixels of its box."""
     cutter = TileCutter(slide, tiles)
     count = len(tiles.grid[tiles.scales[0].name])
-    chunks = [cutter.cut(a, min(a + chunk, count)) for a in range(0, count, chunk)]
+    chunks = [cutter.cut(a, min(a + chunk, count)).pixels for a in range(0, count, chunk)]
     for scale in tiles.scales:
         found = np.concatenate([pixels[scale.name] for pixels in chunks]).astype(int)
         expected = one_by_one(slide, tiles, scale.name)
@@ -89,7 +89,7 @@ def test_outside_the_slide_a_tile_is_white_and_inside_it_is_as_ever(
             check(slide, tiles, chunk=2)
             boxes = tiles.boxes_px0("x20")
             assert (boxes[:, 2:].max(0) > (700, 500)).all()
-            found.append(TileCutter(slide, tiles).cut(0, len(tiles.grid["x5"])))
+            found.append(TileCutter(slide, tiles).cut(0, len(tiles.grid["x5"])).pixels)
     for scale in SCALES:
         np.testing.assert_array_equal(found[0][scale], found[1][scale])
     assert (found[0]["x5"][-1][-1, -1] == 255).all()
@@ -163,7 +163,7 @@ def test_tiles_of_real_slides_are_those_that_are_read_one_by_one(
         mask[-1, -2:] = mask[0, :2] = True
         tiles = tiles_of(slide, mask, scales, tile_px=256)
         cutter = TileCutter(slide, tiles)
-        pixels = cutter.cut(0, len(tiles.grid[scales[0]]))
+        pixels = cutter.cut(0, len(tiles.grid[scales[0]])).pixels
         for scale in scales:
             np.testing.assert_array_equal(pixels[scale], one_by_one(slide, tiles, scale))
 
@@ -177,10 +177,39 @@ def test_what_was_never_scanned_is_white(tmp_path: Path) -> None:
         tiles = tiles_of(slide, np.ones((4, 4), bool), tile_px=64)
         check(slide, tiles, chunk=100)
         place = tiles.grid["x20"].tolist().index([2, 2])  # 128 to 192
-        assert (TileCutter(slide, tiles).cut(0, 4)["x20"][place] == 255).all()
+        assert (TileCutter(slide, tiles).cut(0, 4).pixels["x20"][place] == 255).all()
 
 
-def test_what_cannot_be_read_raises(shared_data: Path) -> None:
+def test_damaged_tiles_are_told_and_the_others_are_as_they_were(tmp_path: Path) -> None:
+    """A stored tile of 128 px at level 0 is read for four x20 tiles, but not for x10 and x5."""
+    path = tmp_path / "a.tiff"
+    write_jpeg_pyramid(path, 1024, 768, (1, 2, 4))
+    with Slide(SlideRow("a", path)) as slide:
+        tiles = tiles_of(slide, np.ones((4, 4), bool), tile_px=64)
+        sound = TileCutter(slide, tiles).cut(0, 4)
+        assert sound.damaged == {} and sound.reason == ""
+    damage(path, 2, 3)  # 256 to 512 from the left, 0 to 128 from the top
+    with Slide(SlideRow("a", path)) as slide:
+        cut = TileCutter(slide, tiles).cut(0, 4)
+    assert cut.reason.startswith(f"{path}: its x20 tile at 256,0 (level-0 pixels) cannot be read: ")
+    assert {name: int(found.sum()) for name, found in cut.damaged.items()} == {
+        "x5": 0,
+        "x10": 0,
+        "x20": 8,
+    }
+    left, top = tiles.boxes_px0("x20")[: len(cut.damaged["x20"]), :2].T
+    expected = (top < 128) & (left >= 256) & (left < 512)
+    np.testing.assert_array_equal(cut.damaged["x20"], expected)
+    for name, pixels in cut.pixels.items():
+        damaged = cut.damaged[name]
+        np.testing.assert_array_equal(pixels[~damaged], sound.pixels[name][~damaged])
+        assert (pixels[damaged] == 255).all()
+
+
+def test_a_slide_of_which_nothing_can_be_read(shared_data: Path) -> None:
     path = shared_data / "slides" / "bad" / "unreadable.svs"
-    with Slide(SlideRow("a", path, mpp=0.5)) as slide, pytest.raises(InputError, match="cannot be"):
-        TileCutter(slide, tiles_of(slide, np.ones((2, 2), bool), ["x20"], tile_px=8)).cut(0, 1)
+    with Slide(SlideRow("a", path, mpp=0.5)) as slide:
+        cut = TileCutter(slide, tiles_of(slide, np.ones((2, 2), bool), ["x20"], tile_px=8)).cut(
+            0, 1
+        )
+    assert cut.damaged["x20"].all() and "cannot be read" in cut.reason

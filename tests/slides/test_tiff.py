@@ -3,56 +3,16 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import simplejpeg
 import tifffile
+from jpegs import SIDE, damage, write_jpeg_pyramid
 
 from dasmil.errors import InputError
 from dasmil.slides import reader
 from dasmil.slides.cohort import SlideRow
-from dasmil.slides.reader import Slide
-
-SIDE = 128
-
-
-def picture(width: int, height: int) -> np.ndarray:
-    noise = np.random.default_rng(0).normal(size=(height, width, 3)).astype(np.float32)
-    smooth = cv2.GaussianBlur(noise, (0, 0), 3)
-    return np.clip(150 + 35 * smooth / smooth.std(), 0, 255).astype(np.uint8)
-
-
-def write_jpeg_pyramid(path: Path, width: int, height: int, downsamples: tuple[int, ...]) -> None:
-    """A pyramid of JPEG tiles with 0.5 µm/px at its finest level."""
-    full = picture(width, height)
-    with tifffile.TiffWriter(path) as tiff:
-        for downsample in downsamples:
-            level = full[::downsample, ::downsample]
-            rows, columns = -(-level.shape[0] // SIDE), -(-level.shape[1] // SIDE)
-            padded = np.zeros((rows * SIDE, columns * SIDE, 3), np.uint8)
-            padded[: level.shape[0], : level.shape[1]] = level
-            squares = padded.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2)
-            jpegs = [
-                cv2.imencode(".jpg", np.ascontiguousarray(square[..., ::-1]))[1].tobytes()
-                for square in squares.reshape(-1, SIDE, SIDE, 3)
-            ]
-            tiff.write(
-                iter(jpegs),
-                shape=level.shape,
-                dtype=np.uint8,
-                photometric="rgb",
-                compression="zlib",  # tifffile passes bytes on as they are, but writes no JPEG
-                tile=(SIDE, SIDE),
-                subfiletype=int(downsample > 1),
-                resolution=(2e4 / downsample,) * 2,
-                resolutionunit="CENTIMETER",
-                metadata=None,
-            )
-    with tifffile.TiffFile(path, mode="r+") as tiff:
-        for page in tiff.pages:
-            page.tags["Compression"].overwrite(7)
-            page.tags["PhotometricInterpretation"].overwrite(6)
+from dasmil.slides.reader import DamagedError, Slide
 
 
 def regions(slide: Slide) -> Iterator[tuple[tuple[int, int], int, tuple[int, int]]]:
@@ -130,6 +90,24 @@ def test_a_jpeg_that_is_not_there_is_left_to_openslide(tmp_path: Path) -> None:
         assert slide.region((512, 512), 0, (64, 64)).std() > 10
         with pytest.raises(InputError, match="pixels at 64,64 cannot be read"):
             slide.region((64, 64), 0, (128, 128))
+
+
+def test_a_damaged_jpeg_is_refused_by_its_place_and_the_others_are_read(tmp_path: Path) -> None:
+    """OpenCV returns pixels of it, and OpenSlide nothing more once it has refused one."""
+    path = tmp_path / "a.tiff"
+    write_jpeg_pyramid(path, 1024, 768, (1,))
+    damage(path, 9, 20)  # of 8 in a row: the second has a sample of the check in it
+    with Slide(SlideRow("a", path)) as slide:
+        for _ in range(2):
+            with pytest.raises(
+                DamagedError, match="pixels at 128,128 cannot be read: Corrupt JPEG"
+            ):
+                slide.region((128, 128), 0, (SIDE, SIDE))
+        for number in {*range(48)} - {9, 20}:
+            place = (number % 8 * SIDE, number // 8 * SIDE)
+            found = slide.region(place, 0, (SIDE, SIDE))
+            np.testing.assert_array_equal(found, slide._openslide_region(place, 0, (SIDE, SIDE)))
+        assert slide._jpegs[0] is not None
 
 
 def test_decoded_jpegs_are_kept_within_bounds(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from dasmil.slides.tiling import (
     TilePyramid,
     TilingParameters,
     covered_share,
+    kept_rows,
     read_tiles,
+    select_rows,
     tile_pyramid,
     write_tiles,
 )
@@ -235,6 +237,31 @@ def test_all_tissue_that_min_tissue_allows_is_covered_at_every_scale(
         assert covered_share(mask, tiles) == pytest.approx(covered["x20"].mean())
         finest.append(sorted(map(tuple, tiles.grid["x20"].tolist())))
     assert all(grid == finest[0] for grid in finest)  # whatever else is asked for
+
+
+def test_tiles_that_are_left_out_take_their_children_and_leave_no_parent_childless(
+    pyramids: list[TilePyramid],
+) -> None:
+    """By brute force, from the cells of the finest tiles that are left."""
+    rng = np.random.default_rng(0)
+    for tiles in pyramids:
+        names = [scale.name for scale in tiles.scales]
+        out = {name: rng.random(len(tiles.grid[name])) < 0.1 for name in names}
+        left = {tuple(cell) for cell in tiles.grid[names[-1]][~out[names[-1]]].tolist()}
+        for number, name in enumerate(names):
+            ratio = tiles.geometry.ratio(number, len(names) - 1)
+            gone = {tuple(cell) for cell in tiles.grid[name][out[name]].tolist()}
+            left = {(row, col) for row, col in left if (row // ratio, col // ratio) not in gone}
+        kept = select_rows(tiles, kept_rows(tiles, out))
+        for number, name in enumerate(names):
+            ratio = tiles.geometry.ratio(number, len(names) - 1)
+            expected = {(row // ratio, col // ratio) for row, col in left}
+            in_order = [cell for cell in map(tuple, tiles.grid[name].tolist()) if cell in expected]
+            assert [tuple(cell) for cell in kept.grid[name].tolist()] == in_order
+            if number > 0:
+                step = tiles.geometry.ratio(number - 1, number)
+                parents = kept.grid[names[number - 1]][kept.parent[name]]
+                np.testing.assert_array_equal(parents, kept.grid[name] // step)
 
 
 def test_the_covered_share_is_of_the_tissue() -> None:
