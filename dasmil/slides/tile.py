@@ -9,11 +9,11 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dasmil.errors import DiskFullError, InputError, say_error, some_of
 from dasmil.files import describe_changes, write_text
@@ -44,6 +44,8 @@ from dasmil.work.worker import STALE_AFTER_S, Worker
 PARAMETERS = "tiling.json"
 SAID = ("message", "warning")  # of a row: in status.csv, and on screen too
 POLL_S = 1.0  # between two looks at what other workers have done
+SLIDE_TIMEOUT_S = 3600.0
+NAMED_AFTER_S = 10.0  # a slide that takes longer is named beside the bar
 
 
 def tile(
@@ -56,6 +58,7 @@ def tile(
     tissue: TissueParameters = TissueParameters(),  # noqa: B008 - frozen, and the CLI shows its fields
     artefacts: ArtefactParameters = ArtefactParameters(),  # noqa: B008 - as above
     workers: int | None = None,
+    slide_timeout: float = SLIDE_TIMEOUT_S,
     stale_after: float = STALE_AFTER_S,
 ) -> int:
     """Find tissue and lay aligned tiles of every scale over it, for each slide of a cohort.
@@ -85,6 +88,8 @@ def tile(
         which pen marks, black borders and blurred tiles are left out; none, unless switched on.
     workers:
         processes; all cores when not given.
+    slide_timeout:
+        seconds that a slide may take; one that takes longer fails, and the others go on.
     stale_after:
         seconds of silence after which the slides of another, vanished worker are taken over.
 
@@ -94,6 +99,8 @@ def tile(
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers: {workers} is not a positive number of processes")
+    if not slide_timeout > 0:
+        raise InputError(f"slide_timeout: {slide_timeout:g} is not a positive number of seconds")
     names = tuple(scale.name for scale in parse_scales(scales))
     parameters = TilingParameters(names, tile_px, min_tissue, max_upsampling, tissue, artefacts)
     rows = read_cohort(cohort, leave_out=output)
@@ -111,7 +118,8 @@ def tile(
         status = tile_status(output)
         worker.on_beat = status.write
         rows = refuse_faulty(rows, worker)
-        _tile_all(rows, output, parameters, min(workers or os.cpu_count() or 1, len(rows)), worker)
+        num_processes = min(workers or os.cpu_count() or 1, len(rows))
+        _tile_all(rows, output, parameters, num_processes, slide_timeout, worker)
     print("\n".join([*_same_files(status.rows), status.summary("tile")]))
     return int(any(row["state"] not in ("done", "empty") for row in status.rows))
 
@@ -134,34 +142,69 @@ def _tile_all(
     output: Path,
     parameters: TilingParameters,
     num_processes: int,
+    slide_timeout: float,
     worker: Worker,
 ) -> None:
     """Until every slide is settled, by this worker or by another."""
     waiting = deque(rows)
     function = partial(_tile_slide, output=output, parameters=parameters)
     idle = [ChildProcess(function) for _ in range(num_processes)]
-    running: dict[Connection, tuple[ChildProcess, SlideRow]] = {}
+    running: dict[Connection, _Running] = {}
     try:
         with progress(desc="tile", total=len(rows), unit="slide") as bar:
             while waiting or running:
                 while idle and (row := _next_slide(waiting, worker)) is not None:
                     process = idle.pop()
                     process.begin(row)
-                    running[process.connection] = process, row
+                    running[process.connection] = _Running(process, row, time.monotonic())
                 if not running:
                     bar.set_postfix_str("waiting for other workers")
                     time.sleep(POLL_S)
                 ready = wait(list(running), POLL_S) if running else []
                 for connection in [c for c in running if c in ready]:
-                    process, row = running.pop(connection)
+                    process, row, _ = running.pop(connection)
                     # of a slide that was done before it is known how long it took then
                     took = worker.last(row.slide_id).get("seconds")
                     worker.settle(row.slide_id, {"seconds": took, **_result(process, row)})
                     idle.append(process)
+                late = [c for c, task in running.items() if task.seconds > slide_timeout]
+                for connection in late:
+                    process, row, _ = running.pop(connection)
+                    process.kill()
+                    worker.settle(row.slide_id, _too_late(row, slide_timeout))
+                    idle.append(ChildProcess(function))
                 bar.update(len(rows) - len(waiting) - len(running) - bar.n)
+                if running:
+                    bar.set_postfix_str(_longest(running.values()))
     finally:
-        for process in [*idle, *(process for process, _ in running.values())]:
+        for process in [*idle, *(task.process for task in running.values())]:
             process.kill()
+
+
+class _Running(NamedTuple):
+    """A slide, the process that works on it, and since when."""
+
+    process: ChildProcess
+    row: SlideRow
+    start: float
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+
+def _longest(tasks: Iterable[_Running]) -> str:
+    """The slide that has been worked on for longest, for the progress; "" if none takes long."""
+    task = min(tasks, key=lambda task: task.start)
+    return f"{task.row.slide_id}: {task.seconds:.0f} s" if task.seconds > NAMED_AFTER_S else ""
+
+
+def _too_late(row: SlideRow, slide_timeout: float) -> StatusRow:
+    message = (
+        f"{row.path}: not done after {slide_timeout:g} s; it may be damaged, else give a larger "
+        "--slide_timeout"
+    )
+    return {"state": "failed", "message": message, "seconds": slide_timeout}
 
 
 def _next_slide(waiting: deque[SlideRow], worker: Worker) -> SlideRow | None:

@@ -403,6 +403,30 @@ def test_a_slide_that_kills_its_process_costs_its_row(
     assert run.status["blank"]["state"] == "empty"
 
 
+class HangingOnGood(InThisProcess):
+    """A child process that is never done with one slide."""
+
+    def begin(self, task: SlideRow) -> None:
+        if task.slide_id != "good":
+            super().begin(task)
+
+
+def test_a_slide_that_takes_for_ever_costs_its_row(
+    two_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dasmil.slides.tile.ChildProcess", HangingOnGood)
+    monkeypatch.setattr("dasmil.slides.tile.NAMED_AFTER_S", 0.0)
+    output = tmp_path / "T"
+    code = tile(two_slides, output, SCALES, tile_px=64, workers=1, slide_timeout=1.5)
+    run = Run(code, output)
+    assert (code, run.status["good"]["state"], run.status["blank"]["state"]) == (
+        1,
+        "failed",
+        "empty",
+    )
+    assert "good.tiff: not done after 1.5 s; it may be damaged" in run.status["good"]["message"]
+
+
 def test_a_scale_the_slide_does_not_hold_costs_its_row(two_slides: Path, tmp_path: Path) -> None:
     run = Run(
         tile(two_slides, tmp_path / "T", ("x20", "x40"), tile_px=64, workers=1), tmp_path / "T"
