@@ -111,7 +111,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         # Lightning says so what it cannot do with its options
         misconfigured = type(error).__name__ == "MisconfigurationException"
-        said = str(error) if misconfigured else input_error_in(error)
+        said = str(error) if misconfigured else input_error_in(error) or _lost_reader(error)
         if not said:
             raise
         if not is_first_process():
@@ -119,6 +119,15 @@ def main(args: Sequence[str] | None = None) -> int:
         # a reading process wraps the sentence in its traceback
         print(f"error: {said.rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2
+
+
+def _lost_reader(error: Exception) -> str:
+    """What to say of a reading process that has ended; "" for other errors."""
+    if not isinstance(error, RuntimeError):
+        return ""
+    from dasmil.reading import say_lost  # here, since it imports torch
+
+    return say_lost(error)
 
 
 def _nobody_reads() -> bool:

@@ -2,12 +2,14 @@
 
 import math
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tqdm import tqdm
 
 LINE_S = 120.0  # between two lines
+SILENCE_S = 60.0  # after which a watchdog speaks
 tqdm.monitor_interval = 0  # no thread that ends while DataLoader forks: see files.map_files
 
 
@@ -39,3 +41,41 @@ def progress(items: Iterable[Any] | None = None, desc: str = "", **options: Any)
     options: of ``tqdm``.
     """
     return (tqdm if sys.stderr.isatty() else Lines)(items, desc, **options)
+
+
+class Watchdog:
+    """Prints what is waited for whenever nothing has happened for a minute.
+
+    Parameters
+    ----------
+    describe: what is waited for now.
+    """
+
+    def __init__(self, describe: Callable[[], str]):
+        self._describe = describe
+        self._moved = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def touch(self) -> None:
+        """Something has happened."""
+        self._moved.set()
+
+    def stop(self) -> None:
+        self._ended = True
+        self._moved.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        silent_s = 0.0
+        while not self._ended:
+            if self._moved.wait(SILENCE_S):
+                self._moved.clear()
+                silent_s = 0.0
+            else:
+                silent_s += SILENCE_S
+                text = f"nothing for {silent_s:.0f} s; waiting for {self._describe()}"
+                print(text, file=sys.stderr, flush=True)

@@ -89,6 +89,7 @@ class BagHeader:
     mpp_is_known: where False, places are in pixels of the finest scale instead of level 0, and
         ``slide_mpp`` is that scale's.
     slide_digest: of the slide file (:func:`dasmil.files.sample_digest`); "" if it is not known.
+    num_damaged: tiles of the finest scale that were left out since they cannot be decoded.
     """
 
     slide_id: str
@@ -104,6 +105,11 @@ class BagHeader:
     size_is_extent: bool = False
     mpp_is_known: bool = True
     slide_digest: str = ""
+    num_damaged: int = 0
+
+    def without_damage(self) -> "BagHeader":
+        """The header that the bag would have if all tiles could be decoded."""
+        return replace(self, num_tiles=self.num_tiles + self.num_damaged, num_damaged=0)
 
     @property
     def geometry(self) -> PyramidGrid:
@@ -346,6 +352,7 @@ def header_to_metadata(header: BagHeader) -> dict[str, str]:
         "size_is_extent": json.dumps(header.size_is_extent),
         "mpp_is_known": json.dumps(header.mpp_is_known),
         "slide_digest": header.slide_digest,
+        "num_damaged": str(header.num_damaged),
         "extractors": json.dumps({name: _plain(c) for name, c in header.extractors.items()}),
     }
 
@@ -368,5 +375,6 @@ def header_from_metadata(metadata: Mapping[str, str]) -> BagHeader:
         size_is_extent=json.loads(metadata.get("size_is_extent", "false")),
         mpp_is_known=json.loads(metadata.get("mpp_is_known", "true")),
         slide_digest=metadata.get("slide_digest", ""),
+        num_damaged=int(metadata.get("num_damaged", 0)),
         extractors={name: ExtractorCard.from_dict(card) for name, card in extractors.items()},
     )

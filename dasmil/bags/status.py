@@ -17,7 +17,7 @@ def bag_status(folder: Path) -> Status:
     return Status(
         folder,
         [row.slide_id for row in read_cohort(folder / "cohort.csv")],
-        [f"tiles/{scale}" for scale in scales],
+        [*(f"tiles/{scale}" for scale in scales), "damaged"],
         path=partial(bag_path, folder),
         describe=lambda path: status_row(read_num_tiles(path)),
     )

@@ -29,10 +29,10 @@ from dasmil.bags import (
 )
 from dasmil.bags.store import graph_bytes
 from dasmil.data.sampler import TrainingLoader, TrainingSampler, go_on, sampling_weights
-from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError, some_of
 from dasmil.files import map_files, must_exist
 from dasmil.progress import progress
+from dasmil.reading import reader_options
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.splits import SPLIT_COLUMNS, placed, refuse_overlap, split_cohort
@@ -385,8 +385,7 @@ class BagDataModule(LightningDataModule):
         on_device = keeps and self.cache == "device"
         return {
             "collate_fn": join_graphs,
-            "num_workers": workers,
-            "worker_init_fn": leave_signals_to_parent,
+            **reader_options(workers),
             "persistent_workers": workers > 0,
             "pin_memory": self._device().type == "cuda" and not on_device,
         }

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from dasmil.data.augment import DrawnTiles, PilViews, TensorViews
 from dasmil.data.bags import say_missing
 from dasmil.data.sampler import TrainingLoader, go_on
-from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError
 from dasmil.files import must_exist
+from dasmil.reading import reader_options
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.reader import RgbArray, Slide
@@ -292,8 +292,7 @@ class TileDataModule(LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
-            worker_init_fn=leave_signals_to_parent,
+            **reader_options(self.num_workers),
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,

@@ -1,14 +1,16 @@
 """Tiles of a cohort as chunks of pixels, and which process reads which slide."""
 
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, get_worker_info
 
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.cutting import TileCutter, rows_inside
@@ -21,6 +23,7 @@ from dasmil.work.worker import Worker
 CACHE_BYTES = 128 * 2**20
 WAIT = -1  # index of no chunk, after a while
 WAIT_S = 1.0
+READ_TIMEOUT_S = 600.0
 PREFETCHED = 3  # chunks for each reading process, by DataLoader and by Lightning, at most
 SUSPECT = "suspect"  # in what is written down of a slide: it may have killed a reading process
 
@@ -67,11 +70,19 @@ class ChunkDataset(Dataset[TileChunk]):
     rows: the slides.
     tables: their tiles.
     max_roots: coarsest tiles a chunk at most.
+    timeout: seconds that reading a chunk may take; a reading process that takes longer is ended.
     """
 
-    def __init__(self, rows: Sequence[SlideRow], tables: Sequence[TilePyramid], max_roots: int):
+    def __init__(
+        self,
+        rows: Sequence[SlideRow],
+        tables: Sequence[TilePyramid],
+        max_roots: int,
+        timeout: float = READ_TIMEOUT_S,
+    ):
         self.rows = rows
         self.tables = tables
+        self.timeout = timeout
         self.chunks: list[tuple[int, int, int]] = []  # slide, first coarsest tile, end
         self.chunks_of: list[range] = []
         self.num_tiles: list[dict[str, int]] = []  # of each slide, per scale
@@ -99,8 +110,9 @@ class ChunkDataset(Dataset[TileChunk]):
         if start == stop:
             return TileChunk(number)
         try:
-            tiles, cutter = self._cutter(number)
-            cut = cutter.cut(start, stop)
+            with _ended_after(self.timeout):
+                tiles, cutter = self._cutter(number)
+                cut = cutter.cut(start, stop)
         except Exception as error:  # becomes the slide's row in status.csv; the cohort goes on
             return TileChunk(number, error=str(error) or repr(error))
         rows = rows_inside(tiles, start, stop)
@@ -122,6 +134,23 @@ class ChunkDataset(Dataset[TileChunk]):
             slide = Slide(self.rows[number], CACHE_BYTES)
             self._open = (number, slide, tiles, TileCutter(slide, tiles))
         return self._open[2], self._open[3]
+
+
+@contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """End this reading process by SIGALRM if the block takes longer: nothing else ends a decoder.
+
+    The main process is never ended so.
+    """
+    if get_worker_info() is None:
+        yield
+        return
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class ClaimingSampler(DistributedSampler[int]):

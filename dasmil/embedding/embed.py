@@ -26,13 +26,19 @@ from dasmil.bags import (
     read_headers,
 )
 from dasmil.bags.status import EXTRACTORS, bag_status, status_row
-from dasmil.embedding.dataset import SUSPECT, ChunkDataset, ClaimingSampler, TileChunk
+from dasmil.embedding.dataset import (
+    READ_TIMEOUT_S,
+    SUSPECT,
+    ChunkDataset,
+    ClaimingSampler,
+    TileChunk,
+)
 from dasmil.embedding.extractor import Extractor, ExtractorSource, load_extractor
 from dasmil.embedding.weights import say
 from dasmil.embedding.writer import BagWriter, Embedded, bag_header
-from dasmil.endings import leave_signals_to_parent
 from dasmil.errors import InputError, some_of
 from dasmil.files import map_files, must_exist, write_text
+from dasmil.reading import reader_options, say_lost
 from dasmil.slides.cohort import SlideRow, describe_leaving, read_cohort, write_cohort
 from dasmil.slides.tiling import TilePyramid, read_tiles, slide_changed, tiles_path
 from dasmil.work.worker import STALE_AFTER_S, Worker
@@ -76,8 +82,7 @@ class EmbeddingModule(LightningModule):
             self.dataset,
             batch_size=None,  # a chunk is a batch
             sampler=self.sampler,
-            num_workers=self.num_workers,
-            worker_init_fn=leave_signals_to_parent,
+            **reader_options(self.num_workers),
             pin_memory=self.on_gpu,
         )
 
@@ -170,6 +175,8 @@ def embed(
     trainer: Trainer,
     batch_size: int = 64,
     num_workers: int = 2,
+    max_damaged_tiles: float = 0.0,
+    read_timeout: float = READ_TIMEOUT_S,
     stale_after: float = STALE_AFTER_S,
 ) -> int:
     """Embed every tile with the frozen extractor of its scale and write one bag file a slide.
@@ -194,6 +201,11 @@ def embed(
         tiles that go through a network at once.
     num_workers:
         reading processes of each device.
+    max_damaged_tiles:
+        share of a slide's finest tiles, in 0..1, that may be left out because their pixels, or
+        those of a coarser tile around them, cannot be decoded; a slide with more fails.
+    read_timeout:
+        seconds that reading one part of a slide (about 2048 px squared) may take.
     stale_after:
         seconds of silence after which the slides of another, vanished worker are taken over.
 
@@ -203,6 +215,10 @@ def embed(
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise InputError("embed: strategies that spawn or fork are not for it; use ddp")
+    if not 0 <= max_damaged_tiles < 1:
+        raise InputError(f"max_damaged_tiles: {max_damaged_tiles:g} is no share in 0..1")
+    if not read_timeout > 0:
+        raise InputError(f"read_timeout: {read_timeout:g} is not a positive number of seconds")
     must_exist(tiles, "give --tiles the folder that tile wrote")
     cohort = read_cohort(tiles / "cohort.csv")
     tables, not_tiled = _read_tables(cohort, tiles)
@@ -217,7 +233,7 @@ def embed(
     _refuse_other_bags(output, headers, any_header)
     changed = _changed_slides(cohort, tables)
     reasons = {
-        slide_id: _why_to_do(headers.get(slide_id), bag_header(table, cards))
+        slide_id: _why_to_do(headers.get(slide_id), bag_header(table, cards), max_damaged_tiles)
         for slide_id, table in tables.items()
         if slide_id not in changed
     }
@@ -243,16 +259,17 @@ def embed(
             _note_what_is_known(worker, not_tiled, changed, tables, todo)
         # other processes may find something to do, and wait for each other in the predict loop
         if todo or trainer.world_size > 1:
-            dataset = ChunkDataset(todo, wanted, max_roots=batch_size)
+            dataset = ChunkDataset(todo, wanted, max_roots=batch_size, timeout=read_timeout)
             sampler = partial(
                 ClaimingSampler,
                 dataset,
                 worker,
-                is_done=lambda slide: _is_done(wanted[slide], output, cards),
+                is_done=lambda slide: _is_done(wanted[slide], output, cards, max_damaged_tiles),
                 num_workers=num_workers,
             )
             module = EmbeddingModule(networks, dataset, sampler, batch_size, num_workers)
-            writer = BagWriter(wanted, output, cards, worker, show_progress=_take_bar(trainer))
+            show_progress = _take_bar(trainer)
+            writer = BagWriter(wanted, output, cards, worker, max_damaged_tiles, show_progress)
             _predict(trainer, module, writer)
     if not first:
         return 0  # a second process that fails would end the first one before it has reported
@@ -266,7 +283,7 @@ def _predict(trainer: Trainer, module: EmbeddingModule, writer: BagWriter) -> No
     try:
         trainer.predict(module, return_predictions=False)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not say_lost(error):
             raise
         suspects = writer.worker.claimed()
         for slide_id in suspects:
@@ -274,9 +291,9 @@ def _predict(trainer: Trainer, module: EmbeddingModule, writer: BagWriter) -> No
             writer.worker.note(slide_id, {"state": "failed", "message": message, SUSPECT: True})
         raise InputError(
             f"{writer.output}: a reading process was killed while it read one of "
-            f"{', '.join(suspects)}: too little memory (take fewer num_workers), or a damaged "
-            "file; run the same command again: what is done is kept, and these come last, one by "
-            "one"
+            f"{', '.join(suspects)}: too little memory (take fewer num_workers), a damaged file, "
+            f"or more than read_timeout ({module.dataset.timeout:g} s); run the same command "
+            "again: what is done is kept, and these come last, one by one"
         ) from error
     trainer.strategy.barrier()
     if trainer.is_global_zero:
@@ -327,12 +344,15 @@ def _load_extractors(
     return networks
 
 
-def _is_done(tiles: TilePyramid, output: Path, cards: Mapping[str, ExtractorCard]) -> bool:
+def _is_done(
+    tiles: TilePyramid, output: Path, cards: Mapping[str, ExtractorCard], max_damaged: float
+) -> bool:
     """Whether the slide's bag is there, made of these tiles by these extractors."""
     try:
-        return read_header(bag_path(output, tiles.slide_id)) == bag_header(tiles, cards)
+        found = read_header(bag_path(output, tiles.slide_id))
     except InputError:
         return False
+    return _why_to_do(found, bag_header(tiles, cards), max_damaged) is None
 
 
 def _refuse_other_bags(
@@ -347,14 +367,18 @@ def _refuse_other_bags(
             )
 
 
-def _why_to_do(found: BagHeader | InputError | None, wanted: BagHeader) -> str | None:
+def _why_to_do(
+    found: BagHeader | InputError | None, wanted: BagHeader, max_damaged: float
+) -> str | None:
     """None where the bag is done; else why a bag that is there is re-created, "" without one."""
     if found is None:
         return ""
     if isinstance(found, InputError):
         return str(found)
-    if found == wanted:
-        return None
+    if found.without_damage() == wanted:
+        if found.num_damaged <= max_damaged * wanted.num_tiles:
+            return None
+        return "more damaged tiles are left out than max_damaged_tiles allows now"
     if found.reader != wanted.reader:
         return "the pixels were read by another version"
     if found.slide_digest != wanted.slide_digest:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -14,15 +16,18 @@ from dasmil.bags import Bag, BagHeader, ExtractorCard, all_finite, bag_path, wri
 from dasmil.bags.status import status_row
 from dasmil.embedding.dataset import WAIT, TileChunk
 from dasmil.endings import end_on_sigterm
-from dasmil.errors import DiskFullError, InputError
-from dasmil.progress import progress
-from dasmil.slides.tiling import TilePyramid
+from dasmil.errors import DiskFullError, InputError, some_of
+from dasmil.progress import Watchdog, progress
+from dasmil.slides.tiling import TilePyramid, kept_rows, select_rows
 from dasmil.work.worker import Worker
 
+BoolArray = npt.NDArray[np.bool_]
 READER = "2"  # changes whenever the same tile is read with other pixels
 
 
-def bag_header(tiles: TilePyramid, cards: Mapping[str, ExtractorCard]) -> BagHeader:
+def bag_header(
+    tiles: TilePyramid, cards: Mapping[str, ExtractorCard], num_damaged: int = 0
+) -> BagHeader:
     """The header of the bag that these extractors make of these tiles."""
     return BagHeader(
         slide_id=tiles.slide_id,
@@ -36,6 +41,7 @@ def bag_header(tiles: TilePyramid, cards: Mapping[str, ExtractorCard]) -> BagHea
         reader=READER,
         bounds_px0=tiles.bounds_px0,
         slide_digest=tiles.slide_digest,
+        num_damaged=num_damaged,
     )
 
 
@@ -65,6 +71,7 @@ class BagWriter(Callback):
     output: folder of bag files.
     cards: extractor per scale.
     worker: has claimed the slides, and is told what became of them.
+    max_damaged: share of a slide's finest tiles that may be left out as damaged.
     show_progress: a bar of the tiles of all workers.
     """
 
@@ -74,12 +81,14 @@ class BagWriter(Callback):
         output: Path,
         cards: Mapping[str, ExtractorCard],
         worker: Worker,
+        max_damaged: float,
         show_progress: bool,
     ):
         self.tables = tables
         self.output = output
         self.cards = cards
         self.worker = worker
+        self.max_damaged = max_damaged
         self.show_progress = show_progress
         self.seconds_waiting = 0.0  # for pixels
         self._stepped = 0.0
@@ -88,14 +97,24 @@ class BagWriter(Callback):
         self._features: dict[int, dict[str, Tensor]] = {}
         self._waiting: dict[int, int] = {}
         self._failed: set[int] = set()
+        self._damaged: dict[int, dict[str, BoolArray]] = {}  # per scale (N_s,), of the tiles
+        self._reasons: dict[int, str] = {}  # of the first damaged tile
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         end_on_sigterm()
         self._stepped = time.monotonic()
         total, hidden = sum(self._num_tiles.values()), not self.show_progress
         self._bar = progress(desc="embed", total=total, unit="tile", disable=hidden, smoothing=0.05)
+        self._watchdog = Watchdog(lambda: f"pixels of {some_of(self.worker.claimed())}")
+        self._watchdog.start()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._watchdog.stop()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._watchdog.stop()
         self._show_progress()
         self._bar.close()
 
@@ -107,8 +126,31 @@ class BagWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        self._watchdog.touch()
         if batch.slide != WAIT:
             self.seconds_waiting += time.monotonic() - self._stepped
+        if batch.damaged and batch.slide not in self._failed:
+            batch.error = self._take_damage(batch)
+
+    def _take_damage(self, chunk: TileChunk) -> str | None:
+        """Remember the damaged tiles of a chunk; why the slide fails if they are too many."""
+        tiles = self.tables[chunk.slide]
+        damaged = self._damaged.setdefault(
+            chunk.slide, {name: np.zeros(count, bool) for name, count in tiles.num_tiles().items()}
+        )
+        for name, found in chunk.damaged.items():
+            start = chunk.start[name]
+            damaged[name][start : start + len(found)] = found.numpy()
+        reason = self._reasons.setdefault(chunk.slide, chunk.reason)
+        finest = tiles.scales[-1].name
+        kept = kept_rows(tiles, damaged)[finest]
+        lost = len(kept) - int(kept.sum())
+        if lost <= self.max_damaged * len(kept):
+            return None
+        return (
+            f"{reason}; with it {lost} of {len(kept)} {finest} tiles are lost, and "
+            f"--max_damaged_tiles {self.max_damaged:g} allows {int(self.max_damaged * len(kept))}"
+        )
 
     def on_predict_batch_end(
         self,
@@ -171,7 +213,7 @@ class BagWriter(Callback):
             self._write(some.slide)
 
     def _write(self, number: int) -> None:
-        tiles = self.tables[number]
+        tiles, message = self.tables[number], ""
         if not self.worker.still_holds(tiles.slide_id):
             print(f"embed: {tiles.slide_id}: another worker has taken it over; nothing is written")
             self._forget(number)
@@ -184,8 +226,15 @@ class BagWriter(Callback):
                 "--trainer.precision 32-true, or another extractor",
             )
             return
+        num_damaged = 0
+        if damaged := self._damaged.get(number):
+            kept = kept_rows(tiles, damaged)
+            features = {name: rows[torch.from_numpy(kept[name])] for name, rows in features.items()}
+            num_damaged = int((~kept[tiles.scales[-1].name]).sum())
+            message = f"{num_damaged} damaged tiles left out; the first: {self._reasons[number]}"
+            tiles = select_rows(tiles, kept)
         bag = Bag(
-            header=bag_header(tiles, self.cards),
+            header=bag_header(tiles, self.cards, num_damaged),
             features=features,
             grid={name: torch.from_numpy(grid) for name, grid in tiles.grid.items()},
             parent={name: torch.from_numpy(parent) for name, parent in tiles.parent.items()},
@@ -197,7 +246,7 @@ class BagWriter(Callback):
         except InputError as error:  # told in status.csv
             self._fail(number, str(error))
         else:
-            self._settle(number, status_row(tiles.num_tiles()))
+            self._settle(number, {**status_row(tiles.num_tiles(), message), "damaged": num_damaged})
 
     def _fail(self, number: int, reason: str) -> None:
         """The slide is lost, and only this slide."""
@@ -211,6 +260,7 @@ class BagWriter(Callback):
         self.worker.settle(self.tables[number].slide_id, {**row, "seconds": round(seconds, 2)})
 
     def _forget(self, number: int) -> None:
+        self._damaged.pop(number, None)
         self._begun.pop(number, None)
         self._features.pop(number, None)
         self._waiting.pop(number, None)

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from jpegs import damage
 from road import NUM_SLIDES, embed_command
 
 from dasmil.bags import bag_path, read_bag
@@ -366,31 +368,68 @@ def test_features_are_those_of_the_usual_way(shared_data, file, mpp, interpolate
             assert neighbours.median() > 3 * features  # an exchanged tile would show
 
 
-def test_pixels_that_cannot_be_read_cost_one_row(road, tmp_path):
-    """The file is damaged inside, where its thumbnail is not made from; the rest can be read."""
-    tiles, slides = tmp_path / "tiles", tmp_path / "slides"
+def damaged_copy(road, folder):
+    """Tiles of a cohort whose first slide is damaged inside, where its thumbnail is not read."""
+    tiles, slides = folder / "tiles", folder / "slides"
     shutil.copytree(road.tiles, tiles)
     rows = read_cohort(road.cohort)
     shutil.copytree(rows[0].path.parent, slides)
     table = (road.tiles / "cohort.csv").read_text().replace(str(rows[0].path.parent), str(slides))
     (tiles / "cohort.csv").write_text(table)
-    damaged = slides / rows[0].path.name
-    with tifffile.TiffFile(damaged) as tiff:
-        page = tiff.pages[0]
-        spans = list(zip(page.dataoffsets, page.databytecounts, strict=True))
-    content = bytearray(damaged.read_bytes())
-    for start, length in spans[len(spans) // 2 :]:
-        content[start : start + length] = bytes(length)
-    damaged.write_bytes(content)
+    path = slides / rows[0].path.name
+    with tifffile.TiffFile(path) as tiff:
+        count = len(tiff.pages[0].dataoffsets)
+    damage(path, *range(count // 2, count))
     table = tiles_path(tiles, rows[0].slide_id)
-    as_tiled = {"slide_digest": sample_digest(damaged), "slide_state": file_state(damaged)}
+    as_tiled = {"slide_digest": sample_digest(path), "slide_state": file_state(path)}
     write_tiles(table, replace(read_tiles(table), **as_tiled))
+    return tiles, path, rows[0].slide_id
+
+
+def test_pixels_that_cannot_be_read_cost_one_row(road, tmp_path):
+    """The rest can be read."""
+    tiles, path, slide_id = damaged_copy(road, tmp_path)
     assert main([*embed_command(tiles, tmp_path / "bags", RANDOM), "--batch_size", "8"]) == 1
     found = states(tmp_path / "bags")
-    state, message = found[rows[0].slide_id]
-    assert state == "failed" and f"{damaged}: pixels at" in message
-    assert {state for s, (state, _) in found.items() if s != rows[0].slide_id} == {"done"}
-    assert not bag_path(tmp_path / "bags", rows[0].slide_id).exists()
+    state, message = found[slide_id]
+    assert state == "failed" and message.startswith(f"{path}: its x")
+    assert " (level-0 pixels) cannot be read: " in message
+    assert "--max_damaged_tiles 0 allows 0" in message
+    assert {state for s, (state, _) in found.items() if s != slide_id} == {"done"}
+    assert not bag_path(tmp_path / "bags", slide_id).exists()
+
+
+def test_damaged_tiles_may_be_left_out_and_are_counted(road, tmp_path, capsys):
+    """All others have the features that they have without damage, to the last bit."""
+    tiles, path, slide_id = damaged_copy(road, tmp_path)
+    command = [*embed_command(tiles, tmp_path / "bags", RANDOM), "--batch_size", "8"]
+    sound = [*embed_command(road.tiles, tmp_path / "sound", RANDOM), "--batch_size", "8"]
+    assert main(sound) == main([*command, "--max_damaged_tiles", "0.9"]) == 0
+    whole, bag = (read_bag(bag_path(tmp_path / f, slide_id)) for f in ("sound", "bags"))
+    lost = whole.num_tiles()["x20"] - bag.num_tiles()["x20"]
+    assert 0 < lost == bag.header.num_damaged < whole.num_tiles()["x20"]
+    for scale in bag.scales:
+        cells = {tuple(cell): row for row, cell in enumerate(whole.grid[scale].tolist())}
+        rows = [cells[tuple(cell)] for cell in bag.grid[scale].tolist()]
+        assert torch.equal(bag.features[scale], whole.features[scale][rows])
+    assert states(tmp_path / "bags")[slide_id][0] == "done"
+    assert (
+        f"{lost} damaged tiles left out; the first: {path}: its x"
+        in (states(tmp_path / "bags")[slide_id][1])
+    )
+    with open(tmp_path / "bags" / "status.csv", newline="") as file:
+        counts = {row["slide_id"]: row["damaged"] for row in csv.DictReader(file)}
+    assert counts.pop(slide_id) == str(lost) and set(counts.values()) == {"0"}
+
+    before = bag_path(tmp_path / "bags", slide_id).stat().st_mtime_ns
+    assert main([*command, "--max_damaged_tiles", "0.9"]) == 0  # it is done
+    assert bag_path(tmp_path / "bags", slide_id).stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert main(command) == 1
+    assert (
+        "more damaged tiles are left out than max_damaged_tiles allows" in capsys.readouterr().out
+    )
+    assert states(tmp_path / "bags")[slide_id][0] == "failed"
 
 
 def test_a_slide_without_tiles_gets_an_empty_bag(road, tmp_path):
@@ -437,6 +476,30 @@ def test_a_bag_whose_worker_was_killed_before_it_said_so_counts(road, tmp_path):
         worker.note(slide_id, {"state": "failed", "message": "no such file"})
     assert main(embed_command(road.tiles, bags, road.dino)) == 0
     assert states(bags)[slide_id] == ("done", "")
+
+
+class SleepingSlide(Slide):
+    """Takes for ever to open."""
+
+    def __init__(self, row, cache_bytes):
+        if row.slide_id == DEADLY:
+            time.sleep(1000)
+        super().__init__(row, cache_bytes)
+
+
+def test_reading_that_takes_for_ever_ends_and_what_is_waited_for_is_said(
+    road, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("dasmil.embedding.dataset.Slide", SleepingSlide)
+    monkeypatch.setattr("dasmil.progress.SILENCE_S", 0.3)
+    args = embed_command(road.tiles, tmp_path, RANDOM)
+    args[args.index("--num_workers") + 1] = "1"
+    assert main([*args, "--read_timeout", "2"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"nothing for 1 s; waiting for pixels of .*{DEADLY}", error)
+    assert "a reading process was killed while it read one of " in error
+    assert "or more than read_timeout (2 s); run the same command again" in error
+    assert states(tmp_path)[DEADLY][0] == "failed"
 
 
 class DeadlyDataset(ChunkDataset):

@@ -1,0 +1,74 @@
+"""Reading processes hand over the same tensors with little shared memory, and never hang."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dasmil import reading
+
+SHAPES = ((3, 4, 5), (0, 7), ())
+
+
+class Tensors(Dataset):
+    """Of several dtypes and layouts."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        image = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5) + index
+        return {
+            "channels last": image.to(memory_format=torch.channels_last),
+            "part of another": image[:, 1:, ::2],
+            "expanded": torch.tensor([index]).expand(3, 2),
+            "bf16": torch.full((2, 2), index, dtype=torch.bfloat16),
+            "bool": image > 50,
+            "empty": torch.empty(0, 7),
+            "scalar": torch.tensor(float(index)),
+        }
+
+
+class TooLarge(Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> object:
+        return Unsendable()
+
+
+class Unsendable:
+    def __reduce__(self) -> tuple:
+        raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+
+def load(dataset: Dataset) -> list:
+    return list(DataLoader(dataset, batch_size=None, **reading.reader_options(2)))
+
+
+@pytest.mark.parametrize("free", [64 * 2**20, 2**40], ids=["small", "large"])
+def test_tensors_arrive_as_they_are(free: int, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(reading, "_shared_bytes", lambda: free)
+    reading._say_small.cache_clear()
+    dataset = Tensors()
+    for _ in range(2):
+        for expected, found in zip(map(dataset.__getitem__, range(4)), load(dataset), strict=True):
+            for name, tensor in expected.items():
+                assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+            image = found["channels last"]
+            assert image.is_contiguous(memory_format=torch.channels_last)
+            assert found["channels last"].is_shared() == (free > reading.SMALL_BYTES)
+    assert capsys.readouterr().out.count("64 MB of shared memory are free") == (free < 2**30)
+
+
+def test_what_cannot_be_handed_over_ends_the_run_with_a_sentence(capfd) -> None:
+    """multiprocessing would print a traceback, and the loader wait for ever."""
+    with pytest.raises(RuntimeError) as caught:
+        load(TooLarge())
+    assert "a reading process has ended" in reading.say_lost(caught.value)
+    said = capfd.readouterr().err
+    assert "cannot hand over what it has read (unable to write to file" in said
+    assert "Traceback" not in said
+
+
+def test_other_errors_are_none_of_a_lost_process() -> None:
+    assert reading.say_lost(RuntimeError("out of memory")) == ""
