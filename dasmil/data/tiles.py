@@ -1,5 +1,6 @@
 """Pixels for self-supervision: augmented crops of tiles, read straight from the slides."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from dasmil.files import must_exist
 from dasmil.reading import reader_options
 from dasmil.seeds import training_seed
 from dasmil.slides.cohort import SlideRow, read_cohort
-from dasmil.slides.reader import RgbArray, Slide
+from dasmil.slides.reader import DamagedError, RgbArray, Slide
 from dasmil.slides.splits import placed, split_cohort
 from dasmil.slides.study import SlideRecord
 from dasmil.slides.tiling import read_tiles, slide_changed, tiles_path
@@ -37,6 +38,9 @@ MAX_OPEN_SLIDES = 32  # of each reading process
 
 class TileDataset(Dataset[Any]):
     """Views of single tiles; an item is named by (number of the slide, row of the tile, seed).
+
+    In the place of a tile whose pixels cannot be decoded comes the next one of its slide that can
+    be; a warning names the first such tile of a slide.
 
     Parameters
     ----------
@@ -59,11 +63,31 @@ class TileDataset(Dataset[Any]):
         self.tile_px = tile_px
         self.views = views
         self._open: dict[int, Slide] = {}
+        self._damaged: set[int] = set()  # slides of which it has been said
 
     def __getitem__(self, index: tuple[int, int, int]) -> Any:
         number, row, seed = index
-        pixels = self._slide(number).read(self.boxes_px0[number][row], (self.tile_px,) * 2)
-        return self.views(pixels, seed)
+        return self.views(self._pixels(number, row), seed)
+
+    def _pixels(self, number: int, row: int) -> RgbArray:
+        """(tile_px, tile_px, 3) uint8.
+
+        Raises
+        ------
+        InputError
+            if no tile of the slide can be decoded.
+        """
+        boxes_px0, slide = self.boxes_px0[number], self._slide(number)
+        for following in range(len(boxes_px0)):
+            try:
+                return slide.read(
+                    boxes_px0[(row + following) % len(boxes_px0)], (self.tile_px,) * 2
+                )
+            except DamagedError as error:
+                if number not in self._damaged:
+                    warnings.warn(f"{error}; other tiles of the slide are taken", stacklevel=2)
+                self._damaged.add(number)
+        raise InputError(f"{slide.row.path}: none of its tiles can be decoded; leave the slide out")
 
     def __len__(self) -> int:
         return sum(len(boxes) for boxes in self.boxes_px0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bag_factory import CLASSES, write_bags, write_cohort_csv
+from jpegs import damage, write_jpeg_pyramid
 from PIL import Image
 
 from dasmil.data import BagDataModule, TileDataModule
@@ -269,6 +270,24 @@ def test_a_tile_is_read_where_it_lies(picture: SlideRow) -> None:
         pixels, seed = dataset[*index, 5]
         assert (pixels.shape, seed) == ((8, 8, 3), 5)
         assert np.array_equal(np.unique(pixels.reshape(-1, 3), axis=0), [colour])
+
+
+def test_in_the_place_of_a_damaged_tile_comes_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.tiff"
+    write_jpeg_pyramid(path, 512, 128, (1,))  # four JPEGs
+    boxes = np.array([[left, 0, left + 64, 64] for left in (0, 128, 256, 384)])
+    rows = [SlideRow("a", path)]
+    sound = TileDataset(rows, [boxes], 64, lambda *item: item[0])
+    expected = [sound[0, row, 0] for row in range(4)]
+    damage(path, 1, 3)
+    with pytest.warns(UserWarning, match="cannot be read: .*; other tiles of the slide") as said:
+        dataset = TileDataset(rows, [boxes], 64, lambda *item: item[0])
+        found = [dataset[0, row, 0] for row in range(4)]
+    assert len(said) == 1
+    np.testing.assert_array_equal(found, [expected[row] for row in (0, 2, 2, 0)])
+    damage(path, 0, 2)
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="none of its tiles"):
+        TileDataset(rows, [boxes], 64, lambda *item: item[0])[0, 0, 0]
 
 
 def one_slide(folder: Path) -> Path:
