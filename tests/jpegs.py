@@ -15,7 +15,13 @@ def picture(width: int, height: int) -> np.ndarray:
     return np.clip(150 + 35 * smooth / smooth.std(), 0, 255).astype(np.uint8)
 
 
-def write_jpeg_pyramid(path: Path, width: int, height: int, downsamples: tuple[int, ...]) -> None:
+def write_jpeg_pyramid(
+    path: Path,
+    width: int,
+    height: int,
+    downsamples: tuple[int, ...],
+    description: str | None = None,
+) -> None:
     """A pyramid of JPEG tiles with 0.5 µm/px at its finest level."""
     full = picture(width, height)
     with tifffile.TiffWriter(path) as tiff:
@@ -40,6 +46,7 @@ def write_jpeg_pyramid(path: Path, width: int, height: int, downsamples: tuple[i
                 resolution=(2e4 / downsample,) * 2,
                 resolutionunit="CENTIMETER",
                 metadata=None,
+                description=description,
             )
     with tifffile.TiffFile(path, mode="r+") as tiff:
         for page in tiff.pages:

@@ -1,0 +1,27 @@
+"""Mutated files of every kind cost a sentence each: no traceback, hang, request or other harm."""
+
+from pathlib import Path
+
+from fuzz.kinds import KINDS
+from fuzz.run import fuzz
+
+COUNTS = {
+    "svs": 8,
+    "tiff": 8,
+    "png": 8,
+    "jpeg": 8,
+    "checkpoint": 20,
+    "extractor record": 15,
+    "h5": 20,
+}
+
+
+def test_mutated_files_are_accepted_or_refused_by_a_sentence(tmp_path: Path) -> None:
+    """The long form is ``python tests/fuzz/run.py``."""
+    tasks = [(kind, number) for kind in KINDS for number in range(COUNTS.get(kind, 40))]
+    outcomes = list(fuzz(tasks, 0, tmp_path))
+    wrong = [outcome for outcome in outcomes if outcome.is_wrong]
+    assert not wrong, "\n".join(f"{o.kind} {o.number}: {o.result}\n{o.detail}" for o in wrong)
+    refused = {outcome.kind for outcome in outcomes if outcome.result == "refused"}
+    assert refused == set(KINDS)
+    assert [(outcome.kind, outcome.number) for outcome in outcomes] == tasks
