@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import nan
 from typing import Literal
 
@@ -59,6 +59,9 @@ class Evaluation:
     thresholds: Mapping[str, Mapping[str, float | Tensor]] | None = None
     specificity: float = 0.9
     folds: Tensor | None = None
+    _intervals: dict[str, dict[str, tuple[float, float]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def scales(self) -> tuple[str, ...]:
@@ -204,6 +207,11 @@ class Evaluation:
         Both ends are nan if there is no interval: of ``calibration_error``, of a metric that is
         not defined, and of every metric if a class has too few patients (:attr:`why_no_interval`).
         """
+        if scale not in self._intervals:  # seconds, if there are many classes
+            self._intervals[scale] = self._measured_intervals(scale)
+        return dict(self._intervals[scale])
+
+    def _measured_intervals(self, scale: str) -> dict[str, tuple[float, float]]:
         inputs = self.inputs(scale)
         found = dict.fromkeys(inputs.metrics(), (nan, nan))
         if self.why_no_interval or not np.isfinite(inputs.probabilities).all():

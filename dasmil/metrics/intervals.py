@@ -33,6 +33,12 @@ from math import nan
 import numpy as np
 from scipy.stats import norm, rankdata, t
 
+from dasmil.metrics.jackknife import (
+    auroc_without,
+    average_precision_without,
+    sensitivity_without,
+    sum_by_patient,
+)
 from dasmil.metrics.slide import (
     Array,
     BoolArray,
@@ -129,7 +135,7 @@ class Sides:
             ranks = ranks - ranks.mean(axis=-1, keepdims=True)
             spread = np.sqrt(np.square(ranks).mean(axis=-1, keepdims=True))
             ranks = ranks / np.where(spread > 0, spread, 1)
-            sums = ranks @ np.eye(len(held))[self.patients[of_class]]
+            sums = sum_by_patient(ranks, self.patients[of_class], len(held))
             means.append(sums / np.maximum(held, 1))
             explained = (sums * means[-1]).sum(axis=-1)
             between = between + explained
@@ -267,13 +273,8 @@ def score_interval(
     return ends[0], ends[1]
 
 
-def leave_one_out(measure: Callable[[BoolArray], Array], patients: IntArray) -> Array:
-    """(patients, ...) measured without each patient; ``measure`` gets the slides to keep."""
-    return np.stack([measure(patients != patient) for patient in range(patients.max() + 1)])
-
-
 def jackknife_error(without: Array) -> Array:
-    """Standard error (Tukey, 1958), from :func:`leave_one_out`."""
+    """Standard error (Tukey, 1958), of (patients, ...) a measure without each patient."""
     num = len(without)
     return np.sqrt((num - 1) / num * np.square(without - without.mean(axis=0)).sum(axis=0))
 
@@ -293,9 +294,7 @@ def auroc_interval(
     every = np.zeros(len(positive), dtype=int) if folds is None else folds
     sides = Sides(positive, patients, every)
     within, across = sides.correlations(scores)
-    without = leave_one_out(
-        lambda keep: same_fold_auroc(scores[..., keep], positive[keep], every[keep]), patients
-    )
+    without = auroc_without(scores, positive, patients, every)
     return score_interval(
         same_fold_auroc(scores, positive, every),
         lambda theta: sides.auroc_error(theta, within, across),
@@ -309,9 +308,7 @@ def average_precision_interval(scores: Array, positive: BoolArray, patients: Int
     """Of the average precision; see :func:`auroc_interval`."""
     sides = _whole(positive, patients)
     number, _ = sides.effective(sides.correlations(scores)[0])
-    without = leave_one_out(
-        lambda keep: average_precision(scores[..., keep], positive[keep]), patients
-    )
+    without = average_precision_without(scores, positive, patients)
     return score_interval(
         average_precision(scores, positive),
         lambda theta: np.sqrt(theta * (1 - theta) / number),
@@ -325,10 +322,7 @@ def sensitivity_interval(
 ) -> Interval:
     """Of the sensitivity at a specificity read from the same slides; see :func:`_roc_error`."""
     sides = _whole(positive, patients)
-    without = leave_one_out(
-        lambda keep: sensitivity_at_specificity(scores[..., keep], positive[keep], specificity),
-        patients,
-    )
+    without = sensitivity_without(scores, positive, patients, specificity)
     return score_interval(
         sensitivity_at_specificity(scores, positive, specificity),
         _roc_error(sides, scores, specificity),
@@ -406,8 +400,9 @@ def proportion_interval(
     quantile: of Student's t.
     most: how many slides that are right or wrong a slide may be worth, if the hits lie between.
     """
-    group = np.eye(patients.max() + 1)[patients]
-    num, total = (hits * of) @ group, of @ group
+    num_patients = int(patients.max()) + 1
+    num = sum_by_patient(hits * of, patients, num_patients)
+    total = sum_by_patient(of.astype(float), patients, num_patients)
     value = num.sum(axis=-1) / total.sum(axis=-1)
     slides = total.sum(axis=-1, keepdims=True)
     number = effective_number(total, within)

@@ -27,11 +27,11 @@ from dasmil.metrics.intervals import (
     auroc_interval,
     average_precision_interval,
     f1_interval,
-    leave_one_out,
     proportion_interval,
     score_interval,
     sensitivity_interval,
 )
+from dasmil.metrics.jackknife import auroc_without
 from dasmil.metrics.paired import swap_test
 from dasmil.metrics.slide import (
     Array,
@@ -176,9 +176,8 @@ def bootstrap(values: Array, design: Design, rng: np.random.Generator) -> dict[s
     below = (drawn_values < value[:, None]).mean(axis=1)
     below += (drawn_values == value[:, None]).mean(axis=1) / 2
     bias = norm.ppf(np.clip(below, 1 / 800, 1 - 1 / 800))
-    without = leave_one_out(
-        lambda keep: auroc(values[:, keep], design.positive[keep]), design.patients
-    )
+    every = np.zeros(len(design.positive), dtype=int)
+    without = auroc_without(values, design.positive, design.patients, every)
     skew = without.mean(axis=0) - without
     spread = np.maximum(np.square(skew).sum(axis=0), 1e-12)
     speed = (skew**3).sum(axis=0) / (6 * spread**1.5)

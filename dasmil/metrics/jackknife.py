@@ -1,0 +1,117 @@
+"""Metrics of ranks without each patient, in about the time of the metric itself.
+
+Each function gives, of shape (patients, ...), what :mod:`dasmil.metrics.slide` would give without
+the slides of each patient: nan if one of the classes is then gone.
+"""
+
+from math import ceil
+
+import numpy as np
+from scipy.stats import rankdata
+
+from dasmil.metrics.slide import Array, BoolArray, IntArray
+
+BLOCK = 512  # patients whose thresholds are compared with the positive slides at once
+
+
+def sum_by_patient(values: Array, patients: IntArray, num_patients: int) -> Array:
+    """(..., n) values → (..., patients) their sums; a matrix of slides and patients is not made."""
+    rows = values.reshape(-1, values.shape[-1])
+    place = patients + num_patients * np.arange(len(rows))[:, None]
+    sums = np.bincount(place.ravel(), rows.ravel(), num_patients * len(rows))
+    return sums.astype(np.float64, copy=False).reshape(*values.shape[:-1], num_patients)
+
+
+def auroc_without(scores: Array, positive: BoolArray, patients: IntArray, folds: IntArray) -> Array:
+    """Of :func:`dasmil.metrics.slide.same_fold_auroc`: its pairs less those of each patient."""
+    num = int(patients.max()) + 1
+    in_order, pairs = np.zeros((*scores.shape[:-1], num)), np.zeros(num)
+    for fold in np.unique(folds):
+        here = folds == fold
+        of_fold, whose, of_slide = scores[..., here], patients[here], positive[here]
+        num_positive = int(of_slide.sum())
+        ranks = rankdata(of_fold, axis=-1)
+        # of a positive slide the negative ones below it, of a negative one the positive ones above
+        placed = np.empty_like(ranks)
+        for chosen in (of_slide, ~of_slide):
+            placed[..., chosen] = ranks[..., chosen] - rankdata(of_fold[..., chosen], axis=-1)
+        placed[..., ~of_slide] = num_positive - placed[..., ~of_slide]
+        total = placed[..., of_slide].sum(axis=-1)[..., None]
+        counts = [np.bincount(whose[chosen], minlength=num) for chosen in (of_slide, ~of_slide)]
+        lost = sum_by_patient(placed, whose, num)
+        for patient in np.flatnonzero(counts[0] * counts[1]):  # whose own pairs were counted twice
+            own = whose == patient
+            one, other = of_fold[..., own & of_slide], of_fold[..., own & ~of_slide]
+            above = np.sign(one[..., :, None] - other[..., None, :])
+            lost[..., patient] -= ((above + 1) / 2).sum(axis=(-2, -1))
+        in_order += total - lost
+        pairs += (num_positive - counts[0]) * (len(of_slide) - num_positive - counts[1])
+    return np.moveaxis(_ratio(in_order, pairs), -1, 0)
+
+
+def average_precision_without(scores: Array, positive: BoolArray, patients: IntArray) -> Array:
+    """Of :func:`dasmil.metrics.slide.average_precision`."""
+    num = int(patients.max()) + 1
+    precisions = np.zeros((*scores.shape[:-1], num))
+    for slide in np.flatnonzero(positive):
+        called = (scores >= scores[..., slide, None]).astype(float)
+        hits = called[..., positive]
+        called_left = called.sum(axis=-1)[..., None] - sum_by_patient(called, patients, num)
+        hits_left = hits.sum(axis=-1)[..., None] - sum_by_patient(hits, patients[positive], num)
+        precision = hits_left / np.maximum(called_left, 1)
+        precision[..., patients[slide]] = 0
+        precisions += precision
+    left = positive.sum() - np.bincount(patients[positive], minlength=num)
+    return np.moveaxis(_ratio(precisions, left), -1, 0)
+
+
+def sensitivity_without(
+    scores: Array, positive: BoolArray, patients: IntArray, specificity: float
+) -> Array:
+    """Of :func:`dasmil.metrics.slide.sensitivity_at_specificity`."""
+    num = int(patients.max()) + 1
+    threshold = _thresholds_without(scores[..., ~positive], patients[~positive], num, specificity)
+    held, whose = scores[..., positive], patients[positive]
+    left = len(whose) - np.bincount(whose, minlength=num)
+    hits = np.empty_like(threshold)
+    for begin in range(0, num, BLOCK):
+        block = np.arange(begin, min(begin + BLOCK, num))
+        others = whose != block[:, None]
+        above = held[..., None, :] > threshold[..., block, None]
+        hits[..., block] = (above & others).sum(axis=-1)
+    found = _ratio(hits, left)
+    return np.moveaxis(np.where(np.isnan(threshold), np.nan, found), -1, 0)
+
+
+def _thresholds_without(
+    negative: Array, patients: IntArray, num_patients: int, specificity: float
+) -> Array:
+    """(..., m) scores of negative slides → (..., patients) the highest that must be spared.
+
+    Of the sorted scores it is the one of a fixed rank, moved on by one for each slide of the
+    patient that lies before it.
+    """
+    order = negative.argsort(axis=-1)
+    ranked = np.take_along_axis(negative, order, axis=-1)
+    rank = order.argsort(axis=-1)
+    found = np.full((*negative.shape[:-1], num_patients), np.nan)
+    counts = np.bincount(patients, minlength=num_patients)
+    by_patient = patients.argsort(kind="stable")
+    first = counts.cumsum() - counts
+    for times in np.unique(counts):
+        left = len(patients) - int(times)
+        if left == 0:
+            continue
+        chosen = np.flatnonzero(counts == times)
+        slides = by_patient[first[chosen][:, None] + np.arange(times)]  # (chosen, times)
+        lost = np.sort(rank[..., slides], axis=-1)
+        at = np.full((*negative.shape[:-1], len(chosen)), ceil(specificity * left - 1e-9) - 1)
+        for number in range(times):
+            at = at + (lost[..., number] <= at)
+        found[..., chosen] = np.take_along_axis(ranked, at, axis=-1)
+    return found
+
+
+def _ratio(numerator: Array, denominator: Array | IntArray) -> Array:
+    """nan where nothing is left."""
+    return np.where(denominator > 0, numerator / np.maximum(denominator, 1), np.nan)
