@@ -6,6 +6,7 @@ side here instead. OpenSlide remains the measure: a level is read in this way on
 it come out the same in both, and what the decoder warns of is left to OpenSlide, which refuses it.
 """
 
+import logging
 import os
 import weakref
 from collections.abc import Callable
@@ -19,6 +20,8 @@ import simplejpeg
 import tifffile
 
 from dasmil.errors import InputError
+
+logging.getLogger("tifffile").disabled = True  # it logs each tag of a damaged file
 
 T = TypeVar("T")
 RgbArray = npt.NDArray[np.uint8]
@@ -112,9 +115,14 @@ def jpeg_level(path: Path, size_px: tuple[int, int], cache_bytes: int) -> JpegLe
             and page.samplesperpixel == 3
             and page.bitspersample == 8
             and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
+            and len(page.dataoffsets) == len(page.databytecounts) == _num_tiles(page)
         )
 
     return _of_page(path, is_wanted, lambda page: JpegLevel(path, page, cache_bytes))
+
+
+def _num_tiles(page: tifffile.TiffPage) -> int:
+    return int(-(-page.imagewidth // page.tilewidth) * -(-page.imagelength // page.tilelength))
 
 
 def bits_per_sample(path: Path) -> int:
