@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dasmil.endings import ending_on_sigterm, signal_of
-from dasmil.errors import InputError, input_error_in, near
+from dasmil.errors import InputError, input_error_in, near, shown
 from dasmil.quiet import hush, is_first_process
 
 USAGE = """\
@@ -111,7 +111,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         # Lightning says so what it cannot do with its options
         misconfigured = type(error).__name__ == "MisconfigurationException"
-        said = str(error) if misconfigured else input_error_in(error) or _lost_reader(error)
+        said = shown(str(error)) if misconfigured else input_error_in(error) or _lost_reader(error)
         if not said:
             raise
         if not is_first_process():

@@ -1,16 +1,27 @@
 """The one exception that means "your input is wrong", as opposed to "our code is wrong"."""
 
+import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 MAX_NAMED = 5
+UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # controls but line ends and tabs
+
+
+def shown(text: str) -> str:
+    """A text for a terminal: control characters, which may be a stranger's, as ``\\x1b``."""
+    return UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class InputError(ValueError):
     """Bad input, said in one sentence: which file, what is wrong, what to do.
 
-    The command line prints the sentence without a traceback and exits with code 2.
+    The command line prints the sentence without a traceback and exits with code 2. It may name
+    files of strangers, so control characters are shown as text.
     """
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class DiskFullError(InputError):
@@ -19,12 +30,13 @@ class DiskFullError(InputError):
 
 def say_error(error: Exception) -> str:
     """What a row of a table says of an error: its sentence, or that of a library with its kind."""
-    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    is_sentence = isinstance(error, InputError)
+    return shown(str(error) if is_sentence else f"{type(error).__name__}: {error}")
 
 
 def some_of(texts: Collection[object]) -> str:
     """The first few, and how many more there are; for sentences about slides or keys of a file."""
-    named = ", ".join(list(map(str, texts))[:MAX_NAMED])
+    named = shown(", ".join(list(map(str, texts))[:MAX_NAMED]))
     return named + (f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else "")
 
 

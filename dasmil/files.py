@@ -15,8 +15,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from dasmil.errors import DiskFullError, InputError, some_of
 
@@ -30,6 +31,8 @@ SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx and .ods files 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 SAMPLES = 24  # blocks that tell one slide from another: the first, the last and those between
 SAMPLE_BYTES = 4096
+MAX_DEPTH = 20  # of JSON that others may have written; ours has at most 5
+EXECUTED = re.compile(r"'*[=@\t\r]")  # how cells begin that a spreadsheet would execute
 SLIDE_PART = re.compile(r"[^.].*\.(dcm|dat)|slidedat\.ini", re.IGNORECASE)  # of DICOM, of MIRAX
 
 
@@ -149,14 +152,38 @@ os.register_at_fork(after_in_child=_readers.cache_clear)  # threads do not survi
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows as dictionaries; a missing value or None becomes an empty cell."""
+    """Rows as dictionaries; a missing value or None becomes an empty cell.
+
+    An apostrophe is set before a text that a spreadsheet would execute; :func:`read_csv` takes it
+    off.
+    """
     with (
         atomic_path(path) as temporary,
         open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+        _write_rows(file, columns, chain([dict(zip(columns, columns, strict=True))], rows))
+
+
+def append_csv(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
+    """One more row of a table of :func:`write_csv`; it is whole or not there."""
+    text = io.StringIO(newline="")
+    _write_rows(text, columns, [row])
+    line = text.getvalue().encode(errors="backslashreplace")
+    with said_when_full(path), open(path, "ab", buffering=0) as file:
+        file.write(line)
+
+
+def _write_rows(file: IO[str], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    quoted = ({key: _quoted(value) for key, value in row.items()} for row in rows)
+    csv.DictWriter(file, columns, restval="").writerows(quoted)
+
+
+def _quoted(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and EXECUTED.match(cell) else cell
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and EXECUTED.match(cell) else cell
 
 
 class Row(dict[str, str]):
@@ -193,7 +220,7 @@ def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], lis
     try:
         if told:
             next(reader)
-        columns = [name.strip() for name in next(reader, [])]
+        columns = [_unquoted(name).strip() for name in next(reader, [])]
         while columns and not columns[-1]:
             columns.pop()
         if twice := [name for name, times in Counter(columns).items() if times > 1]:
@@ -209,7 +236,7 @@ def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], lis
                     "header"
                 )
             pairs = zip(columns, cells, strict=False)
-            stripped = ((k, v if k in verbatim else v.strip()) for k, v in pairs)
+            stripped = ((k, _unquoted(v if k in verbatim else v.strip())) for k, v in pairs)
             rows.append(Row(stripped, reader.line_num))
     except csv.Error as error:
         raise InputError(f"{path} line {reader.line_num}: not a CSV table ({error})") from error
@@ -343,8 +370,52 @@ def pack_metadata(entries: Mapping[str, str]) -> dict[str, str]:
 
 
 def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """The inverse of :func:`pack_metadata`; nothing where a file is not one of ours."""
-    return dict(json.loads((metadata or {}).get("dasmil", "{}")))
+    """The inverse of :func:`pack_metadata`; nothing where a file is not one of ours.
+
+    Raises
+    ------
+    ValueError
+        if the entry is damaged.
+    """
+    entries = parse_json((metadata or {}).get("dasmil", "{}"))
+    if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
+        raise ValueError("its entries are no texts by name")
+    return entries
+
+
+def parse_json(text: str | bytes, most_deep: int = MAX_DEPTH) -> Any:
+    """The plain value that a JSON text from outside stands for.
+
+    Raises
+    ------
+    ValueError
+        if it is damaged, nested more than ``most_deep`` times, or holds a number that is not
+        finite.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if isinstance(value, dict | list):
+        _refuse_deep(value, most_deep)
+    return value
+
+
+def _refuse_deep(value: Any, levels: int) -> None:
+    if levels < 0:
+        raise ValueError("its JSON is nested too deeply")
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list):
+            _refuse_deep(inner, levels - 1)
+
+
+def _refuse_number(text: str) -> float:
+    raise ValueError(f"its JSON holds the number {text}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if abs(number) < float("inf") else _refuse_number(text)
 
 
 def describe_changes(found: str, wanted: str, also_new: bool = True) -> str:

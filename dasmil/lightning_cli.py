@@ -242,6 +242,7 @@ class DasmilCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter):
                 self._say_failed(callback.failed)
+                self._say_unread(callback)
 
     def _say_failed(self, slide_ids: Sequence[str], consequence: str = "") -> None:
         """Name slides whose output is not finite; the exit code is then 1.
@@ -253,6 +254,18 @@ class DasmilCLI(LightningCLI):
                 f"error: {self.verb}: the output is not finite for {len(slide_ids)} slide(s), "
                 f"which have no class: {some_of(slide_ids)}{consequence}; run it again with "
                 "--trainer.precision 32-true, or check their features",
+                file=sys.stderr,
+            )
+            self.exit_code = 1
+
+    def _say_unread(self, writer: PredictionWriter) -> None:
+        """Name slides whose bags could not be read; the exit code is then 1."""
+        if writer.unread and self.trainer.is_global_zero:
+            reason = next(iter(writer.unread.values()))
+            print(
+                f"error: predict: {len(writer.unread)} bag(s) could not be read, their slides have "
+                f"no class: {some_of(list(writer.unread))}; the first: {reason}; "
+                f"see {writer.table}",
                 file=sys.stderr,
             )
             self.exit_code = 1

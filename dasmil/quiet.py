@@ -6,6 +6,8 @@ import re
 import warnings
 from pathlib import Path
 
+from dasmil.errors import shown
+
 WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning, about torch
     r".*torch\.jit\.script.*",  # PyG, about torch
@@ -63,7 +65,7 @@ def _sentence(
     if Path(filename).is_relative_to(Path(__file__).parent) and not is_first_process():
         return ""
     where = "" if issubclass(category, UserWarning) else f"{filename}:{lineno}: "
-    return f"warning: {where}{message}\n"
+    return shown(f"warning: {where}{message}\n")
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:

@@ -1,5 +1,6 @@
 """Vectors → graph: bags, their files, and the graph over their tiles."""
 
+from dasmil.bag_folder import bag_path
 from dasmil.bags.bag import (
     Bag,
     BagHeader,
@@ -11,7 +12,7 @@ from dasmil.bags.bag import (
 )
 from dasmil.bags.graph import UNKNOWN, BagGraph, bag_graph, join_graphs
 from dasmil.bags.neighbours import Neighbours, grid_neighbours
-from dasmil.bags.store import bag_path, read_bag, read_header, read_headers, write_bag
+from dasmil.bags.store import read_bag, read_header, read_headers, write_bag
 
 __all__ = [
     "UNKNOWN",

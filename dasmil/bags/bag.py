@@ -4,17 +4,21 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dasmil.errors import InputError
-from dasmil.files import describe_changes
-from dasmil.units import Mpp, PyramidGrid, Scale, TilePx
+from dasmil.files import describe_changes, parse_json
+from dasmil.headers import Header
+from dasmil.units import IntArray, Mpp, PyramidGrid, Scale, TilePx
 
 FULL_PRECISION = "32-true"
+MAX_WIDTH = 2**20  # of features, and of a tile in pixels
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,25 @@ class ExtractorCard:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ExtractorCard":
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        """The inverse of ``dataclasses.asdict``.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            if a value is missing, unknown, or no card can have it.
+        """
+        mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
+        card = cls(**{**values, "mean": mean, "std": std})
+        texts = (card.name, card.fingerprint, card.pooling, card.interpolation, card.precision)
+        sizes = (card.image_size, card.feature_dim)
+        if (
+            not all(isinstance(text, str) for text in texts)
+            or not all(type(size) is int and 0 <= size < MAX_WIDTH for size in sizes)
+            or not all(len(v) == 3 and all(map(isfinite, v)) for v in (mean, std))
+            or not isinstance(card.options, Mapping)
+        ):
+            raise ValueError(f"no extractor can have the card {str(values)[:200]}")
+        return card
 
 
 @dataclass(frozen=True)
@@ -273,6 +295,7 @@ class Bag:
             self._refuse("the number of tiles is not the header's")
         if set(self.header.extractors) != set(names):
             self._refuse(f"the header must name the extractors of {', '.join(names)}")
+        geometry = self.header.geometry
         for number, name in enumerate(names):
             features, grid = self.features[name], self.grid[name]
             if features.ndim != 2 or grid.shape != (len(features), 2):
@@ -283,33 +306,18 @@ class Bag:
                 self._refuse(f"{name}: features are not as wide as their extractor's")
             if features.dtype not in (torch.float16, torch.float32):
                 self._refuse(f"{name}: features must be float16 or float32, not {features.dtype}")
-            if grid.dtype != torch.int32 or bool((grid < 0).any()):
-                self._refuse(f"{name}: the grid must be non-negative int32")
-            if len(_cell_numbers(grid).unique()) < len(grid):
-                self._refuse(f"{name}: two tiles lie in the same place")
-            if number > 0:
-                self._validate_parents(number)
-
-    def _validate_parents(self, number: int) -> None:
-        name, coarser = self.scales[number], self.scales[number - 1]
-        parent, grid = self.parent[name], self.grid[name]
-        if parent.shape != (len(grid),) or parent.dtype != torch.int32:
-            self._refuse(f"{name}: parents must be (N,) int32")
-        if len(parent) == 0:
-            return
-        if parent.min() < -1 or parent.max() >= len(self.grid[coarser]):
-            self._refuse(
-                f"{name}: a parent is not among the {len(self.grid[coarser])} of {coarser}"
-            )
-        if bool((parent[1:] < parent[:-1]).any()):
-            self._refuse(f"{name}: tiles do not lie in the order of their parents")
-        ratio = self.header.geometry.ratio(number - 1, number)
-        held = parent >= 0
-        if not torch.equal(self.grid[coarser][parent[held].long()], grid[held] // ratio):
-            self._refuse(f"{name}: a tile does not lie inside its parent")
+            above = _as_array(self.grid[names[number - 1]]) if number else None
+            parent = _as_array(self.parent[name]) if number else None
+            if fault := geometry.fault(number, _as_array(grid), parent, above, orphans=True):
+                self._refuse(f"{name}: {fault}")
 
     def _refuse(self, reason: str) -> None:
         raise InputError(f"bag {self.slide_id}: {reason}; embed the slide again")
+
+
+def _as_array(places: Tensor) -> IntArray:
+    """The same numbers; other types than int32 become int64, since NumPy does not know them all."""
+    return (places if places.dtype == torch.int32 else places.long()).numpy()
 
 
 def ancestor_rows(parents: Sequence[Tensor]) -> Tensor:
@@ -329,12 +337,6 @@ def all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
     # nan passes through minimum and maximum; isfinite of all takes 20 times as long
     return not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all())
-
-
-def _cell_numbers(grid: Tensor) -> Tensor:
-    """One number for each (row, col), the same for no two cells."""
-    row, col = grid.long().unbind(1)
-    return (row << 32) + col
 
 
 def header_to_metadata(header: BagHeader) -> dict[str, str]:
@@ -357,24 +359,41 @@ def header_to_metadata(header: BagHeader) -> dict[str, str]:
     }
 
 
-def header_from_metadata(metadata: Mapping[str, str]) -> BagHeader:
-    """The inverse of :func:`header_to_metadata`; older files lack some entries."""
-    width_px0, height_px0 = json.loads(metadata["size_px0"])
-    left_px0, top_px0 = json.loads(metadata.get("bounds_px0", "[0, 0]"))
-    extractors = json.loads(metadata["extractors"])
+def header_from_metadata(header: Header) -> BagHeader:
+    """The inverse of :func:`header_to_metadata`; older files lack some entries.
+
+    Raises
+    ------
+    ValueError
+        if an entry is missing or impossible.
+    """
+    scales, cards = _scales(header.text("scales")), _cards(header.text("extractors"))
+    geometry = header.geometry(scales)
+    if set(cards) != {scale.name for scale in scales}:
+        raise ValueError(f"its extractors are of {', '.join(cards)}")
     return BagHeader(
-        slide_id=metadata["slide_id"],
-        scales=tuple(Scale(n, Mpp(mpp)) for n, mpp in json.loads(metadata["scales"]).items()),
-        tile_px=TilePx(int(metadata["tile_px"])),
-        slide_mpp=Mpp(float(metadata["slide_mpp"])),
-        size_px0=(width_px0, height_px0),
-        tiling=metadata["tiling"],
-        num_tiles=int(metadata["num_tiles"]),
-        reader=metadata["reader"],
-        bounds_px0=(left_px0, top_px0),
-        size_is_extent=json.loads(metadata.get("size_is_extent", "false")),
-        mpp_is_known=json.loads(metadata.get("mpp_is_known", "true")),
-        slide_digest=metadata.get("slide_digest", ""),
-        num_damaged=int(metadata.get("num_damaged", 0)),
-        extractors={name: ExtractorCard.from_dict(card) for name, card in extractors.items()},
+        slide_id=header.slide_id(),
+        scales=scales,
+        tile_px=geometry.tile_px,
+        slide_mpp=geometry.slide_mpp,
+        size_px0=header.size_px0(),
+        tiling=header.parameters(),
+        num_tiles=header.whole("num_tiles", 0, 2**40),
+        reader=header.text("reader"),
+        bounds_px0=header.bounds_px0(),
+        size_is_extent=header.flag("size_is_extent", "false"),
+        mpp_is_known=header.flag("mpp_is_known", "true"),
+        slide_digest=header.text("slide_digest", ""),
+        num_damaged=header.whole("num_damaged", 0, 2**40, "0"),
+        extractors=cards,
     )
+
+
+@lru_cache(maxsize=16)
+def _scales(text: str) -> tuple[Scale, ...]:
+    return tuple(Scale(name, Mpp(float(mpp))) for name, mpp in dict(parse_json(text)).items())
+
+
+@lru_cache(maxsize=16)  # all bags of a folder share theirs
+def _cards(text: str) -> Mapping[str, ExtractorCard]:
+    return {name: ExtractorCard.from_dict(card) for name, card in dict(parse_json(text)).items()}

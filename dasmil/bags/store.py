@@ -1,42 +1,47 @@
 """Bag files: safetensors on disk, written whole or not at all, never unpickled."""
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dasmil.bag_folder import BAG
 from dasmil.bags.bag import Bag, BagHeader, header_from_metadata, header_to_metadata
 from dasmil.errors import InputError
-from dasmil.files import atomic_path, pack_metadata, unpack_metadata
+from dasmil.files import atomic_path, pack_metadata
+from dasmil.headers import ITEM_BYTES, Header, read_header_of, refusing
 
-FORMAT = "dasmil-bag-2"
-ITEM_BYTES = {"F16": 2, "F32": 4}
 TILE_BYTES = 184  # of a graph, beside a tile's features: neighbours, parent and children
 
 
-def bag_path(folder: Path, slide_id: str) -> Path:
-    return folder / f"{slide_id}.safetensors"
-
-
 def write_bag(path: Path, bag: Bag) -> None:
-    """Validate and write ``features/<scale>``, ``grid/<scale>``, ``parent/<scale>``."""
+    """Validate and write ``features/<scale>``, ``grid/<scale>``, ``parent/<scale>``.
+
+    Raises
+    ------
+    InputError
+        if a promise of the format does not hold: what could not be read again is not written.
+    """
+    entries = {"format": BAG.format, **header_to_metadata(bag.header)}
+    try:
+        header_from_metadata(Header(entries, {}))
+    except ValueError as error:
+        raise InputError(f"bag {bag.slide_id}: {error}; it cannot be written") from error
     bag.validate()
     tensors = {f"features/{n}": t.contiguous() for n, t in bag.features.items()}
     tensors |= {f"grid/{n}": t.contiguous() for n, t in bag.grid.items()}
     tensors |= {f"parent/{n}": t.contiguous() for n, t in bag.parent.items()}
     with atomic_path(path) as temporary:
-        entries = {"format": FORMAT, **header_to_metadata(bag.header)}
         save_file(tensors, temporary, pack_metadata(entries))
 
 
 def read_header(path: Path) -> BagHeader:
     """The header alone; no tensor is read."""
-    with _opened(path) as (header, _):
-        return header
+    header = read_header_of(path, BAG)
+    with refusing(path, BAG):
+        return header_from_metadata(header)
 
 
 def read_headers(folder: Path) -> dict[str, BagHeader | InputError]:
@@ -67,8 +72,10 @@ def read_bag(path: Path, scales: Collection[str] | None = None) -> Bag:
     InputError
         when the file is missing, truncated, of another format version, or breaks a promise.
     """
-    with _opened(path) as (header, file):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header = read_header(path)
+    with refusing(path, BAG), safe_open(path, framework="pt") as file:
+        kinds = ("features/", "grid/", "parent/")
+        tensors = {n: file.get_tensor(n) for n in file.keys() if n.startswith(kinds)}  # noqa: SIM118
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -81,51 +88,14 @@ def read_bag(path: Path, scales: Collection[str] | None = None) -> Bag:
     return bag
 
 
-def read_num_tiles(path: Path) -> dict[str, int]:
-    """Tiles per scale; from the file's header, no tensor is read."""
-    with _opened(path) as (header, file):
-        return {s.name: file.get_slice(f"grid/{s.name}").get_shape()[0] for s in header.scales}
-
-
 def graph_bytes(path: Path, scales: Collection[str] | None = None) -> int:
     """Memory that the graph of a bag takes at most; from the file's header, no tensor is read."""
-    with _opened(path) as (header, file):
-        total = 0
-        for scale in header.scales:
+    header = read_header_of(path, BAG)
+    total = 0
+    with refusing(path, BAG):
+        for scale in header_from_metadata(header).scales:
             if scales is None or scale.name in scales:
-                features = file.get_slice(f"features/{scale.name}")
-                num_tiles, width = features.get_shape()
-                total += num_tiles * (width * ITEM_BYTES.get(features.get_dtype(), 4) + TILE_BYTES)
-        return total
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[BagHeader, Any]]:
-    """The header, and the file to read tensors from."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield _header(path, file.metadata()), file
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such bag file") from None
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _header(path: Path, metadata: dict[str, str] | None) -> BagHeader:
-    try:
-        entries = unpack_metadata(metadata)
-    except ValueError as error:
-        raise _unreadable(path, error) from error
-    found = entries.get("format")
-    if found != FORMAT:
-        raise InputError(
-            f"{path}: its format is {found!r}, this version reads {FORMAT!r}; embed the slide again"
-        )
-    try:
-        return header_from_metadata(entries)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: cannot be read as a bag ({error}); delete it and embed again")
+                features = header.tensors[f"features/{scale.name}"]
+                num_tiles, width = features.shape
+                total += num_tiles * (width * ITEM_BYTES[features.dtype] + TILE_BYTES)
+    return total

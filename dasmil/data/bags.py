@@ -5,7 +5,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,6 +20,7 @@ from dasmil.bags import (
     UNKNOWN,
     Bag,
     BagGraph,
+    BagHeader,
     bag_graph,
     bag_path,
     describe_difference,
@@ -31,6 +32,7 @@ from dasmil.bags.store import graph_bytes
 from dasmil.data.sampler import TrainingLoader, TrainingSampler, go_on, sampling_weights
 from dasmil.errors import InputError, some_of
 from dasmil.files import map_files, must_exist
+from dasmil.names import name_fault
 from dasmil.progress import progress
 from dasmil.reading import reader_options
 from dasmil.seeds import training_seed
@@ -102,6 +104,42 @@ class BagDataset(Dataset[BagGraph]):
     def _make(self, index: int) -> BagGraph:
         bag = read_bag(bag_path(self.folder, self.rows[index].slide_id), self.scales)
         return bag_graph(bag, self.labels[index])
+
+
+@dataclass(frozen=True)
+class UnreadBag:
+    """Takes the place of a graph in ``predict``, which goes on without a bag that it cannot read.
+
+    Parameters
+    ----------
+    slide_ids: the slide, as in a :class:`BagGraph`.
+    reason: a sentence.
+    """
+
+    slide_ids: tuple[str]
+    reason: str
+
+
+class PredictDataset(BagDataset):
+    """Graphs, and an :class:`UnreadBag` for each bag that cannot be read.
+
+    Parameters
+    ----------
+    unreadable: why bags cannot be read, as far as their headers say so.
+    """
+
+    def __init__(self, *args: Any, unreadable: Mapping[str, str]):
+        super().__init__(*args)
+        self.unreadable = unreadable
+
+    def __getitem__(self, index: int) -> BagGraph | UnreadBag:  # type: ignore[override]
+        slide_id = self.rows[index].slide_id
+        if slide_id in self.unreadable:
+            return UnreadBag((slide_id,), self.unreadable[slide_id])
+        try:
+            return super().__getitem__(index)
+        except InputError as error:
+            return UnreadBag((slide_id,), str(error))
 
 
 class BagDataModule(LightningDataModule):
@@ -208,6 +246,7 @@ class BagDataModule(LightningDataModule):
         self.digests: dict[str, str] = {}  # of the slides with a bag, as far as known
         self.bag_format: dict[str, Any] = {}
         self.empty: set[str] = set()
+        self.unreadable: dict[str, str] = {}  # why a bag cannot be read; only predict goes on
         self.places: dict[str, Place] = {}  # of the labelled slides
         self._met: Study | None = None  # the slides that the model has met
         self._fitted = False  # whether a training has begun with these slides
@@ -216,12 +255,15 @@ class BagDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         cohort = self.cohort = self._read_cohort()
         files = set(self.folder.iterdir())  # to ask for each by itself takes long over a network
-        has_bag = {r.slide_id: bag_path(self.folder, r.slide_id) in files for r in cohort}
+        has_bag = {
+            r.slide_id: not name_fault(r.slide_id) and bag_path(self.folder, r.slide_id) in files
+            for r in cohort
+        }
         self.rows = [r for r in cohort if has_bag[r.slide_id]]
         say_missing(self.folder, "bag file", [s for s, has in has_bag.items() if not has])
         if not self.rows:
             raise InputError(f"{self.folder}: no bag file for any slide of its cohort.csv")
-        self._read_headers()
+        self._read_headers(stage)
         self._met = None
         self.split = self._parts(stage)
         if stage == "fit":
@@ -323,13 +365,14 @@ class BagDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[BagGraph]:
-        return self._evaluation_loader(self._evaluated(self.val_part))
+        return self._evaluation_loader(self._dataset(self._evaluated(self.val_part)))
 
     def test_dataloader(self) -> DataLoader[BagGraph]:
-        return self._evaluation_loader(self._evaluated("test"))
+        return self._evaluation_loader(self._dataset(self._evaluated("test")))
 
     def predict_dataloader(self) -> DataLoader[BagGraph]:
-        return self._evaluation_loader(self.rows)
+        given = self.folder, self.rows, self.classes, self.scales
+        return self._evaluation_loader(PredictDataset(*given, unreadable=self.unreadable))
 
     def _evaluated(self, name: str) -> list[SlideRow]:
         rows = self.part(name)
@@ -341,14 +384,15 @@ class BagDataModule(LightningDataModule):
         self, batch: BagGraph, device: torch.device, dataloader_idx: int
     ) -> BagGraph:
         """From pinned memory while the process goes on; Lightning alone would wait."""
+        if isinstance(batch, UnreadBag):
+            return batch
         return batch.to(device, non_blocking=device.type == "cuda")
 
-    def _evaluation_loader(self, rows: Sequence[SlideRow]) -> DataLoader[BagGraph]:
+    def _evaluation_loader(self, dataset: BagDataset) -> DataLoader[BagGraph]:
         """One slide a batch, and the same number of batches in every process.
 
         Some slides may so come twice; the module counts each slide once.
         """
-        dataset = self._dataset(rows)
         sampler: DistributedSampler[BagGraph] = DistributedSampler(
             dataset, *self._processes(), shuffle=False
         )
@@ -422,12 +466,21 @@ class BagDataModule(LightningDataModule):
                 )
         return cohort
 
-    def _read_headers(self) -> None:
-        """All bags must share one format; remember it, and which bags hold no tile."""
+    def _read_headers(self, stage: str) -> None:
+        """All bags must share one format; remember it, and which bags hold no tile.
+
+        In ``predict`` a bag that cannot be read, or is of another format than the model's, costs
+        its slide alone.
+        """
         paths = [bag_path(self.folder, row.slide_id) for row in self.rows]
-        found = self._of_each(read_header, paths)
-        headers = {row.slide_id: header for row, header in zip(self.rows, found, strict=True)}
-        first_id, first = next(iter(headers.items()))
+        found = self._of_each(_header_or_error, paths)
+        slides = {row.slide_id: header for row, header in zip(self.rows, found, strict=True)}
+        errors = {s: error for s, error in slides.items() if isinstance(error, InputError)}
+        headers = {s: header for s, header in slides.items() if isinstance(header, BagHeader)}
+        if errors and (stage != "predict" or not headers):
+            raise next(iter(errors.values()))
+        self.unreadable = {slide_id: str(error) for slide_id, error in errors.items()}
+        first_id, first = self._first(headers, stage)
         held = [scale.name for scale in first.scales]
         missing = [name for name in self.scales or () if name not in held]
         if missing or self.scales == []:
@@ -437,20 +490,38 @@ class BagDataModule(LightningDataModule):
             )
         self.bag_format = first.bag_format(self.scales)
         self.digests = {s: header.slide_digest for s, header in headers.items()}
+        self.empty = {s for s, header in headers.items() if header.num_tiles == 0}
         for slide_id, header in headers.items():
-            if header.slide_id != slide_id:
-                raise InputError(
-                    f"{bag_path(self.folder, slide_id)}: it is the bag of {header.slide_id}; "
-                    "give the file its own name back"
-                )
-            difference = describe_difference(self.bag_format, header.bag_format(self.scales))
-            if difference:
-                raise InputError(
-                    f"{self.folder}: the bag {slide_id} holds {difference} (as in {first_id}); "
-                    "embed all slides in the same way"
-                )
-            if header.num_tiles == 0:
-                self.empty.add(slide_id)
+            if fault := self._fault(slide_id, header, first_id):
+                if stage != "predict":
+                    raise InputError(fault)
+                self.unreadable[slide_id] = fault
+
+    def _first(self, headers: Mapping[str, BagHeader], stage: str) -> tuple[str, BagHeader]:
+        """The first bag; in ``predict`` the first of the format that the model reads, if any is."""
+        model = getattr(self.trainer, "lightning_module", None) if stage == "predict" else None
+        wanted = getattr(model, "hparams", {}).get("bag_format")
+        fitting = (
+            (slide_id, header)
+            for slide_id, header in headers.items()
+            if wanted and not describe_difference(wanted, header.bag_format(self.scales))
+        )
+        return next(fitting, None) or next(iter(headers.items()))
+
+    def _fault(self, slide_id: str, header: BagHeader, first_id: str) -> str:
+        """Why a bag does not belong to the others; "" if it does."""
+        if header.slide_id != slide_id:
+            return (
+                f"{bag_path(self.folder, slide_id)}: it is the bag of {header.slide_id}; "
+                "give the file its own name back"
+            )
+        difference = describe_difference(self.bag_format, header.bag_format(self.scales))
+        if difference:
+            return (
+                f"{self.folder}: the bag {slide_id} holds {difference} (as in {first_id}); "
+                "embed all slides in the same way"
+            )
+        return ""
 
     @staticmethod
     def _of_each(read: Callable[[Path], Value], paths: Sequence[Path]) -> list[Value]:
@@ -620,6 +691,13 @@ class BagDataModule(LightningDataModule):
                     "for both, set data.other_cohort if equal slide_ids and patient_ids belong to "
                     "another cohort, or data.allow_seen_slides if that is meant"
                 )
+
+
+def _header_or_error(path: Path) -> BagHeader | InputError:
+    try:
+        return read_header(path)
+    except InputError as error:
+        return error
 
 
 def say_missing(folder: Path, what: str, slide_ids: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dasmil.bag_folder import EXTRACTORS, bag_status, status_row
 from dasmil.bags import (
     BagHeader,
     ExtractorCard,
@@ -25,7 +26,6 @@ from dasmil.bags import (
     read_header,
     read_headers,
 )
-from dasmil.bags.status import EXTRACTORS, bag_status, status_row
 from dasmil.embedding.dataset import (
     READ_TIMEOUT_S,
     SUSPECT,

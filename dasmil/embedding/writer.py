@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from dasmil.bag_folder import status_row
 from dasmil.bags import Bag, BagHeader, ExtractorCard, all_finite, bag_path, write_bag
-from dasmil.bags.status import status_row
 from dasmil.embedding.dataset import WAIT, TileChunk
 from dasmil.endings import end_on_sigterm
 from dasmil.errors import DiskFullError, InputError, some_of

@@ -18,17 +18,20 @@ from dasmil.interop.feature_grids import (
     check_mpp,
 )
 from dasmil.interop.feature_import import (
-    as_features,
-    attribute,
     files_by_slide,
     import_features,
     imported_card,
-    number,
-    open_h5,
     parse_folders,
+    table_mpps,
+)
+from dasmil.interop.hdf5 import (
+    FAR,
+    as_features,
+    attribute,
+    open_h5,
     read_features,
     read_places,
-    table_mpps,
+    whole,
 )
 from dasmil.units import Scale
 
@@ -140,15 +143,19 @@ def read_patches(path: Path) -> Patches:
     with open_h5(path) as file:
         place = np.rint(read_places(file)).astype(np.int64)
         coords = file["coords"]
-        tile_px = round(number(coords, "patch_size"))
+        tile_px = whole(coords, "patch_size")
         try:
             downsample = np.broadcast_to(np.asarray(attribute(coords, "downsample"), float), 2)
             size = np.asarray(attribute(coords, "level_dim"), float) * downsample
             custom = float(coords.attrs.get("custom_downsample", 1))
         except (TypeError, ValueError) as error:
             raise InputError(f"{path}: its attributes are no numbers ({error})") from error
-        if not (downsample > 0).all() or custom <= 0:
+        if not ((downsample > 0) & (downsample < FAR)).all() or not 0 < custom < FAR:
             raise InputError(f"{path}: its downsample is {downsample[0]:g}; cut the patches again")
+        if size.shape != (2,) or not ((size >= 1) & (size < FAR)).all():
+            raise InputError(
+                f"{path}: its level_dim is the size of no slide; cut the patches again"
+            )
     width, height = np.rint(size).astype(int).tolist()
     side = tile_px * int(downsample[0]) * custom  # as CLAM steps, though levels are 4.0003
     if side < 0.99 * tile_px * downsample[0] * custom:

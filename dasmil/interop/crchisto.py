@@ -10,6 +10,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from scipy.io.matlab import MatReadError
 
 from dasmil.errors import InputError
 from dasmil.files import Row, must_exist, read_csv, write_csv
+from dasmil.names import path_inside
 from dasmil.slides.cohort import SlideRow, write_cohort
 
 FloatArray = npt.NDArray[np.float64]
@@ -57,7 +59,7 @@ def crchisto(folder: Path, output: Path) -> int:
     rows = []
     for slide_id, (path, nuclei) in sorted(pictures.items()):
         write_csv(
-            output / "truth" / f"{slide_id}.csv",
+            path_inside(output / "truth", f"{slide_id}.csv"),
             ("x", "y", "type"),
             ({"x": x, "y": y, "type": POSITIVE} for x, y in nuclei.tolist()),
         )
@@ -87,6 +89,8 @@ def _read_tables(folder: Path) -> dict[str, tuple[Path, FloatArray]]:
             place = float(row["x"]), float(row["y"])
         except ValueError:
             raise InputError(f"{where}: x and y must be numbers") from None
+        if not all(map(isfinite, place)):
+            raise InputError(f"{where}: x and y must be finite numbers")
         if row["type"] == POSITIVE:
             nuclei[row["image"]].append(place)
     pictures = {}
@@ -97,7 +101,7 @@ def _read_tables(folder: Path) -> dict[str, tuple[Path, FloatArray]]:
                 f"{folder / 'bags.csv'}: label_epithelial_present of {name} is {present!r}, but "
                 f"nuclei.csv holds {len(nuclei.get(name, ()))} epithelial nuclei of it"
             )
-        pictures[name] = _present(folder / f"{name}.png"), _points(nuclei.get(name, ()))
+        pictures[name] = _present(path_inside(folder, f"{name}.png")), _points(nuclei.get(name, ()))
     return pictures
 
 
@@ -144,6 +148,8 @@ def _read_nuclei(path: Path) -> FloatArray:
 def _points(values: npt.ArrayLike) -> FloatArray:
     """(n, 2); MATLAB writes no points as an empty matrix of any shape."""
     points = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(points).all():
+        raise ValueError("some nuclei have no place")
     return points.reshape(0, 2) if points.size == 0 else points.reshape(len(points), 2)
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dasmil.bags import Bag, all_finite, bag_path, read_bag
-from dasmil.errors import InputError, some_of
+from dasmil.errors import DiskFullError, InputError, some_of
 from dasmil.files import atomic_path, must_exist, read_csv, write_csv
 from dasmil.interop.feature_grids import Dtype
+from dasmil.names import path_inside
 from dasmil.progress import progress
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.units import Scale
@@ -46,11 +47,13 @@ def export(bags: Path, output: Path, dtype: Dtype = "float32") -> int:
         try:
             bag = read_bag(bag_path(bags, row.slide_id))
             features = {name: _as_asked(bag, name, dtype) for name in bag.scales}
+            for scale in bag.header.scales:
+                _write_scale(bag, scale, output, features[scale.name])
+        except DiskFullError:
+            raise
         except InputError as error:
             failed.append(f"failed: {error}")
             continue
-        for scale in bag.header.scales:
-            _write_scale(bag, scale, output, features[scale.name])
         done.append(row)
     columns = ("case_id", "slide_id", "label")
     records = ({"case_id": r.patient, "slide_id": r.slide_id, "label": r.label} for r in done)
@@ -73,7 +76,7 @@ def _moved(bags: Path) -> list[str]:
     """Slides of CLAM's whose contours `import` has moved onto one grid."""
     path = bags / "import.csv"
     rows = read_csv(path)[1] if path.is_file() else []
-    return [row["slide_id"] for row in rows if int(row.get("moved") or 0)]
+    return [row["slide_id"] for row in rows if row.get("moved", "") not in ("", "0")]
 
 
 def _as_asked(bag: Bag, scale: str, dtype: Dtype) -> Tensor:
@@ -93,8 +96,8 @@ def _write_scale(bag: Bag, scale: Scale, output: Path, features: Tensor) -> None
     extractor = bag.header.extractors[scale.name].name.replace("/", "_")
     corners = bag.boxes_px0(scale.name)[:, :2].numpy().astype(np.int64)
     for path, holds_features in (
-        (folder / f"features_{extractor}" / f"{bag.slide_id}.h5", True),
-        (folder / "patches" / f"{bag.slide_id}_patches.h5", False),
+        (path_inside(folder, f"features_{extractor}", f"{bag.slide_id}.h5"), True),
+        (path_inside(folder, "patches", f"{bag.slide_id}_patches.h5"), False),
     ):
         with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
             coords = file.create_dataset("coords", data=corners)

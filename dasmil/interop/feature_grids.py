@@ -123,7 +123,7 @@ def make_bag(
     finest = slide.scales[-1]
     side_px0 = sides[-1] * unit_px0
     extent = np.ceil(((cells + 1) * sides[scale, None]).max(0, initial=0) * unit_px0).astype(int)
-    size_px0 = slide.size_px0 or (int(extent[1]), int(extent[0]))
+    size_px0 = slide.size_px0 or (max(1, int(extent[1])), max(1, int(extent[0])))
     header = BagHeader(
         slide_id=slide.slide_id,
         scales=slide.scales,

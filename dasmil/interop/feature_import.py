@@ -7,11 +7,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
 import numpy.typing as npt
-import psutil
 
+from dasmil.bag_folder import EXTRACTORS, bag_status, status_row
 from dasmil.bags import (
     ExtractorCard,
     bag_path,
@@ -20,7 +18,6 @@ from dasmil.bags import (
     read_headers,
     write_bag,
 )
-from dasmil.bags.status import EXTRACTORS, bag_status, status_row
 from dasmil.errors import DiskFullError, InputError, say_error, some_of
 from dasmil.files import files_below, read_csv, write_csv, write_text
 from dasmil.interop.feature_grids import Dtype, Orphans, SlideFeatures, make_bag
@@ -35,7 +32,6 @@ from dasmil.slides.cohort import (
     readable,
     refuse_faulty,
     refuse_twice,
-    safe_id,
     say_unknown_columns,
     write_cohort,
 )
@@ -43,7 +39,7 @@ from dasmil.units import Scale, parse_scales
 from dasmil.work.worker import Worker
 
 MAX_NAMED = 10
-FAR = 2**31  # level-0 px, or µm; a bag counts tiles in 32 bits
+MAX_LINE = 2**20  # characters of a table's first line
 CLAM_COLUMNS = ("case_id", "slide_id", "label", "patient_id", "mpp")
 FIGURES = ("orphans", "childless", "rule", "moved", "max_moved_px0")
 
@@ -88,117 +84,7 @@ def files_by_slide(folder: Path, suffix: str = ".h5", below: bool = False) -> di
 def _is_dsmils(path: Path) -> bool:
     """A table of features, whose columns have numbers for names."""
     with open(path, encoding="utf-8", errors="replace") as file:
-        return all(name.strip().isdecimal() for name in file.readline().split(","))
-
-
-def open_h5(path: Path) -> h5py.File:
-    """An HDF5 file for reading; said in one sentence where it is none."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path}: not a readable HDF5 file ({error}); extract it again") from error
-
-
-def read_features(file: h5py.File, *names: str) -> npt.NDArray[Any]:
-    """(N, D) numbers of the first dataset of these names; a leading axis of one slide is taken off.
-
-    They are floats of 16, 32 or 64 bits, or integers, in this machine's byte order.
-    """
-    return as_features(Path(file.filename), _read_dataset(file, *names))
-
-
-def as_features(path: Path, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(N, D) in a type that torch knows; refused by name if they are no real numbers."""
-    if values.dtype.kind not in "fiu":
-        raise InputError(
-            f"{path}: its features are of type {values.dtype}, not real numbers; extract it again"
-        )
-    if values.size == 0:
-        values = values.reshape(0, values.shape[-1] if values.ndim > 1 else 0)
-    if values.ndim != 2:
-        raise InputError(f"{path}: features of the shape {values.shape}, not (tiles, numbers)")
-    if values.dtype.kind in "iu" or values.dtype.itemsize > 8:  # unsigned, or a long double
-        values = values.astype(np.float64)
-    return values.astype(values.dtype.newbyteorder("="), copy=False)
-
-
-def read_places(file: h5py.File) -> npt.NDArray[np.float64]:
-    """(N, 2) x, y of the dataset ``coords``, whatever kind of number holds them."""
-    values = _read_dataset(file, "coords")
-    if values.dtype.kind not in "fiu":
-        raise InputError(
-            f"{file.filename}: its coords are of type {values.dtype}, not numbers; extract it again"
-        )
-    places = values.reshape(0, 2) if values.size == 0 else values
-    if places.ndim != 2 or places.shape[1] != 2:
-        raise InputError(f"{file.filename}: coords of the shape {values.shape}, not (tiles, 2)")
-    places = places.astype(np.float64)
-    if not (
-        np.isfinite(places).all() and places.min(initial=0) >= 0 and places.max(initial=0) < FAR
-    ):
-        raise InputError(
-            f"{file.filename}: some coords lie on no slide ({places.min():g} to {places.max():g}); "
-            "extract it again"
-        )
-    return places
-
-
-def _read_dataset(file: h5py.File, *names: str) -> npt.NDArray[Any]:
-    """All values of the first dataset of these names that lies in this very file."""
-    name = next((name for name in names if file.get(name, getlink=True) is not None), None)
-    if name is None:
-        raise InputError(
-            f"{file.filename}: no dataset {' or '.join(names)} in it, only {', '.join(file)}"
-        )
-    try:
-        is_outside = isinstance(file.get(name, getlink=True), h5py.ExternalLink)
-        found = None if is_outside else file[name]
-        if (
-            not isinstance(found, h5py.Dataset)
-            or found.file.filename != file.filename
-            or found.is_virtual
-            or found.external
-        ):
-            raise InputError(
-                f"{file.filename}: {name} is no dataset that lies in this file; extract it again"
-            )
-        if found.nbytes > psutil.virtual_memory().available:
-            raise InputError(
-                f"{file.filename}: {name} takes {found.nbytes / 1e9:,.0f} GB, more than there is "
-                "memory; is it damaged?"
-            )
-        values = np.empty(0) if found.shape is None else np.asarray(found)
-    except (OSError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file.filename}: {name} cannot be read ({error}); extract it again"
-        ) from error
-    return values[0] if values.ndim == 3 and len(values) == 1 else values
-
-
-def attribute(source: h5py.Dataset | h5py.File, name: str) -> Any:
-    """An attribute as a plain value."""
-    if name not in source.attrs:
-        where = source.file.filename
-        raise InputError(f"{where}: its attribute {name} is missing; is it of another tool?")
-    value = source.attrs[name]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def number(source: h5py.Dataset | h5py.File, name: str) -> float:
-    """An attribute that must be a positive number."""
-    value = attribute(source, name)
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        found = float("nan")
-    if not 0 < found < float("inf"):
-        raise InputError(
-            f"{source.file.filename}: its attribute {name} is {value!r}, not a positive number; "
-            "extract it again"
-        )
-    return found
+        return all(name.strip().isdecimal() for name in file.readline(MAX_LINE).split(","))
 
 
 def import_features(
@@ -289,10 +175,12 @@ def _read_table(path: Path, files: Mapping[str, Path]) -> list[SlideRow]:
             "slide_id, label)"
         )
     say_unknown_columns(path, columns, CLAM_COLUMNS)
+    if empty := [record.line for record in records if not record["slide_id"]]:
+        raise InputError(f"{path} line {empty[0]}: slide_id is empty")
     patients = read_patients(path, records, "case_id", "patient_id")
     return [
         SlideRow(
-            slide_id=safe_id(record["slide_id"], f"{path}"),
+            slide_id=record["slide_id"],
             path=files.get(record["slide_id"], Path(record["slide_id"])),
             label=record["label"] or None,
             patient_id=patient,
@@ -316,8 +204,12 @@ def _first_cards(
     scales: Sequence[Scale],
     files: Sequence[Mapping[str, Path]],
 ) -> dict[str, ExtractorCard]:
-    """Those of the first slide that can be read and holds a tile; all others must have the same."""
+    """Those that two slides share, of the first that can be read and hold a tile, else the first's.
+
+    All others must have the same; one odd file must not decide what they are.
+    """
     reason = "no slide of the table has features at every scale"
+    known: list[dict[str, ExtractorCard]] = []
     for row in rows:
         if all(row.slide_id in found for found in files):
             try:
@@ -325,9 +217,14 @@ def _first_cards(
             except Exception as error:
                 reason = say_error(error)
                 continue
-            if len(slide.files[-1].features) and all(c.feature_dim for c in cards.values()):
+            if not len(slide.files[-1].features) or not all(c.feature_dim for c in cards.values()):
+                reason = "no slide holds a tile"
+                continue
+            if cards in known:
                 return cards
-            reason = "no slide holds a tile"
+            known.append(cards)
+    if known:
+        return known[0]
     raise InputError(f"import: nothing can be imported: {reason}")
 
 

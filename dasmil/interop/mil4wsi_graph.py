@@ -19,6 +19,8 @@ from torch_geometric.data.storage import GlobalStorage
 from dasmil.errors import InputError
 from dasmil.interop.mil4wsi_grid import IntArray
 from dasmil.interop.restricted import load_restricted
+from dasmil.names import name_fault
+from dasmil.slides.cohort import MAX_ID_BYTES
 from dasmil.units import Scale
 
 SCALES = {1: Scale.parse("x5"), 2: Scale.parse("x10"), 3: Scale.parse("x20")}  # by their "level"
@@ -71,7 +73,8 @@ def read_prepared(path: Path) -> PreparedGraph:
     name: Any = values.get("name")
     x: Any = values.get("x")
     edges: Any = values.get("edge_index")
-    require(isinstance(name, str) and _is_file_name(name), f"its name {name!r} names no slide")
+    is_name = isinstance(name, str) and name == name.strip() and not name_fault(name, MAX_ID_BYTES)
+    require(is_name, f"its name {str(name)[:300]} names no slide")
     require(_is_dense(x) and x.ndim == 2 and len(x) > 0, "x is not (N, D)")
     require(x.dtype in (torch.float16, torch.float32), "x is neither float16 nor float32")
     require(bool(torch.isfinite(x).all()), "some features are not finite")
@@ -105,8 +108,3 @@ def _is_dense(value: Any) -> bool:
         and value.device.type == "cpu"
         and value.untyped_storage().nbytes() >= value.nbytes
     )
-
-
-def _is_file_name(name: str) -> bool:
-    is_plain = name.isprintable() and name == name.strip()
-    return is_plain and name != "" and "/" not in name and not name.startswith(".")

@@ -17,16 +17,19 @@ from dasmil.interop.feature_grids import (
     same,
 )
 from dasmil.interop.feature_import import (
-    attribute,
     files_by_slide,
     import_features,
     imported_card,
+    parse_folders,
+    table_mpps,
+)
+from dasmil.interop.hdf5 import (
+    attribute,
     number,
     open_h5,
-    parse_folders,
     read_features,
     read_places,
-    table_mpps,
+    whole,
 )
 from dasmil.slides.cohort import read_cohort
 from dasmil.units import Mpp, Scale
@@ -108,7 +111,7 @@ def read_slide(
             if unit not in MICROMETRE:
                 raise InputError(f"{path}: its coords are in {unit!r}, not in um; extract it again")
             side_um = number(file, "tile_size_um")
-            tile_px.append(round(number(file, "tile_size_px")))
+            tile_px.append(whole(file, "tile_size_px"))
             extractor = attribute(file, "extractor")
             encoder = extractor.decode() if isinstance(extractor, bytes) else str(extractor)
         true_mpp = side_um / tile_px[-1]

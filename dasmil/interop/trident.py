@@ -16,15 +16,18 @@ from dasmil.interop.feature_grids import (
     same,
 )
 from dasmil.interop.feature_import import (
-    attribute,
     files_by_slide,
     import_features,
     imported_card,
+    parse_folders,
+)
+from dasmil.interop.hdf5 import (
+    attribute,
     number,
     open_h5,
-    parse_folders,
     read_features,
     read_places,
+    whole,
 )
 from dasmil.units import Scale
 
@@ -91,7 +94,7 @@ def read_slide(
                     f"{path}: its tiles overlap by {overlap} px, so one lies in several coarser "
                     "ones; extract it with --overlap 0"
                 )
-            tile_px.append(round(number(coords, "patch_size")))
+            tile_px.append(whole(coords, "patch_size"))
             side = number(coords, "patch_size_level0")
             slide_mpp.append(10 / number(coords, "level0_magnification"))
             target_mpp = 10 / number(coords, "target_magnification")
@@ -100,8 +103,8 @@ def read_slide(
             if "level0_width" in coords.attrs:
                 sizes.append(
                     (
-                        int(attribute(coords, "level0_width")),
-                        int(attribute(coords, "level0_height")),
+                        whole(coords, "level0_width"),
+                        whole(coords, "level0_height"),
                     )
                 )
         sides = (round(side), round(tile_px[-1] * target_mpp / slide_mpp[-1]), side)

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from dasmil.bags import BagGraph, describe_difference
-from dasmil.data.bags import BagDataModule
+from dasmil.data.bags import BagDataModule, UnreadBag
 from dasmil.embedding.weights import refuse_other_keys
 from dasmil.errors import InputError, some_of
 from dasmil.losses import ObjectiveOptions, balanced_weights, objective
@@ -431,8 +431,8 @@ class DASMILModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_results("test")
 
-    def predict_step(self, graph: BagGraph, batch_idx: int) -> dict[str, ScaleOutput]:
-        return self(graph)
+    def predict_step(self, graph: BagGraph | UnreadBag, batch_idx: int) -> dict[str, ScaleOutput]:
+        return {} if isinstance(graph, UnreadBag) else self(graph)
 
     def _evaluate(self, graph: BagGraph) -> dict[str, ScaleOutput]:
         output = self(graph)

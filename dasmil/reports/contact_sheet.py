@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from dasmil.errors import InputError
 from dasmil.files import atomic_path, must_exist, read_csv
+from dasmil.names import name_fault
 from dasmil.progress import progress
 from dasmil.slides.qc import CAPTION_PX
 from dasmil.slides.tile import PARAMETERS, tile_status
@@ -91,7 +92,7 @@ def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = N
     with atomic_path(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(head)
         for row in progress(rows, desc="contact-sheet", unit="slide"):
-            path = qc_path(tiles, row["slide_id"])
+            path = tiles if name_fault(row["slide_id"]) else qc_path(tiles, row["slide_id"])
             picture = _picture(path, 1 + len(scales))
             if picture is None:
                 missing.append(row["slide_id"])

@@ -33,6 +33,7 @@ from dasmil.metrics.froc import (
     slide_hits,
 )
 from dasmil.metrics.instance import instance_auroc, instance_auroc_per_slide
+from dasmil.names import path_inside
 from dasmil.reports.shown import show_finest, show_line
 from dasmil.slides.annotation import (
     ENDINGS,
@@ -289,14 +290,16 @@ class InstanceTruth(Callback):
                     place = [bag.slide_id, scale, row, col, left, top, right - left]
                     yield dict(zip(columns, [*place, *judged], strict=True))
 
-        write_csv(self.output / "instance_truth" / f"{bag.slide_id}.csv", columns, records())
+        path = path_inside(self.output / "instance_truth", f"{bag.slide_id}.csv")
+        write_csv(path, columns, records())
 
     def _write_detections(self, scale: str, slide_id: str, found: Detections) -> None:
         """Confidence, x and y in level-0 pixels, without a header."""
         if self.output is not None:
             rows = zip(found.scores.tolist(), found.xy_px0.tolist(), strict=True)
             lines = [f"{score!r},{x},{y}\n" for score, (x, y) in rows]
-            write_text(self.output / "detections" / scale / f"{slide_id}.csv", "".join(lines))
+            path = path_inside(self.output / "detections", scale, f"{slide_id}.csv")
+            write_text(path, "".join(lines))
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Figures of all slides, each once, the same in every process; none if a slide failed."""

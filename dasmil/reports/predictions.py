@@ -1,6 +1,7 @@
 """What ``predict`` leaves on disk: one table of slides, and per slide its tiles and pictures."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dasmil.bags import Bag, BagGraph
-from dasmil.data.bags import BagDataModule
+from dasmil.data.bags import BagDataModule, UnreadBag
 from dasmil.distributed import gather_lists
-from dasmil.errors import InputError
-from dasmil.files import write_csv, write_text
+from dasmil.errors import DiskFullError, InputError
+from dasmil.files import append_csv, parse_json, write_csv, write_text
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.evaluation import YOUDEN
+from dasmil.names import path_inside
+from dasmil.output import ScaleOutput
 from dasmil.reports.evaluation import CHECKPOINT, SHORT_HASH
 from dasmil.reports.heatmap import draw_heatmap, relative_attention, slide_canvas
 from dasmil.reports.kept import checkpoint_of
@@ -23,7 +26,7 @@ from dasmil.slides.cohort import SlideRow
 from dasmil.slides.qc import write_png
 
 NOT_FINITE = "the output is not finite"
-OF_OUTPUT = ("logit/", "prob/", "called")  # columns that a failed slide leaves empty
+ROWS_AT_ONCE = 65_536
 
 
 class PredictionWriter(Callback):
@@ -31,7 +34,8 @@ class PredictionWriter(Callback):
 
     ``predictions.json`` names the checkpoint that all of them come from.
 
-    A slide whose output is not finite has the state ``failed`` in the table, and no other file.
+    A slide whose bag cannot be read, or whose output is not finite, has the state ``failed`` in the
+    table, and no other file. A row is added when its slide is done; in the end the rows are sorted.
     The trainer's model and datamodule tell it the classes, the labels and where bags lie.
 
     Parameters
@@ -42,10 +46,12 @@ class PredictionWriter(Callback):
     def __init__(self, output: Path):
         self.output = output
         self.rows: dict[str, SlideRow] = {}
+        self.scales: tuple[str, ...] = ()
         self.classes: tuple[str, ...] = ()
         self.logit_classes: tuple[str, ...] = ()
         self.thresholds: Mapping[str, Mapping[str, float]] = {}
-        self.failed: list[str] = []  # slides of all processes
+        self.failed: list[str] = []  # slides of all processes whose output is not finite
+        self.unread: dict[str, str] = {}  # slides of all processes without output, and why
         self.parts: Mapping[str, str] = {}
         self.checkpoint = ""
         self._slides: list[dict[str, Any]] = []
@@ -54,18 +60,40 @@ class PredictionWriter(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         data: BagDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.rows = {row.slide_id: row for row in data.rows}
+        self.scales = pl_module.scales
         self.classes, self.logit_classes = pl_module.classes, pl_module.logit_classes
         self.thresholds = pl_module.hparams["thresholds"] or {}
         self.parts = data.parts_in_study()
         name, self.checkpoint = checkpoint_of(trainer)
         self._name_checkpoint(name, trainer.is_global_zero)
+        if trainer.is_global_zero:
+            if self.table.exists() and not self._before.exists():
+                os.replace(self.table, self._before)
+            write_csv(self.table, self._columns(), [])
+        trainer.strategy.barrier()  # then every process adds its rows
+
+    @property
+    def table(self) -> Path:
+        return self.output / "predictions.csv"
+
+    @property
+    def _before(self) -> Path:
+        """The whole table of an earlier run, until this one has ended."""
+        return self.output / "predictions.before.csv"
+
+    def _columns(self) -> list[str]:
+        logits = [f"logit/{scale}/{name}" for scale in self.scales for name in self.logit_classes]
+        probabilities = [f"prob/{name}" for name in self.classes]
+        called = self._called(torch.zeros(len(self.classes)))
+        known = ("slide_id", "patient_id", "label", "split")
+        return [*known, *logits, *probabilities, *called, CHECKPOINT, "state", "message"]
 
     def _name_checkpoint(self, name: str, is_first: bool) -> None:
         """Say whose output the folder holds, before there is any; it never mixes two models'."""
         path = self.output / "predictions.json"
         before = ""
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8")).get(CHECKPOINT, "")
+            before = _checkpoint_in(path)
         elif not (self.output / "predictions.csv").is_file():
             before = self.checkpoint
         if before != self.checkpoint:
@@ -83,50 +111,87 @@ class PredictionWriter(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: BagGraph,
+        batch: BagGraph | UnreadBag,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         for number, slide_id in enumerate(batch.slide_ids):
-            bag = trainer.datamodule.read_bag(slide_id)  # type: ignore[attr-defined]
-            bag_logits, instance_logits, attention = {}, {}, {}
-            for scale, output in outputs.items():
-                rows = slice(*batch.ptr[scale][number : number + 2].tolist())
-                bag_logits[scale] = output.bag_logits[number].float().cpu()
-                instance_logits[scale] = output.instance_logits[rows].float().cpu()
-                attention[scale] = output.attention[rows].float().cpu()
-            row = self._slide_row(slide_id, bag_logits)
-            parts = (*bag_logits.values(), *instance_logits.values(), *attention.values())
-            if all(bool(part.isfinite().all()) for part in parts):
-                self._slides.append({**row, "state": "done", "message": ""})
-                self._write_instances(bag, instance_logits, attention)
-                self._write_overlays(bag, bag_logits, instance_logits, attention)
-            else:
-                known = {k: None if k.startswith(OF_OUTPUT) else v for k, v in row.items()}
-                self._slides.append({**known, "state": "failed", "message": NOT_FINITE})
-                (self.output / "instances" / f"{slide_id}.csv").unlink(missing_ok=True)
-                for scale in bag.scales:
-                    (self.output / "overlays" / f"{slide_id}_{scale}.png").unlink(missing_ok=True)
+            row = self._known(slide_id)
+            try:
+                if isinstance(batch, UnreadBag):
+                    raise InputError(batch.reason)
+                bag = trainer.datamodule.read_bag(slide_id)  # type: ignore[attr-defined]
+                row |= {**self._write_slide(bag, outputs, batch, number), "state": "done"}
+            except DiskFullError:
+                raise
+            except InputError as error:
+                row |= {"state": "failed", "message": str(error)}
+                for path in self._files_of(slide_id):
+                    path.unlink(missing_ok=True)
+            self._slides.append(row)
+            append_csv(self.table, self._columns(), row)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         unique = {row["slide_id"]: row for row in gather_lists(self._slides)}
         notes = sorted(set(gather_lists(self._notes)))
         if trainer.is_global_zero:
             ordered = [unique[slide_id] for slide_id in self.rows if slide_id in unique]
-            write_csv(self.output / "predictions.csv", list(ordered[0]), ordered)
+            write_csv(self.table, self._columns(), ordered)
+            self._before.unlink(missing_ok=True)
             for note in notes:
                 print(note)
-            print(f"predict: {len(ordered)} slides; see {self.output / 'predictions.csv'}")
-        self.failed = [name for name, row in unique.items() if row["state"] == "failed"]
+            print(f"predict: {len(ordered)} slides; see {self.table}")
+        failed = {n: row["message"] for n, row in unique.items() if row["state"] == "failed"}
+        self.failed = [name for name, reason in failed.items() if reason == NOT_FINITE]
+        self.unread = {name: reason for name, reason in failed.items() if reason != NOT_FINITE}
 
-    def _slide_row(self, slide_id: str, bag_logits: dict[str, Tensor]) -> dict[str, Any]:
-        known = self.rows[slide_id]
-        row: dict[str, Any] = {
+    def _known(self, slide_id: str) -> dict[str, Any]:
+        """What a row says of a slide before there is any output."""
+        row = self.rows[slide_id]
+        return {
             "slide_id": slide_id,
-            "patient_id": known.patient_id,
-            "label": known.label,
+            "patient_id": row.patient_id,
+            "label": row.label,
             "split": self.parts.get(slide_id),
+            CHECKPOINT: self.checkpoint,
+            "message": "",
         }
+
+    def _write_slide(
+        self, bag: Bag, outputs: Mapping[str, ScaleOutput], batch: BagGraph, number: int
+    ) -> dict[str, Any]:
+        """The files of a slide, and its part of the table.
+
+        Raises
+        ------
+        InputError
+            if the output is not finite.
+        """
+        bag_logits, instance_logits, attention = {}, {}, {}
+        for scale, output in outputs.items():
+            rows = slice(*batch.ptr[scale][number : number + 2].tolist())
+            bag_logits[scale] = output.bag_logits[number].float().cpu()
+            instance_logits[scale] = output.instance_logits[rows].float().cpu()
+            attention[scale] = output.attention[rows].float().cpu()
+        parts = (*bag_logits.values(), *instance_logits.values(), *attention.values())
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise InputError(NOT_FINITE)
+        self._write_instances(bag, instance_logits, attention)
+        self._write_overlays(bag, bag_logits, instance_logits, attention)
+        return self._output_row(bag_logits)
+
+    def _files_of(self, slide_id: str) -> list[Path]:
+        overlays = [self._overlay(slide_id, scale) for scale in self.scales]
+        return [self._instances(slide_id), *overlays]
+
+    def _instances(self, slide_id: str) -> Path:
+        return path_inside(self.output / "instances", f"{slide_id}.csv")
+
+    def _overlay(self, slide_id: str, scale: str) -> Path:
+        return path_inside(self.output / "overlays", f"{slide_id}_{scale}.png")
+
+    def _output_row(self, bag_logits: Mapping[str, Tensor]) -> dict[str, Any]:
+        row: dict[str, Any] = {}
         for scale, logits in bag_logits.items():
             for name, logit in zip(self.logit_classes, logits.tolist(), strict=True):
                 row[f"logit/{scale}/{name}"] = logit
@@ -134,15 +199,14 @@ class PredictionWriter(Callback):
         probabilities = class_probabilities(bag_logits[finest][None])[0]
         for name, probability in zip(self.classes, probabilities.tolist(), strict=True):
             row[f"prob/{name}"] = probability
-        row |= self._called(probabilities, self.thresholds.get(finest, {}))
-        return row | {CHECKPOINT: self.checkpoint}
+        return row | self._called(probabilities)
 
-    def _called(self, probabilities: Tensor, thresholds: Mapping[str, float]) -> dict[str, str]:
+    def _called(self, probabilities: Tensor) -> dict[str, str]:
         """The class that a slide (P,) is called: at 0.5, and at each threshold of validation."""
         if len(self.classes) > 2:
             return {"called": self.classes[int(probabilities.argmax())]}
         points = {"called_at_0.5": 0.5}
-        for point, threshold in thresholds.items():
+        for point, threshold in self.thresholds.get(self.scales[-1], {}).items():
             points[f"called_at_val_{'threshold' if point == YOUDEN else point}"] = threshold
         positive = float(probabilities[1])
         return {name: self.classes[positive > threshold] for name, threshold in points.items()}
@@ -156,17 +220,19 @@ class PredictionWriter(Callback):
 
         def records() -> Iterator[dict[str, Any]]:
             for scale in bag.scales:
-                values = zip(
-                    bag.grid[scale].tolist(),
-                    bag.boxes_px0(scale).tolist(),
-                    torch.cat([instance_logits[scale], attention[scale]], dim=1).tolist(),
-                    strict=True,
+                parts = (
+                    bag.grid[scale],
+                    bag.boxes_px0(scale),
+                    torch.cat([instance_logits[scale], attention[scale]], dim=1),
                 )
+                # Python's numbers take ten times the memory
+                some = zip(*(part.split(ROWS_AT_ONCE) for part in parts), strict=True)
+                values = (row for block in some for row in zip(*(part.tolist() for part in block)))
                 for (row, col), (left, top, right, _), scores in values:
                     place = [scale, row, col, left, top, right - left]
                     yield dict(zip(columns, [*place, *scores], strict=True))
 
-        write_csv(self.output / "instances" / f"{bag.slide_id}.csv", columns, records())
+        write_csv(self._instances(bag.slide_id), columns, records())
 
     def _write_overlays(
         self,
@@ -197,4 +263,12 @@ class PredictionWriter(Callback):
             title = f"{bag.slide_id}  {scale}: P({name}) = {p:.3f}"
             title += f", label {row.label}" if row.label else ""
             picture = draw_heatmap(canvas, bag, scale, scores, title)
-            write_png(self.output / "overlays" / f"{bag.slide_id}_{scale}.png", picture)
+            write_png(self._overlay(bag.slide_id, scale), picture)
+
+
+def _checkpoint_in(path: Path) -> str:
+    """The SHA-256 that a predictions.json names; "" if it is damaged."""
+    try:
+        return str(dict(parse_json(path.read_bytes())).get(CHECKPOINT, ""))
+    except (TypeError, ValueError):
+        return ""

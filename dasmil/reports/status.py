@@ -33,7 +33,7 @@ def find_status(folder: Path) -> Status:
 
     if (folder / PARAMETERS).is_file():
         return tile_status(folder)
-    from dasmil.bags.status import EXTRACTORS, bag_status  # torch takes seconds to come
+    from dasmil.bag_folder import EXTRACTORS, bag_status  # torch takes seconds to come
 
     if (folder / EXTRACTORS).is_file():
         return bag_status(folder)

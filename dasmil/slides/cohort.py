@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from dasmil.errors import InputError, some_of
 from dasmil.files import files_below, must_exist, read_csv, to_number, write_csv
+from dasmil.names import name_fault, path_fault
 from dasmil.work.worker import Worker
 
 Part = Literal["train", "val", "test"]
@@ -53,7 +54,6 @@ NOT_KNOWN = frozenset(  # what other programs write for an empty cell, in lower 
         "?",
     )
 )
-UNWRITABLE = ("Cc", "Cs")  # control characters, and bytes of names that are not UTF-8
 MAX_ID_BYTES = 200  # names of files have at most 255, and endings are added
 
 PICTURE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg"])
@@ -83,16 +83,20 @@ class SlideRow:
     @property
     def fault(self) -> str | None:
         """Why no files can be named after the slide, or a table cannot name its file."""
-        size = len(self.slide_id.encode())
-        if size > MAX_ID_BYTES:
-            return (
-                f"its slide_id has {size} bytes, too many for the names of its files; give it one "
-                f"of at most {MAX_ID_BYTES} bytes in a cohort table"
-            )
-        for what, text in (("slide_id", self.slide_id), ("path", str(self.path))):
-            if not text.isprintable() and any(unicodedata.category(c) in UNWRITABLE for c in text):
-                return f"its {what} {text!a} holds control characters or is not UTF-8; rename it"
+        if fault := name_fault(self.slide_id, MAX_ID_BYTES):
+            return f"its slide_id {fault}; give it another one in a cohort table"
+        for part in self.path.parts:
+            if fault := path_fault(part):
+                return f"its path {fault}; rename it"
         return None
+
+    @property
+    def file(self) -> Path:
+        """The slide's file without links, as far as there is one; for comparisons."""
+        try:
+            return self.path.resolve()
+        except (OSError, RuntimeError, ValueError):  # links in a circle, a name that no file has
+            return self.path
 
 
 def slide_name(name: str) -> str:
@@ -250,7 +254,7 @@ def _read_table(path: Path) -> list[SlideRow]:
             raise InputError(f"{where}: split {split!r} is none of {', '.join(PARTS)}")
         rows.append(
             SlideRow(
-                slide_id=safe_id(record["slide_id"], where),
+                slide_id=record["slide_id"],
                 path=_slide_path(path.parent, record["path"]),
                 label=record.get("label") or None,
                 patient_id=patient,
@@ -274,13 +278,6 @@ def say_unknown_columns(path: Path, columns: Sequence[str], read: Sequence[str])
     if near:
         names = [f"{name} ({is_it[0]}?)" if is_it else name for name, is_it in near.items()]
         warnings.warn(f"{path}: columns that are not read: {some_of(names)}", stacklevel=2)
-
-
-def safe_id(slide_id: str, where: str) -> str:
-    """A slide_id as it is, if no file that is named after it can lie in another folder."""
-    if "/" in slide_id or slide_id.startswith("."):
-        raise InputError(f"{where}: slide_id {slide_id!r} cannot be a file name")
-    return slide_id
 
 
 def read_patients(

@@ -7,7 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dasmil.errors import DiskFullError, InputError, say_error
+from dasmil.errors import DiskFullError, InputError, say_error, shown
+from dasmil.names import path_inside
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.cohort import SlideRow, read_cohort, refuse_twice, slide_name
 from dasmil.slides.qc import RgbArray, caption, draw_mask, shrink, write_png
@@ -78,17 +79,17 @@ def preview(
     refuse_twice(Path("--preview"), found)  # one would replace the other's picture
     failed = 0
     for row in found:
-        path = output / "preview" / f"{row.slide_id}.png"
         try:
             if row.fault:
                 raise InputError(row.fault)
+            path = path_inside(output / "preview", f"{row.slide_id}.png")
             with Slide(row) as slide:
                 write_png(path, draw_preview(slide, tissue, artefacts))
         except DiskFullError:
             raise
         except Exception as error:  # told on screen and by the exit code
             failed += 1
-            print(f"failed: {row.slide_id}: {say_error(error)}")
+            print(f"failed: {shown(row.slide_id)}: {say_error(error)}")
         else:
             print(f"tile: {path}")
     return int(failed > 0)

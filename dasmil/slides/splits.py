@@ -153,7 +153,7 @@ def refuse_overlap(rows: Sequence[SlideRow], digests: Mapping[str, str] | None =
             f"split: patient {_some(patients)} has slides in more than one part "
             f"({_some(patients.values())}); keep all slides of a patient together"
         )
-    for path, places in _in_several_parts((str(row.path.resolve()), row) for row in rows).items():
+    for path, places in _in_several_parts((str(row.file), row) for row in rows).items():
         raise InputError(f"split: {places} are one file, {path}; keep it in one part")
     known = ((digest, row) for row in rows if (digest := (digests or {}).get(row.slide_id)))
     for places in _in_several_parts(known).values():

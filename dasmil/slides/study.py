@@ -109,7 +109,7 @@ class Study:
         for row in rows:  # the cohort table may know more than an older checkpoint
             found = self.find(row)
             if found is not None and found.split in MET:
-                self._by_file[row.path.resolve()] = found
+                self._by_file[row.file] = found
                 if row.patient_id and self._patients.get(row.patient_id) != "train":
                     self._patients[row.patient_id] = found.split
 
@@ -120,7 +120,7 @@ class Study:
             return self._by_digest[digest]
         named = self._by_name.get(row.slide_id, ())
         same = (record for record in named if not (digest and record.digest))
-        return next(same, None) or self._by_file.get(row.path.resolve())
+        return next(same, None) or self._by_file.get(row.file)
 
     def part_of_patient(self, row: SlideRow) -> str | None:
         """The part, train or val, of other slides of the patient; None if there are none."""

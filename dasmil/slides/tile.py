@@ -106,7 +106,7 @@ def tile(
     rows = read_cohort(cohort, leave_out=output)
     wants = {"parameters": parameters.as_json(), "cohort": slides_digest(rows)}
     with Worker(output, stale_after, wants=wants) as worker:
-        _refuse_other_parameters(output, rows, parameters, worker)
+        _refuse_other_parameters(output, [r for r in rows if not r.fault], parameters, worker)
         if other := worker.refused_by("cohort"):
             raise InputError(
                 f"{output}: {other} tiles other slides into it now; give both the same --cohort, "

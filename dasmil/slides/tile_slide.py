@@ -8,6 +8,7 @@ import numpy as np
 
 from dasmil.errors import InputError
 from dasmil.files import file_state, sample_digest
+from dasmil.names import path_inside
 from dasmil.slides.artefacts import ArtefactParameters, artefact_masks, exclude
 from dasmil.slides.focus import blurred_tiles
 from dasmil.slides.qc import PANEL_PX, RgbArray, draw_qc, shrink, write_png
@@ -34,7 +35,7 @@ StatusRow = dict[str, str | int | float]
 
 
 def qc_path(folder: Path, slide_id: str) -> Path:
-    return folder / "qc" / f"{slide_id}.png"
+    return path_inside(folder / "qc", f"{slide_id}.png")
 
 
 @dataclass(frozen=True)

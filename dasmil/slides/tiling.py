@@ -1,8 +1,7 @@
 """Mask + scales → aligned tile pyramid, and its file. Pure integers; no pixel is read here."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,16 +9,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dasmil.errors import InputError
-from dasmil.files import atomic_path, file_state, pack_metadata, sample_digest, unpack_metadata
+from dasmil.files import atomic_path, file_state, pack_metadata, sample_digest
+from dasmil.headers import Kind, read_header_of, refusing
+from dasmil.names import path_inside
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.tissue import MaskArray, TissueParameters, tissue_fraction
-from dasmil.units import Mpp, PyramidGrid, Scale, TilePx, parse_scales
+from dasmil.units import MAX_PX, Mpp, PyramidGrid, Scale, TilePx, parse_scales
 
-FORMAT = "dasmil-tiles-3"
+TABLE = Kind(
+    format="dasmil-tiles-3",
+    unreadable="no readable tile table ({}); run tile again",
+    other="a tile table of another version ({}, this one reads {}); run tile again",
+    missing="no readable tile table (there is no such file); run tile again",
+)
+MAX_COVERED = 1 + 1e-6  # rounding may add to a share of all
 
 
 @dataclass(frozen=True)
@@ -282,7 +289,7 @@ def slide_changed(path: Path, tiles: TilePyramid) -> bool:
 
 
 def tiles_path(folder: Path, slide_id: str) -> Path:
-    return folder / "tiles" / f"{slide_id}.safetensors"
+    return path_inside(folder / "tiles", f"{slide_id}.safetensors")
 
 
 def write_tiles(path: Path, tiles: TilePyramid) -> None:
@@ -290,7 +297,7 @@ def write_tiles(path: Path, tiles: TilePyramid) -> None:
     tensors = {f"grid/{name}": np.ascontiguousarray(a) for name, a in tiles.grid.items()}
     tensors |= {f"parent/{name}": np.ascontiguousarray(a) for name, a in tiles.parent.items()}
     metadata = {
-        "format": FORMAT,
+        "format": TABLE.format,
         "slide_id": tiles.slide_id,
         "scales": json.dumps([s.name for s in tiles.scales]),
         "tile_px": str(tiles.tile_px),
@@ -316,53 +323,62 @@ def read_parameters(path: Path) -> str:
     InputError
         if the file is missing, damaged, or of another version.
     """
-    with _opened(path) as (header, _):
-        return header["tiling"]
+    header = read_header_of(path, TABLE)
+    with refusing(path, TABLE):
+        return header.parameters()
 
 
 def read_tiles(path: Path) -> TilePyramid:
-    """Read what :func:`write_tiles` wrote.
+    """Read and check what :func:`write_tiles` wrote.
 
     Raises
     ------
     InputError
         if the file is missing, damaged, or of another version.
     """
-    with _opened(path) as (header, file):
-        width_px0, height_px0 = json.loads(header["size_px0"])
-        left_px0, top_px0 = json.loads(header["bounds_px0"])
-        scales = parse_scales(json.loads(header["scales"]))
-        return TilePyramid(
-            slide_id=header["slide_id"],
-            scales=scales,
-            tile_px=TilePx(int(header["tile_px"])),
-            slide_mpp=Mpp(float(header["slide_mpp"])),
-            size_px0=(width_px0, height_px0),
-            grid={scale.name: file.get_tensor(f"grid/{scale.name}") for scale in scales},
-            parent={scale.name: file.get_tensor(f"parent/{scale.name}") for scale in scales[1:]},
-            tiling=header["tiling"],
-            tissue_mm2=float(header["tissue_mm2"]),
-            covered=float(header["covered"]),
-            excluded=json.loads(header["excluded"]),
-            bounds_px0=(left_px0, top_px0),
-            slide_digest=header["slide_digest"],
-            slide_state=header["slide_state"],
+    header = read_header_of(path, TABLE)
+    with refusing(path, TABLE), safe_open(path, framework="numpy") as file:
+        geometry = header.geometry(parse_scales(header.json("scales")))
+        names = [scale.name for scale in geometry.scales]
+        tiles = TilePyramid(
+            slide_id=header.slide_id(),
+            scales=geometry.scales,
+            tile_px=geometry.tile_px,
+            slide_mpp=geometry.slide_mpp,
+            size_px0=header.size_px0(),
+            grid={name: file.get_tensor(f"grid/{name}") for name in names},
+            parent={name: file.get_tensor(f"parent/{name}") for name in names[1:]},
+            tiling=header.parameters(),
+            tissue_mm2=header.number("tissue_mm2", 0, MAX_PX),
+            covered=header.number("covered", 0, MAX_COVERED),
+            excluded=_shares(header.json("excluded")),
+            bounds_px0=header.bounds_px0(),
+            slide_digest=header.text("slide_digest"),
+            slide_state=header.text("slide_state"),
         )
+        _refuse_faulty(tiles)
+        return tiles
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
-    """The header of a tile table, and the file to read tensors from."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = unpack_metadata(file.metadata())
-            if header.get("format") != FORMAT:
-                raise InputError(
-                    f"{path}: a tile table of another version ({header.get('format')}, this one "
-                    f"reads {FORMAT}); run tile again"
-                )
-            yield header, file
-    except InputError:
-        raise
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: no readable tile table ({error}); run tile again") from error
+def _shares(values: Any) -> dict[str, float]:
+    shares = {str(name): float(share) for name, share in dict(values).items()}
+    if not all(0 <= share <= 1 for share in shares.values()):
+        raise ValueError(f"excluded is {shares}")
+    return shares
+
+
+def _refuse_faulty(tiles: TilePyramid) -> None:
+    """ValueError unless the tiles are as :class:`TilePyramid` promises, and touch the slide."""
+    geometry, above = tiles.geometry, None
+    for number, scale in enumerate(tiles.scales):
+        grid = tiles.grid[scale.name]
+        fault = geometry.fault(number, grid, tiles.parent.get(scale.name), above)
+        shape = geometry.shape(number, tiles.size_px0)
+        if not fault and (grid >= shape).any():
+            fault = "a tile lies outside the slide"
+        if not fault and number > 0 and above is not None:
+            childless = len(np.unique(tiles.parent[scale.name])) < len(above)
+            fault = "a coarser tile holds none" if childless else ""
+        if fault:
+            raise ValueError(f"{scale.name}: {fault}")
+        above = grid

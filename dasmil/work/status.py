@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, shown
 from dasmil.files import write_csv
+from dasmil.names import name_fault
 from dasmil.work.worker import Board
 
 MAX_NAMED = 10  # slides of a kind that a summary names
@@ -41,6 +42,7 @@ class Status:
     def __post_init__(self) -> None:
         self._board = Board(self.folder)
         self._described: dict[str, Mapping[str, Any]] = {}
+        self._paths = {s: self.path(s) for s in self.slide_ids if not name_fault(s)}
 
     @property
     def table(self) -> Path:
@@ -56,7 +58,7 @@ class Status:
             row = dict(board.records.get(slide_id, {"state": "waiting"}))
             if slide_id in running:
                 row = {"state": "running", "message": board.where(running[slide_id])}
-            elif self.path(slide_id) in files:
+            elif self._paths.get(slide_id) in files:
                 if row["state"] == "waiting":  # its worker was killed before it could say so
                     row = dict(self._describe(slide_id))
             elif row["state"] in ("done", "empty"):
@@ -70,7 +72,7 @@ class Status:
         before, rows = self.rows, self.update()
         if rows == before and self.table.exists():
             return
-        write_csv(self.table, columns, [{c: r.get(c) for c in columns} for r in rows])
+        write_csv(self.table, columns, ({c: _cell(r.get(c)) for c in columns} for r in rows))
 
     def summary(self, verb: str) -> str:
         """The counts in a line, under lines of the slides that are not done."""
@@ -95,19 +97,23 @@ class Status:
         kind: str, rows: Sequence[Mapping[str, Any]], column: str = "message"
     ) -> Iterator[str]:
         for row in rows[:MAX_NAMED]:
-            yield f"{kind}: {row['slide_id']}: {row.get(column) or ''}".rstrip(": ")
+            yield shown(f"{kind}: {row['slide_id']}: {row.get(column) or ''}").rstrip(": ")
         if len(rows) > MAX_NAMED:
             yield f"{kind}: and {len(rows) - MAX_NAMED} more"
 
     def _files(self) -> set[Path]:
         """One listing: on a network file system each question about a file waits for an answer."""
-        folders = {self.path(slide_id).parent for slide_id in self.slide_ids}
+        folders = {path.parent for path in self._paths.values()}
         return {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
 
     def _describe(self, slide_id: str) -> Mapping[str, Any]:
         if slide_id not in self._described:
             try:
-                self._described[slide_id] = self.describe(self.path(slide_id))
+                self._described[slide_id] = self.describe(self._paths[slide_id])
             except InputError as error:
                 self._described[slide_id] = {"state": "waiting", "message": str(error)}
         return self._described[slide_id]
+
+
+def _cell(value: Any) -> Any:
+    return shown(value) if isinstance(value, str) else value

@@ -18,12 +18,14 @@ number. A claim never says that a slide is done: whoever has claimed one looks a
 import errno
 import json
 import os
+import re
 import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -32,11 +34,13 @@ from typing import Any
 import psutil
 
 from dasmil.errors import DiskFullError
-from dasmil.files import atomic_path, left_behind, link_once, said_when_full
+from dasmil.files import atomic_path, left_behind, link_once, parse_json, said_when_full
+from dasmil.names import name_fault, path_inside
 
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 120.0  # network file systems may show a file's time a minute late
 SIGNED_AFTER_S = 2.0  # a claim; with hard links at once
+CUT_LINE = re.compile(rb"(\{.*)?", re.DOTALL)
 
 Record = dict[str, Any]
 
@@ -192,7 +196,7 @@ class Worker:
         return {slide_id: owner for slide_id, owner in held.items() if slide_id not in self._mine}
 
     def _claim(self, slide_id: str, number: int) -> Path:
-        return self.folder / "work" / "claims" / f"{slide_id}.{number}"
+        return path_inside(self.folder / "work" / "claims", f"{slide_id}.{number}")
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         """A line of its own, whatever a full disk has left of the line before."""
@@ -266,7 +270,8 @@ class Board:
         """Names of all that have a file, dead or alive."""
         if not self.folder.is_dir():
             return []
-        names = [p.name.removesuffix(".jsonl") for p in self.folder.glob("*.jsonl")]
+        files = [path for path in self.folder.glob("*.jsonl") if path.is_file()]
+        names = [path.name.removesuffix(".jsonl") for path in files]
         return [name for name in names if name != "log" and not name.startswith(".")]
 
     def update(self) -> None:
@@ -309,6 +314,8 @@ class Board:
 
     def _lives(self, name: str, now: float) -> bool:
         beat = None
+        if name_fault(name):  # of a claim that no worker of dasmil has signed
+            return False
         with _may_be_gone(), open(self.folder / f"{name}.jsonl", "rb") as file:
             beat = os.fstat(file.fileno()).st_mtime  # of an open file it is asked of the server
         if beat is None or name in self._ended:
@@ -348,11 +355,21 @@ class Board:
             file.seek(0 if name == "log" else self._read_to.get(name, 0))
             added = file.read()
         *lines, last = added.split(b"\n")
-        entries = [entry for line in [*lines, last] if (entry := _parse(line)) is not None]
+        entries = [_parse(line) for line in lines]
+        self._say_skipped(name, [line for line, e in zip(lines, entries) if e is None])
         # the last line may be half there: then it is read again
-        length = sum(len(line) + 1 for line in lines) + (len(last) if _parse(last) else 0)
+        entries.append(_parse(last))
+        length = sum(len(line) + 1 for line in lines) + (len(last) if entries[-1] else 0)
         self._read_to[name] = self._read_to.get(name, 0) + length
-        return entries
+        return [entry for entry in entries if entry]
+
+    def _say_skipped(self, name: str, lines: Sequence[bytes]) -> None:
+        if lines:
+            warnings.warn(
+                f"{self.folder / name}.jsonl: {len(lines)} line(s) are skipped, since no worker of "
+                f"dasmil wrote them: {str(lines[0][:60])[1:]}",
+                stacklevel=2,
+            )
 
     def _take(self, name: str, entry: Record) -> None:
         if "worker" in entry:
@@ -380,22 +397,58 @@ def _may_be_gone() -> Iterator[None]:
 def _parts(claim: Path) -> tuple[str, int] | None:
     """Slide and number of a claim; None of a file that the system put there, as NFS does."""
     slide_id, _, number = claim.name.rpartition(".")
-    return (slide_id, int(number)) if number.isdecimal() else None
+    is_claim = number.isdecimal() and len(number) < 10 and claim.is_file()
+    return (slide_id, int(number)) if is_claim else None
 
 
 def _owner_of(claim: Path) -> str:
     """Who made a claim; "" where its maker died before it signed, on a disk without links."""
-    while not (owner := claim.read_text()) and time.time() - claim.stat().st_mtime < SIGNED_AFTER_S:
+    while not (owner := claim.read_text(errors="replace")):
+        if time.time() - claim.stat().st_mtime >= SIGNED_AFTER_S:
+            break
         time.sleep(0.05)
     return owner
 
 
 def _parse(line: bytes) -> Record | None:
-    """None for an empty line, and for one that was cut off where its worker was killed."""
+    """The record of a line; empty for an empty or a cut line, None for what is no record.
+
+    A worker that is killed, or whose disk is full, leaves a line that is cut off.
+    """
     try:
-        return dict(json.loads(line))
+        entry = parse_json(line)
     except ValueError:
-        return None
+        return {} if CUT_LINE.fullmatch(line.strip()) else None
+    known = isinstance(entry, dict) and (
+        _is_introduction(entry) if "worker" in entry else "ended" in entry or _is_settlement(entry)
+    )
+    return entry if known else None
+
+
+def _is_introduction(entry: Record) -> bool:
+    wants, seconds = entry.get("wants", {}), entry.get("stale_after_s", STALE_AFTER_S)
+    return (
+        all(isinstance(entry.get(key), str) for key in ("worker", "host", "machine"))
+        and type(entry.get("pid")) is int
+        and 0 < entry["pid"] < 2**31
+        and all(type(value) in (int, float) for value in (entry.get("started"), seconds))
+        and isinstance(wants, dict)
+        and all(isinstance(value, str) for value in wants.values())
+    )
+
+
+def _is_settlement(entry: Record) -> bool:
+    """What became of a slide: plain values, and numbers where tables count on them."""
+    return (
+        all(isinstance(entry.get(key), str) for key in ("slide_id", "state"))
+        and type(entry.get("time")) in (int, float)
+        and all(value is None or isinstance(value, str | int | float) for value in entry.values())
+        and all(
+            type(value) in (int, float, type(None))
+            for key, value in entry.items()
+            if key == "seconds" or key.startswith("tiles/")
+        )
+    )
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dasmil.bags import Bag, ExtractorCard, describe_difference, describe_other_bag
 from dasmil.bags.bag import header_from_metadata, header_to_metadata
 from dasmil.errors import InputError
+from dasmil.headers import Header
 from dasmil.units import Mpp, Scale, TilePx
 
 
@@ -238,11 +239,11 @@ def test_the_header_survives_its_metadata() -> None:
     header = make_bag(scales=scales, dims={"x10": 4, "x20": 5}).header
     metadata = header_to_metadata(header)
     assert all(isinstance(value, str) for value in metadata.values())
-    assert header_from_metadata(metadata) == header
+    assert header_from_metadata(Header(metadata, {})) == header
     odd = replace(
         header, bounds_px0=(1000, 2000), size_is_extent=True, mpp_is_known=False, slide_digest="ab"
     )
-    assert header_from_metadata(header_to_metadata(odd)) == odd
+    assert header_from_metadata(Header(header_to_metadata(odd), {})) == odd
     for name in (
         "bounds_px0",
         "size_is_extent",
@@ -250,7 +251,7 @@ def test_the_header_survives_its_metadata() -> None:
         "slide_digest",
     ):  # of an older file
         del metadata[name]
-    assert header_from_metadata(metadata) == header
+    assert header_from_metadata(Header(metadata, {})) == header
 
 
 def test_the_bag_format_is_made_of_plain_values() -> None:

@@ -229,7 +229,7 @@ def test_one_bad_file_costs_one_row(tmp_path, capsys):
         ("s2", "no feature file at x10"),
         ("s3", "some features are not finite; extract it again"),
         ("s4", "7 wide"),
-        ("s6", "s6.h5: no such file"),
+        ("s6", "s6.h5: does not exist; extract it again"),
     ):
         assert words in found[slide_id]["message"], found[slide_id]
     assert main(["status", str(tmp_path / "BAGS")]) == 0
@@ -684,7 +684,7 @@ def test_numbers_of_any_width_sign_and_byte_order_are_read(tmp_path, name, dtype
         (
             "features",
             h5py.ExternalLink("other.h5", "features"),
-            "no dataset that lies in this file",
+            "features is a link to another file",
         ),
         ("features", h5py.SoftLink("nowhere"), "features cannot be read"),
         ("coords", np.full((48, 2), np.nan), "some coords lie on no slide"),

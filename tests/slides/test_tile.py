@@ -20,8 +20,7 @@ from dasmil.errors import InputError
 from dasmil.slides.cohort import SlideRow, read_cohort, slides_digest
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile import tile
-from dasmil.slides.tiling import FORMAT as TILES_FORMAT
-from dasmil.slides.tiling import TilePyramid, TilingParameters, read_tiles, tiles_path
+from dasmil.slides.tiling import TABLE, TilePyramid, TilingParameters, read_tiles, tiles_path
 from dasmil.slides.tissue import TissueParameters
 from dasmil.work.worker import Worker
 
@@ -318,7 +317,7 @@ def test_a_damaged_tile_table_is_named_and_made_anew(
     tile(two_slides, output, SCALES, tile_px=64, workers=1)
     path = output / "tiles" / "good.safetensors"
     whole = path.read_bytes()
-    other = whole.replace(TILES_FORMAT.encode(), TILES_FORMAT.replace("dasmil", "daskid").encode())
+    other = whole.replace(TABLE.format.encode(), TABLE.format.replace("dasmil", "daskid").encode())
     parameters = (output / "tiling.json").read_text()
     for damaged in (whole[:50], whole[:-1], b"", other):
         path.write_bytes(damaged)
@@ -351,7 +350,7 @@ def test_a_slide_that_was_replaced_is_tiled_again_and_a_copied_one_is_not(
     moved = draw_slide(1100, 600, tissue=(512, 0, 768, 512))
     write_pyramid(slides / "good.tiff", moved, 0.5)
     if stored == "by an older version":
-        path.write_bytes(path.read_bytes().replace(TILES_FORMAT.encode(), b"dasmil-tiles-2"))
+        path.write_bytes(path.read_bytes().replace(TABLE.format.encode(), b"dasmil-tiles-2"))
     capsys.readouterr()
     assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
     second, said = Run(0, output), capsys.readouterr().out

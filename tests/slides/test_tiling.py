@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from dasmil.errors import InputError
 from dasmil.files import pack_metadata
 from dasmil.slides.tiling import (
-    FORMAT,
+    TABLE,
     TilePyramid,
     TilingParameters,
     covered_share,
@@ -381,10 +381,12 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
         {"grid/x20": np.zeros((1, 2), np.int32)}, older, pack_metadata({"format": "dasmil-tiles-2"})
     )
     short = tmp_path / "short.safetensors"
-    save_file({"grid/x20": np.zeros((1, 2), np.int32)}, short, pack_metadata({"format": FORMAT}))
+    save_file(
+        {"grid/x20": np.zeros((1, 2), np.int32)}, short, pack_metadata({"format": TABLE.format})
+    )
     for path in (text, plain, older, short, tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(InputError) as caught:
             read_tiles(path)
         assert str(caught.value).startswith(f"{path}: ")
-    with pytest.raises(InputError, match=f"another version .dasmil-tiles-2, .* {FORMAT}"):
+    with pytest.raises(InputError, match=f"another version .dasmil-tiles-2, .* {TABLE.format}"):
         read_tiles(older)

@@ -384,3 +384,47 @@ def test_a_faster_one_may_be_done_before_it_is_asked_who_it_was(
     with Worker(tmp_path) as worker:
         monkeypatch.setattr(module, "link_once", taken)
         assert not worker.claim("a")
+
+
+def test_lines_that_are_no_records_are_skipped_and_said(tmp_path: Path) -> None:
+    with Worker(tmp_path) as worker:
+        worker.claim("a")
+        worker.settle("a", {"state": "done", "tiles/x20": 3, "seconds": 1.0})
+    log = tmp_path / "work" / "log.jsonl"
+    sound = log.read_text().strip()
+    record = json.loads(sound)
+    odd = [
+        *("[1]", '"text"', "5", "null", '[["a", 1]]', "not JSON", "[" * 100_000, "{}", "\udcff"),
+        *(json.dumps({**record, name: value}) for name, value in ODD_VALUES),
+        *(json.dumps({"worker": "w", **about}) for about in ODD_WORKERS),
+    ]
+    data = "\n".join([*odd[:5], sound, *odd[5:], ""]).encode(errors="surrogateescape")
+    for name in ("log", "host-1-abc"):
+        (tmp_path / "work" / f"{name}.jsonl").write_bytes(data)
+    os.mkfifo(tmp_path / "work" / "fifo.jsonl")
+    (tmp_path / "work" / "folder.jsonl").mkdir()
+    (tmp_path / "work" / "claims" / "b.1").write_bytes(b"../../../etc/\xff\0")
+    os.mkfifo(tmp_path / "work" / "claims" / "c.1")
+    (tmp_path / "work" / "claims" / ("d." + "9" * 200)).write_text("x")
+    board = Board(tmp_path)
+    with pytest.warns(UserWarning, match=rf"log\.jsonl: {len(odd)} line.s. are skipped") as said:
+        board.update()
+    assert len(said) == 2
+    assert set(board.records) == {"a"} and board.records["a"]["tiles/x20"] == 3
+    assert board.held(time.time()) == {}
+    with Worker(tmp_path) as worker:
+        assert worker.claim("a") and worker.claim("b")
+
+
+ODD_VALUES = [
+    *(("state", 5), ("slide_id", None), ("time", "now"), ("seconds", "1"), ("tiles/x20", "many")),
+    *(("message", ["a"]), ("slide_digest", {}), ("seconds", True)),
+]
+ODD_WORKERS: list[dict[str, object]] = [
+    {},
+    {"host": "h", "machine": "m", "pid": "1", "started": 1.0},
+    {"host": "h", "machine": "m", "pid": -1, "started": 1.0},
+    {"host": "h", "machine": "m", "pid": 1, "started": "then"},
+    {"host": "h", "machine": "m", "pid": 1, "started": 1.0, "wants": [1]},
+    {"host": "h", "machine": "m", "pid": 1, "started": 1.0, "stale_after_s": None},
+]

@@ -1,14 +1,32 @@
-"""What has become of the slides of a folder of bags."""
+"""A folder of bags as far as their headers say; nothing here needs torch, which takes seconds."""
 
 import json
 from functools import partial
 from pathlib import Path
 
-from dasmil.bags.store import bag_path, read_num_tiles
+from dasmil.headers import Kind, read_header_of, refusing
+from dasmil.names import path_inside
 from dasmil.slides.cohort import read_cohort
 from dasmil.work.status import Status
 
+BAG = Kind(
+    format="dasmil-bag-2",
+    unreadable="cannot be read as a bag ({}); delete it and embed again",
+    other="its format is {!r}, this version reads {!r}; embed the slide again",
+    missing="no such bag file",
+)
 EXTRACTORS = "extractors.json"
+
+
+def bag_path(folder: Path, slide_id: str) -> Path:
+    return path_inside(folder, f"{slide_id}.safetensors")
+
+
+def read_num_tiles(path: Path) -> dict[str, int]:
+    """Tiles per scale; from the file's header, no tensor is read."""
+    header = read_header_of(path, BAG)
+    with refusing(path, BAG):
+        return {name: header.tensors[f"grid/{name}"].shape[0] for name in header.json("scales")}
 
 
 def bag_status(folder: Path) -> Status:
