@@ -31,7 +31,7 @@ SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx and .ods files 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 SAMPLES = 24  # blocks that tell one slide from another: the first, the last and those between
 SAMPLE_BYTES = 4096
-MAX_DEPTH = 20  # of JSON that others may have written; ours has at most 5
+MAX_DEPTH = 64  # of JSON that others may have written; ours has at most 5
 EXECUTED = re.compile(r"'*[=@\t\r]")  # how cells begin that a spreadsheet would execute
 SLIDE_PART = re.compile(r"[^.].*\.(dcm|dat)|slidedat\.ini", re.IGNORECASE)  # of DICOM, of MIRAX
 
@@ -393,10 +393,11 @@ def parse_json(text: str | bytes, most_deep: int = MAX_DEPTH) -> Any:
         finite.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
+        text = text if isinstance(text, str) else text.decode()
+        value = DECODER.decode(text)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
-    if isinstance(value, dict | list):
+    if text.count("{") + text.count("[") > most_deep:
         _refuse_deep(value, most_deep)
     return value
 
@@ -404,8 +405,8 @@ def parse_json(text: str | bytes, most_deep: int = MAX_DEPTH) -> Any:
 def _refuse_deep(value: Any, levels: int) -> None:
     if levels < 0:
         raise ValueError("its JSON is nested too deeply")
-    for inner in value.values() if isinstance(value, dict) else value:
-        if isinstance(inner, dict | list):
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
             _refuse_deep(inner, levels - 1)
 
 
@@ -416,6 +417,9 @@ def _refuse_number(text: str) -> float:
 def _finite(text: str) -> float:
     number = float(text)
     return number if abs(number) < float("inf") else _refuse_number(text)
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_finite)
 
 
 def describe_changes(found: str, wanted: str, also_new: bool = True) -> str:

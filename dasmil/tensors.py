@@ -1,8 +1,13 @@
 """Operations on tensors whose rows belong to bags, for models and losses alike."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+MANY_ROWS = 2**17  # tiles; what is made of more is made in blocks where no gradient is needed
+BLOCK_ROWS = 2**15
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -15,6 +20,28 @@ def precisely(layer: nn.Module, x: Tensor) -> Tensor:
     weights = {name: at_least_float32(weight) for name, weight in layer.named_parameters()}
     with torch.autocast(x.device.type, enabled=False):
         return functional_call(layer, weights, at_least_float32(x))
+
+
+def is_in_blocks(x: Tensor) -> bool:
+    """Whether rows are worked on in blocks: many rows, and nothing that needs a gradient."""
+    return len(x) > MANY_ROWS and not torch.is_grad_enabled()
+
+
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)`` of a function that treats each row by itself, (N, K) → (N, …).
+
+    In blocks where :func:`is_in_blocks` holds, so that what it makes on the way takes no memory.
+    """
+    if not is_in_blocks(x):
+        return function(x)
+    found: Tensor | None = None
+    for start in range(0, len(x), BLOCK_ROWS):
+        block = function(x[start : start + BLOCK_ROWS])
+        if found is None:
+            found = block.new_empty(len(x), *block.shape[1:])
+        found[start : start + BLOCK_ROWS] = block
+    assert found is not None
+    return found
 
 
 def bag_rows(ptr: Tensor) -> Tensor:

@@ -59,6 +59,26 @@ class Neighbours:
             reverse=before.index_select(0, self.reverse.index_select(0, kept)),
         )
 
+    def of_nodes(self, start: int, stop: int) -> tuple[Tensor, "Neighbours"]:
+        """Whom consecutive nodes see, without the way back.
+
+        Returns
+        -------
+        (M,) the nodes themselves, then all others that they see; and the lists of the nodes
+        ``start`` to ``stop``, whose ``index`` counts in these.
+        """
+        first, last = self.ptr[start], self.ptr[stop]
+        index = self.index[first:last]
+        others = index[(index < start) | (index >= stop)].unique()
+        own = torch.arange(start, stop, dtype=index.dtype, device=index.device)
+        place = torch.searchsorted(others, index, out_int32=True) + (stop - start)
+        inside = (index >= start) & (index < stop)
+        return torch.cat([own, others]), Neighbours(
+            ptr=self.ptr[start : stop + 1] - first,
+            index=torch.where(inside, index - start, place),
+            reverse=index.new_empty(0),
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Neighbours":
         return Neighbours(
             self.ptr.to(device, non_blocking=non_blocking),

@@ -78,8 +78,10 @@ class DASMIL(nn.Module):
 
     def forward(self, graph: BagGraph) -> dict[str, ScaleOutput]:
         """What each scale says, coarse to fine."""
-        graph = graph.in_dtype(next(self.parameters()).dtype)
-        h = dict(graph.features) if self.pgnn is None else self.pgnn(graph)
+        if self.pgnn is None:
+            h = dict(graph.in_dtype(next(self.parameters()).dtype).features)
+        else:
+            h = self.pgnn(graph)
         shown: dict[str, Tensor] = {}
         targets = dict(h)
         for coarse, fine in pairwise(graph.scales):

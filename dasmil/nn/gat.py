@@ -14,6 +14,7 @@ from torch_geometric.nn import GATConv
 from dasmil.bags.neighbours import Neighbours
 from dasmil.errors import InputError
 from dasmil.nn.neighbour_attention import neighbour_attention
+from dasmil.tensors import BLOCK_ROWS, is_in_blocks
 
 Backend = Literal["gather", "gatconv"]
 Residual = Literal["none", "plain", "glu"]
@@ -76,8 +77,14 @@ class GAT(nn.Module):
         self.conv = GATConv(in_dim, out_dim, heads, concat=False, dropout=attention_dropout)
         self.gate = GatedLinearUnit(out_dim) if residual == "glu" else nn.Identity()
 
-    def forward(self, x: Tensor, neighbours: Neighbours) -> Tensor:
-        """(N, in_dim) → (N, out_dim)."""
+    def forward(self, x: Tensor, neighbours: Neighbours, into: Tensor | None = None) -> Tensor:
+        """(N, in_dim) → (N, out_dim); x may be of any type, such as that of its file.
+
+        ``into``, (N, out_dim), takes the result where no gradient is needed.
+        """
+        if is_in_blocks(x) and self.backend == "gather" and not self.training:
+            return self._in_blocks(x, neighbours, into)
+        x = x.to(self.conv.bias.dtype)
         if self.training and self.node_dropout > 0:
             dropped = torch.rand(len(x), device=x.device) <= self.node_dropout
             neighbours = neighbours.without(dropped)
@@ -86,10 +93,24 @@ class GAT(nn.Module):
         else:
             h = self._attend(x, neighbours)
         h = self.gate(h)  # (N, out_dim)
-        return h if self.residual == "none" else x + h
+        h = h if self.residual == "none" else x + h
+        return h if into is None else into.copy_(h)
+
+    def _in_blocks(self, x: Tensor, neighbours: Neighbours, into: Tensor | None) -> Tensor:
+        """The same for a large graph: W x of all nodes and heads would take 5 kB per node."""
+        shape = len(x), self.conv.out_channels
+        found = x.new_empty(shape, dtype=self.conv.bias.dtype) if into is None else into
+        for start in range(0, len(x), BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, len(x))
+            rows, part = neighbours.of_nodes(start, stop)
+            seen = x[rows].to(found.dtype)
+            own = slice(0, stop - start)  # the block's own nodes come first among what it sees
+            h = self.gate(self._attend(seen, part))
+            found[start:stop] = h if self.residual == "none" else seen[own] + h
+        return found
 
     def _attend(self, x: Tensor, neighbours: Neighbours) -> Tensor:
-        """What ``self.conv`` computes."""
+        """What ``self.conv`` computes, (M, in_dim) → (N, out_dim), of the first N of M nodes."""
         conv = self.conv
         projected = conv.lin(x).view(-1, conv.heads, conv.out_channels)  # (N, H, C)
         # a·W x = (Wᵀ a)·x: the scores need no pass over (N, H, C); they go into an exponential, and
@@ -99,5 +120,6 @@ class GAT(nn.Module):
             vectors = torch.einsum("ahc,hci->ahi", torch.cat([conv.att_src, conv.att_dst]), weight)
             scores = x.to(weight.dtype) @ vectors.flatten(0, 1).T  # (N, 2 H)
             source, target = scores.split(conv.heads, dim=1)
+            target = target[: len(neighbours)]
         dropout = conv.dropout if self.training else 0.0
         return neighbour_attention(projected, source, target, neighbours, dropout) + conv.bias

@@ -3,6 +3,7 @@
 Paper: Li et al., CVPR 2021, as Bontempo et al. 2023, section 3, use it for each scale.
 """
 
+from functools import partial
 from math import sqrt
 from typing import Literal
 
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dasmil.output import ScaleOutput
-from dasmil.tensors import at_least_float32, bag_rows, first_argmax, precisely
+from dasmil.tensors import (
+    at_least_float32,
+    bag_rows,
+    by_rows,
+    first_argmax,
+    is_in_blocks,
+    precisely,
+)
 
 
 class MILHead(nn.Module):
@@ -59,17 +67,22 @@ class MILHead(nn.Module):
         sizes = ptr.diff().tolist()
         bag_index = bag_rows(ptr)
 
-        z = precisely(self.instance_classifier, h)  # (N, C)
-        f = self.transform(h)  # (N, K)
-        q = at_least_float32(self.query(f))  # (N, Q)
-        v = at_least_float32(self.value(f))  # (N, K)
+        z = by_rows(partial(precisely, self.instance_classifier), h)  # (N, C)
+        if is_in_blocks(h):  # f takes as much memory as h, and is computed twice instead
+            q, v = (
+                by_rows(partial(self._of_transformed, to), h) for to in (self.query, self.value)
+            )
+        else:
+            f = self.transform(h)  # (N, K)
+            q = at_least_float32(self.query(f))  # (N, Q)
+            v = at_least_float32(self.value(f))  # (N, K)
 
         critical = first_argmax(z, bag_index, len(sizes))  # (B, C)
         q_critical = torch.cat([q, q.new_zeros(1, q.shape[1])])[critical]  # (B, C, Q)
         attention, embedding = [], []
         for q_bag, v_bag, q_top in zip(q.split(sizes), v.split(sizes), q_critical, strict=True):
             # a matrix product here would round the query's small gradients ten times as much
-            score = (q_bag[:, None] * q_top).sum(2) / sqrt(q.shape[1])  # (N_b, C)
+            score = by_rows(partial(_similarity, q_top), q_bag)  # (N_b, C)
             a = score.softmax(0)
             attention.append(a)
             embedding.append(a.T @ v_bag)  # (C, K)
@@ -77,10 +90,18 @@ class MILHead(nn.Module):
         shown = torch.ones_like(bag_index, dtype=torch.bool)
         return ScaleOutput(bag_logits, z, torch.cat(attention), bag_index, shown)
 
+    def _of_transformed(self, layer: nn.Module, h: Tensor) -> Tensor:
+        return at_least_float32(layer(self.transform(h)))
+
     def _forward_shown(self, h: Tensor, ptr: Tensor, shown: Tensor) -> ScaleOutput:
         before = torch.cat([shown.new_zeros(1, dtype=torch.int64), shown.cumsum(0)])
         part = self._forward(h[shown], before[ptr])
-        logits = precisely(self.instance_classifier, h)  # (N, C)
+        logits = by_rows(partial(precisely, self.instance_classifier), h)  # (N, C)
         attention = torch.zeros_like(logits)
         attention[shown] = part.attention
         return ScaleOutput(part.bag_logits, logits, attention, bag_rows(ptr), shown)
+
+
+def _similarity(critical: Tensor, q: Tensor) -> Tensor:
+    """(C, Q) queries of the critical instances, (n, Q) → (n, C)."""
+    return (q[:, None] * critical).sum(2) / sqrt(q.shape[1])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dasmil.bags.graph import BagGraph
 from dasmil.nn.gat import GAT, Backend, Residual
+from dasmil.tensors import is_in_blocks
 
 
 def module_key(scale: str) -> str:
@@ -49,10 +50,15 @@ class PGNN(nn.Module):
 
     def forward(self, graph: BagGraph) -> dict[str, Tensor]:
         """Contextualised features per scale, (N_s, out_dim)."""
-        graph = graph.in_dtype(next(self.parameters()).dtype)
+        sizes = [len(graph.features[s]) for s in graph.scales]
+        # of a large bag each copy takes gigabytes
+        width, weight = self.union_gat.conv.in_channels, self.union_gat.conv.bias
+        room = weight.new_empty(sum(sizes), width) if is_in_blocks(graph.union.ptr) else None
+        parts = [None] * len(sizes) if room is None else room.split(sizes)
         per_scale = [
-            self.scale_gats[module_key(s)](graph.features[s], graph.neighbours[s])  # (N_s, hidden)
-            for s in graph.scales
-        ]
-        h = self.union_gat(torch.cat(per_scale), graph.union)  # (Σ N_s, out)
-        return dict(zip(graph.scales, h.split([len(x) for x in per_scale]), strict=True))
+            self.scale_gats[module_key(s)](graph.features[s], graph.neighbours[s], into)
+            for s, into in zip(graph.scales, parts, strict=True)
+        ]  # (N_s, hidden)
+        together = torch.cat(per_scale) if room is None else room
+        h = self.union_gat(together, graph.union)  # (Σ N_s, out)
+        return dict(zip(graph.scales, h.split(sizes), strict=True))

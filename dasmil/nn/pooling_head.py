@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_geometric.utils import segment
 
 from dasmil.output import ScaleOutput
-from dasmil.tensors import bag_rows, first_argmax, precisely
+from dasmil.tensors import bag_rows, by_rows, first_argmax, precisely
 
 
 class PoolingHead(nn.Module):
@@ -40,7 +40,7 @@ class PoolingHead(nn.Module):
         bag_index = bag_rows(ptr)
         if shown is None:
             shown = torch.ones_like(bag_index, dtype=torch.bool)
-        z = precisely(self.instance_classifier, precisely(self.transform, h))  # (N, C)
+        z = by_rows(self._logits, h)  # (N, C)
         if self.pooling == "mean":
             counted = shown[:, None].to(z.dtype)
             count = segment(counted, ptr, reduce="sum").clamp(min=1)  # (B, 1)
@@ -52,3 +52,6 @@ class PoolingHead(nn.Module):
             attention = ((top[bag_index] == rows) & shown[:, None]).to(z.dtype)  # (N, C)
         bag_logits = segment(attention * z, ptr, reduce="sum")  # (B, C)
         return ScaleOutput(bag_logits, z, attention, bag_index, shown)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        return precisely(self.instance_classifier, precisely(self.transform, h))
