@@ -1,9 +1,9 @@
 """A folder of bags as far as their headers say; nothing here needs torch, which takes seconds."""
 
-import json
 from functools import partial
 from pathlib import Path
 
+from dasmil.files import read_json_object
 from dasmil.headers import Kind, read_header_of, refusing
 from dasmil.names import path_inside
 from dasmil.slides.cohort import read_cohort
@@ -31,7 +31,7 @@ def read_num_tiles(path: Path) -> dict[str, int]:
 
 def bag_status(folder: Path) -> Status:
     """The status of a folder that ``embed`` or ``import`` writes."""
-    scales = json.loads((folder / EXTRACTORS).read_text())
+    scales = read_json_object(folder / EXTRACTORS, "run the command that wrote the bags again")
     return Status(
         folder,
         [row.slide_id for row in read_cohort(folder / "cohort.csv")],

@@ -402,6 +402,24 @@ def parse_json(text: str | bytes, most_deep: int = MAX_DEPTH) -> Any:
     return value
 
 
+def read_json_object(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file of ours.
+
+    Raises
+    ------
+    InputError
+        if there is no such file, or it is damaged; with advice.
+    """
+    must_be_file(path, advice)
+    try:
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); {advice}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds no object; {advice}")
+    return value
+
+
 def _refuse_deep(value: Any, levels: int) -> None:
     if levels < 0:
         raise ValueError("its JSON is nested too deeply")

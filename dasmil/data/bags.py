@@ -1,6 +1,5 @@
 """Cached bags as graphs, in parts: what DAS-MIL is trained and tested on."""
 
-import json
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from dasmil.bags import (
 from dasmil.bags.store import graph_bytes
 from dasmil.data.sampler import TrainingLoader, TrainingSampler, go_on, sampling_weights
 from dasmil.errors import InputError, some_of
-from dasmil.files import map_files, must_exist
+from dasmil.files import map_files, must_exist, read_json_object
 from dasmil.names import name_fault
 from dasmil.progress import progress
 from dasmil.reading import reader_options
@@ -668,8 +667,11 @@ class BagDataModule(LightningDataModule):
         path = self.folder / "extractors.json"
         if not path.exists():
             return
-        records = json.loads(path.read_text())
+        records = read_json_object(path, "embed or import again, what is done is kept")
         records = {scale: records[scale] for scale in self.bag_format["scales"] if scale in records}
+        for scale, record in records.items():
+            if not isinstance(record, dict) or "trained_on" not in record:
+                raise InputError(f"{path}: {scale} has no record of an extractor; embed again")
         unknown = [scale for scale, record in records.items() if record["trained_on"] is None]
         if unknown:
             warnings.warn(

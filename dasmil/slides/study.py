@@ -7,6 +7,7 @@ not known, the slide_id decides.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dasmil.slides.cohort import SlideRow
 LEFT_OUT = "left out"  # a labelled slide that the split of the study does not name
 UNLABELLED = "unlabelled"
 MET = {"train": "trained on", "val": "validated on"}  # the first weighs more
+PARTS_OF_RECORDS = (*MET, "test", LEFT_OUT, UNLABELLED)  # what was trained on weighs most
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,27 @@ def read_records(values: Any) -> list[SlideRecord]:
     """The records of a checkpoint or of ``extractors.json``, from plain values.
 
     Older versions wrote the part of each slide_id, or the slide_ids alone.
+
+    Raises
+    ------
+    InputError
+        if one of them is no record of a slide.
     """
     if isinstance(values, Mapping):
-        return [SlideRecord(slide_id, split=part) for slide_id, part in values.items()]
-    return [
-        SlideRecord(value) if isinstance(value, str) else SlideRecord(**value)
-        for value in values or ()
-    ]
+        values = [{"slide_id": slide_id, "split": part} for slide_id, part in values.items()]
+    if not isinstance(values or (), list | tuple):
+        raise InputError("the slides that a model has met are no list; its file is damaged")
+    return [_record(value) for value in values or ()]
+
+
+def _record(value: Any) -> SlideRecord:
+    given = {"slide_id": value} if isinstance(value, str) else value
+    with suppress(TypeError):  # not of a slide
+        record = SlideRecord(**given)
+        texts = (record.slide_id, record.digest, record.patient_id or "", record.label or "")
+        if all(isinstance(text, str) for text in texts) and record.split in PARTS_OF_RECORDS:
+            return record
+    raise InputError(f"{str(value)[:100]} is no record of a slide; its file is damaged")
 
 
 def plain_records(records: Iterable[SlideRecord]) -> list[dict[str, str | None]]:
@@ -92,14 +108,13 @@ class Study:
         digests: Mapping[str, str],
         other_cohort: bool = False,
     ):
-        order = (*MET, "test", LEFT_OUT, UNLABELLED)  # what was trained on weighs most
         self._digests = digests
         self._by_name: dict[str, list[SlideRecord]] = defaultdict(list)
         self._by_digest: dict[str, SlideRecord] = {}
         self._by_file: dict[Path, SlideRecord] = {}
         self._patients: dict[str, str] = {}
         self._has_patients = any(record.patient_id for record in records)
-        for record in sorted(records, key=lambda record: order.index(record.split)):
+        for record in sorted(records, key=lambda record: PARTS_OF_RECORDS.index(record.split)):
             if record.digest:
                 self._by_digest.setdefault(record.digest, record)
             if not other_cohort:

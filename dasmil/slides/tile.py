@@ -5,7 +5,6 @@
 once on the same folder, on one machine or on several (:mod:`dasmil.work`).
 """
 
-import json
 import os
 import time
 from collections import deque
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dasmil.errors import DiskFullError, InputError, say_error, some_of
-from dasmil.files import describe_changes, write_text
+from dasmil.files import describe_changes, read_json_object, write_text
 from dasmil.progress import progress
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.cohort import (
@@ -42,6 +41,7 @@ from dasmil.work.status import Status
 from dasmil.work.worker import STALE_AFTER_S, Worker
 
 PARAMETERS = "tiling.json"
+AGAIN = "run tile again, what is done is kept"
 SAID = ("message", "warning")  # of a row: in status.csv, and on screen too
 POLL_S = 1.0  # between two looks at what other workers have done
 SLIDE_TIMEOUT_S = 3600.0
@@ -126,7 +126,11 @@ def tile(
 
 def tile_status(folder: Path) -> Status:
     """What has become of the slides of a folder that ``tile`` writes."""
-    scales = parse_scales(json.loads((folder / PARAMETERS).read_text())["scales"])
+    parameters = read_json_object(folder / PARAMETERS, AGAIN)
+    names = parameters.get("scales")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{folder / PARAMETERS}: names no scales; {AGAIN}")
+    scales = parse_scales(names)
     columns = [f"tiles/{scale.name}" for scale in scales]
     return Status(
         folder,
@@ -257,11 +261,20 @@ def _done_before(slide: Slide, output: Path) -> tuple[StatusRow | None, str]:
         return None, ""
     try:
         tiles = read_tiles(path)
-    except InputError:  # cut off, or of another version: told when the run began
-        return None, ""
+    except InputError:
+        return None, "its tile table was damaged" if _has_header(path) else ""
     if changed := what_changed(slide, tiles):
         return None, changed
     return summary(tiles, slide.physical_scale), ""
+
+
+def _has_header(path: Path) -> bool:
+    """Whether a table is whole as far as it was looked at when the run began."""
+    try:
+        read_parameters(path)
+    except InputError:
+        return False
+    return True
 
 
 def _refuse_other_parameters(

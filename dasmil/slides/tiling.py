@@ -340,6 +340,8 @@ def read_tiles(path: Path) -> TilePyramid:
     with refusing(path, TABLE), safe_open(path, framework="numpy") as file:
         geometry = header.geometry(parse_scales(header.json("scales")))
         names = [scale.name for scale in geometry.scales]
+        if header.slide_id() != path.name.removesuffix(path.suffix):
+            raise ValueError(f"it is that of {header.slide_id()}")
         tiles = TilePyramid(
             slide_id=header.slide_id(),
             scales=geometry.scales,

@@ -21,6 +21,7 @@ from dasmil.slides.cohort import (
     write_cohort,
 )
 from dasmil.slides.splits import split_cohort
+from dasmil.slides.study import read_records
 
 
 def write_table(folder: Path, text: str) -> Path:
@@ -502,3 +503,27 @@ def test_however_large_the_fraction_a_patient_of_each_label_stays_in_train() -> 
     parts = split_cohort(rows, val_fraction=0.0, test_fraction=0.99)
     trained = {row.label for row in rows if parts[row.slide_id] == "train"}
     assert trained == {"a", "b"}
+
+
+def test_links_in_a_circle_and_names_that_no_file_has_end_no_split(tmp_path: Path) -> None:
+    (tmp_path / "round.svs").symlink_to("round.svs")
+    paths = [tmp_path / "round.svs", tmp_path / "a\0.svs", tmp_path / ("x" * 300), tmp_path / "d"]
+    rows = [SlideRow(f"s{n}", path, "ab"[n % 2], f"p{n}") for n, path in enumerate(paths)]
+    assert set(split_cohort(rows)) == {row.slide_id for row in rows}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *("text", 5, [5], [{}], [{"slide_id": 5}], [{"slide_id": "a", "split": "all"}]),
+        *(
+            [["a", 1]],
+            [{"slide_id": "a", "x": 1}],
+            {"a": None},
+            [{"slide_id": "a", "digest": None}],
+        ),
+    ],
+)
+def test_records_of_slides_that_are_damaged_are_one_sentence(values: object) -> None:
+    with pytest.raises(InputError, match="its file is damaged"):
+        read_records(values)

@@ -333,6 +333,24 @@ def test_a_damaged_tile_table_is_named_and_made_anew(
         assert {p: p.stat().st_mtime_ns for p in output.glob("tiles/blank*")} == times
 
 
+def test_a_table_whose_tiles_are_damaged_is_made_anew(
+    two_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "TILES"
+    tile(two_slides, output, SCALES, tile_px=64, workers=1)
+    path = output / "tiles" / "good.safetensors"
+    whole = path.read_bytes()
+    other = whole.replace(b"good", b"gaad")
+    assert len(other) == len(whole) and other != whole
+    for damaged in (whole[:-4] + b"\xff" * 4, other):
+        path.write_bytes(damaged)
+        capsys.readouterr()
+        assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
+        text = capsys.readouterr().out
+        assert "warning: good: its tile table was damaged: tiled again" in text
+        assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("stored", ["as it was", "by an older version"])
 def test_a_slide_that_was_replaced_is_tiled_again_and_a_copied_one_is_not(
     two_slides: Path, tmp_path: Path, stored: str, capsys: pytest.CaptureFixture[str]
