@@ -55,7 +55,7 @@ class Status:
         files = self._files()
         self.rows = []
         for slide_id in self.slide_ids:
-            row = dict(board.records.get(slide_id, {"state": "waiting"}))
+            row = {"state": "waiting", **board.records.get(slide_id, {})}
             if slide_id in running:
                 row = {"state": "running", "message": board.where(running[slide_id])}
             elif self._paths.get(slide_id) in files:

@@ -157,7 +157,7 @@ class Worker:
 
     def last(self, slide_id: str) -> Record:
         """What was last written down of a slide; of one that nobody has come to, that it waits."""
-        return self.board.records.get(slide_id, {"state": "waiting"})
+        return {"state": "waiting", **self.board.records.get(slide_id, {})}
 
     def claimed(self) -> list[str]:
         """The slides that this worker holds."""
@@ -440,7 +440,8 @@ def _is_introduction(entry: Record) -> bool:
 def _is_settlement(entry: Record) -> bool:
     """What became of a slide: plain values, and numbers where tables count on them."""
     return (
-        all(isinstance(entry.get(key), str) for key in ("slide_id", "state"))
+        isinstance(entry.get("slide_id"), str)
+        and isinstance(entry.get("state", ""), str)
         and type(entry.get("time")) in (int, float)
         and all(value is None or isinstance(value, str | int | float) for value in entry.values())
         and all(
