@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import psutil
 import pytest
-from interop.feature_files import CELLS, write_clam, write_trident
+from feature_files import CELLS, write_clam, write_trident
 
 from dasmil.bags import bag_path
 from dasmil.cli import main
