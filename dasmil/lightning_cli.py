@@ -313,7 +313,7 @@ class DasmilCLI(LightningCLI):
             return ""
         epoch = load_checkpoint(Path(keeper.best_model_path))["epoch"]
         counts = data.class_counts(data.val_part)
-        slides = ", ".join(f"{number} {name}" for name, number in counts.items())
+        slides = some_of([f"{number} {name}" for name, number in counts.items()])
         return (
             f": epoch {epoch} of 0 to {self.trainer.current_epoch - 1}, chosen by {keeper.monitor} "
             f"{float(score):.4f} of {sum(counts.values())} {data.val_part} slides ({slides})"
