@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from dasmil.errors import InputError, input_error_in, near
-from dasmil.files import find_config
+from dasmil.files import find_config, must_be_file
 
 CONFIG = "--config"
 PER_SCALE = re.compile(  # options that hold one value or several settings per scale
@@ -218,8 +218,24 @@ def _config(value: str) -> str:
     if value.startswith("{"):
         return value
     path = find_config(value)
-    _mapping(path.read_text(encoding="utf-8"), str(path))
+    read_config(path)
     return str(path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a YAML file by name, as plain values: tags make nothing.
+
+    Raises
+    ------
+    InputError
+        if it is no file of that kind.
+    """
+    must_be_file(path, "give a file of options in YAML")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not YAML in UTF-8 ({error.reason}); save it as UTF-8") from error
+    return _mapping(text, str(path))
 
 
 def with_labels(args: Sequence[str]) -> list[str]:
@@ -257,7 +273,7 @@ def _labels_quoted(text: str) -> str:
         return text
     try:
         nodes = [yaml.compose(text, yaml.SafeLoader)]
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text  # whoever loads it says what is wrong
     labels: list[yaml.ScalarNode] = []
     while nodes:
@@ -321,8 +337,8 @@ def _of_configs(args: Sequence[str], name: str) -> dict[str, Any]:
             value = option.removeprefix(f"{CONFIG}=")
         elif option != CONFIG:
             continue
-        text = value if value.startswith("{") else Path(value).read_text(encoding="utf-8")
-        values |= _mapping(text, value).get(name) or {}
+        found = _mapping(value, value) if value.startswith("{") else read_config(Path(value))
+        values |= found.get(name) or {}
     return values
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dasmil.endings import ending_on_sigterm, signal_of
-from dasmil.errors import InputError, input_error_in, near, shown
+from dasmil.errors import InputError, input_error_in, near, os_error_in, shown
 from dasmil.quiet import hush, is_first_process
 
 USAGE = """\
@@ -111,7 +111,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         # Lightning says so what it cannot do with its options
         misconfigured = type(error).__name__ == "MisconfigurationException"
-        said = shown(str(error)) if misconfigured else input_error_in(error) or _lost_reader(error)
+        said = shown(str(error)) if misconfigured else input_error_in(error) or os_error_in(error)
+        said = said or _lost_reader(error)
         if not said:
             raise
         if not is_first_process():

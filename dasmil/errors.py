@@ -1,10 +1,15 @@
 """The one exception that means "your input is wrong", as opposed to "our code is wrong"."""
 
+import errno
 import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 MAX_NAMED = 5
+NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # controls but line ends and tabs
 
 
@@ -51,3 +56,27 @@ def input_error_in(error: BaseException | None) -> str:
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__
     return str(error or "")
+
+
+def os_error_in(error: BaseException | None) -> str:
+    """What the system refused, as a sentence with the file; "" if no :class:`OSError` is a cause.
+
+    A disk that is read-only, or a folder that was removed, is no fault of our code.
+    """
+    while error is not None and not (isinstance(error, OSError) and error.filename):
+        error = error.__cause__
+    if error is None:
+        return ""
+    path = Path(str(error.filename2 or error.filename))
+    if re.match(r"\..*\.tmp", path.name):  # of a file that was being written
+        path = path.parent
+    advice = "run the same command again"
+    if error.errno in NO_FOLDER:
+        advice = "name another place: a file lies where a folder is needed, or the reverse"
+    elif error.errno in CLOSED:
+        advice = "name another place, or let it be read and written"
+    elif error.errno in FULL:
+        advice = "free some space and run the same command again"
+    elif error.errno == errno.ENOENT:
+        advice = "name another place, or if its folder was removed meanwhile, run it again"
+    return f"{path}: {error.strerror}; {advice}"

@@ -19,13 +19,12 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from dasmil.errors import DiskFullError, InputError, some_of
+from dasmil.errors import FULL, DiskFullError, InputError, some_of
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 READING_THREADS = 16  # on a network file system each look at a file waits for an answer
-FULL = (errno.ENOSPC, errno.EDQUOT)
 DELIMITERS = ",;\t"  # of tables; the first of those that a header has equally many of
 SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx and .ods files begin, and .xls
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from dasmil.arguments import SentenceParser, said_of_trainer, with_configs
-from dasmil.checkpoint import read_checkpoint
+from dasmil.checkpoint import RestrictedIO, read_checkpoint, said_of_restoring
 from dasmil.data import BagDataModule
-from dasmil.embedding.weights import load_checkpoint
+from dasmil.embedding.restricted import load_checkpoint
 from dasmil.endings import end_on_sigterm, signal_of
 from dasmil.errors import InputError, some_of
 from dasmil.files import file_sha256
@@ -110,7 +111,10 @@ class DasmilCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         with said_of_trainer():
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = RestrictedIO()
+        return trainer
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the verb that is run: building the others' parsers takes seconds."""
@@ -189,7 +193,8 @@ class DasmilCLI(LightningCLI):
             self.trainer.callbacks.remove(bar)  # type: ignore[attr-defined]
             self._add_callbacks(LogLines())
         try:
-            super()._run_subcommand(subcommand)
+            with said_of_restoring(self._get(self.config, "ckpt_path") or self.resume_from):
+                super()._run_subcommand(subcommand)
         except BaseException as error:
             if self.trainer.strategy.launcher is not None:
                 self.trainer.strategy.launcher.kill(signal.SIGTERM)

@@ -6,10 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dasmil.arguments import read_config
 from dasmil.data.bags import BagDataModule
 from dasmil.errors import InputError
 from dasmil.files import must_exist, write_csv
@@ -41,8 +41,10 @@ def split_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
     must_exist(folder, "give --resume the folder of a fit")
     if not config.is_file():
         raise InputError(f"{folder}: holds no config.yaml; give --resume the folder of a fit")
-    logger = yaml.safe_load(config.read_text(encoding="utf-8"))["trainer"]["logger"]
-    kind = logger["class_path"].rsplit(".", 1)[-1] if isinstance(logger, dict) else "none"
+    trainer = read_config(config).get("trainer")
+    logger = trainer.get("logger") if isinstance(trainer, dict) else None
+    path = logger.get("class_path") if isinstance(logger, dict) else None
+    kind = path.rsplit(".", 1)[-1] if isinstance(path, str) else "none"
     if kind not in ("TensorBoardLogger", "CSVLogger"):
         raise InputError(
             f"{config}: it has the logger {kind}, and only runs of TensorBoardLogger or CSVLogger "

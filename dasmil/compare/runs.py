@@ -7,8 +7,8 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-import yaml
 
+from dasmil.arguments import read_config
 from dasmil.errors import InputError
 from dasmil.metrics import Evaluation
 from dasmil.reports.evaluation import (
@@ -160,7 +160,7 @@ def seed_of(evaluation: Path) -> int | None:
     config = evaluation.parent / "config.yaml"
     if not config.is_file():
         return None
-    seed = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("seed_everything")
+    seed = read_config(config).get("seed_everything")
     return seed if isinstance(seed, int) and not isinstance(seed, bool) else None
 
 

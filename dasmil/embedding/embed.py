@@ -426,6 +426,7 @@ def _as_json(
         name: {
             **asdict(network.card),
             "source": source if isinstance(source := sources[name], str) else source.asked(),
+            "repository": network.repository,
             "trained_on": network.trained_on,
         }
         for name, network in networks.items()

@@ -13,6 +13,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from dasmil.bags.bag import ExtractorCard
+from dasmil.embedding.hub import HubNetwork, fetch_network, is_on_hub
 from dasmil.embedding.networks import (
     RANDOM,
     create_network,
@@ -21,13 +22,14 @@ from dasmil.embedding.networks import (
     vit_backbone,
 )
 from dasmil.embedding.pooling import Pooling, pool
-from dasmil.embedding.weights import load_checkpoint, load_weights, refuse_other_keys, say
+from dasmil.embedding.record import BACKBONE_PREFIX, ExtractorRecord
+from dasmil.embedding.restricted import load_checkpoint, refuse_no_numbers
+from dasmil.embedding.weights import load_weights, refuse_other_keys, say
 from dasmil.errors import InputError
 from dasmil.slides.study import SlideRecord, plain_records, read_records
 from dasmil.units import Scale
 
 CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".safetensors", ".bin"})
-BACKBONE_PREFIX = "teacher.backbone."
 NOT_OURS = "a file of weights alone is given with its network: model NAME and weights FILE"
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -39,7 +41,8 @@ class ExtractorSource:
     Parameters
     ----------
     model:
-        a timm name, random:NAME (random weights), hf-hub:ORG/NAME, or a DINO checkpoint.
+        a timm name, random:NAME (random weights), hf-hub:ORG/NAME@REVISION (without @REVISION the
+        newest), or a DINO checkpoint.
     weights:
         file of weights (.safetensors, .pth, .pt, .bin) instead of timm's pretrained ones; every
         key must fit the network.
@@ -101,6 +104,7 @@ class Extractor(nn.Module):
 
     mean: Tensor
     std: Tensor
+    repository: str | None = None  # on the hub, with the commit that was read
 
     def __init__(
         self,
@@ -190,31 +194,6 @@ def _fingerprint(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> st
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class ExtractorRecord:
-    """What a DINO checkpoint says of its backbone, under the key ``extractor``; plain values.
-
-    Parameters
-    ----------
-    name: timm name of the backbone.
-    options: arguments of the backbone that differ from the name's.
-    image_size: side in pixels at which tiles are to be embedded.
-    scale, mpp, tile_px: the tiles it was trained on; None where not known.
-    trained_on: records of the slides it has seen, :mod:`dasmil.slides.study`, as plain values
-        (slide_ids in older checkpoints); None where not known.
-    """
-
-    name: str
-    options: dict[str, Any]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    scale: str | None
-    mpp: float | None
-    tile_px: int | None
-    trained_on: Sequence[Any] | None
-
-
 def load_extractor(source: str | ExtractorSource, scale: Scale, tile_px: int) -> Extractor:
     """An extractor from a DINO checkpoint file, or from timm by name.
 
@@ -244,10 +223,14 @@ def _from_timm(source: ExtractorSource) -> Extractor:
             f"extractor {source.model!r}: random weights and the file {source.weights} are both "
             "asked for; leave one of them out"
         )
+    found = HubNetwork(name)
+    if is_on_hub(name) or not (is_random or source.weights):
+        found = fetch_network(name, with_weights=source.weights is None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pretrained = not is_random and source.weights is None
-        backbone = create_network(name, pretrained, source.options)
+        backbone = create_network(
+            found.name, {**found.options, **source.options}, found.overlay, name
+        )
     if source.weights:
         load_weights(backbone, name, Path(source.weights))
         if source.mean is None or source.std is None:
@@ -255,6 +238,9 @@ def _from_timm(source: ExtractorSource) -> Extractor:
                 f"{source.weights}: tiles are normalised as timm says for {name}; set mean and std "
                 "where these weights were trained with others"
             )
+    elif found.repository:
+        refuse_no_numbers(backbone.state_dict(), found.repository)
+        say(f"extractor {name!r}: taken from hf-hub:{found.repository}")
     config = resolve_data_config({}, model=backbone)
     made_for = source.options.get("img_size", config["input_size"][-1])
     if not isinstance(made_for, int):
@@ -262,7 +248,7 @@ def _from_timm(source: ExtractorSource) -> Extractor:
     image_size = made_for if source.image_size is None else source.image_size
     if image_size != made_for:
         resize_network(backbone, name, image_size)
-    return Extractor(
+    extractor = Extractor(
         backbone,
         name,
         image_size,
@@ -273,6 +259,8 @@ def _from_timm(source: ExtractorSource) -> Extractor:
         source.interpolation or config["interpolation"],
         source.options,
     )
+    extractor.repository = found.repository
+    return extractor
 
 
 def _from_checkpoint(path: Path, source: ExtractorSource, scale: Scale, tile_px: int) -> Extractor:
@@ -289,17 +277,21 @@ def _from_checkpoint(path: Path, source: ExtractorSource, scale: Scale, tile_px:
         raise InputError(
             f"{path}: a DINO checkpoint says its {', '.join(asked)} itself; leave that out"
         )
-    record = ExtractorRecord(**checkpoint["extractor"])
+    record = ExtractorRecord.read(checkpoint["extractor"], path)
     mpp, trained_px = record.mpp or scale.mpp, record.tile_px or tile_px
     if abs(mpp / scale.mpp - 1) > 1e-6 or trained_px != tile_px:
         raise InputError(
             f"{path}: trained on {_tiles(record.scale, record.mpp, record.tile_px)}, asked to "
             f"embed {_tiles(scale.name, scale.mpp, tile_px)}; give the checkpoint of that scale"
         )
-    backbone = vit_backbone(record.name, record.image_size, **record.options)
-    prefix, weights = BACKBONE_PREFIX, checkpoint["state_dict"]
-    weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    refuse_other_keys(backbone, weights, path)
+    weights = _backbone_of(checkpoint.get("state_dict"))
+    try:
+        with torch.device("meta"):  # the weights are compared before memory is taken
+            sketch = vit_backbone(record.name, record.image_size, record.options)
+        refuse_other_keys(sketch, weights, path)
+        backbone = vit_backbone(record.name, record.image_size, record.options)
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     backbone.load_state_dict(weights)
     return Extractor(
         backbone,
@@ -311,6 +303,16 @@ def _from_checkpoint(path: Path, source: ExtractorSource, scale: Scale, tile_px:
         source.pooling,
         options=record.options,
     )
+
+
+def _backbone_of(weights: Any) -> dict[str, Any]:
+    """The teacher's backbone among a checkpoint's weights; whether they are some is asked later."""
+    named = weights.items() if isinstance(weights, Mapping) else ()
+    return {
+        key.removeprefix(BACKBONE_PREFIX): weight
+        for key, weight in named
+        if isinstance(key, str) and key.startswith(BACKBONE_PREFIX)
+    }
 
 
 def _tiles(scale: str | None, mpp: float | None, tile_px: int | None) -> str:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dasmil.embedding.restricted import is_state_dict, load_checkpoint, refuse_no_numbers
 from dasmil.errors import InputError, some_of
-from dasmil.files import must_exist
+from dasmil.files import must_be_file
 
 WRAPPERS = ("state_dict", "model", "teacher")
 PREFIXES = ("module.", "backbone.")
@@ -25,21 +25,6 @@ OPTIONS = {  # part of a key → the network's option that decides whether there
     ".q_norm.": "qk_norm",
     ".mlp.norm.": "mlp_layer",
 }
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU; tensors and plain values only, never unpickled code."""
-    must_exist(path, "give the file of a checkpoint")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give the file of a checkpoint in it")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be loaded safely as a checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path}: holds no named weights")
-    return checkpoint
 
 
 def load_weights(network: nn.Module, name: str, path: Path) -> None:
@@ -58,7 +43,8 @@ def load_weights(network: nn.Module, name: str, path: Path) -> None:
     Raises
     ------
     InputError
-        when the file cannot be read safely, or keys are missing, unexpected or of another shape.
+        when the file cannot be read safely, keys are missing, unexpected or of another shape, or
+        values are complex, NaN or infinite.
     """
     wanted = network.state_dict()
     heads = _heads(network)
@@ -70,6 +56,7 @@ def load_weights(network: nn.Module, name: str, path: Path) -> None:
         reshaped = {key: weights[key] for key in misfit.reshaped}
         cause = _likely_cause(network, misfit.missing, misfit.unexpected, reshaped)
         raise InputError(f"{path}: these weights do not fit {name} ({misfit}); {cause}")
+    refuse_no_numbers(weights, path)
     network.load_state_dict(weights)
     if dropped:
         say(f"{path}: its classifier is not needed and is left out: {', '.join(dropped)}")
@@ -111,21 +98,29 @@ class Misfit:
         return "; ".join(f"{kind}: {some_of(keys)}" for kind, keys in kinds.items() if keys)
 
 
-def refuse_other_keys(network: nn.Module, weights: Mapping[str, Tensor], where: object) -> None:
-    """Raise :class:`InputError` if a checkpoint's weights are not those of a network."""
+def refuse_other_keys(network: nn.Module, weights: Any, where: object) -> None:
+    """Raise :class:`InputError` if a checkpoint's weights are not numbers for this network.
+
+    Parameters
+    ----------
+    network: may lie on torch's meta device, where it takes no memory.
+    """
+    if not is_state_dict(weights):
+        raise InputError(f"{where}: holds no weights by name; give a whole checkpoint")
     if misfit := Misfit.of(network.state_dict(), weights):
         raise InputError(
             f"{where}: its weights are not those of its model ({misfit}); it was changed, or "
             "written by another version of dasmil"
         )
+    refuse_no_numbers(weights, where)
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by key, out of a wrapper that holds them."""
     content = _read(path)
-    if _is_state_dict(content):
+    if is_state_dict(content):
         return content
-    held = [key for key in WRAPPERS if _is_state_dict(content.get(key))]
+    held = [key for key in WRAPPERS if is_state_dict(content.get(key))]
     if len(held) != 1:
         what = f"several sets of weights ({', '.join(held)})" if held else "no weights"
         raise InputError(
@@ -140,18 +135,12 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors":
-        return load_checkpoint(path)
-    must_exist(path, "give the file of weights")
+        return load_checkpoint(path, kind="file of weights")
+    must_be_file(path, "give the file of weights")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
-
-
-def _is_state_dict(value: Any) -> bool:
-    if not isinstance(value, dict) or not value:
-        return False
-    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
 def _heads(network: nn.Module) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from dasmil.bags import ExtractorCard
+from dasmil.embedding.restricted import load_restricted
 from dasmil.errors import InputError
 from dasmil.interop.feature_grids import (
     Dtype,
@@ -223,11 +224,7 @@ def _read_features(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] 
 
 
 def _load_tensor(path: Path) -> npt.NDArray[Any]:
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is no tensor
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be loaded safely as a tensor ({reason})") from error
+    values = load_restricted(path, kind="tensor of features")
     if not isinstance(values, torch.Tensor) or values.ndim != 2 or values.is_sparse:
         raise InputError(f"{path}: not a tensor of (tiles, features)")
     if values.dtype == torch.bfloat16:  # which numpy does not know

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from dasmil.embedding.extractor import BACKBONE_PREFIX, ExtractorRecord
 from dasmil.embedding.networks import vit_backbone
+from dasmil.embedding.record import BACKBONE_PREFIX, ExtractorRecord
+from dasmil.embedding.restricted import is_state_dict, load_restricted, refuse_no_numbers
 from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path
-from dasmil.interop.restricted import load_restricted
 from dasmil.units import Scale
 
 NAMES = {  # by width; timm's ViT has the original's keys
@@ -41,6 +41,7 @@ ALLOWED = (
     (NumpyScalar, "numpy.dtype"),
     (NumpyScalar, "numpy.core.multiarray.scalar"),  # NumPy 1
     (NumpyScalar, "numpy._core.multiarray.scalar"),  # NumPy 2
+    (NumpyScalar, "_codecs.encode"),  # of a scalar's bytes
 )
 
 
@@ -95,7 +96,7 @@ def dino_checkpoint(
     with torch.device("meta"):
         shapes = {
             key: tuple(weight.shape)
-            for key, weight in vit_backbone(name, image_size, **options).state_dict().items()
+            for key, weight in vit_backbone(name, image_size, options).state_dict().items()
         }
     _check_fit(weights, shapes, f"{name} with patch {patch}", file)
 
@@ -110,8 +111,7 @@ def dino_checkpoint(
         tile_px=tile_px,
         trained_on=None,
     )
-    # clones: a view would be written with all that it is a view of
-    state = {f"{BACKBONE_PREFIX}{key}": weights[key].detach().float().clone() for key in shapes}
+    state = {f"{BACKBONE_PREFIX}{key}": weights[key].float() for key in shapes}
     with atomic_path(out) as temporary:
         torch.save({"extractor": asdict(record), "state_dict": state}, temporary)
 
@@ -133,9 +133,9 @@ def _backbone_weights(content: Any, network: str, file: Path) -> dict[str, Tenso
     """The backbone's weights under timm's keys."""
     content = content if isinstance(content, dict) else {}
     weights = content.get(network)
-    if network == "teacher" and _is_state_dict(content):
+    if network == "teacher" and is_state_dict(content):
         weights = content  # the backbone alone, as DINO's authors publish it: the teacher's
-    if not _is_state_dict(weights):
+    if not is_state_dict(weights):
         raise InputError(
             f"{file}: not a checkpoint of DINO with a {network}; "
             f"it holds {some_of(list(map(str, content))) or 'no keys'}"
@@ -144,13 +144,9 @@ def _backbone_weights(content: Any, network: str, file: Path) -> dict[str, Tenso
         str(key).removeprefix("module.").removeprefix("backbone."): weight
         for key, weight in weights.items()
     }
-    return {key: weight for key, weight in named.items() if not key.startswith("head.")}
-
-
-def _is_state_dict(value: Any) -> bool:
-    if not isinstance(value, dict) or not value:
-        return False
-    return all(isinstance(weight, Tensor) for weight in value.values())
+    named = {key: weight for key, weight in named.items() if not key.startswith("head.")}
+    refuse_no_numbers(named, file)
+    return named
 
 
 def _architecture(weights: Mapping[str, Tensor], file: Path) -> tuple[str, int]:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from dasmil.bags import BagHeader
 from dasmil.embedding.extractor import ExtractorSource, load_extractor
+from dasmil.embedding.restricted import is_state_dict, load_restricted, refuse_no_numbers
 from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path, configs_folder
 from dasmil.interop.mil4wsi_bags import extractor_card
-from dasmil.interop.restricted import load_restricted
 from dasmil.modules.mil import DASMILModule
 from dasmil.nn.gat import Residual
 from dasmil.nn.pgnn import module_key
@@ -141,19 +141,13 @@ def released_names(coarse: str, fine: str, has_gates: bool) -> dict[str, str]:
 def _read_weights(file: Path) -> dict[str, Tensor]:
     """The state dict under the names of today's torch_geometric, without what no one uses."""
     content = load_restricted(file, kind="state dict of mil4wsi")
-    if not isinstance(content, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
-        for key, value in content.items()
-    ):
+    if not is_state_dict(content) or not all(w.is_floating_point() for w in content.values()):
         raise InputError(f"{file}: no state dict (names of weights → tensors) of mil4wsi")
-    weights = {key.removeprefix("module."): value.detach() for key, value in content.items()}
+    weights = {key.removeprefix("module."): value for key, value in content.items()}
     if len(weights) < len(content):
         raise InputError(f"{file}: holds some weights twice, with and without the prefix module.")
-    # clones: a view would be written with all that it is a view of
-    weights = {k: w.float().clone() for k, w in weights.items() if not k.startswith("millast.")}
-    broken = [key for key, weight in weights.items() if not bool(weight.isfinite().all())]
-    if broken:
-        raise InputError(f"{file}: some values are not finite in {some_of(broken)}")
+    weights = {k: w.float() for k, w in weights.items() if not k.startswith("millast.")}
+    refuse_no_numbers(weights, file)
     for gat in GATS:  # up to PyG 2.4 the one weight has two names
         source, target = (f"{gat}.layers.0.{kind}.weight" for kind in ("lin_src", "lin_dst"))
         if source in weights and target in weights:

@@ -16,9 +16,9 @@ from torch_geometric.data import Data
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
+from dasmil.embedding.restricted import load_restricted
 from dasmil.errors import InputError
 from dasmil.interop.mil4wsi_grid import IntArray
-from dasmil.interop.restricted import load_restricted
 from dasmil.names import name_fault
 from dasmil.slides.cohort import MAX_ID_BYTES
 from dasmil.units import Scale

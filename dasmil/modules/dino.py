@@ -23,12 +23,17 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from dasmil.data.tiles import TileDataModule
-from dasmil.embedding.extractor import ExtractorRecord
 from dasmil.embedding.networks import refuse_cut_patches, vit_backbone
+from dasmil.embedding.record import ExtractorRecord
 from dasmil.embedding.weights import refuse_other_keys
 from dasmil.errors import InputError, some_of
 from dasmil.modules.finite import FiniteLoss
-from dasmil.modules.going_on import KEY, refuse_other_settings, training_settings
+from dasmil.modules.going_on import (
+    KEY,
+    refuse_broken_state,
+    refuse_other_settings,
+    training_settings,
+)
 from dasmil.seeds import seed_step
 from dasmil.slides.study import join_records, plain_records, read_records
 from dasmil.tensors import at_least_float32
@@ -123,8 +128,8 @@ class DINOModule(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         options = backbone_options or {}
-        student = vit_backbone(backbone, image_size, drop_path_rate=drop_path, **options)
-        teacher = vit_backbone(backbone, image_size, **options)
+        student = vit_backbone(backbone, image_size, {**options, "drop_path_rate": drop_path})
+        teacher = vit_backbone(backbone, image_size, options)
         head = (student.num_features, hidden_dim, bottleneck_dim, output_dim, batch_norm)
         self.student = DINONetwork(
             student,
@@ -168,6 +173,7 @@ class DINOModule(LightningModule):
             self.record = asdict(record)
 
     def on_train_start(self) -> None:
+        refuse_broken_state(self.trainer)
         self._teacher_step = self.global_step  # of a training that goes on, not 0
         if self._steps_before not in (None, self._num_steps):
             raise InputError(
@@ -184,18 +190,19 @@ class DINOModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Weights that go on have seen the slides of before, whatever is trained on now."""
         where = "the checkpoint" if self._trainer is None else self.trainer.ckpt_path
-        refuse_other_keys(self, checkpoint["state_dict"], where)
+        refuse_other_keys(self, checkpoint.get("state_dict"), where)
         if self._trainer is not None and self.trainer.training:
             refuse_other_settings(checkpoint, self._settings())
             self._steps_before = checkpoint.get("steps")
         if self.record is None:
             return
         before = checkpoint.get("extractor")  # None after a training with other data
-        if before is None or before["trained_on"] is None or self.record["trained_on"] is None:
+        before = None if before is None else ExtractorRecord.read(before, where).trained_on
+        if before is None or self.record["trained_on"] is None:
             self.record["trained_on"] = None
             return
         now = read_records(self.record["trained_on"])
-        seen = join_records(now, read_records(before["trained_on"]))
+        seen = join_records(now, read_records(before))
         self.record["trained_on"] = plain_records(seen)
         more = sorted({record.slide_id for record in seen} - {record.slide_id for record in now})
         if more and self.trainer.is_global_zero:

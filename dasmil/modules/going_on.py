@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
 
+from dasmil.embedding.restricted import refuse_no_numbers
 from dasmil.errors import InputError, some_of
 from dasmil.seeds import training_seed
 
@@ -54,6 +56,8 @@ def refuse_other_settings(checkpoint: Mapping[str, Any], settings: Mapping[str, 
     and not be used; a schedule that is stretched lets the rate rise again.
     """
     before = checkpoint.get(KEY, {})
+    if not isinstance(before, dict):
+        raise InputError("fit: the settings of the checkpoint are no dictionary; start another run")
     other = [
         f"{name} {settings[name]} instead of {value}"
         for name, value in before.items()
@@ -64,3 +68,25 @@ def refuse_other_settings(checkpoint: Mapping[str, Any], settings: Mapping[str, 
             f"fit: a training goes on with the settings that it began with, not with "
             f"{some_of(other)}; leave them as they are in its config.yaml, or start another run"
         )
+
+
+def refuse_broken_state(trainer: Trainer) -> None:
+    """Check the state of the optimisers that a checkpoint has brought.
+
+    Raises
+    ------
+    InputError
+        if a tensor of it does not fit its weight, or is complex, NaN or infinite.
+    """
+    for optimizer in trainer.optimizers:
+        for weight, state in optimizer.state.items():
+            for name, value in state.items():
+                if not isinstance(value, Tensor):
+                    continue
+                where = f"{trainer.ckpt_path}: the optimiser's state"
+                if value.shape not in (weight.shape, ()):
+                    raise InputError(
+                        f"{where} holds {name} {tuple(value.shape)} for a weight "
+                        f"{tuple(weight.shape)}; go on from another checkpoint"
+                    )
+                refuse_no_numbers({name: value}, where)

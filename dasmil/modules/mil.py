@@ -17,6 +17,7 @@ from dasmil.embedding.weights import refuse_other_keys
 from dasmil.errors import InputError, some_of
 from dasmil.losses import ObjectiveOptions, balanced_weights, objective
 from dasmil.metrics.evaluation import Evaluation
+from dasmil.modules.card import read_card
 from dasmil.modules.decay import BagLosses
 from dasmil.modules.evaluation import (
     CONSTANT,
@@ -29,7 +30,12 @@ from dasmil.modules.evaluation import (
     slide_results,
 )
 from dasmil.modules.finite import ADVICE, FiniteLoss
-from dasmil.modules.going_on import KEY, refuse_other_settings, training_settings
+from dasmil.modules.going_on import (
+    KEY,
+    refuse_broken_state,
+    refuse_other_settings,
+    training_settings,
+)
 from dasmil.nn import DASMIL, ScaleOutput, Standardize
 from dasmil.seeds import seed_step
 from dasmil.slides.study import (
@@ -286,21 +292,25 @@ class DASMILModule(LightningModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.hparams["thresholds"] = checkpoint["hyper_parameters"].get("thresholds")
+        where = "the checkpoint" if self._trainer is None else self.trainer.ckpt_path
+        hparams = read_card(checkpoint, where, type(self))
+        self.hparams["thresholds"] = hparams.get("thresholds")
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         if not isinstance(data, BagDataModule):
             return
-        hparams = checkpoint["hyper_parameters"]
         self._refuse_other_data(hparams, data)
         self._refuse_other_network(hparams)
-        refuse_other_keys(self, checkpoint["state_dict"], self.trainer.ckpt_path)
-        if self.trainer.training and not is_same_study(hparams["split"], data.study()):
+        refuse_other_keys(self, checkpoint["state_dict"], where)
+        if self.trainer.training and not is_same_study(hparams.get("split"), data.study()):
             raise InputError(
                 f"{data.folder}: its parts are not those that the checkpoint was trained with; "
                 "resume with the same cohort table, fractions and data.split_seed"
             )
         if self.trainer.training:
             refuse_other_settings(checkpoint, training_settings(self.trainer, self, data))
+
+    def on_train_start(self) -> None:
+        refuse_broken_state(self.trainer)
 
     def _go_on(self, data: BagDataModule) -> Any:
         """The slides that the weights will have met: those of the data, and those met before."""

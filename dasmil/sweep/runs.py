@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
+from dasmil.arguments import read_config
 from dasmil.errors import InputError
 from dasmil.files import find_config
 from dasmil.sweep.road import Embedding
@@ -103,14 +102,17 @@ class Run(Step):
         config = self.folder / "config.yaml"
         if not config.is_file():
             return []
-        fitted = yaml.safe_load(config.read_text(encoding="utf-8"))
-        data = fitted["data"]["init_args"]
-        table = data.get("split_table")
-        return [
-            *(("--data.split_table", table) if table else ()),
-            *("--data.allow_seen_slides", str(data["allow_seen_slides"]).lower()),
-            *("--trainer.accelerator", str(fitted["trainer"]["accelerator"])),
-        ]
+        fitted = read_config(config)
+        try:
+            data = fitted["data"]["init_args"]
+            table = data.get("split_table")
+            return [
+                *(("--data.split_table", table) if table else ()),
+                *("--data.allow_seen_slides", str(data["allow_seen_slides"]).lower()),
+                *("--trainer.accelerator", str(fitted["trainer"]["accelerator"])),
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{config}: not the config of a fit; fit this run again") from error
 
     def options(self) -> dict[str, str]:
         classes = ", ".join(self.truth_classes)

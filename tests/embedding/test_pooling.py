@@ -13,7 +13,7 @@ SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 5,
 
 def network(name, **options):
     torch.manual_seed(0)
-    made = create_network(name, False, options).eval()
+    made = create_network(name, options).eval()
     for parameter in made.parameters():  # so that no norm or scale is one that changes nothing
         torch.nn.init.normal_(parameter, std=0.2)
     return made

@@ -14,7 +14,7 @@ from dasmil.bags import bag_path, read_header
 from dasmil.cli import main
 from dasmil.embedding.extractor import load_extractor
 from dasmil.embedding.networks import vit_backbone
-from dasmil.embedding.weights import load_checkpoint
+from dasmil.embedding.restricted import load_checkpoint
 from dasmil.slides.cohort import read_cohort
 from dasmil.units import Scale
 
@@ -34,7 +34,7 @@ def golden():
 def backbone():
     """Weights of a random ViT-T/16 of 224 px under their own keys."""
     torch.manual_seed(0)
-    return vit_backbone(TINY, 224).state_dict()
+    return vit_backbone(TINY, 224, {}).state_dict()
 
 
 def checkpoint_of(teacher):
@@ -106,7 +106,7 @@ def test_every_kind_of_file_gives_the_same_extractor(backbone, checkpoint, tmp_p
 
 
 def test_width_and_patch_are_told_from_the_shapes(tmp_path):
-    weights = vit_backbone("vit_small_patch16_224", 224, patch_size=8).state_dict()
+    weights = vit_backbone("vit_small_patch16_224", 224, {"patch_size": 8}).state_dict()
     torch.save(checkpoint_of(weights), tmp_path / "small8.pth")
     extractor = import_to(tmp_path / "s8.ckpt", tmp_path / "small8.pth", "--image_size", "64")
     assert extractor.card.name == "vit_small_patch16_224"

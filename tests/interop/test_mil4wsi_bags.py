@@ -227,7 +227,10 @@ MISFITS = {
     "no tile": ({"x": torch.rand(0, 5)}, "x is not (N, D)"),
     "double features": ({"x": torch.rand(5, 4).double()}, "neither float16 nor float32"),
     "broken features": ({"x": torch.full((5, 4), float("nan"))}, "not finite"),
-    "sparse features": ({"x": torch.rand(5, 4).to_sparse()}, "x is not (N, D)"),
+    "sparse features": (
+        {"x": torch.rand(5, 4).to_sparse()},
+        "_rebuild_sparse_tensor', which no graph",
+    ),
     "no name": ({"name": None}, "its name None names no slide"),
     "a path for a name": ({"name": "../../slide"}, "names no slide"),
 }

@@ -11,7 +11,7 @@ from road import NUM_SLIDES
 
 from dasmil.data import TileDataModule
 from dasmil.data.augment import TensorViews
-from dasmil.embedding.weights import load_checkpoint
+from dasmil.embedding.restricted import load_checkpoint
 from dasmil.errors import InputError
 from dasmil.modules import DINOModule, dino
 from dasmil.slides.cohort import read_cohort

@@ -1,0 +1,276 @@
+"""Files of ``torch.save`` from anywhere, read without running anything that is in them.
+
+The names that a pickle asks for are looked at before torch sees it, and the memory that a file
+takes is bounded by its size: its parts are not compressed, and each tensor lies in it.
+"""
+
+import _compat_pickle
+import gzip
+import io
+import pickletools
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from dasmil.bags.bag import all_finite
+from dasmil.errors import InputError, some_of
+from dasmil.files import must_be_file
+
+ZIP_MAGIC = b"PK\x03\x04"
+GZIP_MAGIC = b"\x1f\x8b"
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file that is no zip
+LEGACY_PICKLES = 5  # magic, version, byte order, content, names of the storages
+MAX_UNPACKED_BYTES = 16 * 2**30
+MAX_RATIO = 20  # of gzip: weights hardly become smaller, zeros a thousandfold
+ALWAYS_UNPACKED_BYTES = 64 * 2**20
+MAX_PICKLE_BYTES = 256 * 2**20  # what a checkpoint says beside its tensors
+MAX_SHARED = 4  # tensors may share memory: tied weights do
+BLOCK_BYTES = 2**20
+TYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+PLAIN = frozenset(
+    {
+        *(f"torch.{name}Storage" for name in TYPES),
+        *(f"torch.{name}" for name in ("Size", "device", "float16", "bfloat16", "float32")),
+        *(f"torch.{name}" for name in ("float64", "int64", "int32", "int16", "int8", "uint8")),
+        *("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch.bool"),
+        *("torch._utils._rebuild_parameter", "collections.OrderedDict", "collections.Counter"),
+        "builtins.set",
+    }
+)
+UNUSED = frozenset(  # ways to ask for a name that torch.save never takes
+    ["STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"]
+)
+
+Allowed = type | tuple[Any, str]
+
+
+def load_restricted(path: Path, allowed: Iterable[Allowed] = (), kind: str = "torch file") -> Any:
+    """The content of a file that ``torch.save`` wrote, on the CPU; gzip-compressed or not.
+
+    Parameters
+    ----------
+    path: the file.
+    allowed: classes it may hold beside tensors and plain values; ``(stand_in, "module.name")``
+        puts a class of ours in the place of a named one.
+    kind: what the file should be, for the messages.
+
+    Raises
+    ------
+    InputError
+        if it is no such file, asks for anything else, or takes more memory than disk.
+    """
+    must_be_file(path, f"give a {kind}")
+    allowed = list(allowed)
+    try:
+        with (
+            open(path, "rb") as file,
+            tempfile.NamedTemporaryFile() as unpacked,
+            warnings.catch_warnings(action="ignore"),
+        ):
+            whole = _unpacked(file, unpacked)
+            names = PLAIN | {_name_of(entry) for entry in allowed}
+            for name in _names_asked_for(whole):
+                if name not in names:
+                    raise InputError(
+                        f"{path}: is not loaded: it asks for {name!r}, which no {kind} needs; give "
+                        "one of dense tensors and plain values"
+                    )
+            return _loaded(whole, allowed)
+    except InputError:
+        raise
+    except Exception as error:  # torch and gzip raise many kinds for a file that is none of theirs
+        raise InputError(
+            f"{path}: damaged or cut short, or no {kind} at all ({_reason(error)})"
+        ) from error
+
+
+def load_checkpoint(
+    path: Path, allowed: Iterable[Allowed] = (), kind: str = "checkpoint"
+) -> dict[str, Any]:
+    """The content of a file that ``torch.save`` wrote, by name.
+
+    Raises
+    ------
+    InputError
+        as :func:`load_restricted`, and if the file holds anything else than named values.
+    """
+    content = load_restricted(path, allowed, kind)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path}: holds no named values; give a {kind}")
+    return content
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether it is tensors by name."""
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def refuse_no_numbers(weights: Mapping[str, Tensor], where: object) -> None:
+    """Raise :class:`InputError` if weights are complex, NaN or infinite."""
+    complex_ones = [key for key, weight in weights.items() if weight.is_complex()]
+    if complex_ones:
+        raise InputError(
+            f"{where}: its weights {some_of(complex_ones)} are complex; give real ones"
+        )
+    broken = [
+        key
+        for key, weight in weights.items()
+        if weight.is_floating_point() and not all_finite(weight)
+    ]
+    if broken:
+        raise InputError(
+            f"{where}: some values are NaN or infinite in {some_of(broken)}; give weights that are "
+            "numbers, such as those of an earlier epoch"
+        )
+
+
+def _unpacked(file: IO[bytes], unpacked: IO[bytes]) -> IO[bytes]:
+    """``file`` itself, or where it is gzip-compressed its content, written to ``unpacked``."""
+    is_compressed = file.read(2) == GZIP_MAGIC
+    packed_bytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if not is_compressed:
+        return file
+    most = min(MAX_UNPACKED_BYTES, max(ALWAYS_UNPACKED_BYTES, MAX_RATIO * packed_bytes))
+    with gzip.open(file) as content:
+        while block := content.read(BLOCK_BYTES):
+            unpacked.write(block)
+            if unpacked.tell() > most:
+                raise InputError(
+                    f"{file.name}: {packed_bytes:,} bytes unpack to more than {most:,}, which no "
+                    "weights do; unpack it by hand if you trust it"
+                )
+    unpacked.flush()
+    unpacked.seek(0)
+    return unpacked
+
+
+def _names_asked_for(file: IO[bytes]) -> Iterator[str]:
+    """Names of all classes and functions that a file asks for; none of them is looked up."""
+    if _is_zip(file):
+        yield from _names_in(io.BytesIO(_pickle_in(file)))
+        return
+    magic = next((value for op, value, _ in pickletools.genops(file) if op.name == "LONG1"), None)
+    if magic != LEGACY_MAGIC:
+        raise ValueError("it does not begin as torch.save begins a file")
+    file.seek(0)
+    for _ in range(LEGACY_PICKLES):
+        yield from _names_in(file)
+
+
+def _names_in(pickle: IO[bytes]) -> Iterator[str]:
+    for op, value, _ in pickletools.genops(pickle):
+        if op.name in UNUSED:
+            yield op.name
+        elif op.name == "GLOBAL":
+            module, _, name = str(value).partition(" ")
+            module, name = _compat_pickle.NAME_MAPPING.get(
+                (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+            )
+            yield f"{module}.{name}"
+
+
+def _pickle_in(file: IO[bytes]) -> bytes:
+    """The one pickle of a zip file, all of whose members lie in it as they are."""
+    num_bytes = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        names = [member.filename for member in members]
+        pickles = [member for member in members if member.filename.endswith("/data.pkl")]
+        if len(pickles) != 1 or len(set(names)) < len(names):
+            raise ValueError("a zip file, but not of torch.save")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("its parts are compressed, which torch.save never does")
+        if sum(member.file_size for member in members) > num_bytes:
+            raise ValueError("its parts are larger than the file")
+        if pickles[0].file_size > MAX_PICKLE_BYTES:
+            raise ValueError(f"it says {pickles[0].file_size:,} bytes beside its tensors")
+        return archive.read(pickles[0])
+
+
+def _is_zip(file: IO[bytes]) -> bool:
+    file.seek(0)
+    magic = file.read(len(ZIP_MAGIC))
+    file.seek(0)
+    return magic == ZIP_MAGIC
+
+
+def _loaded(file: IO[bytes], allowed: list[Allowed]) -> Any:
+    num_bytes = file.seek(0, io.SEEK_END)
+    is_zip = _is_zip(file)  # whose tensors are then mapped: their sizes cannot lie
+    with _only(allowed):
+        source: Any = str(file.name) if is_zip else file
+        content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
+    return _Copies(MAX_SHARED * num_bytes).own(content)
+
+
+class _Copies:
+    """Tensors of a file taken into memory, so that the file may change.
+
+    Parameters
+    ----------
+    most_bytes: that they may take. A tensor may repeat a few bytes of a file without end.
+    """
+
+    def __init__(self, most_bytes: int):
+        self._bytes_left = most_bytes
+        self._done: dict[int, Any] = {}  # by identity, of what the content holds
+
+    def own(self, value: Any) -> Any:
+        """The same content; dictionaries and lists are changed in place."""
+        if id(value) in self._done:
+            return self._done[id(value)]
+        self._done[id(value)] = value
+        if isinstance(value, Tensor):
+            self._done[id(value)] = self._copy(value)
+        elif isinstance(value, dict):
+            for key in value:
+                value[key] = self.own(value[key])
+        elif isinstance(value, list):
+            value[:] = map(self.own, value)
+        elif type(value) is tuple:
+            self._done[id(value)] = tuple(map(self.own, value))
+        elif not isinstance(value, type) and hasattr(value, "__dict__"):
+            self.own(vars(value))
+        return self._done[id(value)]
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            raise ValueError("a tensor is not dense")
+        self._bytes_left -= tensor.nbytes
+        if self._bytes_left < 0:
+            raise ValueError("its tensors are larger than the file")
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _name_of(entry: Allowed) -> str:
+    return entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+
+
+@contextmanager
+def _only(allowed: Iterable[Allowed]) -> Iterator[None]:
+    """Allow these classes, and none that other libraries have allowed in this process."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(allowed))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _reason(error: Exception) -> str:
+    """The sentence of another library's message that says what is wrong, without its advice."""
+    message = str(error).rsplit("WeightsUnpickler error: ", 1)[-1].strip()
+    sentence = message.split("\n")[0].split(". ")[0][:200]
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__

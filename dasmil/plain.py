@@ -1,0 +1,134 @@
+"""Kinds of plain values: what a file says is checked by name and kind before it is used."""
+
+import re
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dasmil.errors import InputError, near
+
+MAX_SHOWN = 60  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value must be.
+
+    Parameters
+    ----------
+    words: for the message, such as ``a whole number from 1 to 9``.
+    holds: whether a value is so.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+SWITCH = Kind("true or false", lambda value: type(value) is bool)
+NOTHING = Kind("null", lambda value: value is None)
+
+
+def matching(pattern: str, words: str) -> Kind:
+    """Text that a regular expression describes as a whole."""
+    found = re.compile(pattern)
+    return Kind(words, lambda value: isinstance(value, str) and bool(found.fullmatch(value)))
+
+
+TEXT = matching(r"[^\x00-\x1f\x7f-\x9f]{1,1000}", "a line of text")
+WORD = matching(r"[\w.+-]{0,64}", "a word")
+
+
+def whole(low: int, high: int) -> Kind:
+    """A whole number between two."""
+    words = f"a whole number from {low} to {high}"
+    return Kind(words, lambda value: type(value) is int and low <= value <= high)
+
+
+def number(low: float, high: float) -> Kind:
+    """A number between two; never NaN."""
+    words = f"a number from {low:g} to {high:g}"
+    return Kind(words, lambda value: type(value) in (int, float) and low <= value <= high)
+
+
+def one_of(*values: Any) -> Kind:
+    """One of a few values."""
+    words = f"one of {', '.join(map(str, values))}"
+    return Kind(words, lambda value: any(type(value) is type(v) and value == v for v in values))
+
+
+def several(kind: Kind, low: int, high: int) -> Kind:
+    """A list of values of one kind, and how many they may be."""
+    return Kind(
+        f"{low if low == high else f'{low} to {high}'} values in a list, each {kind.words}",
+        lambda value: (
+            isinstance(value, list | tuple)
+            and low <= len(value) <= high
+            and all(map(kind.holds, value))
+        ),
+    )
+
+
+def by_name(name: Kind, kind: Kind, low: int, high: int) -> Kind:
+    """A dictionary, and how many values it may hold."""
+    return Kind(
+        f"a dictionary of {low} to {high} values, each {kind.words}",
+        lambda value: (
+            isinstance(value, dict)
+            and low <= len(value) <= high
+            and all(name.holds(key) and kind.holds(each) for key, each in value.items())
+        ),
+    )
+
+
+def either(*kinds: Kind) -> Kind:
+    """A value of one of several kinds."""
+    words = " or ".join(kind.words for kind in kinds)
+    return Kind(words, lambda value: any(kind.holds(value) for kind in kinds))
+
+
+def named(required: Mapping[str, Kind], optional: Mapping[str, Kind]) -> Kind:
+    """A dictionary of named values, each of a kind of its own."""
+    kinds = {**required, **optional}
+    return Kind(
+        f"a dictionary of {', '.join(kinds)}",
+        lambda value: (
+            isinstance(value, dict)
+            and required.keys() <= value.keys() <= kinds.keys()
+            and all(kinds[key].holds(each) for key, each in value.items())
+        ),
+    )
+
+
+def refuse_other(
+    values: Any, kinds: Mapping[str, Kind], where: object, required: Collection[str] = ()
+) -> None:
+    """Check named values of a file.
+
+    Parameters
+    ----------
+    values: what should be a dictionary.
+    kinds: of each value that there may be.
+    where: the file and which part of it, as the begin of a sentence.
+    required: names of values that must be there.
+
+    Raises
+    ------
+    InputError
+        naming the first value that is missing, has no kind, or is of another one.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: {_show(values)} is no dictionary of {', '.join(kinds)}")
+    for name, value in values.items():
+        if name not in kinds:
+            raise InputError(f"{where}: {_show(name)} cannot be set{near(str(name), kinds)}")
+        if not kinds[name].holds(value):
+            raise InputError(f"{where}: {name} {_show(value)} is not {kinds[name].words}")
+    if missing := [name for name in required if name not in values]:
+        raise InputError(f"{where}: {', '.join(missing)} is missing")
+
+
+def _show(value: Any) -> str:
+    """The begin of a value, however large or deep it is."""
+    text = reprlib.repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
