@@ -79,8 +79,8 @@ def load_restricted(path: Path, allowed: Iterable[Allowed] = (), kind: str = "to
             for name in _names_asked_for(whole):
                 if name not in names:
                     raise InputError(
-                        f"{path}: is not loaded: it asks for {name!r}, which no {kind} needs; give "
-                        "one of dense tensors and plain values"
+                        f"{path}: is not loaded: it asks for {name!r}, which no {kind} needs "
+                        "and which could run foreign code; give one of tensors and plain values"
                     )
             return _loaded(whole, allowed)
     except InputError:

@@ -1,6 +1,5 @@
 import json
 
-import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -20,7 +19,6 @@ from dasmil.units import Scale
 X20 = Scale.parse("x20")
 PATCH_14 = {"model": "random:test_vit", "options": {"patch_size": 14, "dynamic_img_size": False}}
 SMALL = "random:test_vit"  # timm's own tiny test network, 160 px
-COMMIT = "0123456789" * 4
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 
 
@@ -296,32 +294,6 @@ def test_the_card_survives_the_bag_file():
     assert ExtractorCard.from_dict(plain) == card
 
 
-def test_weights_cached_from_the_hub_are_taken(tmp_path, monkeypatch):
-    """As huggingface_hub lays them out: a repository's snapshot."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    repository = tmp_path / "models--lab--small"
-    snapshot = repository / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
-    network = save_weights(snapshot / "model.safetensors", init_values=1e-5)
-    config = {
-        "architecture": "test_vit",
-        "num_classes": 0,
-        "model_args": {"init_values": 1e-5},
-        "pretrained_cfg": {"input_size": [3, 160, 160], "mean": list(MEAN), "std": list(STD)},
-    }
-    (snapshot / "config.json").write_text(json.dumps(config))
-    extractor, tiles = load("hf-hub:lab/small", pooling="cls"), some_tiles()
-    with torch.inference_mode():
-        tokens = network.forward_features(normalised(tiles, MEAN, STD))
-        assert torch.allclose(extractor(tiles), tokens[:, 0], atol=1e-5)
-    assert extractor.card.name == "hf-hub:lab/small"
-    with pytest.raises(InputError, match=r"hf-hub:lab/gone.*cannot be\s+downloaded"):
-        load("hf-hub:lab/gone")
-
-
 def test_a_dino_checkpoint_can_be_pooled_otherwise(road):
     plain, wide = (load_extractor(s, X20, 32) for s in (str(road.dino["x20"]), source_of(road)))
     assert wide.card.feature_dim == 2 * plain.card.feature_dim
@@ -372,12 +344,3 @@ def test_what_cannot_be_is_refused_in_one_sentence(settings, words):
     with pytest.raises(InputError, match=words) as caught:
         load(**{"model": SMALL, **settings})
     assert "\n" not in str(caught.value)
-
-
-def test_pretrained_weights_that_do_not_fit_the_options_are_not_called_missing(monkeypatch):
-    def create_model(name, pretrained, **options):
-        raise RuntimeError("Error(s) in loading state_dict for VisionTransformer:\n reg_token")
-
-    monkeypatch.setattr(timm, "create_model", create_model)
-    with pytest.raises(InputError, match=r"options {'reg_tokens': 4} \(RuntimeError: Error"):
-        load("test_vit", options={"reg_tokens": 4})

@@ -192,6 +192,9 @@ def test_what_an_older_checkpoint_has_seen_is_added_and_what_is_not_known_stays_
     module = DINOModule(**SMALL)
     module.record = {"trained_on": plain_records([SlideRecord("now")])}
     module._trainer = SimpleNamespace(is_global_zero=True, training=False, ckpt_path="old.ckpt")
+    record = {"name": "test_vit", "options": {}, "image_size": 64, "mean": (0.5,) * 3}
+    record |= {"std": (0.5,) * 3, "scale": "x20", "mpp": 0.5, "tile_px": 64}
+    before = None if before is None else record | before
     older = {"extractor": before, "state_dict": module.state_dict()}
     module.on_load_checkpoint(older)
     found = module.record["trained_on"]
