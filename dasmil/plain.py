@@ -4,9 +4,10 @@ import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
-from dasmil.errors import InputError, near
+from dasmil.errors import InputError
 
 MAX_SHOWN = 60  # characters of a value in a message
 
@@ -121,7 +122,7 @@ def refuse_other(
         raise InputError(f"{where}: {_show(values)} is no dictionary of {', '.join(kinds)}")
     for name, value in values.items():
         if name not in kinds:
-            raise InputError(f"{where}: {_show(name)} cannot be set{near(str(name), kinds)}")
+            raise InputError(f"{where}: {_show(name)} cannot be set{_near(str(name), kinds)}")
         if not kinds[name].holds(value):
             raise InputError(f"{where}: {name} {_show(value)} is not {kinds[name].words}")
     if missing := [name for name in required if name not in values]:
@@ -132,3 +133,8 @@ def _show(value: Any) -> str:
     """The begin of a value, however large or deep it is."""
     text = reprlib.repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+
+
+def _near(name: str, names: Collection[str]) -> str:
+    found = get_close_matches(name[:MAX_SHOWN], names, n=1, cutoff=0.7)
+    return f"; did you mean {found[0]}?" if found else ""
