@@ -66,7 +66,7 @@ def load_restricted(path: Path, allowed: Iterable[Allowed] = (), kind: str = "to
     InputError
         if it is no such file, asks for anything else, or takes more memory than disk.
     """
-    must_be_file(path, f"give a {kind}")
+    must_be_file(path, f"give the file of a {kind}")
     allowed = list(allowed)
     try:
         with (

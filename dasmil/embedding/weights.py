@@ -135,7 +135,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors":
-        return load_checkpoint(path, kind="file of weights")
+        return load_checkpoint(path, kind="state dict")
     must_be_file(path, "give the file of weights")
     try:
         return load_file(path)
