@@ -143,7 +143,7 @@ def _model() -> dict[str, Any]:
 
 
 def _record() -> dict[str, Any]:
-    backbone = vit_backbone("test_vit", 32)
+    backbone = vit_backbone("test_vit", 32, {})
     state = {f"teacher.backbone.{key}": value for key, value in backbone.state_dict().items()}
     record = {
         "name": "test_vit",
