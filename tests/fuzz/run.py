@@ -112,7 +112,7 @@ def _serve(connection: Connection, tasks: list[tuple[str, int]], seed: int, fold
         for _, number in group:
             rng = random.Random(f"{name} {seed} {number}")
             which = rng.randrange(len(paths))
-            path = place / f"mutated{paths[which].name[paths[which].name.index('.') :]}"
+            path = place / paths[which].name  # a table of another name would be refused at once
             path.write_bytes(KINDS[name].mutate(contents[which], rng))
             result, detail = _try(watch, lambda: KINDS[name].read(path, output))  # noqa: B023
             if [path.read_bytes() for path in paths] != contents:
