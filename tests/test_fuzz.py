@@ -25,7 +25,7 @@ def test_mutated_files_are_accepted_or_refused_by_a_sentence(tmp_path: Path) -> 
     wrong = [outcome for outcome in outcomes if outcome.is_wrong]
     assert not wrong, "\n".join(f"{o.kind} {o.number}: {o.result}\n{o.detail}" for o in wrong)
     refused = {outcome.kind for outcome in outcomes if outcome.result == "refused"}
-    assert refused == set(KINDS)
+    assert refused == set(KINDS) - {"jsonl"}  # of which a damaged line is skipped, with a warning
     assert [(outcome.kind, outcome.number) for outcome in outcomes] == tasks
 
 
