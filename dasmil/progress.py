@@ -67,7 +67,8 @@ class Watchdog:
     def stop(self) -> None:
         self._ended = True
         self._moved.set()
-        self._thread.join()
+        if self._thread.is_alive():  # a run may end before it has started
+            self._thread.join()
 
     def _watch(self) -> None:
         silent_s = 0.0

@@ -99,13 +99,13 @@ class BagWriter(Callback):
         self._failed: set[int] = set()
         self._damaged: dict[int, dict[str, BoolArray]] = {}  # per scale (N_s,), of the tiles
         self._reasons: dict[int, str] = {}  # of the first damaged tile
+        self._watchdog = Watchdog(lambda: f"pixels of {some_of(self.worker.claimed())}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         end_on_sigterm()
         self._stepped = time.monotonic()
         total, hidden = sum(self._num_tiles.values()), not self.show_progress
         self._bar = progress(desc="embed", total=total, unit="tile", disable=hidden, smoothing=0.05)
-        self._watchdog = Watchdog(lambda: f"pixels of {some_of(self.worker.claimed())}")
         self._watchdog.start()
 
     def on_exception(
