@@ -7,6 +7,7 @@ alone.
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ sys.path.insert(0, str(TESTS))
 
 import torch  # noqa: E402
 from bag_factory import make_bag, write_bags  # noqa: E402
+from lightning.pytorch import Trainer  # noqa: E402
 
 from dasmil.modules.mil import DASMILModule  # noqa: E402
 from fuzz.kinds import KINDS  # noqa: E402
@@ -78,7 +80,7 @@ def _put_features(inputs: Path, name: str, suffix: str, data: bytes) -> None:
 
 def _put_bag(inputs: Path, name: str, suffix: str, data: bytes) -> None:
     (inputs / "bags").mkdir(exist_ok=True)
-    (inputs / "bags" / f"{name}.safetensors").write_bytes(data)
+    (inputs / "bags" / f"{name}.safetensors").write_bytes(_renamed(data, name))
 
 
 def _put_truth(inputs: Path, name: str, suffix: str, data: bytes) -> None:
@@ -88,7 +90,21 @@ def _put_truth(inputs: Path, name: str, suffix: str, data: bytes) -> None:
 
 def _put_table(inputs: Path, name: str, suffix: str, data: bytes) -> None:
     (inputs / "tiles" / "tiles").mkdir(parents=True, exist_ok=True)
-    (inputs / "tiles" / "tiles" / f"{name}.safetensors").write_bytes(data)
+    (inputs / "tiles" / "tiles" / f"{name}.safetensors").write_bytes(_renamed(data, name))
+
+
+def _renamed(data: bytes, name: str) -> bytes:
+    """A safetensors file of another slide; one that has no header any more stays as it is."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        entries = json.loads(header["__metadata__"]["dasmil"])
+        entries["slide_id"] = name
+        header["__metadata__"]["dasmil"] = json.dumps(entries)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return data
+    text = json.dumps(header).encode(errors="surrogatepass")
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _tile(inputs: Path, output: Path) -> list[str]:
@@ -128,8 +144,9 @@ def _on_bags(verb: str) -> Callable[[Path, Path], list[str]]:
         bag_format = make_bag().header.bag_format()
         module = DASMILModule(**options, classes=["normal", "tumour"], bag_format=bag_format)
         checkpoint = inputs / "model.ckpt"
-        content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
-        torch.save(content, checkpoint)
+        trainer = Trainer(logger=False, accelerator="cpu")
+        trainer.strategy.connect(module)
+        trainer.save_checkpoint(checkpoint)
         words = [verb, "--ckpt_path", str(checkpoint), "--bags", str(bags), "--output", str(output)]
         return [*words, "--truth", str(inputs / "truth")] if verb == "test" else words
 
