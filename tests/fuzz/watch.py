@@ -36,7 +36,9 @@ class Watch:
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.is_on:
             return
-        if event in ASKING:
+        # an address that is a path is of another process here: torch shares tensors by them
+        local = event == "socket.connect" and isinstance(arguments[1], str | bytes)
+        if event in ASKING and not local:
             self.told.append(f"request: {event} {arguments[1:]}")
             raise ConnectionRefusedError("the watch lets nothing out")
         if event in STARTING:
