@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 import torch
-from interop.feature_files import CELLS, write_trident
+from feature_files import CELLS, write_trident
 from road import embed_command, fit_dasmil, fit_dino, tile_command
 
 from dasmil.cli import main

@@ -31,7 +31,7 @@ NEARLY_WHOLE = 0.06  # how far a ratio may be from a whole one to be treated as 
 CACHE_BYTES = 32 * 2**20  # OpenSlide's own default
 READ_BLOCK_PX = 2048  # side of the largest region decoded at once
 MAX_STORED_TILE_PX = 2**28  # a stored tile is decoded as a whole: 2.5 GB at this size
-PICTURES = ("PNG", "JPEG", "TIFF")  # slides without tiles, which Pillow decodes
+PICTURES = ("PNG", "JPEG", "TIFF", "BMP")  # slides without tiles, which Pillow decodes
 
 
 @dataclass(frozen=True)
