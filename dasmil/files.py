@@ -90,7 +90,8 @@ def _flush(path: Path) -> None:
 def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
-    return any(f"os error {number})" in str(error) for number in FULL)  # safetensors' writer
+    said = str(error)  # of safetensors: "(os error 28)", older ones "Os { code: 28, ..."
+    return any(f"os error {n})" in said or f"code: {n}," in said for n in FULL)
 
 
 def left_behind(folder: Path) -> list[Path]:

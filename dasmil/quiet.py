@@ -12,6 +12,8 @@ WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning, about torch
     r".*torch\.jit\.script.*",  # PyG, about torch
     r".*weight_norm.*is deprecated.*",  # lightly, about torch
+    r".*transform `ToTensor\(\)` is deprecated.*",  # lightly, about torchvision
+    r".*To copy construct from a tensor.*",  # torchmetrics, about torch
     r".*when using `ckpt_path`, callbacks used to create the checkpoint.*",  # evaluation needs none
     r".*does not have many workers.*",
     r".*is smaller than the logging interval.*",  # history.csv has a row per epoch
