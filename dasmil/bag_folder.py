@@ -37,11 +37,32 @@ def bag_status(folder: Path) -> Status:
         [row.slide_id for row in read_cohort(folder / "cohort.csv")],
         [*(f"tiles/{scale}" for scale in scales), "damaged"],
         path=partial(bag_path, folder),
-        describe=lambda path: status_row(read_num_tiles(path)),
+        describe=describe_bag,
     )
 
 
-def status_row(num_tiles: dict[str, int], message: str = "") -> dict[str, str | int]:
-    """The row of a slide whose bag has been written."""
+def describe_bag(path: Path) -> dict[str, str | int]:
+    """The row of a slide from its bag file; no tensor is read."""
+    header = read_header_of(path, BAG)
+    with refusing(path, BAG):
+        return status_row(read_num_tiles(path), header.whole("num_damaged", 0, 2**40, "0"))
+
+
+def status_row(
+    num_tiles: dict[str, int], damaged: int = 0, first: str = ""
+) -> dict[str, str | int]:
+    """The row of a slide whose bag has been written.
+
+    Parameters
+    ----------
+    damaged: finest tiles that were left out.
+    first: what is wrong with the first of them, if that is known.
+    """
     state = "done" if any(num_tiles.values()) else "empty"
-    return {"state": state, **{f"tiles/{s}": n for s, n in num_tiles.items()}, "message": message}
+    message = f"{damaged} damaged tiles left out" if damaged else ""
+    return {
+        "state": state,
+        **{f"tiles/{scale}": number for scale, number in num_tiles.items()},
+        "damaged": damaged,
+        "message": f"{message}; the first: {first}" if first else message,
+    }

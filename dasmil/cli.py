@@ -29,7 +29,7 @@ slides → predictions
   predict   scores, instance tables and overlays for a folder of bags
 
   contact-sheet  the QC pictures of a cohort on one page, sortable, for a browser
-  status    what has become of every slide of a folder of tiles or bags
+  status    the state of every slide of a folder of tiles or bags
   import    files of others → ours: features of TRIDENT, CLAM, STAMP; weights of DINO; mil4wsi's
             graphs and models; CRCHisto
   export    bags → feature files as TRIDENT writes them

@@ -190,7 +190,11 @@ def change_state(content, change):
 
 @pytest.mark.parametrize("what", OTHER_STATES)
 def test_a_training_that_cannot_be_taken_up_is_said(run, tmp_path, capsys, what):
+    """The run is not at its end, and of 50 epochs in the checkpoint too: nothing else is wrong."""
     command = changed_run(run, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    torch.save(OTHER_STATES[what](torch.load(last, weights_only=True)), last)
-    refusal([*command, "--trainer.max_epochs", "50"], capsys)
+    content = torch.load(last, weights_only=True)
+    content["settings"]["trainer.max_epochs"] = 50
+    torch.save(OTHER_STATES[what](content), last)
+    said = refusal([*command, "--trainer.max_epochs", "50"], capsys)
+    assert "goes on with the settings that it began with" not in said

@@ -50,7 +50,7 @@ class ExtractorCard:
     precision: str = FULL_PRECISION
 
     def __str__(self) -> str:
-        """What becomes of a tile, in one line."""
+        """What happens to a tile, in one line."""
         mean, std = (
             " ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std)
         )

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dasmil.bag_folder import EXTRACTORS, bag_status, status_row
+from dasmil.bag_folder import EXTRACTORS, bag_status, describe_bag
 from dasmil.bags import (
     BagHeader,
     ExtractorCard,
@@ -447,14 +447,14 @@ def _note_what_is_known(
     for slide_id, reason in changed.items():
         worker.note(slide_id, {"state": "failed", "message": reason})
     waiting = {row.slide_id for row in todo}
-    for slide_id, table in tables.items():
+    for slide_id in tables:
         if slide_id in changed:
             continue
         state = worker.last(slide_id)["state"]
         if slide_id in waiting and state == "not tiled":
             worker.note(slide_id, {"state": "waiting", "message": ""})
         elif slide_id not in waiting and state in ("not tiled", "failed"):
-            worker.note(slide_id, status_row(table.num_tiles()))
+            worker.note(slide_id, describe_bag(bag_path(worker.folder, slide_id)))
 
 
 def _report_speed(num_tiles: int, seconds: float, seconds_waiting: float) -> None:

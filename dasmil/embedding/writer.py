@@ -213,7 +213,7 @@ class BagWriter(Callback):
             self._write(some.slide)
 
     def _write(self, number: int) -> None:
-        tiles, message = self.tables[number], ""
+        tiles, num_damaged = self.tables[number], 0
         if not self.worker.still_holds(tiles.slide_id):
             print(f"embed: {tiles.slide_id}: another worker has taken it over; nothing is written")
             self._forget(number)
@@ -226,12 +226,10 @@ class BagWriter(Callback):
                 "--trainer.precision 32-true, or another extractor",
             )
             return
-        num_damaged = 0
         if damaged := self._damaged.get(number):
             kept = kept_rows(tiles, damaged)
             features = {name: rows[torch.from_numpy(kept[name])] for name, rows in features.items()}
             num_damaged = int((~kept[tiles.scales[-1].name]).sum())
-            message = f"{num_damaged} damaged tiles left out; the first: {self._reasons[number]}"
             tiles = select_rows(tiles, kept)
         bag = Bag(
             header=bag_header(tiles, self.cards, num_damaged),
@@ -246,7 +244,8 @@ class BagWriter(Callback):
         except InputError as error:  # told in status.csv
             self._fail(number, str(error))
         else:
-            self._settle(number, {**status_row(tiles.num_tiles(), message), "damaged": num_damaged})
+            first = self._reasons.get(number, "")
+            self._settle(number, status_row(tiles.num_tiles(), num_damaged, first))
 
     def _fail(self, number: int, reason: str) -> None:
         """The slide is lost, and only this slide."""
@@ -261,6 +260,7 @@ class BagWriter(Callback):
 
     def _forget(self, number: int) -> None:
         self._damaged.pop(number, None)
+        self._reasons.pop(number, None)
         self._begun.pop(number, None)
         self._features.pop(number, None)
         self._waiting.pop(number, None)

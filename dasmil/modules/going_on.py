@@ -58,6 +58,10 @@ def refuse_other_settings(checkpoint: Mapping[str, Any], settings: Mapping[str, 
     before = checkpoint.get(KEY, {})
     if not isinstance(before, dict):
         raise InputError("fit: the settings of the checkpoint are no dictionary; start another run")
+    if before and not isinstance(checkpoint.get("loops"), dict):  # Lightning would begin anew
+        raise InputError(
+            "fit: the checkpoint does not say how far its training was; go on from another one"
+        )
     other = [
         f"{name} {settings[name]} instead of {value}"
         for name, value in before.items()

@@ -61,6 +61,10 @@ class Slide:
     row: the slide's row of the cohort table; its ``mpp`` or ``magnification`` overrides the file's.
     cache_bytes: memory for parts of the file that are decoded and may be read again.
 
+    Attributes
+    ----------
+    file: the file that is open; of a folder of DICOM one of its files.
+
     Raises
     ------
     InputError
@@ -70,9 +74,9 @@ class Slide:
 
     def __init__(self, row: SlideRow, cache_bytes: int = CACHE_BYTES):
         self.row = row
-        self._file = _slide_file(row.path)
+        self.file = _slide_file(row.path)
         self._cache_bytes = cache_bytes
-        self._handle = _open(self._file, cache_bytes)
+        self._handle = _open(self.file, cache_bytes)
         self._jpegs: dict[int, JpegLevel | None] = {}
         self._lock = Lock()
         self.size_px0: tuple[int, int] = self._handle.dimensions
@@ -182,7 +186,7 @@ class Slide:
         try:
             rgba = np.asarray(self._handle.read_region(origin_px0, level, size_px))
         except openslide.OpenSlideError as error:
-            self._handle = _open(self._file, self._cache_bytes)  # the old one reads nothing more
+            self._handle = _open(self.file, self._cache_bytes)  # the old one reads nothing more
             left, top = origin_px0
             raise DamagedError(
                 f"{self.row.path}: pixels at {left},{top} cannot be read: {error}"
@@ -201,7 +205,7 @@ class Slide:
         if properties.get(openslide.PROPERTY_NAME_VENDOR) not in JPEG_VENDORS:
             return None
         size_px = self._level_sizes[level]
-        jpegs = jpeg_level(self._file, size_px, self._cache_bytes)
+        jpegs = jpeg_level(self.file, size_px, self._cache_bytes)
         if jpegs is not None and not self._gives_the_same(jpegs, level):
             jpegs.close()
             return None

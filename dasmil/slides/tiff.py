@@ -126,9 +126,7 @@ def _num_tiles(page: tifffile.TiffPage) -> int:
 
 
 def bits_per_sample(path: Path) -> int:
-    """Of a PNG, or of the first picture in a TIFF; 8 if it is neither, as a folder of DICOM is."""
-    if path.is_dir():
-        return 8
+    """Of a PNG, or of the first picture in a TIFF; 8 if the file is neither."""
     with open(path, "rb") as file:
         head = file.read(25)
     if head.startswith(b"\x89PNG") and len(head) == 25:

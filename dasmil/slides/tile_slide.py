@@ -81,7 +81,7 @@ def look_at(
         if the slide has more than 8 bits per colour, or a black background.
     """
     path = slide.row.path
-    if (bits := bits_per_sample(path)) > 8:
+    if (bits := bits_per_sample(slide.file)) > 8:
         raise InputError(
             f"{path}: stored with {bits} bits per colour, of which OpenSlide reads 8, whatever the "
             "values' range is; scale the values to 0..255 and store them with 8 bits"

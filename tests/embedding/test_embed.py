@@ -17,6 +17,7 @@ import torch
 from jpegs import damage
 from road import NUM_SLIDES, embed_command
 
+from dasmil.bag_folder import describe_bag
 from dasmil.bags import bag_path, read_bag
 from dasmil.cli import main
 from dasmil.embedding.dataset import WAIT, ChunkDataset, ClaimingSampler
@@ -421,9 +422,13 @@ def test_damaged_tiles_may_be_left_out_and_are_counted(road, tmp_path, capsys):
         counts = {row["slide_id"]: row["damaged"] for row in csv.DictReader(file)}
     assert counts.pop(slide_id) == str(lost) and set(counts.values()) == {"0"}
 
+    assert describe_bag(bag_path(tmp_path / "bags", slide_id))["damaged"] == lost
+    with Worker(tmp_path / "bags") as worker:  # as if it had been killed before it said so
+        worker.note(slide_id, {"state": "failed", "message": "no such file", "damaged": 0})
     before = bag_path(tmp_path / "bags", slide_id).stat().st_mtime_ns
     assert main([*command, "--max_damaged_tiles", "0.9"]) == 0  # it is done
     assert bag_path(tmp_path / "bags", slide_id).stat().st_mtime_ns == before
+    assert states(tmp_path / "bags")[slide_id] == ("done", f"{lost} damaged tiles left out")
     capsys.readouterr()
     assert main(command) == 1
     assert (

@@ -13,7 +13,6 @@ from dasmil.errors import InputError
 from dasmil.slides import reader
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.reader import DamagedError, Slide
-from dasmil.slides.tiff import bits_per_sample
 
 
 def regions(slide: Slide) -> Iterator[tuple[tuple[int, int], int, tuple[int, int]]]:
@@ -109,10 +108,6 @@ def test_a_damaged_jpeg_is_refused_by_its_place_and_the_others_are_read(tmp_path
             found = slide.region(place, 0, (SIDE, SIDE))
             np.testing.assert_array_equal(found, slide._openslide_region(place, 0, (SIDE, SIDE)))
         assert slide._jpegs[0] is not None
-
-
-def test_a_folder_of_dicom_is_taken_to_have_eight_bits(tmp_path: Path) -> None:
-    assert bits_per_sample(tmp_path) == 8
 
 
 def test_decoded_jpegs_are_kept_within_bounds(tmp_path: Path) -> None:

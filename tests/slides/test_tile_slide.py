@@ -50,6 +50,15 @@ def test_a_png_of_more_than_8_bits_is_refused(tmp_path: Path, shape: tuple[int, 
         look_at(slide, 8.0, ArtefactParameters())
 
 
+def test_of_a_folder_the_file_that_is_open_is_asked_for_its_bits(tmp_path: Path) -> None:
+    """DICOM slides are folders."""
+    path = tmp_path / "file.tiff"
+    tifffile.imwrite(path, GREY, tile=(128, 128), photometric="minisblack")
+    with Slide(SlideRow("s", path, mpp=8.0)) as slide:
+        slide.row = SlideRow("s", tmp_path, mpp=8.0)
+        assert look_at(slide, 8.0, ArtefactParameters()).thumbnail.shape == (400, 400, 3)
+
+
 def test_a_black_background_is_refused_unless_it_is_left_out(tmp_path: Path) -> None:
     pixels = np.full((400, 400, 3), 4, np.uint8)
     pixels[150:250, 150:250] = (20, 110, 60)

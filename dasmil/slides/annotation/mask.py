@@ -25,10 +25,10 @@ from dasmil.slides.annotation.areas import (
 )
 from dasmil.slides.annotation.limits import shorten
 from dasmil.slides.pictures import open_picture
+from dasmil.slides.tiff import TIFF_STARTS
 
 MIN_IS_WHITE = 0
 FORMATS = ("PNG", "TIFF")
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_PICTURE_PX = 89_000_000  # of a mask without tiles; Pillow itself warns from there on
 MAX_TILE_PX = 2**24  # of a pyramid; a stored tile is decoded as a whole
 READ_BLOCK_PX = 4096  # side of the largest region of a mask decoded at once
@@ -149,7 +149,7 @@ def read_mask(path: Path, size_px0: tuple[int, int]) -> MaskFile:
 def _is_pyramid(path: Path) -> bool:
     """OpenSlide knows other formats by their content, too; some have files beside them."""
     with open(path, "rb") as file:
-        is_tiff = file.read(4) in TIFF_MAGIC
+        is_tiff = file.read(4) in TIFF_STARTS
     return (
         is_tiff
         and path.suffix.lower() != ".png"
