@@ -134,10 +134,7 @@ def _on_bags(verb: str) -> Callable[[Path, Path], list[str]]:
     def arguments(inputs: Path, output: Path) -> list[str]:
         bags = inputs / "bags"
         names = sorted(p.stem for p in bags.iterdir() if p.suffix == ".safetensors")
-        rows = "".join(
-            f"{name},{name}.svs,{('normal', 'tumour')[n % 2]},test\n"
-            for n, name in enumerate(names)
-        )
+        rows = "".join(f"{name},{name}.svs,tumour,test\n" for name in names)  # all may be marked
         (bags / "cohort.csv").write_text("slide_id,path,label,split\n" + rows)
         torch.manual_seed(0)
         options = {"hidden_dim": 8, "out_dim": 8, "query_dim": 4, "heads": 1}
@@ -146,6 +143,7 @@ def _on_bags(verb: str) -> Callable[[Path, Path], list[str]]:
         checkpoint = inputs / "model.ckpt"
         trainer = Trainer(logger=False, accelerator="cpu")
         trainer.strategy.connect(module)
+        module.trainer = trainer
         trainer.save_checkpoint(checkpoint)
         words = [verb, "--ckpt_path", str(checkpoint), "--bags", str(bags), "--output", str(output)]
         return [*words, "--truth", str(inputs / "truth")] if verb == "test" else words
@@ -206,7 +204,7 @@ def run_command(
         command.prepare(mixed, slides[-1], _suffix(path), data)
     if name == "test --truth":
         for place, ids in ((mixed, slides), (alone, sound)):
-            write_bags(place / "bags", dict.fromkeys(ids, "normal"))
+            write_bags(place / "bags", dict.fromkeys(ids, "tumour"))
     wrong = []
     inputs = folder / "inputs"  # both at the same place, since a bag remembers its files
     for place in (alone, mixed):
