@@ -12,6 +12,7 @@ COUNTS = {
     "tiff": 8,
     "png": 8,
     "jpeg": 8,
+    "dicom": 8,
     "checkpoint": 20,
     "extractor record": 15,
     "h5": 20,

@@ -69,7 +69,11 @@ class Command:
 
 
 def _put_slide(inputs: Path, name: str, suffix: str, data: bytes) -> None:
-    (inputs / f"{name}{suffix}").write_bytes(data)
+    path = inputs / f"{name}{suffix}"
+    if suffix == ".dcm":  # of one folder, files of the same slide would be taken for one
+        path = inputs / name / path.name
+        path.parent.mkdir()
+    path.write_bytes(data)
 
 
 def _put_features(inputs: Path, name: str, suffix: str, data: bytes) -> None:
@@ -155,7 +159,7 @@ COMMANDS: Mapping[str, tuple[int, Command]] = {
     "tile": (
         8,
         Command(
-            ("svs", "tiff", "png", "jpeg"),
+            ("svs", "tiff", "png", "jpeg", "dicom"),
             _put_slide,
             _tile,
             lambda name: (f"tiles/{name}.safetensors", f"qc/{name}.png"),

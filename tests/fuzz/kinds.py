@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from bag_factory import make_bag
+from dicoms import write_dicom
 from feature_files import CELLS, ancestors, write_trident
 from jpegs import picture, write_jpeg_pyramid
 from PIL import Image
@@ -104,6 +106,31 @@ def _read_slide(path: Path, output: Path) -> None:
         mask = np.ones((4, 4), bool)
         tiles = tile_pyramid("slide", mask, slide.size_px0, slide.mpp, PARAMETERS)
         TileCutter(slide, tiles).cut(0, min(8, len(tiles.grid["x10"])))
+
+
+def _dicom(folder: Path) -> list[Path]:
+    return write_dicom(folder, _tissue(), 0.5, (1, 2))
+
+
+def _mutate_dicom(data: bytes, rng: random.Random) -> bytes:
+    """Half of the time what stands before the pixels."""
+    if rng.random() < 0.5:
+        return mutate_bytes(data, rng)
+    header = data.index(b"\xe0\x7f\x10\x00OB")  # the tag of the pixels
+    return mutate_bytes(data[:header], rng) + data[header:]
+
+
+def _read_dicom(path: Path, output: Path) -> None:
+    """The file among the others of its slide."""
+    folder = output / "slide"
+    if path.parent.name == "sound":
+        shutil.copytree(path.parent, folder, dirs_exist_ok=True)
+    before = (folder / path.name).read_bytes()
+    (folder / path.name).write_bytes(path.read_bytes())
+    try:
+        _read_slide(folder, output)
+    finally:
+        (folder / path.name).write_bytes(before)
 
 
 # Ours
@@ -408,6 +435,7 @@ KINDS: Mapping[str, Kind] = {
     "tiff": Kind(_tiffs, mutate_bytes, _read_slide),
     "png": Kind(_pictures("png"), mutate_bytes, _read_slide),
     "jpeg": Kind(_pictures("jpg"), mutate_bytes, _read_slide),
+    "dicom": Kind(_dicom, _mutate_dicom, _read_dicom),
     "tile table": Kind(_tile_table, mutate_safetensors, _read_table),
     "bag": Kind(_bag, mutate_safetensors, _read_bag),
     "checkpoint": Kind(_checkpoint(_model), _mutate_checkpoint, _read_model),

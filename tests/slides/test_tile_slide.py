@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+from dicoms import write_dicom
+from jpegs import picture
 
 from dasmil.errors import InputError
 from dasmil.slides.artefacts import ArtefactParameters
@@ -50,13 +52,11 @@ def test_a_png_of_more_than_8_bits_is_refused(tmp_path: Path, shape: tuple[int, 
         look_at(slide, 8.0, ArtefactParameters())
 
 
-def test_of_a_folder_the_file_that_is_open_is_asked_for_its_bits(tmp_path: Path) -> None:
-    """DICOM slides are folders."""
-    path = tmp_path / "file.tiff"
-    tifffile.imwrite(path, GREY, tile=(128, 128), photometric="minisblack")
-    with Slide(SlideRow("s", path, mpp=8.0)) as slide:
-        slide.row = SlideRow("s", tmp_path, mpp=8.0)
-        assert look_at(slide, 8.0, ArtefactParameters()).thumbnail.shape == (400, 400, 3)
+def test_a_folder_of_dicom_is_looked_at(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "slide", picture(400, 400), 8.0, (1, 2))
+    with Slide(SlideRow("s", tmp_path / "slide")) as slide:
+        thumbnail = look_at(slide, 8.0, ArtefactParameters()).thumbnail
+    assert np.abs(thumbnail.astype(float) - picture(400, 400)).mean() < 3
 
 
 def test_a_black_background_is_refused_unless_it_is_left_out(tmp_path: Path) -> None:
