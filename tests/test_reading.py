@@ -1,5 +1,9 @@
 """Reading processes hand over the same tensors with little shared memory, and never hang."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -72,3 +76,37 @@ def test_what_cannot_be_handed_over_ends_the_run_with_a_sentence(capfd) -> None:
 
 def test_other_errors_are_none_of_a_lost_process() -> None:
     assert reading.say_lost(RuntimeError("out of memory")) == ""
+
+
+SMALL_SHM = ["unshare", "--map-root-user", "--mount", "bash", "-c"]
+MOUNT = f"mount -t tmpfs -o size=64m tmpfs {reading.SHARED_MEMORY}"
+LARGE = """
+import torch
+from torch.utils.data import DataLoader
+from dasmil.reading import reader_options
+
+class Large(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.full((24 * 2**20,), index, dtype=torch.uint8)
+
+for index, tensor in enumerate(DataLoader(Large(), batch_size=None, **reader_options(2))):
+    assert tensor.eq(index).all()
+"""
+
+
+def _can_mount() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run([*SMALL_SHM, MOUNT], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not _can_mount(), reason="mounting a small /dev/shm is not allowed here")
+def test_more_is_read_than_dockers_shared_memory_holds() -> None:
+    """Of 64 MB, by two processes of which each reads 48 MB ahead."""
+    run = [*SMALL_SHM, f'{MOUNT} && exec "$0" -c "$1"', sys.executable, LARGE]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "64 MB of shared memory are free" in done.stdout

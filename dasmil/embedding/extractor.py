@@ -19,6 +19,7 @@ from dasmil.embedding.networks import (
     create_network,
     nearest_sizes,
     resize_network,
+    total_stride,
     vit_backbone,
 )
 from dasmil.embedding.pooling import Pooling, pool
@@ -154,8 +155,10 @@ class Extractor(nn.Module):
                 f"extractor {name!r}: cannot embed images of {image_size} px ({reason}); give the "
                 f"image_size that it takes, such as {nearest_sizes(self.backbone, image_size)}"
             ) from error
-        if torch.equal(features, self._features_of_noise(image_size, border=1)) and not torch.equal(
-            features, self._features_of_noise(image_size, border=image_size)
+        if (
+            image_size % total_stride(self.backbone)
+            and torch.equal(features, self._features_of_noise(image_size, border=1))
+            and not torch.equal(features, self._features_of_noise(image_size, border=image_size))
         ):
             raise InputError(
                 f"extractor {name!r}: the right and lower border of an image of {image_size} px "

@@ -171,11 +171,16 @@ def resize_network(network: Any, name: str, image_size: int) -> None:
 
 
 def nearest_sizes(network: Any, image_size: int) -> str:
-    """The sides in px next to this one that a network's strides divide, in words."""
-    strides = [info["reduction"] for info in getattr(network, "feature_info", ())]
-    stride = max([*strides, *_patch(network)], default=1)
+    """The sides in px next to this one that a network's stride divides, in words."""
+    stride = total_stride(network)
     below = image_size // stride * stride
     return " or ".join(f"{size}" for size in (below, below + stride) if size)
+
+
+def total_stride(network: Any) -> int:
+    """Pixels of the image between two places of a network's last map; 1 where it does not say."""
+    strides = [info["reduction"] for info in getattr(network, "feature_info", ())]
+    return max([*strides, *_patch(network)], default=1)
 
 
 def _patch(network: Any) -> tuple[int, ...]:

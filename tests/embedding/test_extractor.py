@@ -312,6 +312,11 @@ def test_a_dino_checkpoint_says_the_rest_itself(road):
         load_extractor(source_of(road, image_size=64, options={"depth": 2}), X20, 32)
 
 
+def test_a_border_that_does_nothing_yet_is_no_cut_patch():
+    """Before training, the residual branches of a ResNet are zero, and strides pass the border."""
+    assert load(model="random:resnet18").card.image_size == 224
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
