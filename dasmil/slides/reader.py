@@ -31,6 +31,7 @@ NEARLY_WHOLE = 0.06  # how far a ratio may be from a whole one to be treated as 
 CACHE_BYTES = 32 * 2**20  # OpenSlide's own default
 READ_BLOCK_PX = 2048  # side of the largest region decoded at once
 MAX_STORED_TILE_PX = 2**28  # a stored tile is decoded as a whole: 2.5 GB at this size
+MAX_THUMBNAIL_PX = 2**29  # 1.6 GB; a slide of 300,000 px a side has 3.5 · 10⁸ at a 16th
 PICTURES = ("PNG", "JPEG", "TIFF", "BMP")  # slides without tiles, which Pillow decodes
 
 
@@ -233,9 +234,20 @@ class Slide:
         """The whole slide at about ``mpp`` (never finer than stored), block by block.
 
         Memory is bounded by the thumbnail and one block, also when the file has a single level.
+
+        Raises
+        ------
+        InputError
+            if the thumbnail would have more than :data:`MAX_THUMBNAIL_PX`, or cannot be decoded.
         """
         factor = max(1.0, mpp / self.mpp)
         width, height = (max(1, round(side / factor)) for side in self.size_px0)
+        if width * height > MAX_THUMBNAIL_PX:
+            raise InputError(
+                f"{self.row.path}: it says that it has {self.size_px0[0]:,} × "
+                f"{self.size_px0[1]:,} px, of which a picture at {mpp:g} µm/px would take "
+                f"{3 * width * height / 1e9:.0f} GB; export it again, or raise tissue.mpp"
+            )
         level = self._best_level(factor)  # an interpolated one, too: detail is not looked for here
         block = max(16, int(READ_BLOCK_PX * self.downsamples[level] / factor))
         x_px0 = np.linspace(0, self.size_px0[0], width + 1).round().astype(int)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 import pytest
 import tifffile
+from dicoms import write_dicom
 from gigapixel import write_gigapixel
 from PIL import Image
 
@@ -509,6 +511,18 @@ def test_a_thumbnail_reads_a_coarse_level_and_is_never_finer_than_stored(rainbow
     assert rainbow.thumbnail(8.0).shape == (64, 64, 3)
     assert (rainbow.thumbnail(1.0) == np.array(GREEN)).all()
     assert rainbow.thumbnail(0.1).shape == (1024, 1024, 3)
+
+
+def test_a_thumbnail_of_a_slide_that_says_it_is_endless_is_refused(tmp_path: Path) -> None:
+    (path,) = write_dicom(tmp_path, np.full((128, 128, 3), 200, np.uint8), 0.5, (1,))
+    level = pydicom.dcmread(path)
+    level.TotalPixelMatrixRows = 2**31
+    level.save_as(path)
+    with (
+        Slide(SlideRow("a", tmp_path)) as slide,
+        pytest.raises(InputError, match=r"128 × 2,147,483,648 px, .* at 8 µm/px .* 3 GB; export"),
+    ):
+        slide.thumbnail(8.0)
 
 
 def test_a_thumbnail_of_a_slide_smaller_than_its_pixel_is_one_pixel(tmp_path: Path) -> None:
