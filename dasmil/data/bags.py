@@ -85,7 +85,8 @@ class BagDataset(Dataset[BagGraph]):
         self.folder = folder
         self.rows = rows
         self.scales = scales
-        self.labels = [UNKNOWN if r.label is None else list(classes).index(r.label) for r in rows]
+        numbers = {name: number for number, name in enumerate(classes)}
+        self.labels = [UNKNOWN if r.label is None else numbers.get(r.label, UNKNOWN) for r in rows]
         self.kept = kept
         self.keep = keep
 
@@ -252,7 +253,7 @@ class BagDataModule(LightningDataModule):
         self._kept: dict[str, BagGraph] | None = None
 
     def setup(self, stage: str) -> None:
-        cohort = self.cohort = self._read_cohort()
+        cohort = self.cohort = self._read_cohort(stage)
         files = set(self.folder.iterdir())  # to ask for each by itself takes long over a network
         has_bag = {
             r.slide_id: not name_fault(r.slide_id) and bag_path(self.folder, r.slide_id) in files
@@ -454,10 +455,11 @@ class BagDataModule(LightningDataModule):
                 f"{where} are free; choose another (none, ram, device), or fewer data.scales"
             )
 
-    def _read_cohort(self) -> list[SlideRow]:
+    def _read_cohort(self, stage: str) -> list[SlideRow]:
+        """The slides; their labels must be of the classes, except in ``predict``."""
         must_exist(self.folder, "give data.bags the folder that embed wrote")
         cohort = read_cohort(self.folder / "cohort.csv")
-        for row in cohort:
+        for row in cohort if stage != "predict" else ():
             if row.label is not None and row.label not in self.classes:
                 raise InputError(
                     f"{self.folder / 'cohort.csv'}: slide {row.slide_id} has the label "

@@ -274,7 +274,7 @@ class TileDataModule(LightningDataModule):
         tiled = [
             row
             for row in training
-            if not row.fault and tiles_path(self.folder, row.slide_id).exists()
+            if not (row.fault or row.scale_fault) and tiles_path(self.folder, row.slide_id).exists()
         ]
         say_missing(self.folder, "tiles", [r.slide_id for r in training if r not in tiled])
         self.rows, self.boxes_px0, self.records = [], [], []

@@ -129,14 +129,17 @@ def import_features(
             sources = [found[row.slide_id] for found in files if row.slide_id in found]
             sources += beside(row.slide_id)
             mpp = (mpps or {}).get(row.slide_id)
+            fault = None if mpps is None else row.fault_in("mpp")
             tiling = json.dumps({**options, "mpp": mpp, "files": _digest(sources)})
             if not worker.claim(row.slide_id):
                 continue  # another command has it
             failed = worker.last(row.slide_id)["state"] == "failed"  # killed before it told more
-            if not failed and _is_done(bag_path(dest, row.slide_id), cards, tiling):
+            if not fault and not failed and _is_done(bag_path(dest, row.slide_id), cards, tiling):
                 worker.release(row.slide_id)
                 continue
             try:
+                if fault:
+                    raise InputError(fault)
                 if missing := [s.name for s, f in zip(scales, files) if row.slide_id not in f]:
                     raise InputError(f"{row.slide_id}: no feature file at {', '.join(missing)}")
                 slide, found = read(row.slide_id)
@@ -178,16 +181,20 @@ def _read_table(path: Path, files: Mapping[str, Path]) -> list[SlideRow]:
     if empty := [record.line for record in records if not record["slide_id"]]:
         raise InputError(f"{path} line {empty[0]}: slide_id is empty")
     patients = read_patients(path, records, "case_id", "patient_id")
-    return [
-        SlideRow(
-            slide_id=record["slide_id"],
-            path=files.get(record["slide_id"], Path(record["slide_id"])),
-            label=record["label"] or None,
-            patient_id=patient,
-            mpp=positive_number(record, "mpp", f"{path}: {record['slide_id']}"),
+    rows = []
+    for record, patient in zip(records, patients, strict=True):
+        mpp, bad_cells = positive_number(record, "mpp", f"{path} line {record.line}")
+        rows.append(
+            SlideRow(
+                slide_id=record["slide_id"],
+                path=files.get(record["slide_id"], Path(record["slide_id"])),
+                label=record["label"] or None,
+                patient_id=patient,
+                mpp=mpp,
+                bad_cells=bad_cells,
+            )
         )
-        for record, patient in zip(records, patients, strict=True)
-    ]
+    return rows
 
 
 def table_mpps(cohort: Path | None, files: Sequence[Mapping[str, Path]]) -> dict[str, float]:

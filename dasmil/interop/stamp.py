@@ -84,7 +84,7 @@ def stamp(
 
     code = import_features(dest, scales, files, read, cohort, "stamp", orphans, dtype, mpps)
     rows = read_cohort(dest / "cohort.csv")
-    unknown = sum(not row.mpp for row in rows)
+    unknown = sum(not row.mpp and not row.fault_in("mpp") for row in rows)
     if unknown:
         print(
             f"import stamp: the mpp of {unknown} of {len(rows)} slides is not known, so their "

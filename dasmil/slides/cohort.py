@@ -6,10 +6,11 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path, PurePath
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from dasmil.errors import InputError, some_of
 from dasmil.files import files_below, must_exist, read_csv, to_number, write_csv
@@ -54,6 +55,7 @@ NOT_KNOWN = frozenset(  # what other programs write for an empty cell, in lower 
         "?",
     )
 )
+MAX_SHOWN = 50  # characters of a cell in a sentence
 MAX_ID_BYTES = 200  # names of files have at most 255, and endings are added
 
 PICTURE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg"])
@@ -63,9 +65,17 @@ PICTURE_OF_SLIDE = re.compile(
 )
 
 
+class BadCell(NamedTuple):
+    """A cell that costs its slide and not the table: what stands in it, and why it is not used."""
+
+    column: str
+    text: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class SlideRow:
-    """One row of the cohort table; empty cells are None."""
+    """One row of the cohort table; empty cells and bad ones are None."""
 
     slide_id: str
     path: Path
@@ -74,6 +84,7 @@ class SlideRow:
     split: str | None = None
     mpp: float | None = None
     magnification: float | None = None
+    bad_cells: tuple[BadCell, ...] = ()
 
     @property
     def patient(self) -> str:
@@ -88,7 +99,16 @@ class SlideRow:
         for part in self.path.parts:
             if fault := path_fault(part):
                 return f"its path {fault}; rename it"
-        return None
+        return self.fault_in("path")
+
+    @property
+    def scale_fault(self) -> str | None:
+        """Why the µm/px that the table gives cannot be used; the mpp counts before the other."""
+        return self.fault_in("mpp") or (None if self.mpp else self.fault_in("magnification"))
+
+    def fault_in(self, column: str) -> str | None:
+        """Why the cell of a column cannot be used."""
+        return next((cell.reason for cell in self.bad_cells if cell.column == column), None)
 
     @property
     def file(self) -> Path:
@@ -164,9 +184,17 @@ def refuse_twice(source: Path, rows: Iterable[SlideRow]) -> None:
 
 
 def write_cohort(path: Path, rows: Iterable[SlideRow]) -> None:
-    """Write the table with absolute slide paths, so that it can be read from anywhere."""
-    records = ({**vars(row), "path": row.path.absolute()} for row in rows)
-    write_csv(path, COLUMNS, records)
+    """Write the table with absolute slide paths, so that it can be read from anywhere.
+
+    Bad cells stay as they are: what needs them fails there, too.
+    """
+
+    def record(row: SlideRow) -> dict[str, object]:
+        bad = {cell.column: cell.text for cell in row.bad_cells}
+        values = {column: getattr(row, column) for column in COLUMNS}
+        return {**values, "path": row.path.absolute(), **bad}
+
+    write_csv(path, COLUMNS, map(record, rows))
 
 
 def refuse_faulty(rows: Sequence[SlideRow], worker: Worker) -> list[SlideRow]:
@@ -247,20 +275,25 @@ def _read_table(path: Path) -> list[SlideRow]:
     patients = read_patients(path, records, "patient_id")
     for record, patient in zip(records, patients, strict=True):
         where = f"{path} line {record.line}"
-        if not record["slide_id"] or not record["path"].strip():
-            raise InputError(f"{where}: slide_id or path is empty")
+        if not record["slide_id"]:
+            raise InputError(f"{where}: slide_id is empty; give the slide a name")
         split = record.get("split") or None
         if split not in (None, *PARTS):
             raise InputError(f"{where}: split {split!r} is none of {', '.join(PARTS)}")
+        has_path = bool(record["path"].strip())
+        mpp, bad_mpp = positive_number(record, "mpp", where)
+        magnification, bad_magnification = positive_number(record, "magnification", where)
+        no_path = [] if has_path else [BadCell("path", "", f"{where}: path is empty; fill it")]
         rows.append(
             SlideRow(
                 slide_id=record["slide_id"],
-                path=_slide_path(path.parent, record["path"]),
+                path=_slide_path(path.parent, record["path"] if has_path else record["slide_id"]),
                 label=record.get("label") or None,
                 patient_id=patient,
                 split=split,
-                mpp=positive_number(record, "mpp", where),
-                magnification=positive_number(record, "magnification", where),
+                mpp=mpp,
+                magnification=magnification,
+                bad_cells=(*no_path, *bad_mpp, *bad_magnification),
             )
         )
     return rows
@@ -303,15 +336,20 @@ def _is_known(text: str) -> bool:
     return text.lower() not in NOT_KNOWN
 
 
-def positive_number(record: Mapping[str, str], column: str, where: str) -> float | None:
-    """The number in a column of a row, with a point or a decimal comma; None of an empty cell."""
+def positive_number(
+    record: Mapping[str, str], column: str, where: str
+) -> tuple[float | None, tuple[BadCell, ...]]:
+    """The number in a column of a row, with a point or a decimal comma; None of an empty cell.
+
+    Returns
+    -------
+    The number, and the cell if it holds anything else.
+    """
     text = record.get(column)
     if not text:
-        return None
-    try:
-        value = to_number(text)
-    except ValueError:
-        raise InputError(f"{where}: {column} {text!r} is not a number") from None
-    if not 0 < value < float("inf"):
-        raise InputError(f"{where}: {column} {text!r} is not a positive number")
-    return value
+        return None, ()
+    with suppress(ValueError):
+        if 0 < (value := to_number(text)) < float("inf"):
+            return value, ()
+    reason = f"{where}: {column} {text[:MAX_SHOWN]!r} is no positive number; correct or empty it"
+    return None, (BadCell(column, text, reason),)

@@ -70,10 +70,12 @@ class Slide:
     ------
     InputError
         when the file is missing, is no slide, can only be decoded in parts that are too large for
-        memory, or its physical scale is missing or implausible.
+        memory, or its physical scale is missing or implausible, in the file or in its row.
     """
 
     def __init__(self, row: SlideRow, cache_bytes: int = CACHE_BYTES):
+        if row.scale_fault:
+            raise InputError(row.scale_fault)
         self.row = row
         self.file = _slide_file(row.path)
         self._cache_bytes = cache_bytes

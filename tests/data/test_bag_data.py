@@ -327,6 +327,14 @@ def test_an_unknown_label_is_refused_by_slide(tmp_path: Path) -> None:
         make_data(folder)
 
 
+def test_a_label_that_is_no_class_is_no_obstacle_to_predict(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path, {**LABELS, "t1": "Tumour"}, SPLIT)
+    data = BagDataModule(folder, CLASSES, num_workers=0)
+    data.setup("predict")
+    labels = {graph.slide_ids[0]: int(graph.labels[0]) for graph in data.predict_dataloader()}
+    assert labels["t1"] == -1 and labels["t2"] == 1 and labels["n1"] == 0
+
+
 def test_slides_without_bag_are_left_out_and_named(tmp_path: Path) -> None:
     folder = write_bags(tmp_path, LABELS, SPLIT, missing=["n1", "t3"])
     with pytest.warns(

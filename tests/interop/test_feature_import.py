@@ -614,18 +614,34 @@ def test_what_a_slide_is_made_of_is_looked_at_again(tmp_path):
     assert (after - before).min() > 2000
 
 
-def test_a_table_with_a_slide_twice_or_no_mpp_is_refused(tmp_path, capsys):
+def test_a_table_with_a_slide_twice_is_refused(tmp_path, capsys):
     folders = trident_folders(tmp_path, scales=("x20",))
     table = tmp_path / "dataset.csv"
-    for text, words in (
-        ("slide_id,label\ns1,a\ns1.svs,a\n", "slide_id 's1' stands twice"),
-        ("slide_id,label,mpp\ns1,a,?\n", "dataset.csv: s1: mpp '?' is not a number"),
-        ("slide_id,label,mpp\ns1,a,nan\n", "dataset.csv: s1: mpp 'nan' is not a positive number"),
-    ):
-        table.write_text(text)
-        assert run("trident", tmp_path / "BAGS", folders, "--cohort", table) == 2
-        assert words in capsys.readouterr().err
-        assert not (tmp_path / "BAGS" / "cohort.csv").exists()
+    table.write_text("slide_id,label\ns1,a\ns1.svs,a\n")
+    assert run("trident", tmp_path / "BAGS", folders, "--cohort", table) == 2
+    assert "slide_id 's1' stands twice" in capsys.readouterr().err
+    assert not (tmp_path / "BAGS" / "cohort.csv").exists()
+
+
+@pytest.mark.parametrize("columns", ["slide_id,path,mpp", "slide_id,label,mpp"])
+@pytest.mark.parametrize("text", ["?", "0", "nan"])
+def test_an_mpp_that_is_no_number_costs_a_slide_of_stamps_and_none_of_tridents(
+    tmp_path, columns, text
+):
+    """STAMP's places need the mpp; TRIDENT's files have their own."""
+    table = tmp_path / "cohort.csv"
+    table.write_text(f"{columns}\ns1,a,0.25\ns2,a,{text}\n")
+    for slide_id in ("s1", "s2"):
+        trident = trident_folders(tmp_path, slide_id, scales=("x20",))
+        stamp = {"x20": write_stamp(tmp_path / "stamp", slide_id, CELLS, tile_um=128.0)}
+    assert run("trident", tmp_path / "TRIDENT", trident, "--cohort", table) == 0
+    assert run("stamp", tmp_path / "BAGS", stamp) == 0  # a bag of before does not stay
+    assert run("stamp", tmp_path / "BAGS", stamp, "--cohort", table) == 1
+    rows = rows_of(tmp_path / "BAGS" / "status.csv")
+    assert (rows["s1"]["state"], rows["s2"]["state"]) == ("done", "failed")
+    assert f"cohort.csv line 3: mpp {text!r} is no positive number" in rows["s2"]["message"]
+    assert not bag_path(tmp_path / "BAGS", "s2").exists()
+    assert read_header(bag_path(tmp_path / "BAGS", "s1")).slide_mpp == 0.25
 
 
 def test_what_follows_the_last_dot_is_no_suffix_of_a_name(tmp_path):

@@ -104,24 +104,11 @@ def test_a_slide_without_patient_is_its_own_patient() -> None:
         ("", "column path and slide_id is missing"),
         ("slide_id,path\n", "no slides in it"),
         ("slide_id,path\ns1,a.svs\ns2\n", " line 3: it has not the 2 cells of the header"),
-        ("slide_id,path\ns1,a.svs\n,b.svs\n", " line 3: slide_id or path is empty"),
-        ("slide_id,path\ns1, \n", " line 2: slide_id or path is empty"),
-        ("sep=;\nslide_id;path\n\ns1; \n", " line 4: slide_id or path is empty"),
+        ("slide_id,path\ns1,a.svs\n,b.svs\n", " line 3: slide_id is empty; give the slide a name"),
+        ("sep=;\nslide_id;path\n\n ;a.svs\n", " line 4: slide_id is empty"),
         (
             "slide_id,path,split\ns1,a.svs,train\ns2,b.svs,valid\n",
             " line 3: split 'valid' is none of train, val, test",
-        ),
-        ("slide_id,path,mpp\ns1,a.svs,fine\n", " line 2: mpp 'fine' is not a number"),
-        ("slide_id,path,mpp\ns1,a.svs,0\n", " line 2: mpp '0' is not a positive number"),
-        ("slide_id,path,mpp\ns1,a.svs,nan\n", " line 2: mpp 'nan' is not a positive number"),
-        ("slide_id,path,mpp\ns1,a.svs,inf\n", " line 2: mpp 'inf' is not a positive number"),
-        (
-            "slide_id,path,magnification\ns1,a.svs,20\ns2,b.svs,-20\n",
-            " line 3: magnification '-20' is not a positive number",
-        ),
-        (
-            "slide_id,path,magnification\ns1,a.svs,20x\n",
-            " line 2: magnification '20x' is not a number",
         ),
     ],
 )
@@ -132,6 +119,40 @@ def test_a_bad_table_is_refused_with_file_and_line(
     message = refusal(path)
     assert message.startswith(f"{path}")
     assert sentence in message
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "-inf", "1e999", "fine", "0.25x"])
+@pytest.mark.parametrize("column", ["mpp", "magnification"])
+def test_a_scale_that_is_no_positive_number_is_a_fault_of_its_row(
+    tmp_path: Path, column: str, text: str
+) -> None:
+    path = write_table(tmp_path, f"slide_id,path,{column}\ns1,a.svs,20\ns2,b.svs,{text}\n")
+    for table in (path, tmp_path / "again.csv"):  # as it was written, too
+        good, bad = read_cohort(table)
+        assert getattr(good, column) == 20 and good.scale_fault is None
+        assert getattr(bad, column) is None and bad.fault is None
+        assert bad.scale_fault == (
+            f"{table} line 3: {column} {text!r} is no positive number; correct or empty it"
+        )
+        write_cohort(tmp_path / "again.csv", [good, bad])
+
+
+def test_a_magnification_is_not_needed_beside_an_mpp(tmp_path: Path) -> None:
+    text = "slide_id,path,mpp,magnification\ns1,a.svs,0.5,x\ns2,a.svs,x,20\n"
+    good, bad = read_cohort(write_table(tmp_path, text))
+    assert good.scale_fault is None and "mpp 'x'" in (bad.scale_fault or "")
+
+
+def test_an_empty_path_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    path = write_table(tmp_path, "slide_id,path\ns1,a.svs\ns2, \ns3,\n")
+    for table in (path, tmp_path / "again.csv"):
+        rows = read_cohort(table)
+        assert [row.fault for row in rows] == [
+            None,
+            *(f"{table} line {line}: path is empty; fill it" for line in (3, 4)),
+        ]
+        assert len({row.file for row in rows}) == 3  # no two are the same slide
+        write_cohort(tmp_path / "again.csv", rows)
 
 
 def test_a_missing_column_is_told_what_columns_there_are(tmp_path: Path) -> None:

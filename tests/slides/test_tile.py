@@ -116,6 +116,49 @@ def test_odd_names_cost_no_more_than_their_row_and_are_done_once(tmp_path: Path)
     assert main(["contact-sheet", str(run.output)]) == 0
 
 
+def test_bad_cells_of_a_table_cost_their_slides_in_every_verb(tmp_path: Path) -> None:
+    rows = write_slides(tmp_path / "slides")[:2]
+    slide = rows[0]["path"]
+    cells = {"zero": 0, "negative": -0.5, "nan": "nan", "inf": "inf", "text": "0.5x"}
+    bad = [{"slide_id": name, "path": slide, "mpp": mpp} for name, mpp in cells.items()]
+    bad += [{"slide_id": "nowhere", "path": ""}, {"slide_id": "nul", "path": "a\0.tiff"}]
+    bad += [{"slide_id": "long", "path": "x" * 300}]
+    bad += [{"slide_id": "20x", "path": slide, "magnification": "20x"}]
+    table = write_table(tmp_path / "cohort.csv", [*bad, *rows])
+    run = Run(tile(table, tmp_path / "TILES", SCALES, tile_px=64, workers=1), tmp_path / "TILES")
+    assert run.code == 1
+    states = {slide_id: row["state"] for slide_id, row in run.status.items()}
+    assert states == {
+        **{row["slide_id"]: "failed" for row in bad},
+        "good": "done",
+        "blank": "empty",
+    }
+    said = {slide_id: row["message"] for slide_id, row in run.status.items()}
+    for line, (name, mpp) in enumerate(cells.items(), start=2):
+        words = f"mpp {str(mpp)!r} is no positive number; correct or empty it"
+        assert said[name] == f"{table} line {line}: {words}"
+    assert said["nowhere"] == f"{table} line 7: path is empty; fill it"
+    assert said["20x"].startswith(f"{table} line 10: magnification '20x' is no positive number")
+
+    random = [w for s in SCALES for w in (f"--extractors.{s}", "random:test_vit")]
+    places = ["--tiles", str(run.output), "--output", str(tmp_path / "BAGS")]
+    quiet = ["--num_workers", "0", "--trainer.enable_progress_bar", "false"]
+    assert main(["embed", *places, *random, *quiet]) == 0
+    found = Run(0, tmp_path / "BAGS").status
+    states = {slide_id: row["state"] for slide_id, row in found.items()}
+    bad_states = {row["slide_id"]: "not tiled" for row in bad}
+    assert states == {**bad_states, "good": "done", "blank": "empty"}
+
+
+def test_a_slide_whose_mpp_becomes_none_fails_although_it_was_tiled(two_slides: Path) -> None:
+    output = two_slides.parent / "TILES"
+    assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
+    rows = write_slides(two_slides.parent / "again")[:2]
+    write_table(two_slides, [{**rows[0], "mpp": "x"}, rows[1]])
+    assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 1
+    assert "line 2: mpp 'x'" in Run(1, output).status["good"]["message"]
+
+
 def test_a_status_has_one_row_a_slide_in_the_order_of_the_table(first_run: Run) -> None:
     assert list(first_run.status) == ["good", "blank", "broken", "tiny", "photo", "lost"]
     assert {slide_id: row["state"] for slide_id, row in first_run.status.items()} == {
