@@ -330,21 +330,29 @@ class DasmilCLI(LightningCLI):
         self._say_failed(getattr(self.model, "failed", ()), "; so no metrics are written")
         if evaluation is None or not self.trainer.is_global_zero:
             return
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        judge = next((c for c in callbacks if isinstance(c, InstanceTruth)), None)
+        refused = {} if judge is None else judge.refused
+        self.exit_code = 1 if refused else self.exit_code  # the callback has named them
         stage = STAGES[self.verb]
         if not self.model.failed:
             print(*auroc_lines(stage, evaluation), sep="\n")
         if folder is None:
             return
         more = mean_losses(self.model.results)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, InstanceTruth):
-                more |= callback.figures
+        if judge is not None:
+            more |= judge.figures
         about: dict[str, str | None] = {"checkpoint": None, "checkpoint_sha256": None}
         if checkpoint:
             path = Path(checkpoint)
             about = {"checkpoint": path.name, "checkpoint_sha256": file_sha256(path)}
         pooling, failed = self.model.hparams["patient_pooling"], self.model.failed
-        write_evaluation(folder, stage, evaluation, more, about, pooling=pooling, failed=failed)
+        write_evaluation(
+            *(folder, stage, evaluation, more, about),
+            pooling=pooling,
+            failed=failed,
+            refused=refused,
+        )
         if failed:
             return
         figures = evaluation_figures(evaluation, stage)

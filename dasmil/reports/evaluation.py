@@ -22,13 +22,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.files import read_csv, write_csv, write_text
 from dasmil.metrics import Evaluation
 
 SHORT_HASH = 12  # digits of a SHA-256 that name a checkpoint in sentences and tables
 METRIC_COLUMNS = ("scale", "level", "metric", "value", "low", "high", "n", "patients", "note")
 SLIDE_COLUMNS = ("slide_id", "patient_id", "label")
+REFUSED = "annotation_refused"  # column of the slides, if there is such a slide
 CHECKPOINT = "checkpoint_sha256"  # last column of both tables
 TEST_CHOSEN_NOTE = "threshold chosen on these very test slides: no honest figure"
 
@@ -47,6 +48,7 @@ def write_evaluation(
     *,
     pooling: Literal["mean", "max"] = "mean",
     failed: Collection[str] = (),
+    refused: Mapping[str, str] | None = None,
 ) -> None:
     """Write the four files; those of an earlier evaluation of this part are replaced.
 
@@ -65,17 +67,22 @@ def write_evaluation(
         name too.
     pooling: of a patient's slides; see :meth:`Evaluation.by_patient`.
     failed: slides whose output is not finite; their probabilities are empty.
+    refused: slides that the figures of instances leave out, since their annotation is refused, and
+        why; a column of the table of slides.
     """
     slides, columns = folder / f"{stage}_slides.csv", _slide_columns(evaluation)
     digest = (about or {}).get(CHECKPOINT)
+
+    if refused:
+        columns.append(REFUSED)
 
     def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
         write_csv(path, [*columns, CHECKPOINT], ({**row, CHECKPOINT: digest} for row in rows))
 
     if failed:
         if not evaluation_file(folder, stage).is_file():
-            empty = dict.fromkeys(columns[len(SLIDE_COLUMNS) :])
-            rows = _slide_rows(evaluation)
+            empty = dict.fromkeys(_probability_columns(evaluation.scales, evaluation.classes))
+            rows = _slide_rows(evaluation, refused)
             write_table(
                 slides, columns, (r | empty if r["slide_id"] in failed else r for r in rows)
             )
@@ -83,11 +90,11 @@ def write_evaluation(
     evaluation_file(folder, stage).unlink(missing_ok=True)
     of_metrics = [
         *_rows_of_levels(stage, evaluation, pooling),
-        *_extra_rows(extra_figures or {}, evaluation.scales),
+        *_extra_rows(extra_figures or {}, evaluation.scales, refused),
     ]
     figures = _flat(stage, of_metrics, evaluation.scales[-1])
     figures |= {f"{stage}/{name}": _known(value) for name, value in (extra_figures or {}).items()}
-    write_table(slides, columns, _slide_rows(evaluation))
+    write_table(slides, columns, _slide_rows(evaluation, refused))
     write_table(folder / f"{stage}_metrics.csv", METRIC_COLUMNS, of_metrics)
     write_text(folder / f"{stage}_metrics.json", json.dumps(figures, indent=2) + "\n")
     described = {
@@ -155,15 +162,24 @@ def _note(metric: str, thresholds: Mapping[str, float | Tensor]) -> str:
     return ""
 
 
-def _extra_rows(figures: Mapping[str, float], scales: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _extra_rows(
+    figures: Mapping[str, float], scales: tuple[str, ...], refused: Mapping[str, str] | None
+) -> Iterator[dict[str, Any]]:
+    note = (
+        f"without {len(refused)} slide(s) whose annotation is refused: {some_of(refused)}"
+        if refused
+        else ""
+    )
     for name, value in figures.items():
         words = name.split("/")
         metric = "/".join(word for word in words if word not in scales)
+        level = "instance" if metric.startswith(("instance_auroc", "froc")) else "slide"
         yield {
             "scale": next((word for word in words if word in scales), ""),
-            "level": "instance" if metric.startswith(("instance_auroc", "froc")) else "slide",
+            "level": level,
             "metric": metric,
             "value": _known(value),
+            "note": note if level == "instance" else "",
         }
 
 
@@ -192,7 +208,9 @@ def _probability_columns(scales: tuple[str, ...], classes: tuple[str, ...]) -> l
     return [f"prob/{scale}/{name}" for scale in scales for name in classes]
 
 
-def _slide_rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+def _slide_rows(
+    evaluation: Evaluation, refused: Mapping[str, str] | None
+) -> Iterator[dict[str, Any]]:
     columns = _probability_columns(evaluation.scales, evaluation.classes)
     probabilities = torch.cat(list(evaluation.probabilities.values()), dim=1).tolist()
     labels = [evaluation.classes[label] for label in evaluation.labels.tolist()]
@@ -200,7 +218,8 @@ def _slide_rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
         evaluation.slide_ids, evaluation.patients, labels, probabilities
     ):
         slide = {"slide_id": slide_id, "patient_id": patient, "label": label}
-        yield {**slide, **dict(zip(columns, values))}
+        why = {REFUSED: refused.get(slide_id)} if refused else {}
+        yield {**slide, **dict(zip(columns, values)), **why}
 
 
 def read_evaluation(folder: Path, stage: str) -> Evaluation:

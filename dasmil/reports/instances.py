@@ -1,8 +1,10 @@
 """Instances against what was marked on the slides: AUROC of the tiles, FROC of the lesions."""
 
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from dasmil.bags import Bag, BagGraph
 from dasmil.data.bags import BagDataModule
 from dasmil.distributed import gather_lists
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, say_error, some_of
 from dasmil.files import atomic_path, write_csv, write_text
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.froc import (
@@ -48,6 +50,22 @@ from dasmil.slides.annotation import (
 
 
 @dataclass(frozen=True)
+class Marked:
+    """What an annotation makes of a slide's tiles.
+
+    Parameters
+    ----------
+    overlap: per scale (N_s,) share of each tile that is marked, or its number of points.
+    truth: per scale (N_s,) bool.
+    lesions: for the FROC; None where there is none, or nothing is marked.
+    """
+
+    overlap: Mapping[str, npt.NDArray[Any]]
+    truth: Mapping[str, Tensor]
+    lesions: Lesions | None
+
+
+@dataclass(frozen=True)
 class SlideTruth:
     """What one slide adds to the figures, per scale.
 
@@ -72,7 +90,8 @@ class InstanceTruth(Callback):
     mean sensitivity of Camelyon16 (:mod:`dasmil.metrics.froc`).
 
     A slide of the first (negative) class without an annotation is negative everywhere. Where a
-    slide of the positive class has none, its truth is not known: it is left out, and named.
+    slide of the positive class has none, its truth is not known: it is left out, and named. So is
+    a slide whose annotation is refused. If all annotations are, there are no figures.
 
     Parameters
     ----------
@@ -89,6 +108,11 @@ class InstanceTruth(Callback):
         whether to compute the FROC.
     classes:
         of the annotations, those that are lesions; as the format has it where None.
+
+    Attributes
+    ----------
+    refused:
+        why annotations were refused, by slide; after an evaluation of all processes.
     """
 
     def __init__(
@@ -107,6 +131,7 @@ class InstanceTruth(Callback):
         self.froc = froc
         self.classes = classes
         self.figures: dict[str, float] = {}
+        self.refused: dict[str, str] = {}
         self.curves: dict[str, Froc] = {}
         self._files: dict[str, Path] = {}
         self._negative: set[str] = set()
@@ -169,10 +194,9 @@ class InstanceTruth(Callback):
             )
         self._negative = {row.slide_id for row in rows if row.label == data.classes[0]}
         self._positive_class = data.classes[1]
-        self._refuse_missing_classes()
-        points = [marks_points(path, self.classes) for path in self._files.values()]
-        self._has_froc = self.froc and not any(points)
         self._slides, self._failed, self.figures, self.curves = [], [], {}, {}
+        self.refused = {}
+        self._look_into_files()
         unknown = sorted(set(slide_ids) - self._files.keys() - self._negative)
         if unknown:
             warnings.warn(
@@ -182,16 +206,32 @@ class InstanceTruth(Callback):
                 stacklevel=2,
             )
 
-    def _refuse_missing_classes(self) -> None:
+    def _look_into_files(self) -> None:
+        """Whether there is a FROC, and whether the classes that are asked for are there."""
+        found, points = set[str](), [False]
+        for slide_id, path in self._files.items():
+            try:
+                points.append(marks_points(path, self.classes))
+                found |= class_names(path) if self.classes else set()
+            except Exception as error:  # it costs one slide, and is told with it
+                self._refuse(slide_id, error)
+        self._has_froc = self.froc and not any(points)
+        if self.classes and not self._are_all_refused:
+            self._refuse_missing_classes(self.classes, found)
+
+    def _refuse(self, slide_id: str, error: Exception) -> None:
+        message = say_error(error)
+        if not isinstance(error, InputError):
+            message = f"{self._files.get(slide_id, slide_id)}: {message}; correct or remove it"
+        self.refused[slide_id] = message
+
+    def _refuse_missing_classes(self, classes: Collection[str], found: set[str]) -> None:
         """A class that no annotation has is a typing mistake, or rare."""
-        if self.classes is None:
-            return
-        found = set().union(*(class_names(path) for path in self._files.values()))
         known = {name.strip().lower() for name in found}
-        missing = [name for name in self.classes if name.strip().lower() not in known]
-        if len(missing) == len(self.classes):
+        missing = [name for name in classes if name.strip().lower() not in known]
+        if len(missing) == len(classes):
             raise InputError(
-                f"{self.truth}: no annotation is of the classes {', '.join(self.classes)}; there "
+                f"{self.truth}: no annotation is of the classes {', '.join(classes)}; there "
                 f"are {_listed(found) or 'none, as in masks and tables of points'}"
             )
         if missing:
@@ -203,7 +243,8 @@ class InstanceTruth(Callback):
 
     def _judge_batch(self, trainer: Trainer, outputs: Any, batch: BagGraph) -> None:
         for number, slide_id in enumerate(batch.slide_ids):
-            if slide_id not in self._files and slide_id not in self._negative:
+            is_known = slide_id in self._files or slide_id in self._negative
+            if not is_known or slide_id in self.refused:
                 continue
             bag = trainer.datamodule.read_bag(slide_id)  # type: ignore[attr-defined]
             scores = {}
@@ -213,27 +254,36 @@ class InstanceTruth(Callback):
             if not all(bool(values.isfinite().all()) for values in scores.values()):
                 self._failed.append(slide_id)
                 continue
-            self._slides.append(self._judge(bag, scores))
+            try:
+                marked = self._read_marked(bag, scores)
+            except Exception as error:  # whatever its file holds; the others go on
+                self._refuse(slide_id, error)
+                continue
+            self._slides.append(self._judge(bag, scores, marked))
 
-    def _judge(self, bag: Bag, scores: Mapping[str, Tensor]) -> SlideTruth:
+    def _read_marked(self, bag: Bag, scales: Collection[str]) -> Marked:
+        """All that needs the annotation; a picture may turn out to be damaged only here."""
         annotation = self._annotation(bag)
-        boxes_px0 = {scale: bag.boxes_px0(scale).numpy() for scale in scores}
-        overlap = {scale: annotation.overlap(boxes) for scale, boxes in boxes_px0.items()}
+        overlap = {scale: annotation.overlap(bag.boxes_px0(scale).numpy()) for scale in scales}
         truth = {
             scale: torch.from_numpy(annotation.positive(found, self.min_share))
             for scale, found in overlap.items()
         }
-        self._write_tiles(bag, overlap, truth, scores)
+        lesions = self._lesions(annotation, bag.header.slide_mpp) if self._has_froc else None
+        return Marked(overlap, truth, lesions)
+
+    def _judge(self, bag: Bag, scores: Mapping[str, Tensor], marked: Marked) -> SlideTruth:
+        self._write_tiles(bag, marked.overlap, marked.truth, scores)
         hits = {}
         if self._has_froc:
-            lesions = self._lesions(annotation, bag.header.slide_mpp)
             radius_px0 = NMS_RADIUS_UM / bag.header.slide_mpp
-            for scale, boxes in boxes_px0.items():
-                on_slide = np.clip(boxes, 0, bag.header.size_px0 * 2)
+            for scale in scores:
+                boxes_px0 = bag.boxes_px0(scale).numpy()
+                on_slide = np.clip(boxes_px0, 0, bag.header.size_px0 * 2)
                 found = detections(scores[scale].numpy(), on_slide, radius_px0)
-                hits[scale] = slide_hits(found, lesions)
+                hits[scale] = slide_hits(found, marked.lesions)
                 self._write_detections(scale, bag.slide_id, found)
-        return SlideTruth(bag.slide_id, scores, truth, hits)
+        return SlideTruth(bag.slide_id, scores, marked.truth, hits)
 
     def _annotation(self, bag: Bag) -> Points | Areas:
         """Nothing marked on a negative slide; what its file says of any other."""
@@ -302,8 +352,15 @@ class InstanceTruth(Callback):
             write_text(path, "".join(lines))
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Figures of all slides, each once, the same in every process; none if a slide failed."""
-        if gather_lists(self._failed):
+        """Figures of all slides, each once, the same in every process.
+
+        There are none if the output of a slide is not finite, or all annotations are refused.
+        """
+        self.refused = dict(sorted(gather_lists(list(self.refused.items()))))
+        if trainer.is_global_zero and self.refused:
+            self._say_refused()
+            self._remove_files_of_refused()
+        if gather_lists(self._failed) or self._are_all_refused:
             return
         unique = {slide.slide_id: slide for slide in gather_lists(self._slides)}
         slides = [unique[slide_id] for slide_id in sorted(unique)]
@@ -326,6 +383,33 @@ class InstanceTruth(Callback):
             )
         elif self.curves and trainer.is_global_zero and self.output is not None:
             _write_curves(self.output, self.curves)
+
+    @property
+    def _are_all_refused(self) -> bool:
+        return self.refused.keys() >= self._files.keys()
+
+    def _remove_files_of_refused(self) -> None:
+        """Those that an earlier evaluation has written."""
+        if self.output is None:
+            return
+        folders = [self.output / "instance_truth", *self.output.glob("detections/*")]
+        for folder, slide_id in product(folders, self.refused):
+            path_inside(folder, f"{slide_id}.csv").unlink(missing_ok=True)
+        if self._are_all_refused:
+            for name in ("froc.csv", "froc.png"):
+                (self.output / name).unlink(missing_ok=True)
+
+    def _say_refused(self) -> None:
+        consequence = (
+            f"their slides are left out of the figures of instances: {some_of(self.refused)}"
+        )
+        if self._are_all_refused:
+            consequence = "all that there are, so there are no figures of instances"
+        print(
+            f"error: {self.truth}: {len(self.refused)} annotation(s) are refused, {consequence}; "
+            f"the first: {next(iter(self.refused.values()))}",
+            file=sys.stderr,
+        )
 
 
 def _listed(names: Collection[str]) -> str:

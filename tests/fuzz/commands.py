@@ -176,7 +176,12 @@ COMMANDS: Mapping[str, tuple[int, Command]] = {
     "predict": (6, Command(("bag",), _put_bag, _on_bags("predict"), lambda name: ())),
     "test --truth": (
         6,
-        Command(("geojson", "xml", "mask"), _put_truth, _on_bags("test"), lambda name: ()),
+        Command(
+            ("geojson", "xml", "mask"),
+            _put_truth,
+            _on_bags("test"),
+            lambda name: (f"instance_truth/{name}.csv",),
+        ),
     ),
 }
 
@@ -265,7 +270,8 @@ def run_command(
 
 def _came_through(name: str, output: Path, sound: Sequence[str]) -> bool:
     """Whether the sound slides have their rows in the tables of the output."""
-    tables = [*output.rglob("predictions.csv"), *output.glob("status.csv")]
+    names = ("predictions.csv", "status.csv", "test_slides.csv")
+    tables = [path for table in names for path in output.rglob(table)]
     rows = [line for table in tables for line in table.read_text().splitlines()]
     return all(any(line.startswith(f"{slide_id},") for line in rows) for slide_id in sound)
 
