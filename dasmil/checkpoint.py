@@ -48,7 +48,7 @@ class RestrictedIO(TorchCheckpointIO):
 
 
 @contextmanager
-def said_of_restoring(checkpoint: object) -> Iterator[None]:
+def said_of_restoring(checkpoint: object, trains: bool) -> Iterator[None]:
     """Say in one sentence what Lightning cannot restore: it takes for granted what a file holds."""
     try:
         yield
@@ -63,7 +63,10 @@ def said_of_restoring(checkpoint: object) -> Iterator[None]:
         ):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise InputError(
-            f"{checkpoint}: its training cannot be taken up ({reason}); go on from another "
-            "checkpoint, or start another run"
-        ) from error
+        said = f"it cannot be loaded ({reason}); give a checkpoint as fit wrote it"
+        if trains:
+            said = (
+                f"its training cannot be taken up ({reason}); go on from another checkpoint, or "
+                "start another run"
+            )
+        raise InputError(f"{checkpoint}: {said}") from error

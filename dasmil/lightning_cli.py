@@ -193,7 +193,8 @@ class DasmilCLI(LightningCLI):
             self.trainer.callbacks.remove(bar)  # type: ignore[attr-defined]
             self._add_callbacks(LogLines())
         try:
-            with said_of_restoring(self._get(self.config, "ckpt_path") or self.resume_from):
+            checkpoint = self._get(self.config, "ckpt_path") or self.resume_from
+            with said_of_restoring(checkpoint, trains=subcommand == "fit"):
                 super()._run_subcommand(subcommand)
         except BaseException as error:
             if self.trainer.strategy.launcher is not None:
@@ -224,7 +225,7 @@ class DasmilCLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path") or self.resume_from
         if checkpoint is not None and Path(checkpoint).is_file():  # before anything is written
             settings = training_settings(self.trainer, self.model, self.datamodule)
-            refuse_other_settings(load_checkpoint(Path(checkpoint)), settings)
+            refuse_other_settings(load_checkpoint(Path(checkpoint)), settings, checkpoint)
         seed = self._get(self.config, "seed_everything")
         self.trace = Trace(run_folder(self.trainer))
         self.run = RunFolder(self.command, seed)

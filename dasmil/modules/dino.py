@@ -192,7 +192,7 @@ class DINOModule(LightningModule):
         where = "the checkpoint" if self._trainer is None else self.trainer.ckpt_path
         refuse_other_keys(self, checkpoint.get("state_dict"), where)
         if self._trainer is not None and self.trainer.training:
-            refuse_other_settings(checkpoint, self._settings())
+            refuse_other_settings(checkpoint, self._settings(), where)
             self._steps_before = checkpoint.get("steps")
         if self.record is None:
             return

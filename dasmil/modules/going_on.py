@@ -49,18 +49,24 @@ def training_settings(
     return plain
 
 
-def refuse_other_settings(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def refuse_other_settings(
+    checkpoint: Mapping[str, Any], settings: Mapping[str, Any], where: object
+) -> None:
     """Refuse to go on from a checkpoint with other settings; an older one knows none.
 
     The optimiser and the schedule come from the checkpoint, so new values would be written down
     and not be used; a schedule that is stretched lets the rate rise again.
+
+    Parameters
+    ----------
+    where: the file of the checkpoint.
     """
     before = checkpoint.get(KEY, {})
     if not isinstance(before, dict):
-        raise InputError("fit: the settings of the checkpoint are no dictionary; start another run")
+        raise InputError(f"{where}: its settings are no dictionary; start another run")
     if before and not isinstance(checkpoint.get("loops"), dict):  # Lightning would begin anew
         raise InputError(
-            "fit: the checkpoint does not say how far its training was; go on from another one"
+            f"{where}: it does not say how far its training was; go on from another checkpoint"
         )
     other = [
         f"{name} {settings[name]} instead of {value}"
@@ -69,7 +75,7 @@ def refuse_other_settings(checkpoint: Mapping[str, Any], settings: Mapping[str, 
     ]
     if other:
         raise InputError(
-            f"fit: a training goes on with the settings that it began with, not with "
+            f"{where}: its training goes on with the settings that it began with, not with "
             f"{some_of(other)}; leave them as they are in its config.yaml, or start another run"
         )
 

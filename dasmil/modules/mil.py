@@ -307,7 +307,8 @@ class DASMILModule(LightningModule):
                 "resume with the same cohort table, fractions and data.split_seed"
             )
         if self.trainer.training:
-            refuse_other_settings(checkpoint, training_settings(self.trainer, self, data))
+            settings = training_settings(self.trainer, self, data)
+            refuse_other_settings(checkpoint, settings, where)
 
     def on_train_start(self) -> None:
         refuse_broken_state(self.trainer)
