@@ -79,6 +79,8 @@ class Worker:
         self._teller = threading.Thread(target=self._tell, name="status", daemon=True)
 
     def __enter__(self) -> "Worker":
+        with said_when_full(self.path):
+            (self.folder / "work" / "claims").mkdir(parents=True, exist_ok=True)
         self._introduce()
         self.board.ignore_what_is_known()
         self._clear_away()
@@ -87,8 +89,8 @@ class Worker:
         return self
 
     def _introduce(self) -> None:
+        """Fails if the folder was removed: what was written into it before is lost."""
         with said_when_full(self.path):
-            (self.folder / "work" / "claims").mkdir(parents=True, exist_ok=True)
             about = {"worker": self.name, "stale_after_s": self.stale_after_s, "wants": self.wants}
             self._append({**about, **_this_process()})
             self._owner.write_text(self.name)
