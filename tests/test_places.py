@@ -1,13 +1,24 @@
 """Places that cannot be written, and runs that are not whole: one sentence, from every verb."""
 
 import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from road import embed_command, fit_dasmil, fit_dino, tile_command
+from feature_files import write_clam, write_stamp, write_trident
+from mil4wsi_cases import block, make_data, write_data
+from PIL import Image
+from road import REPOSITORY, embed_command, fit_dasmil, fit_dino, tile_command
 
 from dasmil.cli import main
+from dasmil.files import read_csv
+from dasmil.interop.mil4wsi_checkpoint import released_names
+from dasmil.nn import DASMIL
+
+RANDOM = {"x10": "random:test_vit", "x20": "random:test_vit"}
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +38,10 @@ def evaluation(road, checkpoint):
 
 def commands(road, run, place: Path) -> dict[str, list[str]]:
     """Each verb with this output."""
-    random = {"x10": "random:test_vit", "x20": "random:test_vit"}
     checkpoint = run / "checkpoints" / "best.ckpt"
     return {
         "tile": tile_command(road.cohort, place),
-        "embed": embed_command(road.tiles, place, random),
+        "embed": embed_command(road.tiles, place, RANDOM),
         "fit": fit_dasmil(road.bags, place),
         "fit dino": fit_dino(road.tiles, "x20", place),
         "validate": ["validate", *evaluation(road, checkpoint), "--output", str(place)],
@@ -45,8 +55,40 @@ def commands(road, run, place: Path) -> dict[str, list[str]]:
             *("sweep", "--bags", str(road.bags), "--output", str(place)),
             *("--configs", "[configs/dasmil.yaml]", "--base", "[]"),
         ],
+        "status": ["status", str(place)],
         "import dino": ["import", "dino-checkpoint", str(dino(road)), str(place / "out.ckpt")],
+        **imports(road.root / "files of others", place),
     }
+
+
+def imports(root: Path, place: Path) -> dict[str, list[str]]:
+    """The other kinds of import, each of one small slide, picture or model."""
+    cells = [(0, 0), (1, 0), (0, 1)]
+    trident = write_trident(root, "s1", 20, cells)
+    corners = [(256 * x, 256 * y) for x, y in cells]
+    clam, patches = write_clam(root / "clam", "s1", corners, level=0, downsample=1)
+    stamp = write_stamp(root, "s1", cells, tile_um=128.0)
+    graphs = root / "graphs"
+    write_data(graphs, "test", 0, make_data(block(0, 0)))
+    pictures = root / "pictures"
+    pictures.mkdir(exist_ok=True)
+    Image.new("RGB", (500, 500)).save(pictures / "img001.png")
+    (pictures / "bags.csv").write_text("image,label_epithelial_present\nimg001,1\n")
+    (pictures / "nuclei.csv").write_text("image,type,x,y\nimg001,epithelial,3,4\n")
+    network = DASMIL({"x10": 6, "x20": 6}, 1, 6, 5, 2, residual="none").state_dict()
+    names = released_names("x10", "x20", has_gates=False)
+    torch.save({theirs: network[ours] for ours, theirs in names.items()}, root / "model.pt")
+    model = ["mil4wsi-checkpoint", str(root / "model.pt"), str(place / "out.ckpt")]
+    of_clam = ["--features.x20", str(clam), "--patches.x20", str(patches), "--encoder", "resnet50"]
+    kinds = {
+        "trident": ["trident", str(place), "--features.x20", str(trident)],
+        "clam": ["clam", str(place), *of_clam],
+        "stamp": ["stamp", str(place), "--features.x20", str(stamp)],
+        "crchisto": ["crchisto", str(pictures), str(place)],
+        "mil4wsi-bags": ["mil4wsi-bags", str(graphs), str(place)],
+        "mil4wsi-checkpoint": model,
+    }
+    return {f"import {kind}": ["import", *words] for kind, words in kinds.items()}
 
 
 def dino(road):
@@ -60,10 +102,28 @@ def dino(road):
     return path
 
 
+IMPORTS = ("trident", "clam", "stamp", "crchisto", "mil4wsi-bags", "mil4wsi-checkpoint")
 VERBS = (
     *("tile", "embed", "fit", "fit dino", "validate", "test", "predict", "export", "compare"),
-    *("contact-sheet", "demo", "sweep", "import dino"),
+    *("contact-sheet", "demo", "sweep", "status", "import dino"),
+    *(f"import {kind}" for kind in IMPORTS),
 )
+
+
+@contextmanager
+def read_only_disk(folder: Path, content: Path | None = None):
+    """A disk of its own, with a copy of a folder, that only the machine's owner may mount."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root may mount a disk")
+    try:
+        if content is not None:
+            shutil.copytree(content, folder / content.name)
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def refusal(command, capsys):
@@ -84,6 +144,58 @@ def test_an_output_that_cannot_be_written_is_said(road, run, tmp_path, capsys, v
     said = refusal(commands(road, run, place)[verb], capsys)
     assert str(file) in said or "/proc" in said
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "status"])
+def test_an_output_on_a_read_only_disk_is_said(road, run, tmp_path, capsys, verb):
+    with read_only_disk(tmp_path / "disk") as disk:
+        said = refusal(commands(road, run, disk / "out")[verb], capsys)
+    assert f"error: {disk}" in said and "Read-only file system; name another place" in said
+
+
+def test_a_status_that_cannot_be_written_is_said(road, run, tmp_path, capsys):
+    copy = shutil.copytree(road.tiles, tmp_path / "tiles")
+    (copy / "status.csv").unlink()
+    with read_only_disk(tmp_path / "disk", copy) as disk:
+        said = refusal(commands(road, run, disk / "tiles")["status"], capsys)
+    assert f"error: {disk / 'tiles'}" in said and "Read-only file system" in said
+
+
+@pytest.mark.parametrize("kind", IMPORTS)
+def test_the_same_import_succeeds_elsewhere(road, tmp_path, kind):
+    assert main(imports(road.root / "files of others", tmp_path / "out")[f"import {kind}"]) == 0
+
+
+REMOVING = """
+import shutil, sys
+from dasmil.cli import main
+from dasmil.work.worker import Worker
+settle = Worker.settle
+def settle_and_remove(worker, *what):
+    settle(worker, *what)
+    Worker.settle = settle
+    while worker.folder.exists():  # the status thread may write into it
+        shutil.rmtree(worker.folder, ignore_errors=True)
+Worker.settle = settle_and_remove
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("verb", ["tile", "embed"])
+def test_an_output_that_is_removed_after_the_first_slide_is_said(road, run, tmp_path, verb):
+    out = tmp_path / "out"
+    command = commands(road, run, out)[verb]
+    program = [sys.executable, "-c", REMOVING, *command]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+    said = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert said.startswith(f"error: {out}")
+    assert said.endswith(
+        "No such file or directory; name another place, or if its folder was "
+        "removed meanwhile, run it again"
+    )
+    assert main(command) == 0
+    assert {row["state"] for row in read_csv(out / "status.csv")[1]} == {"done"}
 
 
 def hostile_file(tmp_path):
@@ -197,4 +309,24 @@ def test_a_training_that_cannot_be_taken_up_is_said(run, tmp_path, capsys, what)
     content["settings"]["trainer.max_epochs"] = 50
     torch.save(OTHER_STATES[what](content), last)
     said = refusal([*command, "--trainer.max_epochs", "50"], capsys)
-    assert "goes on with the settings that it began with" not in said
+    assert str(last) in said and "goes on with the settings that it began with" not in said
+
+
+def test_other_settings_are_said_with_the_checkpoint(run, tmp_path, capsys):
+    command = changed_run(run, tmp_path / "run")
+    said = refusal([*command, "--trainer.max_epochs", "50"], capsys)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert said.startswith(f"error: {last}: its training goes on with the settings that it began")
+    assert "trainer.max_epochs 50 instead of" in said
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a_verb_that_does_not_train_speaks_of_no_training(road, run, tmp_path, capsys, verb):
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    del content["pytorch-lightning_version"]
+    path = tmp_path / "no version.ckpt"
+    torch.save(content, path)
+    command = commands(road, run, tmp_path / "out")[verb]
+    said = refusal([*command, "--ckpt_path", str(path)], capsys)
+    assert said.startswith(f"error: {path}: it cannot be loaded (KeyError: ")
+    assert said.endswith("); give a checkpoint as fit wrote it")
