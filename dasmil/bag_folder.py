@@ -1,10 +1,10 @@
 """A folder of bags as far as their headers say; nothing here needs torch, which takes seconds."""
 
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
-from dasmil.files import read_json_object
-from dasmil.headers import Kind, read_header_of, refusing
+from dasmil.files import parse_json, read_json_object
+from dasmil.headers import Header, Kind, read_header_of, refusing
 from dasmil.names import path_inside
 from dasmil.slides.cohort import read_cohort
 from dasmil.work.status import Status
@@ -26,7 +26,18 @@ def read_num_tiles(path: Path) -> dict[str, int]:
     """Tiles per scale; from the file's header, no tensor is read."""
     header = read_header_of(path, BAG)
     with refusing(path, BAG):
-        return {name: header.tensors[f"grid/{name}"].shape[0] for name in header.json("scales")}
+        return _num_tiles(header)
+
+
+def _num_tiles(header: Header) -> dict[str, int]:
+    names = _scale_names(header.text("scales"))
+    return {name: header.tensors[f"grid/{name}"].shape[0] for name in names}
+
+
+@lru_cache(maxsize=16)
+def _scale_names(text: str) -> tuple[str, ...]:
+    """All bags of a folder say the same."""
+    return tuple(parse_json(text))
 
 
 def bag_status(folder: Path) -> Status:
@@ -45,7 +56,7 @@ def describe_bag(path: Path) -> dict[str, str | int]:
     """The row of a slide from its bag file; no tensor is read."""
     header = read_header_of(path, BAG)
     with refusing(path, BAG):
-        return status_row(read_num_tiles(path), header.whole("num_damaged", 0, 2**40, "0"))
+        return status_row(_num_tiles(header), header.whole("num_damaged", 0, 2**40, "0"))
 
 
 def status_row(

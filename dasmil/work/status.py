@@ -1,5 +1,6 @@
 """The status of a cohort: one row a slide, from the files that are there and what workers wrote."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ class Status:
             row = {"state": "waiting", **board.records.get(slide_id, {})}
             if slide_id in running:
                 row = {"state": "running", "message": board.where(running[slide_id])}
-            elif self._paths.get(slide_id) in files:
+            elif str(self._paths.get(slide_id)) in files:
                 if row["state"] == "waiting":  # its worker was killed before it could say so
                     row = dict(self._describe(slide_id))
             elif row["state"] in ("done", "empty"):
@@ -101,10 +102,10 @@ class Status:
         if len(rows) > MAX_NAMED:
             yield f"{kind}: and {len(rows) - MAX_NAMED} more"
 
-    def _files(self) -> set[Path]:
+    def _files(self) -> set[str]:
         """One listing: on a network file system each question about a file waits for an answer."""
         folders = {path.parent for path in self._paths.values()}
-        return {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
+        return {file.path for folder in folders if folder.is_dir() for file in os.scandir(folder)}
 
     def _describe(self, slide_id: str) -> Mapping[str, Any]:
         if slide_id not in self._described:
