@@ -1,7 +1,7 @@
 """DAS-MIL: multi-scale multiple-instance learning with self-distillation across magnifications.
 
 slide file → ``slides`` (tissue, aligned tiles) → ``embedding`` (frozen extractors) → bag file
-→ ``bags`` (graphs) → ``nn`` (PGNN, MIL heads), trained by ``losses`` in ``modules``
+→ ``bags`` (graphs) → ``methods`` (DAS-MIL and peers), trained by ``modules`` with ``losses``
 → scores → ``reports`` (tables, overlays).
 """
 
@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dasmil.bags import Bag, read_bag
-    from dasmil.checkpoint import load
+    from dasmil.methods.load import load
 
-__version__ = "0.1.0"
-__all__ = ["Bag", "load", "losses", "nn", "read_bag"]
+__version__ = "0.2.0"
+__all__ = ["Bag", "load", "losses", "methods", "nn", "read_bag"]
 
-_HOMES = {"Bag": "dasmil.bags", "read_bag": "dasmil.bags", "load": "dasmil.checkpoint"}
+_HOMES = {"Bag": "dasmil.bags", "read_bag": "dasmil.bags", "load": "dasmil.methods.load"}
 
 
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are asked for: verbs without torch start at once."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name in ("losses", "nn"):
+    if name in ("losses", "methods", "nn"):
         return import_module(f"dasmil.{name}")
     raise AttributeError(f"module 'dasmil' has no attribute {name!r}")

@@ -5,9 +5,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
@@ -107,10 +108,19 @@ def sentence(message: str, parser: ArgumentParser) -> str:
             types.insert(0, f"one of {', '.join(choices)}")
         value = "it" if best.value is None else repr(best.value)
         return f"--{option}: {value} is not {' or '.join(dict.fromkeys(types))}"
+    if found := re.match(r"unrecognized arguments: --([^\s=]+)", best.text):
+        name = f"{option}.{found[1]}".strip(".")
+        options = [f"--{option}.{key}" for key in _parameters(best.class_path)]
+        return f"--{name}: no such option{near(f'--{name}', options)}"
     if found := re.match(r"Option '(.*)' is not accepted", best.text):
         name = ".".join([option, found[1]]).strip(".")
         if option:
             options = [f"--{option}.{key}" for key in _parameters(best.class_path)]
+        moved = [
+            known for known in options if known.count(".") > 1 and known.endswith(f".{found[1]}")
+        ]
+        if len(moved) == 1:
+            return f"--{name}: it is {moved[0]} now"
         return f"--{name}: no such option{near(f'--{name}', options)}"
     if found := re.match(r"the following arguments are required: (.*)", best.text):
         names = (f"--{option}.{name}" for name in found[1].split(", "))
@@ -190,11 +200,19 @@ def _in_words(names: Iterable[str]) -> str:
 
 
 def _parameters(class_path: str) -> list[str]:
+    """The options of a class and its bases, and the fields of those that are dataclasses."""
     module, _, name = class_path.rpartition(".")
+    found: list[str] = []
     try:
-        return list(inspect.signature(getattr(import_module(module), name)).parameters)
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return []
+        for cls in getattr(import_module(module), name).__mro__[:-1]:
+            types = get_type_hints(cls.__init__)
+            for option in inspect.signature(cls.__init__).parameters:
+                kind = types.get(option)
+                inner = fields(kind) if is_dataclass(kind) else ()
+                found += [option, *(f"{option}.{field.name}" for field in inner)]
+    except (ImportError, AttributeError, TypeError, ValueError, NameError):
+        return found
+    return found
 
 
 def with_configs(args: Sequence[str]) -> list[str]:

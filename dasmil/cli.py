@@ -23,7 +23,7 @@ slides → predictions
   tile      find tissue and lay an aligned tile pyramid over every slide; with --preview SLIDE...,
             draw the tissue that several settings find
   embed     tiles → bag files, with one frozen extractor per scale
-  fit       train: an extractor (configs/dino.yaml) or DAS-MIL (configs/dasmil.yaml)
+  fit       train: a method on bags (configs/mil.yaml), or an extractor (configs/dino.yaml)
   validate  the validation figures of a checkpoint
   test      the test figures of a checkpoint
   predict   scores, instance tables and overlays for a folder of bags
@@ -35,7 +35,7 @@ slides → predictions
   export    bags → feature files as TRIDENT writes them
   sweep     fit and test configs × seeds, and the table of their figures (configs/sweep/)
   compare   tested runs side by side: intervals, and paired tests against the first
-  demo      the whole road on a small synthetic cohort, no download
+  demo      the whole pipeline on a small synthetic cohort, no download
 
 `python -m dasmil VERB --help` shows the options of a verb, --print_config a complete YAML.
 """

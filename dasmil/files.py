@@ -493,8 +493,15 @@ def configs_folder() -> Path:
 
 def find_config(name: str) -> Path:
     """A config where it is given, else in dasmil's own folder ``configs/``."""
-    given, ours = Path(name), configs_folder() / name.removeprefix("configs/")
-    for path in (given, ours):
+    short = name.removeprefix("configs/")
+    for path in (Path(name), configs_folder() / short):
         if path.is_file():
             return path.resolve()
+    if short == "dasmil.yaml":
+        raise InputError(f"{name}: it is configs/mil.yaml now, see .github/changes.md")
+    if short.startswith("ablation/"):
+        raise InputError(
+            f"{name}: an ablation is an option of a row now, such as "
+            "set: {model.objective.temperature: 2.0}; see configs/sweep/ and .github/changes.md"
+        )
     raise InputError(f"{name}: no such config, neither here nor in {configs_folder()}")

@@ -6,35 +6,46 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from dasmil.arguments import SentenceParser, said_of_trainer, with_configs
-from dasmil.checkpoint import RestrictedIO, read_checkpoint, said_of_restoring
+from dasmil.arguments import SentenceParser, read_config, said_of_trainer, with_configs
+from dasmil.callbacks.evaluation import EvaluationWriter, say_not_finite
+from dasmil.callbacks.history import History
+from dasmil.callbacks.hparams import HyperParameters
+from dasmil.callbacks.instances import InstanceTruth
+from dasmil.callbacks.log_lines import LogLines
+from dasmil.callbacks.predictions import PredictionWriter
+from dasmil.callbacks.run_folder import (
+    CHECKPOINTS,
+    LAST,
+    RunFolder,
+    Trace,
+    run_folder,
+    run_folder_of,
+)
 from dasmil.data import BagDataModule
 from dasmil.embedding.restricted import load_checkpoint
 from dasmil.endings import end_on_sigterm, signal_of
 from dasmil.errors import InputError, some_of
-from dasmil.files import file_sha256
-from dasmil.modules import DASMILModule
-from dasmil.modules.evaluation import mean_losses
+from dasmil.files import must_exist
+from dasmil.methods.load import METHODS, read_checkpoint
+from dasmil.modules import MILModule
+from dasmil.modules.card import ModelCard
 from dasmil.modules.going_on import refuse_other_settings, training_settings
-from dasmil.reports.evaluation import auroc_lines, write_evaluation
-from dasmil.reports.figures import evaluation_figures, save_figures, show_in_tensorboard
-from dasmil.reports.history import History, run_folder
-from dasmil.reports.instances import InstanceTruth
-from dasmil.reports.kept import KeptMetrics
-from dasmil.reports.log_lines import LogLines
-from dasmil.reports.predictions import PredictionWriter
-from dasmil.run_folder import RunFolder, Trace, run_folder_of, split_resume
+from dasmil.restoring import RestrictedIO, said_of_restoring
 
-STAGES = {"fit": "val", "validate": "val", "test": "test"}  # the part whose figures a verb gives
+PARTS = {"fit": "val", "validate": "val", "test": "test"}  # which split each verb evaluates
+LOGGERS = "lightning.pytorch.loggers."
+WITH_FOLDERS = ("TensorBoardLogger", "CSVLogger")  # loggers that make folders by name and version
 
 
 def run(verb: str, args: Sequence[str]) -> int:
@@ -79,16 +90,16 @@ class DasmilCLI(LightningCLI):
         self.resume_from: Path | None = None
         self.run: RunFolder | None = None
         if verb == "fit":
-            args, self.resume_from = split_resume(args)
+            args, self.resume_from = _with_resume(args)
             if self.resume_from is not None:
                 warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
         else:  # evaluation saves no checkpoints, wherever the one it reads has been saved
             warnings.filterwarnings("ignore", "The dirpath has changed from")
         args = with_configs(args)
+        _refuse_old_names(args)
+        _refuse_unknown_method(args)
         _refuse_too_little(verb, args)
-        self.defaults = {} if verb == "fit" else _evaluation_defaults(args)
-        # the slides of a study are no options; a parser would check and print each of them
-        self.study = self.defaults["model"]["init_args"].pop("split") if self.defaults else None
+        self.defaults, self.card = ({}, None) if verb == "fit" else _evaluation_defaults(args)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -124,6 +135,7 @@ class DasmilCLI(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.add_argument("--output", type=str | None, help="folder for all that is written")
         if subcommand == "fit":
             parser.add_argument(
                 "--resume",
@@ -132,13 +144,12 @@ class DasmilCLI(LightningCLI):
             )
         else:
             parser.add_argument("--bags", type=str | None, help="folder of bags (as --data.bags)")
-            parser.add_argument("--output", type=str | None, help="folder for what is written")
             parser.set_defaults({"trainer.logger": False, **self.defaults})
         if subcommand in ("validate", "test"):
             parser.add_argument(
                 "--truth",
                 type=str | None,
-                help="folder of annotations, one file a slide: judge instances and lesions too",
+                help="folder of annotations, one file per slide: judge instances and lesions too",
             )
             parser.add_argument(
                 "--truth_classes",
@@ -171,10 +182,17 @@ class DasmilCLI(LightningCLI):
                 "a config file names them data.bags and model"
             )
 
+        if self.verb == "fit":
+            _log_into(given)
+
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
-        if self.defaults:
-            self.model.hparams["split"] = self.study or []
+        if self.card is not None and isinstance(self.model, MILModule):
+            self.model.bind(self.card)
+        if self.verb == "fit" and self.output is not None:
+            for keeper in self.trainer.checkpoint_callbacks:
+                if isinstance(keeper, ModelCheckpoint) and keeper.dirpath is None:
+                    keeper.dirpath = str(self.output / CHECKPOINTS)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint override YAML and command line; here it is the other way."""
@@ -216,10 +234,10 @@ class DasmilCLI(LightningCLI):
     def output(self) -> Path | None:
         """The folder for what is written: as given, or inside the run that the checkpoint is of."""
         given, checkpoint = self._get(self.config, "output"), self._get(self.config, "ckpt_path")
-        if given or not checkpoint or self.verb not in STAGES:
+        if given or not checkpoint or self.verb not in ("validate", "test"):
             return Path(given) if given else None
         run = run_folder_of(Path(checkpoint))
-        return None if run is None else run / STAGES[self.verb]
+        return None if run is None else run / PARTS[self.verb]
 
     def before_fit(self) -> None:
         checkpoint = self._get(self.config, "ckpt_path") or self.resume_from
@@ -230,87 +248,70 @@ class DasmilCLI(LightningCLI):
         self.trace = Trace(run_folder(self.trainer))
         self.run = RunFolder(self.command, seed)
         self._add_callbacks(self.run, History())
+        if isinstance(self.model, MILModule):
+            self._add_callbacks(HyperParameters())
 
     def before_validate(self) -> None:
-        self._keep_metrics()
-        self._judge_instances()
+        truth, classes = self._get(self.config, "truth"), self._get(self.config, "truth_classes")
+        if classes and not truth:
+            raise InputError(f"{self.verb}: --truth_classes needs --truth, the annotations' folder")
+        self._add_callbacks(EvaluationWriter(self.output))
+        if truth:
+            judge = InstanceTruth(Path(truth), output=self.output, classes=classes or None)
+            self._add_callbacks(judge)
 
-    def before_test(self) -> None:
-        self._keep_metrics()
-        self._judge_instances()
+    before_test = before_validate
 
     def before_predict(self) -> None:
         if self.output is None:
             raise InputError("predict: give --output, the folder for predictions and overlays")
         self._add_callbacks(PredictionWriter(self.output))
 
-    def after_predict(self) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PredictionWriter):
-                self._say_failed(callback.failed)
-                self._say_unread(callback)
-
-    def _say_failed(self, slide_ids: Sequence[str], consequence: str = "") -> None:
-        """Name slides whose output is not finite; the exit code is then 1.
-
-        Of the first process only: one that ends with an error would end the others.
-        """
-        if slide_ids and self.trainer.is_global_zero:
-            print(
-                f"error: {self.verb}: the output is not finite for {len(slide_ids)} slide(s), "
-                f"which have no class: {some_of(slide_ids)}{consequence}; run it again with "
-                "--trainer.precision 32-true, or check their features",
-                file=sys.stderr,
-            )
-            self.exit_code = 1
-
-    def _say_unread(self, writer: PredictionWriter) -> None:
-        """Name slides whose bags could not be read; the exit code is then 1."""
-        if writer.unread and self.trainer.is_global_zero:
-            reason = next(iter(writer.unread.values()))
-            print(
-                f"error: predict: {len(writer.unread)} bag(s) could not be read, their slides have "
-                f"no class: {some_of(list(writer.unread))}; the first: {reason}; "
-                f"see {writer.table}",
-                file=sys.stderr,
-            )
-            self.exit_code = 1
-
-    def _keep_metrics(self) -> None:
-        if self.output is not None:
-            self._add_callbacks(KeptMetrics(self.output))
-
-    def _judge_instances(self) -> None:
-        truth, classes = self._get(self.config, "truth"), self._get(self.config, "truth_classes")
-        if classes and not truth:
-            raise InputError(f"{self.verb}: --truth_classes needs --truth, the annotations' folder")
-        if truth:
-            judge = InstanceTruth(Path(truth), output=self.output, classes=classes or None)
-            self._add_callbacks(judge)
-
     def _add_callbacks(self, *callbacks: Callback) -> None:
         """Before those that save checkpoints, which Lightning wants last."""
         self.trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
 
     def after_validate(self) -> None:
-        self._write_evaluation(self.output, self._get(self.config, "ckpt_path"))
+        """The exit code of the first process: one that ends with an error would end the others."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EvaluationWriter) and self.trainer.is_global_zero:
+                self.exit_code = int(callback.is_incomplete)
 
-    def after_test(self) -> None:
-        self._write_evaluation(self.output, self._get(self.config, "ckpt_path"))
+    after_test = after_validate
+
+    def after_predict(self) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PredictionWriter) and self.trainer.is_global_zero:
+                if callback.failed:
+                    say_not_finite("predict", callback.failed)
+                if callback.unread:
+                    self._say_unread(callback)
+                self.exit_code = int(bool(callback.failed or callback.unread))
+
+    def _say_unread(self, writer: PredictionWriter) -> None:
+        """Name slides whose bags could not be read."""
+        reason = next(iter(writer.unread.values()))
+        print(
+            f"error: predict: {len(writer.unread)} bag(s) could not be read, their slides have "
+            f"no class: {some_of(list(writer.unread))}; the first: {reason}; "
+            f"see {writer.table}",
+            file=sys.stderr,
+        )
 
     def after_fit(self) -> None:
-        """Says where the checkpoint is, and evaluates DAS-MIL's on the validation slides."""
+        """Say where the checkpoint is, and evaluate a method's on the validation slides."""
         keeper, folder = self.trainer.checkpoint_callback, run_folder(self.trainer)
         if not isinstance(keeper, ModelCheckpoint):
             return
         best = keeper.best_model_path or keeper.last_model_path
         if self.trainer.is_global_zero:
             print(f"fit: checkpoint {best}{self._describe_choice(keeper)}")
-        if isinstance(self.model, DASMILModule) and keeper.best_model_path and folder is not None:
+        if isinstance(self.model, MILModule) and keeper.best_model_path and folder is not None:
             loggers, self.trainer.loggers = self.trainer.loggers, []  # its curves have ended
+            self._add_callbacks(EvaluationWriter(folder / PARTS["fit"], replaces=True))
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
             self.trainer.loggers = loggers
-            self._write_evaluation(folder / STAGES["fit"], best)
+            self.after_validate()
 
     def _describe_choice(self, keeper: ModelCheckpoint) -> str:
         """Which epoch was chosen, of how many, and by how many slides of each class."""
@@ -325,41 +326,127 @@ class DasmilCLI(LightningCLI):
             f"{float(score):.4f} of {sum(counts.values())} {data.val_part} slides ({slides})"
         )
 
-    def _write_evaluation(self, folder: Path | None, checkpoint: str | None) -> None:
-        """Tables, intervals and figures of the last evaluation, by one process."""
-        evaluation = getattr(self.model, "evaluation", None)
-        self._say_failed(getattr(self.model, "failed", ()), "; so no metrics are written")
-        if evaluation is None or not self.trainer.is_global_zero:
-            return
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        judge = next((c for c in callbacks if isinstance(c, InstanceTruth)), None)
-        refused = {} if judge is None else judge.refused
-        self.exit_code = 1 if refused else self.exit_code  # the callback has named them
-        stage = STAGES[self.verb]
-        if not self.model.failed:
-            print(*auroc_lines(stage, evaluation), sep="\n")
-        if folder is None:
-            return
-        more = mean_losses(self.model.results)
-        if judge is not None:
-            more |= judge.figures
-        about: dict[str, str | None] = {"checkpoint": None, "checkpoint_sha256": None}
-        if checkpoint:
-            path = Path(checkpoint)
-            about = {"checkpoint": path.name, "checkpoint_sha256": file_sha256(path)}
-        pooling, failed = self.model.hparams["patient_pooling"], self.model.failed
-        write_evaluation(
-            *(folder, stage, evaluation, more, about),
-            pooling=pooling,
-            failed=failed,
-            refused=refused,
-        )
-        if failed:
-            return
-        figures = evaluation_figures(evaluation, stage)
-        save_figures(folder / "figures", figures)
-        show_in_tensorboard(folder, stage, figures)
-        print(f"{self.verb}: figures {folder / f'{stage}_metrics.csv'}, {folder / 'figures'}")
+
+def _evaluation_defaults(args: Sequence[str]) -> tuple[dict[str, Any], ModelCard | None]:
+    """Defaults of the verb's parser that checkpoint and bags determine, and the model's card."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--ckpt_path", "--bags", "--model", "--model.class_path"):
+        parser.add_argument(name)
+    given, _ = parser.parse_known_args(list(args))
+    if given.ckpt_path is None:
+        return {}, None
+    method = getattr(given, "model.class_path") or given.model
+    _, found, cls = read_checkpoint(
+        Path(given.ckpt_path), None if method is None else _import_method(method)
+    )
+    data = {
+        "classes": list(found.card.classes),
+        "scales": list(found.card.scales),
+        "val_part": found.card.val_part,
+    }
+    if given.bags is not None:
+        data["bags"] = given.bags
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    defaults = {
+        "model": {"class_path": path, "init_args": found.options},
+        "data": {"class_path": "dasmil.data.BagDataModule", "init_args": data},
+    }
+    return defaults, found.card
+
+
+def _import_method(name: str) -> type[MILModule] | None:
+    """The class that the user names; None if it is one of ours, which the checkpoint names too."""
+    module, _, attribute = name.rpartition(".")
+    if not module or module.split(".")[0] == "dasmil":
+        return None
+    try:
+        cls = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"--model: {name} cannot be imported ({error})") from error
+    if not (isinstance(cls, type) and issubclass(cls, MILModule)):
+        raise InputError(f"--model: {name} is no MILModule")
+    return cls
+
+
+def _with_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Arguments of a ``fit`` that goes on in the folder that ``--resume`` names.
+
+    Its ``config.yaml`` comes first, so that what is on the command line still comes on top.
+
+    Returns
+    -------
+    The arguments, and the checkpoint to go on from; None if there is none (yet): ``fit`` then
+    starts from the beginning, and draws what it drew before.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    given, rest = parser.parse_known_args(list(args))
+    if given.resume is None:
+        return list(args), None
+    folder = Path(given.resume)
+    config = folder / "config.yaml"
+    must_exist(folder, "give --resume the folder of a fit")
+    if not config.is_file():
+        raise InputError(f"{folder}: holds no config.yaml; give --resume the folder of a fit")
+    _refuse_no_fit(config)
+    last = folder / CHECKPOINTS / LAST
+    arguments = ["--config", str(config), "--output", str(folder), *rest]
+    return arguments, last if last.is_file() else None
+
+
+def _refuse_no_fit(config: Path) -> None:
+    """Check as much of the config of a run as this module reads itself."""
+    values = read_config(config)
+    parts = [values.get(name) for name in ("model", "data", "trainer")]
+    logger = parts[2].get("logger") if isinstance(parts[2], dict) else None
+    path = logger.get("class_path") if isinstance(logger, dict) else ""
+    is_logger = isinstance(logger, dict | bool | None) and isinstance(path, str)
+    if not all(isinstance(part, dict) for part in parts) or not is_logger:
+        raise InputError(f"{config}: not the config of a fit, of model, data and trainer")
+
+
+def _log_into(given: Any) -> None:
+    """Make ``--output`` the folder of the logger.
+
+    Parameters
+    ----------
+    given: parsed options of ``fit``.
+    """
+    folder, logger = given.get("output"), given.trainer.get("logger")
+    if folder is None:
+        if logger in (None, True):
+            raise InputError("fit: give --output, the folder of the run")
+        return
+    if logger in (None, True):
+        arguments = Namespace(save_dir=folder, name="", version="", default_hp_metric=False)
+        path = f"{LOGGERS}TensorBoardLogger"
+        given.trainer.logger = Namespace(class_path=path, init_args=arguments)
+    elif isinstance(logger, Namespace):
+        logger.init_args.save_dir = folder
+        if logger.class_path.rsplit(".", 1)[-1] in WITH_FOLDERS:
+            logger.init_args.name, logger.init_args.version = "", ""
+
+
+def _refuse_old_names(args: Sequence[str]) -> None:
+    """Say what the class of before 0.2 is called now; its options stood all side by side."""
+    for where, word in zip(("--model", *args), args):
+        old = "DASMILModule"
+        is_file = where in ("--config", "-c") or word.startswith("--config=")
+        path = Path(word.removeprefix("--config="))
+        if old in word or (is_file and path.is_file() and old in path.read_text("utf-8")):
+            raise InputError(
+                f"{path if is_file else word}: {old} is DASMIL now, and its options stand in the "
+                "groups network, objective and optimizer; .github/changes.md lists them"
+            )
+
+
+def _refuse_unknown_method(args: Sequence[str]) -> None:
+    """Say which methods there are; the parser would speak of import paths."""
+    known = (*METHODS, "DINOModule")
+    for where, word in pairwise(args):
+        is_name = where in ("--model", "--model.class_path") and word.isidentifier()
+        if is_name and word not in known:
+            raise InputError(f"{where}: no method {word!r}; there are {', '.join(known)}")
 
 
 def _refuse_too_little(verb: str, args: Sequence[str]) -> None:
@@ -369,8 +456,8 @@ def _refuse_too_little(verb: str, args: Sequence[str]) -> None:
         return
     if verb == "fit":
         raise InputError(
-            "fit: give --config configs/dasmil.yaml (DAS-MIL) or --config configs/dino.yaml (an "
-            "extractor)"
+            "fit: give --config configs/mil.yaml (a method on bags) or --config configs/dino.yaml "
+            "(an extractor)"
         )
     for option, what in (
         ("--ckpt_path", "the checkpoint that fit wrote"),
@@ -378,25 +465,3 @@ def _refuse_too_little(verb: str, args: Sequence[str]) -> None:
     ):
         if not names & {option, f"--data.{option[2:]}"}:
             raise InputError(f"{verb}: give {option}, {what}")
-
-
-def _evaluation_defaults(args: Sequence[str]) -> dict[str, Any]:
-    """Defaults of the verb's parser, as far as the checkpoint and the bags determine them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path")
-    parser.add_argument("--bags")
-    given, _ = parser.parse_known_args(list(args))
-    if given.ckpt_path is None:
-        return {}
-    _, hparams = read_checkpoint(Path(given.ckpt_path))
-    data = {
-        "classes": hparams["classes"],
-        "scales": list(hparams["bag_format"]["scales"]),
-        "val_part": hparams.get("val_part", "val"),
-    }
-    if given.bags is not None:
-        data["bags"] = given.bags
-    return {
-        "model": {"class_path": "dasmil.modules.DASMILModule", "init_args": hparams},
-        "data": {"class_path": "dasmil.data.BagDataModule", "init_args": data},
-    }

@@ -1,25 +1,44 @@
-"""What every model says about a scale: the one type between models, losses and reports."""
+"""The output of every method at one scale: the one type between methods, losses and reports."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from dasmil.errors import InputError
+
 
 @dataclass  # not frozen: Lightning converts its fields under mixed precision
 class ScaleOutput:
-    """What a model says about one scale, for B bags with N tiles in all and C logits.
+    """The output at one scale, for B bags with N tiles in all and C logits.
 
     Parameters
     ----------
     bag_logits: (B, C), y in the paper.
-    instance_logits: (N, C), z in the paper.
-    attention: (N, C); sums to one over the tiles of a bag.
+    instance_logits: (N, C), z in the paper; None if a method has none.
+    attention: (N, C); sums to one over the tiles of a bag. None if a method has none. A method with
+        one attention for all logits repeats it.
     bag_index: (N,) the bag of each row.
-    shown: (N,) bool, False for a tile that the head is not shown (D12); its attention is zero.
+    shown: (N,) bool, False for a tile that the head does not see (D12), whose attention is zero;
+        None if it sees all.
+
+    A method whose loss needs more returns a subclass with more fields.
     """
 
     bag_logits: Tensor
-    instance_logits: Tensor
-    attention: Tensor
+    instance_logits: Tensor | None
+    attention: Tensor | None
     bag_index: Tensor
-    shown: Tensor
+    shown: Tensor | None = None
+
+    def tile_scores(self) -> Tensor:
+        """(N, C) by which tiles are ranked: their logits, else their attention.
+
+        Raises
+        ------
+        InputError
+            if the method has neither.
+        """
+        scores = self.attention if self.instance_logits is None else self.instance_logits
+        if scores is None:
+            raise InputError("this method scores slides alone, not tiles; leave --truth out")
+        return scores

@@ -23,21 +23,15 @@ class Road:
     dino: dict[str, Path]
 
 
-def log_to(folder: Path, name: str) -> list[str]:
-    """Arguments that put a run into a folder of known name."""
-    logger = "--trainer.logger.init_args."
-    return [f"{logger}save_dir", str(folder), f"{logger}name", name, f"{logger}version", ""]
-
-
 def fit_dino(tiles: Path, scale: str, runs: Path) -> list[str]:
     configs = ["--config", str(CONFIGS / "dino.yaml"), "--config", str(CONF / "dino.yaml")]
     data = ["--data.tiles", str(tiles), "--data.scale", scale]
-    return ["fit", *configs, *data, *log_to(runs, f"dino_{scale}")]
+    return ["fit", *configs, *data, "--output", str(runs / f"dino_{scale}")]
 
 
 def fit_dasmil(bags: Path, runs: Path, name: str = "dasmil") -> list[str]:
-    configs = ["--config", str(CONFIGS / "dasmil.yaml"), "--config", str(CONF / "dasmil.yaml")]
-    return ["fit", *configs, "--data.bags", str(bags), *log_to(runs, name)]
+    configs = ["--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "dasmil.yaml")]
+    return ["fit", *configs, "--data.bags", str(bags), "--output", str(runs / name)]
 
 
 def make_road(root: Path) -> Road:

@@ -10,9 +10,9 @@ from road import CONFIGS
 from dasmil.arguments import SentenceParser, with_scales_together
 from dasmil.cli import main
 
-DASMIL = "fit --config configs/dasmil.yaml"
+DASMIL = "fit --config configs/mil.yaml"
 DINO = "fit --config configs/dino.yaml"
-FIT = f"{DASMIL} --data.bags BAGS --data.classes [a,b]"
+FIT = f"{DASMIL} --data.bags BAGS --data.classes [a,b] --output RUN"
 TILE = "tile --cohort COHORT --output OUT --scales [x10]"
 EMBED = "embed --tiles TILES --output OUT"
 TRIDENT = "import trident BAGS"
@@ -20,15 +20,29 @@ TRIDENT = "import trident BAGS"
 MISTAKES = [  # command, what its sentence says
     ("trian", "no verb 'trian'"),
     ("tets", "no verb 'tets'; did you mean test?"),
-    ("fit", "give --config configs/dasmil.yaml"),
+    ("fit", "give --config configs/mil.yaml"),
     (DASMIL, "give --data.bags and --data.classes"),
     (f"{DASMIL} --data.bags BAGS", "give --data.classes"),
     (DINO, "give --data.tiles and --data.scale"),
     (FIT, "BAGS: does not exist; give data.bags the folder that embed wrote"),
     (f"{FIT} --data.classes [a]", "data.classes: ['a'] must name at least two"),
     (f"{FIT} --data.bagz B", "--data.bagz: no such option; did you mean --data.bags?"),
-    (f"{FIT} --model.num_heads 3", "--model.num_heads: no such option; did you mean --model.heads"),
-    (f"{FIT} --model.hidden_dim many", "--model.hidden_dim: 'many' is not a whole number"),
+    (
+        f"{DASMIL} --data.bags BAGS --data.classes [a,b]",
+        "fit: give --output, the folder of the run",
+    ),
+    (f"{FIT} --model.network.head 3", "--model.network.head: no such option; did you mean"),
+    (f"{FIT} --model.network.hidden_dim many", "hidden_dim: 'many' is not a whole number"),
+    (
+        f"{FIT} --model.temperature 2",
+        "--model.temperature: it is --model.objective.temperature now",
+    ),
+    (f"{FIT} --model.objective.temperature -1", "temperature: τ = -1.0 is not positive"),
+    (f"{FIT} --model ABMILL", "--model: no method 'ABMILL'; there are ABMIL, CLAM, "),
+    (f"{FIT} --model dasmil.modules.DASMILModule", "DASMILModule is DASMIL now"),
+    (f"{FIT} --model ABMIL --model.objective.temperature 2", "no such option"),
+    ("fit --config configs/dasmil.yaml", "it is configs/mil.yaml now"),
+    (f"{FIT} --config configs/ablation/tau_2.0.yaml", "an ablation is an option of a row now"),
     (f"{FIT} --data.cache disk", "--data.cache: 'disk' is not one of none, ram, device"),
     (f"{FIT} --trainer.max_epochs ten", "--trainer.max_epochs: 'ten' is not a whole number"),
     (f"{FIT} --trainer.precision 8", "--trainer.precision: '8' is not one of 64, 32, 16, "),
@@ -123,7 +137,7 @@ def test_folders_of_features_go_together_with_those_of_a_scale_with_a_dot():
 SHIPPED = [
     (TILE, "tile.yaml"),
     (f"{EMBED} --extractors.x10 E", "embed.yaml"),
-    (FIT, "dasmil.yaml"),
+    (FIT, "mil.yaml"),
     ("sweep --output OUT --bags BAGS", "sweep/table2.yaml"),
 ]
 

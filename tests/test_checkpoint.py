@@ -1,13 +1,17 @@
-"""DAS-MIL checkpoints of strangers: tried 117, refused 117, wrong 0; each in one sentence."""
+"""Checkpoints of strangers: tried 240, refused 240, wrong 0; each in one sentence."""
 
 import resource
+from copy import deepcopy
 
 import pytest
 import torch
+from models import make_module
 
 import dasmil
 from dasmil.errors import InputError
-from dasmil.modules import DASMILModule
+from dasmil.methods import DASMIL
+from dasmil.modules.card import OF_CARD
+from dasmil.modules.options import group_of
 
 NAN, INF = float("nan"), float("inf")
 CARD = {"feature_dim": 6, "fingerprint": "f", "name": "n", "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -77,19 +81,46 @@ OTHER_WEIGHTS = {
 
 
 @pytest.fixture(scope="module")
-def content():
+def module():
     torch.manual_seed(0)
-    options = {key: value for key, value in HPARAMS.items() if key[0] != "_"}
-    return {"state_dict": DASMILModule(**options).state_dict(), "hyper_parameters": HPARAMS}
+    return make_module(**{key: value for key, value in HPARAMS.items() if key[0] != "_"})
+
+
+@pytest.fixture(scope="module")
+def content(module):
+    return {"state_dict": module.state_dict(), **module.description()}
+
+
+@pytest.fixture(scope="module")
+def older(module):
+    """As versions before 0.2 wrote it."""
+    return {"state_dict": module.state_dict(), "hyper_parameters": HPARAMS}
+
+
+def with_entries(content, changed):
+    """Options or entries of the card of a checkpoint are others."""
+    content = deepcopy({**content, "state_dict": None}) | {"state_dict": content["state_dict"]}
+    for name, value in changed.items():
+        if "card" not in content:
+            content["hyper_parameters"][name] = value
+        elif name in OF_CARD and name != "class_weights":
+            content["card"][name] = value
+        elif name == "_class_path":
+            content["method"] = value
+        else:
+            group = group_of(DASMIL, name)
+            options = content["hyper_parameters"]
+            (options[group] if group else options)[name] = value
+    return content
 
 
 def hostile_contents(content):
     """All checkpoints that are tried, by what is wrong with them."""
     for changed in OTHER_HPARAMS:
-        yield changed, {**content, "hyper_parameters": {**HPARAMS, **changed}}
+        yield changed, with_entries(content, changed)
     for changed in OTHER_FORMATS:
-        hparams = {**HPARAMS, "bag_format": {**HPARAMS["bag_format"], **changed}}
-        yield changed, {**content, "hyper_parameters": hparams}
+        bag_format = {**HPARAMS["bag_format"], **changed}
+        yield changed, with_entries(content, {"bag_format": bag_format})
     for name, change in OTHER_WEIGHTS.items():
         yield name, {**content, "state_dict": change(content["state_dict"])}
     for missing in content:
@@ -98,8 +129,9 @@ def hostile_contents(content):
         yield "something else", other
 
 
-def test_hostile_checkpoints_run_nothing_and_take_no_memory(tmp_path, content):
-    path = tmp_path / "model.ckpt"
+@pytest.mark.parametrize("version", ["content", "older"])
+def test_hostile_checkpoints_run_nothing_and_take_no_memory(tmp_path, version, request):
+    path, content = tmp_path / "model.ckpt", request.getfixturevalue(version)
     torch.save(content, path)
     assert dasmil.load(path).classes == ("normal", "tumour")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -121,7 +153,7 @@ def test_hostile_checkpoints_run_nothing_and_take_no_memory(tmp_path, content):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
-def test_an_older_checkpoint_without_newer_options_is_taken(tmp_path, content):
-    older = {k: v for k, v in HPARAMS.items() if k not in ("thresholds", "split", "query_dim")}
-    torch.save({**content, "hyper_parameters": {**older, "query_dim": 4}}, tmp_path / "model.ckpt")
+def test_an_older_checkpoint_without_newer_options_is_taken(tmp_path, older):
+    hparams = {k: v for k, v in HPARAMS.items() if k not in ("thresholds", "split", "query_dim")}
+    torch.save({**older, "hyper_parameters": {**hparams, "query_dim": 4}}, tmp_path / "model.ckpt")
     assert dasmil.load(tmp_path / "model.ckpt").scales == ("x10", "x20")

@@ -21,6 +21,7 @@ from bag_factory import CLASSES, make_bag, make_graphs, neighbours_of, write_bag
 from bags.orphans import without_first
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from models import leaves, make_module, make_network
 from PIL import Image
 from road import CONFIGS, embed_command
 from torch import Tensor, nn
@@ -28,22 +29,19 @@ from torch_geometric.nn import GATConv
 
 import dasmil
 from dasmil.bags import bag_graph, bag_path, join_graphs, read_bag, write_bag
+from dasmil.callbacks import BestCheckpoint
 from dasmil.cli import main
 from dasmil.data import BagDataModule, TileDataModule
 from dasmil.data.bags import DRAWING
 from dasmil.demo.slides import write_pyramid
 from dasmil.embedding.extractor import Extractor
 from dasmil.errors import InputError
-from dasmil.losses import (
-    ObjectiveOptions,
-    bag_loss,
-    criticality_loss,
-    distillation_loss,
-    objective,
-)
+from dasmil.losses import bag_loss, criticality_loss, distillation_loss
+from dasmil.methods.dasmil import DASMIL, ObjectiveOptions, objective
 from dasmil.metrics import slide_metrics
-from dasmil.modules import DASMILModule
-from dasmil.nn import DASMIL, GAT
+from dasmil.modules import MILModule
+from dasmil.modules.options import nested_options
+from dasmil.nn import GAT
 from dasmil.output import ScaleOutput
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.reader import Slide
@@ -230,8 +228,10 @@ def test_d12_the_coarse_head_sees_all_tiles_or_those_with_children() -> None:
     (graph,) = make_graphs((12,))
     childless = graph.parent["x20"] == 0
     graph.parent["x20"][childless] = -1
-    model = DASMIL({"x10": 6, "x20": 6}, 1, 8, 8, query_dim=4).eval()
-    released = DASMIL({"x10": 6, "x20": 6}, 1, 8, 8, query_dim=4, coarse_instances="parents").eval()
+    model = make_network({"x10": 6, "x20": 6}, 1, 8, 8, query_dim=4).eval()
+    released = make_network(
+        {"x10": 6, "x20": 6}, 1, 8, 8, query_dim=4, coarse_instances="parents"
+    ).eval()
     released.load_state_dict(model.state_dict())
     everything, parents = model(graph)["x10"], released(graph)["x10"]
     assert everything.shown.all() and everything.attention.all()
@@ -261,7 +261,7 @@ def test_d12_the_instance_loss_is_that_of_the_tiles_that_are_seen() -> None:
 
 def test_d13_the_graph_attention_is_that_of_the_released_code() -> None:
     """3 heads averaged, dropout 0.2, itself among its neighbours, 384 → 384 → 256, no σ between."""
-    model = DASMIL({"x10": 384, "x20": 384})
+    model = make_network({"x10": 384, "x20": 384})
     pgnn = model.pgnn
     gats = [*pgnn.scale_gats.values(), pgnn.union_gat]
     for gat in gats:
@@ -279,7 +279,9 @@ def test_d13_the_graph_attention_is_that_of_the_released_code() -> None:
     assert (torch.cat(h) < 0).any()  # nothing cuts them off between the layers
     expected = pgnn.union_gat(torch.cat(h), graph.union)
     assert torch.equal(torch.cat(list(pgnn(graph).values())), expected)
-    other = DASMIL({"x10": 6, "x20": 6}, 1, 8, 4, heads=2, attention_dropout=0.1).pgnn.union_gat
+    other = make_network(
+        {"x10": 6, "x20": 6}, 1, 8, 4, heads=2, attention_dropout=0.1
+    ).pgnn.union_gat
     assert (other.conv.heads, other.conv.dropout, other.conv.out_channels) == (2, 0.1, 4)
 
 
@@ -320,28 +322,28 @@ def test_d15_no_residual_or_a_plain_or_a_gated_one() -> None:
     gate = torch.sigmoid(second(F.elu(first(h))))
     torch.testing.assert_close(glu(x, edges), x + h * gate)
     with pytest.raises(InputError, match="one width"):
-        DASMIL({"x10": 384, "x20": 384}, residual="glu")  # out_dim is 256
+        make_network({"x10": 384, "x20": 384}, residual="glu")  # out_dim is 256
 
 
 # Training and figures
 
 
 def merged(*files: str) -> dict[str, Any]:
-    """Arguments of the model, of the data and of the trainer, a later file on top of an earlier."""
+    """Options of the model, the data and the trainer, a later file on top of an earlier."""
     found: dict[str, Any] = {"model": {}, "data": {}, "trainer": {}}
     for file in files:
         content = yaml.safe_load((CONFIGS / file).read_text())
-        found["model"] |= content["model"]["init_args"]
-        found["data"] |= content["data"]["init_args"]
+        found["model"] |= leaves(content["model"].get("init_args", {}))
+        found["data"] |= content["data"].get("init_args", {})
         found["trainer"] |= content.get("trainer", {})
     return found
 
 
-def small_module(**options: Any) -> DASMILModule:
+def small_module(**options: Any) -> MILModule:
     torch.manual_seed(0)
     small = {"hidden_dim": 8, "out_dim": 8, "query_dim": 4}
     bag_format = make_bag().header.bag_format()
-    return DASMILModule(**{**small, "classes": CLASSES, "bag_format": bag_format, **options})
+    return make_module(**{**small, "classes": CLASSES, "bag_format": bag_format, **options})
 
 
 def quiet_trainer(folder: Path, **options: Any) -> Trainer:
@@ -352,7 +354,7 @@ def quiet_trainer(folder: Path, **options: Any) -> Trainer:
 
 
 ADAM = {  # betas, weight decay of the first epoch, end of the cosine
-    "dasmil.yaml": ((0.5, 0.9), 0.0, 1e-5),
+    "mil.yaml": ((0.5, 0.9), 0.0, 1e-5),
     "preset/paper.yaml": ((0.9, 0.999), 0.0, 1e-5),
     "preset/mil4wsi.yaml": ((0.5, 0.9), 5e-3, 5e-6),
     "preset/mil4wsi_lung.yaml": ((0.5, 0.9), 5e-3, 5e-6),
@@ -362,10 +364,10 @@ ADAM = {  # betas, weight decay of the first epoch, end of the cosine
 @pytest.mark.parametrize("config", list(ADAM))
 def test_d16_adam_and_its_cosine_are_those_of_the_config(config: str, tmp_path: Path) -> None:
     betas, weight_decay, end = ADAM[config]
-    arguments = merged("dasmil.yaml", config)
+    arguments = merged("mil.yaml", config)
     assert arguments["trainer"]["max_epochs"] == 200
     wanted = ("learning_rate", "min_learning_rate", "betas", "weight_decay", "decay_below")
-    module = small_module(**{name: arguments["model"][name] for name in wanted})
+    module = small_module(**{n: v for n, v in arguments["model"].items() if n in wanted})
     module._trainer = quiet_trainer(tmp_path, max_epochs=200)
     made = module.configure_optimizers()
     optimizer, schedule = made["optimizer"], made["lr_scheduler"]
@@ -467,15 +469,16 @@ def test_d17_fitting_opens_no_test_slide_unless_by_switch(
 
 
 def test_d17_the_best_epoch_is_that_of_the_validation_slides() -> None:
-    keeper, last = yaml.safe_load((CONFIGS / "dasmil.yaml").read_text())["trainer"]["callbacks"]
+    keeper, last = yaml.safe_load((CONFIGS / "mil.yaml").read_text())["trainer"]["callbacks"]
     assert last["init_args"]["filename"] == "last" and "monitor" not in last["init_args"]
-    assert keeper["class_path"] == "dasmil.callbacks.BestCheckpoint"
-    assert (keeper["init_args"]["monitor"], keeper["init_args"]["mode"]) == ("val/auroc", "max")
+    assert keeper["class_path"] == "BestCheckpoint"
+    best = BestCheckpoint(**keeper.get("init_args", {}))
+    assert (best.monitor, best.mode, best.filename) == ("val/auroc", "max", "best")
 
 
 def fit_one_epoch(
     folder: Path, *more_test_slides: str, **arguments: Any
-) -> tuple[ModelCheckpoint, BagDataModule, DASMILModule]:
+) -> tuple[ModelCheckpoint, BagDataModule, MILModule]:
     """A model after one epoch on the bags of ``SPLIT``."""
     labels = LABELS | {s: CLASSES[s[0] == "t"] for s in more_test_slides}
     split = SPLIT | dict.fromkeys(more_test_slides, "test")
@@ -500,7 +503,7 @@ def test_d18_accuracy_is_at_one_half_whatever_the_labels_that_are_evaluated() ->
 def test_d18_the_other_threshold_is_chosen_on_validation_and_kept(tmp_path: Path) -> None:
     """Halfway between the two validation slides; testing, under any labels, leaves it alone."""
     keeper, data, _ = fit_one_epoch(tmp_path, "t4", "t5")
-    chosen = dasmil.load(keeper.best_model_path).hparams["thresholds"]
+    chosen = dasmil.load(keeper.best_model_path).card.thresholds
     assert set(chosen) == {"x10", "x20"}
     for scale, points in chosen.items():
         threshold = points["youden"]
@@ -516,11 +519,12 @@ def test_d18_the_other_threshold_is_chosen_on_validation_and_kept(tmp_path: Path
         write_bags(tmp_path, labels, data.split)
         for given in (chosen, *({s: {"youden": t} for s in chosen} for t in (0.0, 1.0))):
             module = dasmil.load(keeper.best_model_path)
-            module.hparams["thresholds"] = deepcopy(given)
+            module.bind(replace(module.card, thresholds=deepcopy(given)))
+            module.load_state_dict(dasmil.load(keeper.best_model_path).state_dict())
             (found,) = quiet_trainer(tmp_path).test(
                 module, datamodule=make_data(tmp_path, "test"), verbose=False
             )
-            assert module.hparams["thresholds"] == given
+            assert module.card.thresholds == given
 
             def accuracy(threshold: float, second: str = second) -> float:
                 return float(
@@ -669,7 +673,7 @@ def test_d21_a_slide_without_bag_is_named_and_a_damaged_bag_stops_the_run(tmp_pa
 
 # The presets. Each row: D number, default, as printed, as released (Camelyon16), as released (Lung)
 
-COLUMNS = ("dasmil.yaml", "preset/paper.yaml", "preset/mil4wsi.yaml", "preset/mil4wsi_lung.yaml")
+COLUMNS = ("mil.yaml", "preset/paper.yaml", "preset/mil4wsi.yaml", "preset/mil4wsi_lung.yaml")
 TABLE: dict[str, tuple[str, Any, Any, Any, Any]] = {
     "kl_direction": (
         "D1", "teacher_student", "student_teacher", "teacher_student", "teacher_student"
@@ -714,17 +718,11 @@ NO_DIFFERENCE = {
     "query_dim",
     "contextualize",
     "concatenate_parents",
-    "gat_backend",
     "pooling",
     "distillation_pairs",
     "class_weights",
     "specificity",
     "patient_pooling",
-    "classes",
-    "bag_format",
-    "split",
-    "val_part",
-    "thresholds",
 }
 DATA_NO_DIFFERENCE = {
     "bags",
@@ -751,6 +749,9 @@ def column(table: dict[str, tuple[str, Any, Any, Any, Any]], config: str) -> dic
 @pytest.mark.parametrize("config", COLUMNS[1:])
 def test_a_preset_pins_every_switch_and_nothing_else(config: str) -> None:
     content = yaml.safe_load((CONFIGS / config).read_text())
+    options = content["model"]["init_args"]
+    assert nested_options(DASMIL, leaves(options)) == options  # each in its group
+    content["model"]["init_args"] = leaves(options)
     expected = {
         "model": {"init_args": column(TABLE, config)},
         "data": {"init_args": column(DATA_TABLE, config)},
@@ -762,28 +763,23 @@ def test_a_preset_pins_every_switch_and_nothing_else(config: str) -> None:
 
 
 def test_the_config_without_a_preset_and_the_code_have_the_default_column() -> None:
-    content = yaml.safe_load((CONFIGS / "dasmil.yaml").read_text())
-    for kind, part, table in ((DASMILModule, "model", TABLE), (BagDataModule, "data", DATA_TABLE)):
-        defaults = {
-            p.name: list(p.default) if isinstance(p.default, tuple) else p.default
-            for p in inspect.signature(kind.__init__).parameters.values()
-        }
-        if kind is BagDataModule:  # None is "not given"; the defaults stand where parts are drawn
-            drawn = inspect.signature(split_cohort).parameters
-            defaults |= {name: drawn[DRAWING[name]].default for name in DRAWING}
-        written = content[part]["init_args"]
-        for name, value in column(table, "dasmil.yaml").items():
-            assert defaults[name] == written[name] == value, name
-        assert all(defaults[name] == value for name, value in written.items())
+    content = yaml.safe_load((CONFIGS / "mil.yaml").read_text())
+    assert content["model"] == {"class_path": "DASMIL"}
+    assert content["data"] == {"class_path": "BagDataModule"}
+    parameters = inspect.signature(BagDataModule.__init__).parameters
+    drawn = inspect.signature(split_cohort).parameters  # None is "not given" in the DataModule
+    of_data = {name: p.default for name, p in parameters.items()}
+    of_data |= {name: drawn[DRAWING[name]].default for name in DRAWING}
+    for defaults, table in ((leaves(DASMIL().options), TABLE), (of_data, DATA_TABLE)):
+        for name, value in column(table, "mil.yaml").items():
+            assert defaults[name] == value, name
 
 
 def test_no_switch_is_forgotten() -> None:
     """A new argument of model or data is either in the table or said to be no difference."""
-    for kind, known in (
-        (DASMILModule, set(TABLE) | NO_DIFFERENCE),
-        (BagDataModule, set(DATA_TABLE) | DATA_NO_DIFFERENCE),
-    ):
-        assert set(inspect.signature(kind.__init__).parameters) - {"self"} == known
+    assert set(leaves(DASMIL().options)) == set(TABLE) | NO_DIFFERENCE
+    parameters = set(inspect.signature(BagDataModule.__init__).parameters) - {"self"}
+    assert parameters == set(DATA_TABLE) | DATA_NO_DIFFERENCE
     numbers = {row[0] for row in (TABLE | DATA_TABLE).values()}
     assert {f"D{n}" for n in range(1, 18)} <= numbers
 
@@ -795,13 +791,13 @@ def test_each_preset_can_be_trained_and_tested_with(config: str, tmp_path: Path)
     folder = write_bags(tmp_path, LABELS, SPLIT, dims=384)
     bag = without_first(make_bag("n0", dims=384, num_tiles=12), "x10", 1)
     write_bag(bag_path(folder, "n0"), bag)
-    arguments = merged("dasmil.yaml", config)
+    arguments = merged("mil.yaml", config)
     data = BagDataModule(folder, CLASSES, **{**arguments["data"], "num_workers": 0})
-    module = DASMILModule(**arguments["model"])
+    module = make_module(**arguments["model"])
     trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     trainer.fit(module, datamodule=data)
     loss = float(trainer.callback_metrics["train/loss"])
     (figures,) = trainer.test(module, datamodule=data, verbose=False)
     assert np.isfinite([loss, figures["test/loss"]]).all()
     for name, value in column(TABLE, config).items():
-        assert module.hparams[name] == value
+        assert leaves(module.options)[name] == value

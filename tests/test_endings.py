@@ -11,13 +11,13 @@ import torch
 from feature_files import CELLS, write_trident
 from road import embed_command, fit_dasmil, fit_dino, tile_command
 
+from dasmil.callbacks.history import History
+from dasmil.callbacks.predictions import PredictionWriter
 from dasmil.cli import main
 from dasmil.demo import run as demo
 from dasmil.embedding.writer import BagWriter
 from dasmil.interop import feature_import
-from dasmil.modules import DASMILModule
-from dasmil.reports.history import History
-from dasmil.reports.predictions import PredictionWriter
+from dasmil.modules import MILModule
 from dasmil.slides import tile
 
 BY = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
@@ -138,7 +138,7 @@ def test_predict(road, tmp_path, ending, capsys):
 
 def test_test(road, tmp_path, ending, capsys):
     assert main([*fit_dasmil(road.bags, tmp_path), "--trainer.max_epochs", "1"]) == 0
-    number = ending(DASMILModule, "test_step")
+    number = ending(MILModule, "test_step")
     checkpoint = tmp_path / "dasmil" / "checkpoints" / "best.ckpt"
     command = ["test", "--ckpt_path", str(checkpoint), "--bags", str(road.bags)]
     command += ["--data.num_workers", "1", "--output", str(tmp_path / "out")]

@@ -18,7 +18,13 @@ LEAVING += ["x" * 300, "ä" * 128, "=1+1", "@SUM(A1)", "\tx", "\rx", " ", "\udce
 # places that make file names of names which the program or the user chose
 OTHERS = {
     *("demo/run.py", "demo/slides.py", "reports/evaluation.py", "reports/figures.py"),
-    *("reports/kept.py", "sweep/runs.py", "sweep/steps.py", "sweep/sweep.py", "lightning_cli.py"),
+    *(
+        "callbacks/evaluation.py",
+        "sweep/runs.py",
+        "sweep/steps.py",
+        "sweep/sweep.py",
+        "lightning_cli.py",
+    ),
     *("work/worker.py", "interop/export.py", "interop/clam.py"),
 }
 

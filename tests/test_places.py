@@ -10,13 +10,13 @@ import pytest
 import torch
 from feature_files import write_clam, write_stamp, write_trident
 from mil4wsi_cases import block, make_data, write_data
+from models import make_network
 from PIL import Image
 from road import REPOSITORY, embed_command, fit_dasmil, fit_dino, tile_command
 
 from dasmil.cli import main
 from dasmil.files import read_csv
 from dasmil.interop.mil4wsi_checkpoint import released_names
-from dasmil.nn import DASMIL
 
 RANDOM = {"x10": "random:test_vit", "x20": "random:test_vit"}
 
@@ -53,7 +53,7 @@ def commands(road, run, place: Path) -> dict[str, list[str]]:
         "demo": ["demo", "--output", str(place)],
         "sweep": [
             *("sweep", "--bags", str(road.bags), "--output", str(place)),
-            *("--configs", "[configs/dasmil.yaml]", "--base", "[]"),
+            *("--configs", "[configs/mil.yaml]", "--base", "[]"),
         ],
         "status": ["status", str(place)],
         "import dino": ["import", "dino-checkpoint", str(dino(road)), str(place / "out.ckpt")],
@@ -75,7 +75,7 @@ def imports(root: Path, place: Path) -> dict[str, list[str]]:
     Image.new("RGB", (500, 500)).save(pictures / "img001.png")
     (pictures / "bags.csv").write_text("image,label_epithelial_present\nimg001,1\n")
     (pictures / "nuclei.csv").write_text("image,type,x,y\nimg001,epithelial,3,4\n")
-    network = DASMIL({"x10": 6, "x20": 6}, 1, 6, 5, 2, residual="none").state_dict()
+    network = make_network({"x10": 6, "x20": 6}, 1, 6, 5, 2, residual="none").state_dict()
     names = released_names("x10", "x20", has_gates=False)
     torch.save({theirs: network[ours] for ours, theirs in names.items()}, root / "model.pt")
     model = ["mil4wsi-checkpoint", str(root / "model.pt"), str(place / "out.ckpt")]
@@ -280,10 +280,8 @@ OTHER_STATES = {
     "version": lambda c: {**c, "pytorch-lightning_version": "x"},
     "settings": lambda c: {**c, "settings": [1]},
     "hyperparameters": lambda c: {**c, "hyper_parameters": 5},
-    "a class": lambda c: {
-        **c,
-        "hyper_parameters": {**c["hyper_parameters"], "_class_path": "os.system"},
-    },
+    "a method": lambda c: {**c, "method": "os.system"},
+    "another method": lambda c: {**c, "method": "ABMIL"},
     "weights": lambda c: {
         **c,
         "state_dict": {k: v * torch.nan for k, v in c["state_dict"].items()},

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from road import CONF, CONFIGS, embed_command, log_to
+from road import CONF, CONFIGS, embed_command
 
 from dasmil.bags import bag_path, read_bag
 from dasmil.cli import main
@@ -36,10 +36,10 @@ def atlas(shared_data, tmp_path_factory):
     assert main([*tile, "--output", str(root / "tiles"), "--scales", "[x2.5,x5]"]) == 0
     random = dict.fromkeys(("x2.5", "x5"), RANDOM)
     assert main(embed_command(root / "tiles", root / "bags", random)) == 0
-    configs = ["--config", str(CONFIGS / "dasmil.yaml"), "--config", str(CONF / "dasmil.yaml")]
+    configs = ["--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "dasmil.yaml")]
     data = ["--data.bags", str(root / "bags"), "--data.classes", "[benign,malignant]"]
     split = ["--data.val_fraction", "0.2"]
-    assert main(["fit", *configs, *data, *split, *log_to(root / "runs", "dasmil")]) == 0
+    assert main(["fit", *configs, *data, *split, "--output", str(root / "runs" / "dasmil")]) == 0
     checkpoint = root / "runs" / "dasmil" / "checkpoints" / "best.ckpt"
     model = ["--ckpt_path", str(checkpoint), "--bags", str(root / "bags")]
     quiet = ["--trainer.enable_progress_bar", "false", "--output", str(root / "out")]

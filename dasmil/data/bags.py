@@ -65,10 +65,11 @@ NETWORK_ROUNDING = 1e-6  # relative; what a float32 network makes of equal tiles
 
 
 class BagDataset(Dataset[BagGraph]):
-    """One graph a slide, made from its bag file when it is asked for.
+    """One graph per slide, made from its bag file when it is asked for.
 
     Parameters
     ----------
+    edges: whether graphs have edges.
     kept: graphs by slide_id, filled as they are made; none is kept where None.
     keep: puts a graph where it is kept.
     """
@@ -79,12 +80,14 @@ class BagDataset(Dataset[BagGraph]):
         rows: Sequence[SlideRow],
         classes: Sequence[str],
         scales: Sequence[str] | None = None,
+        edges: bool = True,
         kept: dict[str, BagGraph] | None = None,
         keep: Callable[[BagGraph], BagGraph] = copy,
     ):
         self.folder = folder
         self.rows = rows
         self.scales = scales
+        self.edges = edges
         numbers = {name: number for number, name in enumerate(classes)}
         self.labels = [UNKNOWN if r.label is None else numbers.get(r.label, UNKNOWN) for r in rows]
         self.kept = kept
@@ -103,7 +106,7 @@ class BagDataset(Dataset[BagGraph]):
 
     def _make(self, index: int) -> BagGraph:
         bag = read_bag(bag_path(self.folder, self.rows[index].slide_id), self.scales)
-        return bag_graph(bag, self.labels[index])
+        return bag_graph(bag, self.labels[index], self.edges)
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,8 @@ class BagDataModule(LightningDataModule):
             raise InputError(f"data.classes: {classes} must name at least two different labels")
         self.folder = Path(bags)
         self.classes = list(classes)
-        self.scales = scales
+        self.given_scales = scales
+        self.scales: Sequence[str] | None = scales  # those that the model reads; None: all
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.cache = cache
@@ -371,7 +375,7 @@ class BagDataModule(LightningDataModule):
         return self._evaluation_loader(self._dataset(self._evaluated("test")))
 
     def predict_dataloader(self) -> DataLoader[BagGraph]:
-        given = self.folder, self.rows, self.classes, self.scales
+        given = self.folder, self.rows, self.classes, self.scales, self._makes_edges()
         return self._evaluation_loader(PredictDataset(*given, unreadable=self.unreadable))
 
     def _evaluated(self, name: str) -> list[SlideRow]:
@@ -399,11 +403,22 @@ class BagDataModule(LightningDataModule):
         return DataLoader(dataset, batch_size=1, sampler=sampler, **self._loader_options())
 
     def _dataset(self, rows: Sequence[SlideRow]) -> BagDataset:
+        given = self.folder, rows, self.classes, self.scales, self._makes_edges()
         if self._kept is None:
-            return BagDataset(self.folder, rows, self.classes, self.scales)
-        return BagDataset(
-            self.folder, rows, self.classes, self.scales, self._kept, self._to_be_kept
-        )
+            return BagDataset(*given)
+        return BagDataset(*given, self._kept, self._to_be_kept)
+
+    def _makes_edges(self) -> bool:
+        """Whether the model reads them; without a model they are made."""
+        return bool(getattr(self._model(), "uses_edges", True))
+
+    def _model(self) -> Any:
+        return getattr(self.trainer, "lightning_module", None)
+
+    def _card(self) -> Any:
+        """What the model knows of its bags and slides; None if it knows nothing yet."""
+        model = self._model()
+        return model.card if getattr(model, "is_bound", False) else None
 
     def _to_be_kept(self, graph: BagGraph) -> BagGraph:
         """A copy where it is kept, with nothing left in the file."""
@@ -412,7 +427,11 @@ class BagDataModule(LightningDataModule):
             return graph.to(device)
         if device.type == "cuda":
             return graph.pin_memory()
-        return replace(graph, features={name: x.clone() for name, x in graph.features.items()})
+        copies = [
+            {name: part.clone() for name, part in parts.items()}
+            for parts in (graph.features, graph.grid)
+        ]
+        return replace(graph, features=copies[0], grid=copies[1])
 
     def _processes(self) -> tuple[int, int]:
         """How many there are, and which one this is."""
@@ -483,12 +502,15 @@ class BagDataModule(LightningDataModule):
         self.unreadable = {slide_id: str(error) for slide_id, error in errors.items()}
         first_id, first = self._first(headers, stage)
         held = [scale.name for scale in first.scales]
-        missing = [name for name in self.scales or () if name not in held]
-        if missing or self.scales == []:
+        missing = [name for name in self.given_scales or () if name not in held]
+        if missing or self.given_scales == []:
             raise InputError(
                 f"{self.folder}: data.scales asks for {', '.join(missing) or 'none'}, its bags "
                 f"hold {', '.join(held)}"
             )
+        asked = [name for name in held if name in (self.given_scales or held)]
+        chosen = list(self._choose_scales(asked))
+        self.scales = None if self.given_scales is None and chosen == held else chosen
         self.bag_format = first.bag_format(self.scales)
         self.digests = {s: header.slide_digest for s, header in headers.items()}
         self.empty = {s for s, header in headers.items() if header.num_tiles == 0}
@@ -500,14 +522,19 @@ class BagDataModule(LightningDataModule):
 
     def _first(self, headers: Mapping[str, BagHeader], stage: str) -> tuple[str, BagHeader]:
         """The first bag; in ``predict`` the first of the format that the model reads, if any is."""
-        model = getattr(self.trainer, "lightning_module", None) if stage == "predict" else None
-        wanted = getattr(model, "hparams", {}).get("bag_format")
+        card = self._card() if stage == "predict" else None
+        wanted = None if card is None else card.bag_format
         fitting = (
             (slide_id, header)
             for slide_id, header in headers.items()
             if wanted and not describe_difference(wanted, header.bag_format(self.scales))
         )
         return next(fitting, None) or next(iter(headers.items()))
+
+    def _choose_scales(self, available: Sequence[str]) -> Sequence[str]:
+        """The scales that the model reads, of these."""
+        choose = getattr(self._model(), "choose_scales", None)
+        return available if choose is None else choose(available)
 
     def _fault(self, slide_id: str, header: BagHeader, first_id: str) -> str:
         """Why a bag does not belong to the others; "" if it does."""
@@ -595,8 +622,8 @@ class BagDataModule(LightningDataModule):
             return None
         split = self.given_split
         if split is None:
-            model = getattr(self.trainer, "lightning_module", None)
-            split = getattr(model, "hparams", {}).get("split")
+            card = self._card()
+            split = None if card is None else card.split
         return None if split is None else read_records(split)
 
     def _drawing(self) -> dict[str, Any]:

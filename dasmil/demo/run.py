@@ -76,26 +76,21 @@ def _road(output: Path, cohort: Path, seed: int, names: Sequence[str]) -> Iterat
             *("fit", "--config", str(configs / "dino.yaml")),
             *("--config", str(configs / "demo" / "dino.yaml"), *same_seed),
             *("--data.tiles", tiles, "--data.scale", scale),
-            *_log_to(runs, f"dino_{scale}"),
+            *("--output", f"{runs}/dino_{scale}"),
         ]
         checkpoint = output / "runs" / f"dino_{scale}" / "checkpoints" / "last.ckpt"
         extractors += [f"--extractors.{scale}", str(checkpoint)]
     yield ["embed", "--tiles", tiles, "--output", bags, *extractors]
     yield [
-        *("fit", "--config", str(configs / "dasmil.yaml")),
+        *("fit", "--config", str(configs / "mil.yaml")),
         *("--config", str(configs / "demo" / "dasmil.yaml"), *same_seed),
-        *("--data.bags", bags, *_log_to(runs, "dasmil")),
+        *("--data.bags", bags, "--output", f"{runs}/dasmil"),
     ]
     checkpoint = output / "runs" / "dasmil" / "checkpoints" / "best.ckpt"
     model = ["--ckpt_path", str(checkpoint), "--bags", bags]
     truth = ["--truth", str(cohort.parent / "truth")]
     yield ["test", *model, *truth]
     yield ["predict", *model, "--output", str(output / "predictions")]
-
-
-def _log_to(runs: str, name: str) -> list[str]:
-    logger = "--trainer.logger.init_args."
-    return [f"{logger}save_dir", runs, f"{logger}name", name, f"{logger}version", ""]
 
 
 def _summary(output: Path, cohort: Path, names: Sequence[str], seconds: float) -> None:

@@ -268,7 +268,9 @@ def _extent_px0(cells: IntArray, sides: IntArray) -> tuple[int, int]:
 
 def _edge_differences(bag: Bag, rows: IntArray, edges: IntArray) -> tuple[int, int]:
     """How many of the file's edges the bag's graph lacks, and how many it has beside them."""
-    union = rows[bag_graph(bag).union.edge_index().numpy()]
+    graph = bag_graph(bag)
+    assert graph.union is not None
+    union = rows[graph.union.edge_index().numpy()]
     ours, theirs = (np.unique(e[0] * len(rows) + e[1]) for e in (union, edges))
     common = len(np.intersect1d(ours, theirs, assume_unique=True))
     return len(theirs) - common, len(ours) - common

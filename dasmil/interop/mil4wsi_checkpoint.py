@@ -24,7 +24,9 @@ from dasmil.embedding.restricted import is_state_dict, load_restricted, refuse_n
 from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path, configs_folder
 from dasmil.interop.mil4wsi_bags import extractor_card
-from dasmil.modules.mil import DASMILModule
+from dasmil.methods import DASMIL
+from dasmil.modules import ModelCard
+from dasmil.modules.options import typed_options
 from dasmil.nn.gat import Residual
 from dasmil.nn.pgnn import module_key
 from dasmil.units import Mpp, Scale, TilePx, parse_scales
@@ -96,11 +98,14 @@ def mil4wsi_checkpoint(
     if scales is None:
         scales = ("x10", "x20") if residual == "none" else ("x5", "x20")
         print(f"{file}: taken for a model of {' and '.join(scales)}; --scales says otherwise")
-    hparams = _hyper_parameters(file, widths, residual, classes)
-    hparams["bag_format"] = _bag_format(file, widths, parse_scales(scales), extractors, tile_px)
+    preset = _preset(residual)
+    _refuse_other_classes(file, widths, classes)
+    bag_format = _bag_format(file, widths, parse_scales(scales), extractors, tile_px)
+    val_part = preset["data"]["init_args"]["val_part"]
 
     with torch.device("meta"):  # shapes alone
-        model = DASMILModule(**hparams)
+        model = DASMIL(**typed_options(DASMIL, _options(preset, widths, residual)))
+        model.bind(ModelCard(tuple(classes), bag_format, val_part=val_part))
     coarse, fine = model.scales
     names = released_names(coarse, fine, has_gates)
     state = {f"network.{ours}": weights[theirs] for ours, theirs in names.items()}
@@ -108,7 +113,7 @@ def mil4wsi_checkpoint(
     model.load_state_dict(state, assign=True)
     content = {
         "state_dict": state,
-        "hyper_parameters": dict(model.hparams),
+        **model.description(),
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": lightning.__version__,
@@ -123,7 +128,7 @@ def mil4wsi_checkpoint(
 
 
 def released_names(coarse: str, fine: str, has_gates: bool) -> dict[str, str]:
-    """Our name of each weight, in :class:`dasmil.nn.DASMIL`, and theirs."""
+    """Our name of each weight, in :class:`dasmil.methods.dasmil.DASMILNetwork`, and theirs."""
     coarse, fine = module_key(coarse), module_key(fine)
     gats = (f"pgnn.scale_gats.{coarse}", f"pgnn.scale_gats.{fine}", "pgnn.union_gat")
     names: dict[str, str] = {}
@@ -223,27 +228,29 @@ def _guess_residual(file: Path, widths: Mapping[str, int]) -> Residual:
     return "plain"
 
 
-def _hyper_parameters(
-    file: Path, widths: Mapping[str, int], residual: Residual, classes: Sequence[str]
-) -> dict[str, Any]:
-    """All but the bag format."""
+def _refuse_other_classes(file: Path, widths: Mapping[str, int], classes: Sequence[str]) -> None:
     num_classes = max(2, widths["num_logits"])
     if len(classes) != num_classes or len(set(classes)) != num_classes:
         raise InputError(
             f"--classes: names {', '.join(classes)}, but {file} tells {num_classes} classes apart; "
             "name each of them once"
         )
-    preset_name = "mil4wsi.yaml" if residual == "none" else "mil4wsi_lung.yaml"
-    preset = yaml.safe_load((configs_folder() / "preset" / preset_name).read_text())
-    return {
-        **preset["model"]["init_args"],
-        **{name: widths[name] for name in ("hidden_dim", "out_dim", "heads", "query_dim")},
-        "residual": residual,
-        "one_logit": widths["num_logits"] == 1,
-        "classes": list(classes),
-        "split": {},
-        "val_part": preset["data"]["init_args"]["val_part"],
-    }
+
+
+def _preset(residual: Residual) -> dict[str, Any]:
+    name = "mil4wsi.yaml" if residual == "none" else "mil4wsi_lung.yaml"
+    found: dict[str, Any] = yaml.safe_load((configs_folder() / "preset" / name).read_text())
+    return found
+
+
+def _options(
+    preset: Mapping[str, Any], widths: Mapping[str, int], residual: Residual
+) -> dict[str, Any]:
+    """Of the model: the preset's, with the widths of the weights."""
+    options = preset["model"]["init_args"]
+    of_weights = {name: widths[name] for name in ("hidden_dim", "out_dim", "heads", "query_dim")}
+    network = {**options["network"], **of_weights, "residual": residual}
+    return {**options, "network": network, "one_logit": widths["num_logits"] == 1}
 
 
 def _bag_format(

@@ -1,5 +1,7 @@
 """The label losses: L_CE of Eq. 3, and the max-instance loss of the released code."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,3 +51,8 @@ def max_instance_loss(
         instance_logits, ptr = instance_logits[shown], before[ptr]
     top = first_max(instance_logits, bag_rows(ptr), len(ptr) - 1)  # (B, C)
     return torch.where(ptr.diff() > 0, bag_loss(top, labels), 0)
+
+
+def balanced_weights(counts: Sequence[int]) -> list[float]:
+    """n / (P · n_c) for each of P classes of n_c slides: as if all were equally frequent."""
+    return [sum(counts) / (len(counts) * count) for count in counts]

@@ -1,6 +1,15 @@
-"""LightningModules: DAS-MIL, and the self-supervision of its extractors."""
+"""LightningModules: training and evaluation of any method, and self-supervision of extractors."""
 
+from dasmil.modules.card import ModelCard
 from dasmil.modules.dino import DINOModule
-from dasmil.modules.mil import DASMILModule
+from dasmil.modules.mil import MILModule, SingleScaleModule
+from dasmil.modules.options import EvaluationOptions, OptimizerOptions
 
-__all__ = ["DASMILModule", "DINOModule"]
+__all__ = [
+    "DINOModule",
+    "EvaluationOptions",
+    "MILModule",
+    "ModelCard",
+    "OptimizerOptions",
+    "SingleScaleModule",
+]

@@ -1,15 +1,18 @@
-"""What a DAS-MIL checkpoint says of its model; it may come from anyone, so it is checked."""
+"""What a checkpoint says of its model: the method, its options, and what ``fit`` has found out.
+
+A checkpoint may come from anyone, so all of it is checked before memory is taken.
+"""
 
 from collections.abc import Mapping
-from inspect import signature
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-from torch import nn
 
 from dasmil.embedding.record import STUDY
 from dasmil.embedding.weights import refuse_other_keys
 from dasmil.errors import InputError
+from dasmil.modules.options import nested_options, option_types, typed_options
 from dasmil.plain import (
     NOTHING,
     SWITCH,
@@ -30,6 +33,8 @@ from dasmil.units import parse_scales
 MAX_WIDTH = 2**16
 MAX_SCALES = 16
 MAX_CLASSES = 10**4
+METHOD, OPTIONS, CARD = "method", "hyper_parameters", "card"  # entries of a checkpoint
+WEIGHTS = several(number(0, 1e9), 2, MAX_CLASSES)
 RGB = several(number(-1e3, 1e3), 3, 3)
 EXTRACTOR = named(
     {"feature_dim": whole(1, MAX_WIDTH), "fingerprint": TEXT, "name": TEXT},
@@ -40,8 +45,7 @@ EXTRACTOR = named(
     },
 )
 SCALE = named({"mpp": number(1e-3, 1e3), "extractor": EXTRACTOR}, {})
-CLOSER = {  # than what the signature says
-    **{"attention_dropout": number(0, 1), "node_dropout": number(0, 1)},
+OF_CARD = {
     "classes": several(TEXT, 2, MAX_CLASSES),
     "bag_format": named(
         {"tile_px": whole(1, 2**14), "scales": by_name(TEXT, SCALE, 1, MAX_SCALES)}, {}
@@ -49,75 +53,179 @@ CLOSER = {  # than what the signature says
     "split": STUDY,
     "val_part": one_of("val", "test"),
     "thresholds": either(NOTHING, by_name(TEXT, by_name(WORD, number(0, 1), 0, 16), 0, MAX_SCALES)),
-    "betas": several(number(0, 1), 2, 2),
-    "class_weights": either(NOTHING, one_of("balanced"), several(number(0, 1e9), 2, MAX_CLASSES)),
+    "class_weights": either(NOTHING, WEIGHTS),
+    "seed": either(NOTHING, whole(0, 2**63)),
 }
+CLOSER = {  # than the types of the options
+    **{"attention_dropout": number(0, 1), "node_dropout": number(0, 1), "dropout": number(0, 1)},
+    "betas": several(number(0, 1), 2, 2),
+    "class_weights": either(NOTHING, one_of("balanced"), WEIGHTS),
+}
+DROPPED = {"gat_backend": "gather"}  # options of before that no longer exist, and what acts now
 
 
-def read_card(
-    checkpoint: Mapping[str, Any], where: object, module: type[nn.Module]
-) -> dict[str, Any]:
-    """The hyperparameters of a checkpoint, without what Lightning's CLI adds.
+@dataclass(frozen=True)
+class ModelCard:
+    """What ``fit`` finds out, and a model needs beside its options and weights.
+
+    Parameters
+    ----------
+    classes: in their order; of two, the second is the positive one.
+    bag_format: scales, tile size and extractors of the bags, as
+        :meth:`dasmil.bags.BagHeader.bag_format` returns them; only the scales that the model reads.
+    split: a record per slide of the study, see :mod:`dasmil.slides.study`. Empty if it is not known
+        which slides the weights were trained on.
+    val_part: the part of the slides on which the checkpoint was chosen.
+    thresholds: per scale and operating point the probability from which on a slide is called
+        positive; chosen on the validation slides (D18), unless they are the test slides.
+    class_weights: by which the label losses of each class count; null if all count alike.
+    seed: of the training; null if not known.
+    """
+
+    classes: tuple[str, ...]
+    bag_format: Mapping[str, Any]
+    split: Any = ()
+    val_part: str = "val"
+    thresholds: Mapping[str, Mapping[str, float]] | None = None
+    class_weights: tuple[float, ...] | None = None
+    seed: int | None = None
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """Names, coarse to fine."""
+        return tuple(self.bag_format["scales"])
+
+    def plain(self) -> dict[str, Any]:
+        """The card as a checkpoint holds it."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        split = self.split if isinstance(self.split, Mapping) else list(self.split)
+        weights = None if self.class_weights is None else list(self.class_weights)
+        return {**values, "classes": list(self.classes), "split": split, "class_weights": weights}
+
+
+@dataclass(frozen=True)
+class Description:
+    """The model of a checkpoint, without its weights.
+
+    Parameters
+    ----------
+    method: name of its class.
+    options: plain, as :func:`dasmil.modules.options.plain_options` makes them.
+    """
+
+    method: str
+    options: dict[str, Any]
+    card: ModelCard
+
+
+def method_name(checkpoint: Mapping[str, Any], where: object) -> str:
+    """The name of the class of a checkpoint's model.
+
+    Raises
+    ------
+    InputError
+        if the checkpoint holds no model of bags.
+    """
+    options, name = checkpoint.get(OPTIONS), checkpoint.get(METHOD)
+    if isinstance(options, Mapping) and options.get("bag_format") is not None:
+        name = _old_method(options)
+    if not isinstance(name, str) or not isinstance(options, Mapping):
+        raise InputError(f"{where}: holds no model of bags; give a checkpoint of its fit")
+    return name
+
+
+def read_card(checkpoint: Mapping[str, Any], where: object, method: type) -> Description:
+    """The model that a checkpoint describes.
 
     Parameters
     ----------
     checkpoint: its content.
     where: its file, for messages.
-    module: the class that it must be of; the hyperparameters are its parameters.
+    method: the class that it must be of.
 
     Raises
     ------
     InputError
-        if the checkpoint is none of DAS-MIL, a hyperparameter is unknown, missing or of another
-        kind, or the weights are not numbers for such a model. No memory is taken before that.
+        if the checkpoint holds no model of that class, an option or an entry of the card is
+        unknown, missing or of another kind, or the weights are not numbers for such a model. No
+        memory is taken before that.
     """
-    hparams = checkpoint.get("hyper_parameters")
-    if not isinstance(hparams, Mapping) or hparams.get("bag_format") is None:
-        raise InputError(f"{where}: holds no DAS-MIL model; give a checkpoint of its fit")
-    paths = (f"dasmil.modules.{module.__name__}", f"{module.__module__}.{module.__qualname__}")
-    added = {"_class_path": one_of(*dict.fromkeys(paths)), "_instantiator": TEXT}
-    kinds = {**_options(module), **CLOSER, **added}
-    required = ("classes", "bag_format")
-    refuse_other(hparams, kinds, f"{where}: its hyperparameters", required)
-    found = {key: value for key, value in hparams.items() if key not in added}
+    name = method_name(checkpoint, where)
+    if name.rsplit(".", 1)[-1] != method.__name__:
+        raise InputError(f"{where}: its method is {name[:100]!r}, not {method.__name__}")
+    added = ("_class_path", "_instantiator")  # by Lightning's CLI
+    options = {key: value for key, value in checkpoint[OPTIONS].items() if key not in added}
+    card: Any = checkpoint.get(CARD)
+    if checkpoint.get(METHOD) is None:  # before 0.2
+        card = {key: options.pop(key) for key in list(options) if key in OF_CARD}
+        options, card = _from_before(method, options, card)
+    _refuse_other_options(options, option_types(method), f"{where}: its options")
+    refuse_other(card, OF_CARD, f"{where}: its card", ("classes", "bag_format"))
     try:
-        _refuse_contradictions(found)
+        _refuse_contradictions(card)
+        found = ModelCard(**{**card, "classes": tuple(card["classes"])})
         with torch.device("meta"):  # shapes alone
-            model = module(**found)
+            model = method(**typed_options(method, options))
+            model.bind(found)
     except ValueError as error:  # InputError is one, and torch raises it for a width or a share
         raise InputError(f"{where}: {error}") from error
     refuse_other_keys(model, checkpoint.get("state_dict"), where)
-    return found
+    return Description(name, options, found)
 
 
-def _refuse_contradictions(hparams: Mapping[str, Any]) -> None:
-    classes, scales = hparams["classes"], list(hparams["bag_format"]["scales"])
+def _old_method(options: Mapping[str, Any]) -> str:
+    path = options.get("_class_path", "dasmil.modules.DASMILModule")
+    return "DASMIL" if str(path).endswith(".DASMILModule") else str(path)[:200]
+
+
+def _from_before(
+    method: type, options: dict[str, Any], card: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options and card of a checkpoint of before 0.2, whose card stood among its options."""
+    weights = card.pop("class_weights", None)
+    options = {k: v for k, v in options.items() if k not in DROPPED}
+    options["class_weights"] = weights
+    card = {**card, "split": card.get("split") or []}
+    return nested_options(method, options), card | {"class_weights": weights}
+
+
+def _refuse_contradictions(card: Mapping[str, Any]) -> None:
+    classes, scales = card["classes"], list(card["bag_format"]["scales"])
     if len(set(classes)) < len(classes):
         raise InputError("two of its classes have one name")
     if [scale.name for scale in parse_scales(scales)] != scales:
         raise InputError(f"its scales {', '.join(scales)} do not run from coarse to fine")
-    if not (hparams.get("thresholds") or {}).keys() <= set(scales):
+    if not (card.get("thresholds") or {}).keys() <= set(scales):
         raise InputError(f"its thresholds are not of the scales {', '.join(scales)}")
-    weights = hparams.get("class_weights")
-    if isinstance(weights, list) and len(weights) != len(classes):
+    weights = card.get("class_weights")
+    if weights is not None and len(weights) != len(classes):
         raise InputError(f"it has {len(weights)} class_weights for {len(classes)} classes")
 
 
-def _options(module: type[nn.Module]) -> dict[str, Kind]:
-    """The kind of each option of the model, as its signature says it."""
-    hints = get_type_hints(module.__init__)
-    names = [name for name in signature(module).parameters if name not in CLOSER]
-    return {name: _kind_of(hints[name]) for name in names}
+def _refuse_other_options(options: Any, types: Mapping[str, Any], where: str) -> None:
+    """Check options against their types, those of dataclasses field by field."""
+    refuse_other(options, {name: _kind_of(name, hint) for name, hint in types.items()}, where)
+    for name, hint in types.items():
+        if is_dataclass(hint) and name in options:
+            _refuse_other_options(options[name], get_type_hints(hint), f"{where} {name}")
 
 
-def _kind_of(hint: Any) -> Kind:
+def _kind_of(name: str, hint: Any) -> Kind:
+    return CLOSER.get(name) or _kind_of_type(hint)
+
+
+def _kind_of_type(hint: Any) -> Kind:
+    if is_dataclass(hint):
+        names = ", ".join(field.name for field in fields(hint))
+        return Kind(f"a dictionary of {names}", lambda value: isinstance(value, dict))
     if get_origin(hint) is Literal:
         return one_of(*get_args(hint))
     if get_origin(hint) is Union or len(get_args(hint)) > 1:
-        return either(*map(_kind_of, get_args(hint)))
+        return either(*map(_kind_of_type, get_args(hint)))
     return {
         bool: SWITCH,
         int: whole(1, MAX_WIDTH),
         float: number(-1e6, 1e6),
+        str: WORD,
         type(None): NOTHING,
     }[hint]

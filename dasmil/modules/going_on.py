@@ -14,8 +14,7 @@ from dasmil.seeds import training_seed
 KEY = "settings"  # of a checkpoint
 NOT_COMPARED = frozenset(
     [
-        *("classes", "bag_format", "split", "val_part", "thresholds"),  # no options of the model
-        *("specificity", "patient_pooling"),  # of the evaluation alone
+        *("val_part", "specificity", "patient_pooling"),  # of the evaluation alone
     ]
 )
 OF_TRAINER = (
@@ -32,7 +31,8 @@ def training_settings(
 
     Those of the data are what its class saves as hyperparameters.
     """
-    found = {f"model.{name}": value for name, value in module.hparams_initial.items()}
+    options = getattr(module, "flat_options", module.hparams_initial)
+    found = {f"model.{name}": value for name, value in options.items()}
     if data is not None:
         found |= {f"data.{name}": value for name, value in data.hparams_initial.items()}
     found |= {f"trainer.{name}": getattr(trainer, name) for name in OF_TRAINER}

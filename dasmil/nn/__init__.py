@@ -1,6 +1,5 @@
 """Pure torch modules; they know nothing of Lightning, files or losses."""
 
-from dasmil.nn.dasmil import DASMIL
 from dasmil.nn.gat import GAT
 from dasmil.nn.mil_head import MILHead
 from dasmil.nn.pgnn import PGNN
@@ -8,4 +7,4 @@ from dasmil.nn.pooling_head import PoolingHead
 from dasmil.nn.standardize import Standardize
 from dasmil.output import ScaleOutput
 
-__all__ = ["DASMIL", "GAT", "PGNN", "MILHead", "PoolingHead", "ScaleOutput", "Standardize"]
+__all__ = ["GAT", "PGNN", "MILHead", "PoolingHead", "ScaleOutput", "Standardize"]

@@ -16,7 +16,6 @@ from dasmil.errors import InputError
 from dasmil.nn.neighbour_attention import neighbour_attention
 from dasmil.tensors import BLOCK_ROWS, is_in_blocks
 
-Backend = Literal["gather", "gatconv"]
 Residual = Literal["none", "plain", "glu"]
 
 
@@ -46,8 +45,6 @@ class GAT(nn.Module):
     node_dropout: probability of cutting all edges of a node in training; the node keeps its
         features and still sees itself.
     residual: ``none``: h; ``plain``: x + h; ``glu``: x + GLU(h).
-    backend: ``gather``: :func:`neighbour_attention`; ``gatconv``: PyG's layer, the reference that
-        it equals. Both have the same weights.
 
     Raises
     ------
@@ -63,7 +60,6 @@ class GAT(nn.Module):
         attention_dropout: float = 0.2,
         node_dropout: float = 0.5,
         residual: Residual = "none",
-        backend: Backend = "gather",
     ):
         super().__init__()
         if residual != "none" and in_dim != out_dim:
@@ -73,7 +69,6 @@ class GAT(nn.Module):
             )
         self.node_dropout = node_dropout
         self.residual = residual
-        self.backend = backend
         self.conv = GATConv(in_dim, out_dim, heads, concat=False, dropout=attention_dropout)
         self.gate = GatedLinearUnit(out_dim) if residual == "glu" else nn.Identity()
 
@@ -82,17 +77,13 @@ class GAT(nn.Module):
 
         ``into``, (N, out_dim), takes the result where no gradient is needed.
         """
-        if is_in_blocks(x) and self.backend == "gather" and not self.training:
+        if is_in_blocks(x) and not self.training:
             return self._in_blocks(x, neighbours, into)
         x = x.to(self.conv.bias.dtype)
         if self.training and self.node_dropout > 0:
             dropped = torch.rand(len(x), device=x.device) <= self.node_dropout
             neighbours = neighbours.without(dropped)
-        if self.backend == "gatconv":
-            h = self.conv(x, neighbours.edge_index())
-        else:
-            h = self._attend(x, neighbours)
-        h = self.gate(h)  # (N, out_dim)
+        h = self.gate(self._attend(x, neighbours))  # (N, out_dim)
         h = h if self.residual == "none" else x + h
         return h if into is None else into.copy_(h)
 

@@ -96,6 +96,7 @@ class MILHead(nn.Module):
     def _forward_shown(self, h: Tensor, ptr: Tensor, shown: Tensor) -> ScaleOutput:
         before = torch.cat([shown.new_zeros(1, dtype=torch.int64), shown.cumsum(0)])
         part = self._forward(h[shown], before[ptr])
+        assert part.attention is not None
         logits = by_rows(partial(precisely, self.instance_classifier), h)  # (N, C)
         attention = torch.zeros_like(logits)
         attention[shown] = part.attention

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dasmil.bags.graph import BagGraph
-from dasmil.nn.gat import GAT, Backend, Residual
+from dasmil.nn.gat import GAT, Residual
 from dasmil.tensors import is_in_blocks
 
 
@@ -27,7 +27,7 @@ class PGNN(nn.Module):
     in_dims: width of the tile features per scale, coarse to fine; M ≥ 1 scales.
     hidden_dim: width between the two layers.
     out_dim: width of the contextualised features H.
-    heads, attention_dropout, node_dropout, residual, backend: see :class:`GAT`.
+    heads, attention_dropout, node_dropout, residual: see :class:`GAT`.
     """
 
     def __init__(
@@ -39,17 +39,24 @@ class PGNN(nn.Module):
         attention_dropout: float = 0.2,
         node_dropout: float = 0.5,
         residual: Residual = "none",
-        backend: Backend = "gather",
     ):
         super().__init__()
-        rest = (heads, attention_dropout, node_dropout, residual, backend)
+        rest = (heads, attention_dropout, node_dropout, residual)
         self.scale_gats = nn.ModuleDict(
             {module_key(s): GAT(in_dim, hidden_dim, *rest) for s, in_dim in in_dims.items()}
         )
         self.union_gat = GAT(hidden_dim, out_dim, *rest)
 
     def forward(self, graph: BagGraph) -> dict[str, Tensor]:
-        """Contextualised features per scale, (N_s, out_dim)."""
+        """Contextualised features per scale, (N_s, out_dim).
+
+        Raises
+        ------
+        ValueError
+            if the graph was made without edges.
+        """
+        if graph.neighbours is None or graph.union is None:
+            raise ValueError("the graph has no edges: make it by bag_graph(bag, edges=True)")
         sizes = [len(graph.features[s]) for s in graph.scales]
         # of a large bag each copy takes gigabytes
         width, weight = self.union_gat.conv.in_channels, self.union_gat.conv.bias

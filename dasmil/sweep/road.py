@@ -16,7 +16,6 @@ from dasmil.sweep.steps import (
     Step,
     config_arguments,
     fold_folder,
-    log_to,
     name_of,
     sha256,
 )
@@ -83,7 +82,7 @@ class Pretraining(Step):
         yield [
             *("fit", *config_arguments(self.configs), "--data.tiles", str(self.tiles)),
             *("--data.scale", self.scale, *(self.fold.arguments() if self.fold else ())),
-            *log_to(self.folder),
+            *("--output", str(self.folder)),
         ]
 
     def outcome(self, column: str) -> str:

@@ -1,9 +1,11 @@
 """What a sweep is made of: rows, and the runs that they ask for."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dasmil.arguments import read_config
 from dasmil.errors import InputError
@@ -14,7 +16,6 @@ from dasmil.sweep.steps import (
     Step,
     config_arguments,
     fold_folder,
-    log_to,
     name_of,
     sha256,
 )
@@ -33,12 +34,15 @@ class SweepRow:
     configs:
         on top of the base configs, later ones win; none is the base itself.
     paper:
-        the paper's figure for each column where it has one.
+        the paper's value for each column if it has one.
+    set:
+        options on top of the configs, such as ``{model.objective.temperature: 2.0}``.
     """
 
     label: str
     configs: tuple[str, ...] = ()
     paper: dict[str, float] = field(default_factory=dict)
+    set: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Run(Step):
     seed: of ``fit``.
     bags: folder of bags.
     truth: folder of annotations for ``test``, or None.
-    truth_classes: those of the annotations that are lesions, where not the usual ones.
+    truth_classes: those of the annotations that are lesions, if not the usual ones.
+    overrides: options of ``fit`` and their values, on top of the configs.
     """
 
     row: Path
@@ -61,6 +66,7 @@ class Run(Step):
     bags: Path
     truth: Path | None
     truth_classes: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -85,8 +91,9 @@ class Run(Step):
             return ["fit", "--resume", str(self.folder), "--data.bags", str(self.bags)]
         return [
             *("fit", *config_arguments(self.configs), "--seed_everything", str(self.seed)),
+            *(word for name, value in self.overrides for word in (f"--{name}", value)),
             *("--data.bags", str(self.bags), *(self.fold.arguments() if self.fold else ())),
-            *log_to(self.folder),
+            *("--output", str(self.folder)),
         ]
 
     def test(self) -> list[str]:
@@ -116,7 +123,8 @@ class Run(Step):
 
     def options(self) -> dict[str, str]:
         classes = ", ".join(self.truth_classes)
-        return super().options() | ({"choice of annotated classes": classes} if classes else {})
+        chosen = {"choice of annotated classes": classes} if classes else {}
+        return super().options() | dict(self.overrides) | chosen
 
     def contents(self) -> dict[str, tuple[Path, str]]:
         found = {}
@@ -164,12 +172,16 @@ def plan(
     bags: of each fold, a folder or the step that makes it; the key is None without folds.
     """
     below = [find_config(config) for config in base]
-    folders: dict[Path, list[Path]] = {}
+    folders: dict[Path, tuple[list[Path], dict[str, str]]] = {}
     table = []
     for row in rows:
         above = [find_config(config) for config in row.configs]
-        folder = output / ("+".join(path.stem for path in above) or "base")
-        if folders.setdefault(folder, above) != above:
+        overrides = {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in row.set.items()
+        }
+        folder = output / _folder_name(above, row.set)
+        if folders.setdefault(folder, (above, overrides)) != (above, overrides):
             raise InputError(
                 f"{folder}: the row {row.label!r} and another one with other configs would both "
                 "write here; give their files different names"
@@ -191,9 +203,20 @@ def plan(
                     source.folder if isinstance(source, Embedding) else source,
                     truth,
                     tuple(truth_classes),
+                    tuple(overrides.items()),
                 )
                 for fold, source in bags.items()
                 for seed in seeds
             ]
         )
     return table
+
+
+def _folder_name(configs: Sequence[Path], overrides: Mapping[str, Any]) -> str:
+    """Such as ``mil4wsi+scales_x10_x20+distillation_0.5``."""
+    names = [path.stem for path in configs]
+    for name, value in overrides.items():
+        values = value if isinstance(value, list) else [value]
+        words = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
+        names.append(re.sub(r"[^\w.+-]", "_", "_".join([name.rsplit(".", 1)[-1], *words])))
+    return "+".join(names) or "base"

@@ -110,13 +110,6 @@ def config_arguments(configs: Iterable[Path]) -> list[str]:
     return [text for config in configs for text in ("--config", str(config))]
 
 
-def log_to(folder: Path) -> list[str]:
-    """Arguments that make this very folder that of a ``fit``."""
-    logger = "--trainer.logger.init_args."
-    place = [f"{logger}save_dir", str(folder.parent), f"{logger}name", folder.name]
-    return [*place, f"{logger}version", ""]
-
-
 def sha256(paths: Iterable[Path]) -> str:
     """Of names and contents of files."""
     digest = hashlib.sha256()

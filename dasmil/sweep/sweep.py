@@ -26,7 +26,7 @@ def sweep(
     truth_classes: tuple[str, ...] = (),
     rows: tuple[SweepRow, ...] = (),
     configs: tuple[str, ...] = (),
-    base: tuple[str, ...] = ("configs/dasmil.yaml",),
+    base: tuple[str, ...] = ("configs/mil.yaml",),
     columns: tuple[str, ...] = ("auroc", "accuracy"),
     seeds: tuple[int, ...] = (0, 1, 2),
     folds: int | None = None,

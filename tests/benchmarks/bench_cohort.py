@@ -61,9 +61,9 @@ def walk(
     embed = ["embed", "--tiles", tiles, "--output", bags, "--num_workers", workers]
     embed += [text for s in SCALES for text in (f"--extractors.{s}", "random:test_vit")]
     embed += ["--trainer.enable_progress_bar", "false"]
-    fit = ["fit", "--config", REPOSITORY / "configs" / "dasmil.yaml"]
+    fit = ["fit", "--config", REPOSITORY / "configs" / "mil.yaml"]
     fit += ["--config", REPOSITORY / "tests" / "conf" / "dasmil.yaml", "--data.bags", bags]
-    fit += ["--trainer.max_epochs", 1, "--trainer.logger.init_args.save_dir", runs]
+    fit += ["--trainer.max_epochs", 1, "--output", runs]
     steps = {"tile": tile, "tile again": tile, "embed": embed, "embed again": embed}
     steps |= {"status": ["status", tiles, bags], "fit, one epoch": fit}
     return {name: command(*step) for name, step in steps.items()}

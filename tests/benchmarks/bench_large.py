@@ -18,10 +18,10 @@ from bench_bags import open_bags, write_cohort
 from cases import WIDTH, make_bag
 from gigapixel import peak_bytes
 from lightning.pytorch import Trainer
+from models import make_module
 from table import Row
 
 from dasmil.bags import bag_path, write_bag
-from dasmil.modules import DASMILModule
 from dasmil.reports.status import status
 
 EXTRACTORS = '{"x10": {"trained_on": []}, "x20": {"trained_on": []}}'
@@ -56,7 +56,7 @@ def measure_bag(folder: Path, num_tiles: int) -> Iterator[Row]:
     write_cohort_csv(bags / "cohort.csv", {"slide": None})
     bag = make_bag(num_tiles)
     write_bag(bag_path(bags, "slide"), bag)
-    model = DASMILModule(classes=CLASSES, bag_format=bag.header.bag_format())
+    model = make_module(classes=CLASSES, bag_format=bag.header.bag_format())
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     model.trainer = trainer
     trainer.strategy.connect(model)

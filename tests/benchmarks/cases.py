@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from bag_factory import make_card
+from models import make_network, with_gatconv
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dasmil.bags import Bag, BagGraph, BagHeader, bag_graph
-from dasmil.losses import ObjectiveOptions, objective
-from dasmil.nn import DASMIL
+from dasmil.methods.dasmil import DASMILNetwork, ObjectiveOptions, objective
 from dasmil.nn.gat import GAT
 from dasmil.units import Mpp, TilePx, parse_scales
 
@@ -67,12 +67,13 @@ class ProjectionOnly(GAT):
         return projected.mean(1) + conv.bias
 
 
-def make_model(kind: str, dropout: bool = False, device: str = "cpu") -> DASMIL:
+def make_model(kind: str, dropout: bool = False, device: str = "cpu") -> DASMILNetwork:
     """The default model with the layer ``gather``, ``gatconv`` or ``projection`` (the limit)."""
     torch.manual_seed(0)
     rates = {} if dropout else {"attention_dropout": 0.0, "node_dropout": 0.0}
-    backend = "gatconv" if kind == "gatconv" else "gather"
-    model = DASMIL({"x10": WIDTH, "x20": WIDTH}, gat_backend=backend, **rates)  # type: ignore[arg-type]
+    model = make_network({"x10": WIDTH, "x20": WIDTH}, **rates)
+    if kind == "gatconv":
+        with_gatconv(model)
     if kind == "projection":
         for module in model.modules():
             if isinstance(module, GAT):
@@ -80,7 +81,7 @@ def make_model(kind: str, dropout: bool = False, device: str = "cpu") -> DASMIL:
     return model.to(device)
 
 
-def training_step(model: DASMIL, graph: BagGraph) -> Callable[[], None]:
+def training_step(model: DASMILNetwork, graph: BagGraph) -> Callable[[], None]:
     """Forward, losses, backward; gradients are thrown away."""
     options = ObjectiveOptions()
 

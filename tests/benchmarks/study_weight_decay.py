@@ -1,7 +1,7 @@
 """Which weight decay suits every task: the study behind the optimiser's default (D16).
 
 A variant is an optimiser's decay and what belongs to it. Each is trained on the demo cohort, the
-colon task, GlaS (frozen ImageNet features) and synthetic bags, by :class:`DASMILModule` and
+colon task, GlaS (frozen ImageNet features) and synthetic bags, by :class:`DASMIL` and
 :class:`BagDataModule` alone; ``.github/paper.md`` has the commands that make the bags, and the
 table. Only validation slides are evaluated, after the last epoch: test slides are never read.
 
@@ -35,7 +35,9 @@ from bag_factory import CLASSES, make_bag, write_cohort_csv
 
 from dasmil.bags import bag_path, write_bag
 from dasmil.data import BagDataModule
-from dasmil.modules import DASMILModule
+from dasmil.methods import DASMIL
+from dasmil.methods.dasmil import NetworkOptions
+from dasmil.modules import OptimizerOptions
 
 WIDTH = 64  # hidden_dim and out_dim
 BATCH = 4  # small bags; the rates are four times those of a slide per step
@@ -102,7 +104,7 @@ class Variant:
 
 
 VARIANTS = {
-    "default": Variant(5e-3, below=0.9, gain=3**0.5),  # as DASMILModule has it
+    "default": Variant(5e-3, below=0.9, gain=3**0.5),  # as DASMIL has it
     "0": Variant(0.0),
     "5e-5": Variant(5e-5),
     "5e-4": Variant(5e-4),
@@ -133,7 +135,7 @@ VARIANTS = {
 }
 
 
-class StudyModule(DASMILModule):
+class StudyModule(DASMIL):
     """The module with the weight decay of a variant.
 
     With ``below`` it is the product's own code; the other variants have an optimiser of their own.
@@ -141,13 +143,13 @@ class StudyModule(DASMILModule):
 
     def __init__(self, variant: Variant, task: Task):
         super().__init__(
-            hidden_dim=WIDTH,
-            out_dim=WIDTH,
-            learning_rate=task.rate * variant.rate,
-            weight_decay=variant.decay,
-            decay_below=variant.below,
+            network=NetworkOptions(hidden_dim=WIDTH, out_dim=WIDTH, bag_classifier_init="torch"),
+            optimizer=OptimizerOptions(
+                learning_rate=task.rate * variant.rate,
+                weight_decay=variant.decay,
+                decay_below=variant.below,
+            ),
             standardize=task.standardize or variant.standardize,
-            bag_classifier_init="torch",
         )
         self.variant = variant
 
@@ -168,7 +170,7 @@ class StudyModule(DASMILModule):
         options = {"lr": group["lr"], "betas": group["betas"], "weight_decay": 0.0}
         optimizer = kind([g for g in groups if g["params"]], fused=True, **options)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, self.trainer.max_epochs, eta_min=self.hparams["min_learning_rate"]
+            optimizer, self.trainer.max_epochs, eta_min=self.optimizer_options.min_learning_rate
         )
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

@@ -18,6 +18,7 @@ from bag_factory import CLASSES, make_bag, make_card, write_bags
 from bags.hollow import write_hollow
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from models import make_module
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -28,7 +29,7 @@ from dasmil.data import BagDataModule
 from dasmil.data.bags import SPLIT_COLUMNS, UnreadBag
 from dasmil.errors import InputError
 from dasmil.files import write_csv
-from dasmil.modules import DASMILModule
+from dasmil.modules import MILModule
 from dasmil.slides.study import SlideRecord, plain_records
 
 SPLIT = {
@@ -651,11 +652,11 @@ def quiet_trainer(folder: Path, **options: Any) -> Trainer:
 
 def fitted(
     folder: Path, bags: Path, ckpt_path: str | None = None, **arguments: Any
-) -> tuple[Trainer, DASMILModule, BagDataModule]:
+) -> tuple[Trainer, MILModule, BagDataModule]:
     """Three epochs with dropout, validated after each."""
     torch.manual_seed(0)
     data = BagDataModule(bags, CLASSES, **arguments)
-    module = DASMILModule(hidden_dim=8, out_dim=8, query_dim=4, learning_rate=1e-2)
+    module = make_module(hidden_dim=8, out_dim=8, query_dim=4, learning_rate=1e-2)
     run = quiet_trainer(folder, max_epochs=3)
     run.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return run, module, data

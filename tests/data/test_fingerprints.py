@@ -152,7 +152,7 @@ def test_a_model_of_different_widths_survives_its_checkpoint(trained: Path, bags
     model = dasmil.load(trained)
     gats = model.network.pgnn.scale_gats
     assert {s: gats[s].conv.lin.in_channels for s in DIMS} == DIMS
-    held = model.hparams["bag_format"]["scales"]
+    held = model.card.bag_format["scales"]
     assert {s: card["extractor"]["feature_dim"] for s, card in held.items()} == DIMS
     assert model.standardize is not None
     graph = bag_graph(read_bag(bag_path(bags, "t3")))
@@ -169,10 +169,10 @@ def test_a_model_of_different_widths_survives_its_checkpoint(trained: Path, bags
 @pytest.mark.parametrize(
     "switches",
     [
-        ["--model.contextualize", "false"],
-        ["--model.contextualize", "false", "--model.concatenate_parents", "true"],
-        ["--model.concatenate_parents", "true", "--model.gat_backend", "gatconv"],
-        ["--model.pooling", "mean", "--data.cache", "ram", "--data.batch_size", "2"],
+        ["--model.network.contextualize", "false"],
+        ["--model.network.contextualize", "false", "--model.network.concatenate_parents", "true"],
+        ["--model.network.concatenate_parents", "true"],
+        ["--model.network.pooling", "mean", "--data.cache", "ram", "--data.batch_size", "2"],
     ],
 )
 def test_every_kind_of_model_takes_different_widths(

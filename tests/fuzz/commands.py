@@ -27,8 +27,8 @@ sys.path.insert(0, str(TESTS))
 import torch  # noqa: E402
 from bag_factory import make_bag, write_bags  # noqa: E402
 from lightning.pytorch import Trainer  # noqa: E402
+from models import make_module  # noqa: E402
 
-from dasmil.modules.mil import DASMILModule  # noqa: E402
 from fuzz.kinds import KINDS  # noqa: E402
 
 HANG_S = 900.0
@@ -143,7 +143,7 @@ def _on_bags(verb: str) -> Callable[[Path, Path], list[str]]:
         torch.manual_seed(0)
         options = {"hidden_dim": 8, "out_dim": 8, "query_dim": 4, "heads": 1}
         bag_format = make_bag().header.bag_format()
-        module = DASMILModule(**options, classes=["normal", "tumour"], bag_format=bag_format)
+        module = make_module(**options, classes=["normal", "tumour"], bag_format=bag_format)
         checkpoint = inputs / "model.ckpt"
         trainer = Trainer(logger=False, accelerator="cpu")
         trainer.strategy.connect(module)

@@ -16,16 +16,16 @@ from bag_factory import make_bag
 from dicoms import write_dicom
 from feature_files import CELLS, ancestors, write_trident
 from jpegs import picture, write_jpeg_pyramid
+from models import make_module
 from PIL import Image
 
 from dasmil.bags import bag_graph, read_bag, write_bag
-from dasmil.checkpoint import load
 from dasmil.demo.slides import write_pyramid
 from dasmil.embedding.extractor import load_extractor
 from dasmil.embedding.networks import vit_backbone
 from dasmil.errors import InputError
 from dasmil.interop.trident import trident
-from dasmil.modules.mil import DASMILModule
+from dasmil.methods import load
 from dasmil.slides.annotation import class_names, marks_points, read_annotation
 from dasmil.slides.annotation.points import Points
 from dasmil.slides.cohort import SlideRow, read_cohort
@@ -165,8 +165,8 @@ def _read_bag(path: Path, output: Path) -> None:
 def _model() -> dict[str, Any]:
     options = {"hidden_dim": 8, "out_dim": 8, "query_dim": 4, "heads": 1}
     bag_format = make_bag().header.bag_format()
-    module = DASMILModule(**options, classes=["normal", "tumour"], bag_format=bag_format)
-    return {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    module = make_module(**options, classes=["normal", "tumour"], bag_format=bag_format)
+    return {"state_dict": module.state_dict(), **module.description()}
 
 
 def _record() -> dict[str, Any]:

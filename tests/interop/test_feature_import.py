@@ -298,10 +298,9 @@ def test_fit_and_predict_run_on_imported_bags_of_two_widths(tmp_path):
     }
     bags = tmp_path / "BAGS"
     assert run("trident", bags, folders, "--cohort", tmp_path / "cohort.csv") == 0
-    fit = ["fit", "--config", str(CONFIGS / "dasmil.yaml"), "--config", str(CONF / "dasmil.yaml")]
-    logger = "--trainer.logger.init_args."
+    fit = ["fit", "--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "dasmil.yaml")]
     fit += ["--data.bags", str(bags), "--trainer.max_epochs", "1"]
-    fit += [f"{logger}save_dir", str(tmp_path), f"{logger}name", "run", f"{logger}version", ""]
+    fit += ["--output", str(tmp_path / "run")]
     assert main(fit) == 0
     checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
     command = ["--ckpt_path", str(checkpoint), "--bags", str(bags), "--output", str(tmp_path / "P")]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from mil4wsi_cases import CASES, RunsCode, golden_folder, import_bags
+from models import leaves, make_network
 from safetensors.torch import load_file
 
 import dasmil
@@ -12,8 +13,7 @@ from dasmil.bags import bag_graph, bag_path, read_bag
 from dasmil.cli import main
 from dasmil.interop.mil4wsi_checkpoint import released_names
 from dasmil.interop.mil4wsi_graph import SCALES, read_prepared
-from dasmil.losses import objective
-from dasmil.nn import DASMIL
+from dasmil.methods.dasmil import objective
 from dasmil.slides.cohort import read_cohort, write_cohort
 
 FILES = ("model.pt", "model_pyg22.pt")
@@ -29,7 +29,7 @@ def released_weights(width=6, out_dim=5, num_logits=1, has_gates=False, heads=2)
     residual = "glu" if has_gates else "none"
     torch.manual_seed(0)
     dims = {"x10": width, "x20": width}
-    network = DASMIL(dims, num_logits, width, out_dim, heads, residual=residual).state_dict()
+    network = make_network(dims, num_logits, width, out_dim, heads, residual=residual).state_dict()
     return {theirs: network[n] for n, theirs in released_names("x10", "x20", has_gates).items()}
 
 
@@ -109,7 +109,7 @@ def test_the_network_says_what_the_released_one_says(golden):
 
 def test_the_objective_gives_the_released_losses(golden):
     for case, expected in golden.record["loss"].items():
-        options = replace(golden.model.options, **terms_of(case))
+        options = replace(golden.model.objective_options, **terms_of(case))
         with torch.inference_mode():
             output = golden.model(golden.graph)
             graph = golden.graph
@@ -118,12 +118,12 @@ def test_the_objective_gives_the_released_losses(golden):
 
 
 def test_every_gradient_is_the_released_one(golden):
-    options = replace(golden.model.options, **terms_of(golden.record["gradient_case"]))
+    options = replace(golden.model.objective_options, **terms_of(golden.record["gradient_case"]))
     graph = golden.graph
     golden.model.zero_grad()
     total, _ = objective(golden.model(graph), graph.parent, graph.ptr, graph.labels, options)
     total.sum().backward()
-    names = released_names(*golden.model.scales, golden.model.hparams["residual"] == "glu")
+    names = released_names(*golden.model.scales, golden.model.network_options.residual == "glu")
     theirs = {key.removeprefix("grad.") for key in golden.expected if key.startswith("grad.")}
     assert set(names.values()) == theirs
     for ours, theirs in names.items():
@@ -150,7 +150,8 @@ def test_validate_gives_the_released_losses_with_the_options_of_the_command_line
     assert import_bags(source, tmp_path / "bags") == 0
     given = ["--ckpt_path", str(tmp_path / "model.ckpt"), "--bags", str(tmp_path / "bags")]
     for terms, expected in json.loads((source / "expected.json").read_text())["loss"].items():
-        options = [text for name, v in terms_of(terms).items() for text in (f"--model.{name}", v)]
+        pairs = terms_of(terms).items()
+        options = [text for name, v in pairs for text in (f"--model.objective.{name}", v)]
         output = ["--output", str(tmp_path / "figures"), *QUIET]
         assert main(["validate", *given, *map(str, options), *output]) == 0
         figures = json.loads((tmp_path / "figures" / "val_metrics.json").read_text())
@@ -184,13 +185,13 @@ def test_the_released_sizes(out_dim, has_gates, said, tmp_path, capsys):
     assert import_checkpoint(save(tmp_path, weights), out) == 0
     assert said in capsys.readouterr().out.splitlines()[-1]
     model = dasmil.load(out)
-    assert (model.hparams["hidden_dim"], model.hparams["out_dim"]) == (384, out_dim)
-    assert (model.hparams["heads"], model.hparams["query_dim"]) == (3, 128)
+    options = leaves(model.options)
+    assert (options["hidden_dim"], options["out_dim"]) == (384, out_dim)
+    assert (options["heads"], options["query_dim"]) == (3, 128)
     content = torch.load(out, weights_only=True)
-    hparams = content["hyper_parameters"]
-    assert hparams["val_part"] == "test" and hparams["split"] == {}
-    assert hparams["coarse_instances"] == "parents" and hparams["children_pooling"] == "max"
-    assert hparams["class_distribution"] == "per_class" and not hparams["squared_temperature"]
+    assert content["card"]["val_part"] == "test" and content["card"]["split"] == []
+    assert options["coarse_instances"] == "parents" and options["children_pooling"] == "max"
+    assert options["class_distribution"] == "per_class" and not options["squared_temperature"]
 
 
 def test_names_of_other_versions_and_wrappings_are_understood(tmp_path):
@@ -263,10 +264,10 @@ def test_widths_that_are_equal_stand_for_plain_residuals(tmp_path, capsys):
     assert import_checkpoint(path, tmp_path / "model.ckpt") == 0
     said = capsys.readouterr().out
     assert "--residual none is the other possibility" in said
-    assert dasmil.load(tmp_path / "model.ckpt").hparams["residual"] == "plain"
+    assert dasmil.load(tmp_path / "model.ckpt").network_options.residual == "plain"
     assert dasmil.load(tmp_path / "model.ckpt").scales == ("x5", "x20")
     assert import_checkpoint(path, tmp_path / "model.ckpt", "--residual", "none") == 0
-    assert dasmil.load(tmp_path / "model.ckpt").hparams["residual"] == "none"
+    assert dasmil.load(tmp_path / "model.ckpt").network_options.residual == "none"
     assert "other possibility" not in capsys.readouterr().out
 
 
@@ -308,7 +309,7 @@ def test_extractors_are_those_of_the_given_checkpoints(tmp_path, capsys):
     sources = ["--extractors.x10", "random:test_vit", "--extractors.x20", "random:test_vit"]
     path, out = save(tmp_path, released_weights(64)), tmp_path / "model.ckpt"
     assert import_checkpoint(path, out, *sources) == 0
-    for scale in dasmil.load(out).hparams["bag_format"]["scales"].values():
+    for scale in dasmil.load(out).card.bag_format["scales"].values():
         assert scale["extractor"]["name"] == "test_vit"
         assert len(scale["extractor"]["fingerprint"]) == 64
     assert import_checkpoint(path, out, *sources[:2]) == 2

@@ -12,7 +12,8 @@ from losses.numeric import slope
 from torch import Tensor
 
 from dasmil.errors import InputError
-from dasmil.losses import ObjectiveOptions, balanced_weights, objective
+from dasmil.losses import balanced_weights
+from dasmil.methods.dasmil import ObjectiveOptions, objective
 from dasmil.output import ScaleOutput
 
 # Three bags, the second without tiles. -1 are orphans; row 2 of x5 and row 3 of x10 have no

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from bag_factory import CLASSES, make_bag, write_cohort_csv
+from models import make_module
 from modules.test_mil_module import quiet_trainer
 
 from dasmil.bags import bag_path, write_bag
 from dasmil.data import BagDataModule
-from dasmil.modules import DASMILModule
+from dasmil.modules import MILModule
 from dasmil.modules.decay import BagLosses
 
 OF_THE_RELEASE = {"decay_below": None, "bag_classifier_init": "torch"}
@@ -30,12 +31,12 @@ def faint_bags(folder: Path, shift: float) -> Path:
     return folder
 
 
-def trained(folder: Path, epochs: int, **options: Any) -> tuple[DASMILModule, dict[str, float]]:
+def trained(folder: Path, epochs: int, **options: Any) -> tuple[MILModule, dict[str, float]]:
     """The module, and by how much its bag logits differ over the validation slides."""
     torch.manual_seed(0)
     data = BagDataModule(folder, CLASSES, batch_size=12, num_workers=0, cache="ram")
     small = {"hidden_dim": 16, "out_dim": 16, "query_dim": 8, "learning_rate": 5e-3}
-    module = DASMILModule(**small, **options)
+    module = make_module(**small, **options)
     checks = {"check_val_every_n_epoch": epochs, "enable_checkpointing": False}
     trainer = quiet_trainer(folder, max_epochs=epochs, **checks)
     trainer.fit(module, datamodule=data)
@@ -54,7 +55,7 @@ def test_the_coarse_bag_head_lives_by_default(
         assert min(ranges.values()) > 0.1, ranges
 
 
-def decay_of(module: DASMILModule) -> float:
+def decay_of(module: MILModule) -> float:
     """What the optimiser's state, and so a checkpoint, says of the next epoch."""
     (group,) = module.trainer.optimizers[0].param_groups
     return float(group["weight_decay"])

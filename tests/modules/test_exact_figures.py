@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bag_factory import write_bags
-from road import CONF, CONFIGS, log_to
+from road import CONF, CONFIGS
 from test_two_processes import run
 
 from dasmil.cli import main
@@ -26,8 +26,8 @@ def bags(tmp_path_factory) -> Path:
 
 
 def fit(bags: Path, runs: Path, name: str) -> list[str]:
-    configs = ["--config", str(CONFIGS / "dasmil.yaml"), "--config", str(CONF / "dasmil.yaml")]
-    return ["fit", *configs, "--data.bags", str(bags), *log_to(runs, name)]
+    configs = ["--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "dasmil.yaml")]
+    return ["fit", *configs, "--data.bags", str(bags), "--output", str(runs / name)]
 
 
 @pytest.fixture(scope="module")

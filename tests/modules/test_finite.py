@@ -6,6 +6,7 @@ import pytest
 import torch
 from bag_factory import CLASSES, write_bags
 from lightning.pytorch.callbacks import ModelCheckpoint
+from models import make_module
 from modules.test_dino_module import SMALL as SMALL_DINO
 from modules.test_dino_module import small_data
 from modules.test_mil_module import SMALL, quiet_trainer
@@ -16,7 +17,8 @@ from dasmil.cli import main
 from dasmil.data import BagDataModule
 from dasmil.data.tiles import TileDataset
 from dasmil.errors import InputError
-from dasmil.modules import DASMILModule, DINOModule, finite
+from dasmil.methods import DASMIL
+from dasmil.modules import DINOModule, finite
 
 PARTS = ("train", "train", "train", "train", "val", "val", "test", "test", "test", "test")
 
@@ -33,7 +35,7 @@ def make_bags(folder, large=()):
     return folder
 
 
-class BreaksAt(DASMILModule):
+class BreaksAt(DASMIL):
     """The loss of a slide is not finite from an epoch on."""
 
     slide_id, epoch = "s1", 1
@@ -57,7 +59,7 @@ def test_a_training_whose_loss_is_not_finite_stops_and_names_the_slide(
     with pytest.raises(
         InputError, match=r"the loss of step [4-7] is not finite; its slides are s1;"
     ):
-        trainer.fit(BreaksAt(**SMALL), datamodule=data)
+        trainer.fit(make_module(BreaksAt, **SMALL), datamodule=data)
     for name in ("best", "last"):
         kept = torch.load(tmp_path / "kept" / f"{name}.ckpt", weights_only=True)
         assert kept["epoch"] == 0
@@ -66,7 +68,7 @@ def test_a_training_whose_loss_is_not_finite_stops_and_names_the_slide(
 
 def test_a_validation_that_is_not_finite_stops_fit_and_names_the_slide(tmp_path):
     data = BagDataModule(make_bags(tmp_path), CLASSES, num_workers=0)
-    module = BreaksAt(**SMALL)
+    module = make_module(BreaksAt, **SMALL)
     module.slide_id = "s5"
     keeper = ModelCheckpoint(tmp_path / "kept", "best", monitor="val/auroc", mode="max")
     trainer = quiet_trainer(tmp_path, max_epochs=3, callbacks=[keeper])
@@ -76,7 +78,7 @@ def test_a_validation_that_is_not_finite_stops_fit_and_names_the_slide(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    class BadLastStep(DASMILModule):
+    class BadLastStep(DASMIL):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             self.network.heads["x20"].value.bias.data[0] = torch.nan
 
@@ -90,7 +92,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     keeper = ModelCheckpoint(tmp_path / "kept", "last")
     trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[keeper])
     with pytest.raises(InputError, match="weights are not finite after the last step"):
-        trainer.fit(BadLastStep(**SMALL), datamodule=data)
+        trainer.fit(make_module(BadLastStep, **SMALL), datamodule=data)
     assert not (tmp_path / "kept" / "last.ckpt").exists()
 
 

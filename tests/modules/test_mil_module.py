@@ -1,4 +1,3 @@
-import inspect
 import warnings
 from dataclasses import asdict, fields
 from itertools import product
@@ -8,15 +7,15 @@ import torch
 from bag_factory import make_bag, make_graphs, write_bags
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from models import make_module
 
 import dasmil
 from dasmil.bags import Bag, bag_graph, bag_path, join_graphs, read_bag, write_bag
 from dasmil.data import BagDataModule
 from dasmil.errors import InputError
 from dasmil.lightning_cli import _evaluation_defaults
-from dasmil.losses import ObjectiveOptions
-from dasmil.modules import DASMILModule, mil
-from dasmil.nn import DASMIL
+from dasmil.methods.dasmil import DASMIL, NetworkOptions, ObjectiveOptions
+from dasmil.modules import ModelCard
 from dasmil.slides.study import SlideRecord, plain_records
 
 SMALL = {"hidden_dim": 8, "out_dim": 8, "query_dim": 4}
@@ -33,7 +32,7 @@ def bag_format(widths=(6, 6)):
 def small_module(classes=("normal", "tumour"), **options):
     torch.manual_seed(0)
     options = {**SMALL, "classes": list(classes), "bag_format": bag_format(), **options}
-    return DASMILModule(**options)
+    return make_module(**options)
 
 
 def quiet_trainer(folder, **options):
@@ -70,7 +69,7 @@ def test_each_slide_counts_once_however_often_it_comes(monkeypatch):
     """What a padded sampler repeats must not weigh more."""
     module = small_module().eval()
     logged = {}
-    monkeypatch.setattr(module, "_log_figures", lambda figures, **_: logged.update(figures))
+    monkeypatch.setattr(module, "_log_metrics", lambda figures, **_: logged.update(figures))
     module._trainer = quiet_trainer(".", max_epochs=1)
     graphs = make_graphs([5, 7, 9, 6], [0, 1, 0, 1])
 
@@ -107,7 +106,7 @@ def test_training_in_plain_python_learns_and_its_checkpoint_loads(tmp_path):
     data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
     keeper = ModelCheckpoint(tmp_path / "kept", "best", monitor="val/auroc", mode="max")
     trainer = quiet_trainer(tmp_path, max_epochs=30, callbacks=[keeper])
-    module = DASMILModule(**SMALL, learning_rate=1e-2, node_dropout=0.0)
+    module = make_module(**SMALL, learning_rate=1e-2, node_dropout=0.0)
     trainer.fit(module, datamodule=data)
     figures = trainer.test(module, datamodule=data, verbose=False)[0]
     assert figures["test/x20/auroc"] == 1.0
@@ -115,19 +114,18 @@ def test_training_in_plain_python_learns_and_its_checkpoint_loads(tmp_path):
     path = keeper.best_model_path
     torch.load(path, weights_only=True)  # refuses anything that would have to be unpickled
     model = dasmil.load(path)
-    record = model.hparams["split"][15]
+    record = model.card.split[15]
     assert (record["slide_id"], record["split"], record["label"]) == ("s15", "test", "tumour")
-    again = DASMILModule.load_from_checkpoint(path, weights_only=True)
     graph = bag_graph(read_bag(bag_path(tmp_path, "s15")))
     with torch.no_grad():
-        first, second = model(graph), again.eval()(graph)
+        first, second = model(graph), dasmil.load(path)(graph)
     assert torch.equal(first["x20"].bag_logits, second["x20"].bag_logits)
 
 
 def test_every_term_is_logged_by_name(tmp_path):
     data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
     trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
-    trainer.fit(DASMILModule(**SMALL), datamodule=data)
+    trainer.fit(make_module(**SMALL), datamodule=data)
     terms = ["bag/x10", "bag/x20", "instance/x10", "instance/x20"]
     terms += ["distillation/x10", "criticality/x10", "loss"]
     figures = [f"{scale}{name}" for scale in ("", "x10/", "x20/") for name in ("auroc", "accuracy")]
@@ -142,21 +140,19 @@ def test_classes_in_another_order_are_refused(tmp_path):
     data = BagDataModule(separable_bags(tmp_path), ["tumour", "normal"], num_workers=0)
     data.setup("test")
     with pytest.raises(InputError, match="trained with normal, tumour in that order"):
-        DASMILModule._refuse_other_data(
-            {"bag_format": data.bag_format, "classes": ["normal", "tumour"]}, data
-        )
+        DASMIL._refuse_other_data(ModelCard(("normal", "tumour"), data.bag_format), data)
 
 
 def test_the_schedule_asks_for_epochs(tmp_path):
     data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
     trainer = quiet_trainer(tmp_path, max_epochs=-1, max_steps=2, enable_checkpointing=False)
     with pytest.raises(InputError, match="max_epochs"):
-        trainer.fit(DASMILModule(**SMALL), datamodule=data)
+        trainer.fit(make_module(**SMALL), datamodule=data)
 
 
 def test_a_checkpoint_without_a_model_is_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(InputError, match="holds no DAS-MIL model"):
+    with pytest.raises(InputError, match="holds no model of bags"):
         dasmil.load(tmp_path / "other.ckpt")
 
 
@@ -164,7 +160,7 @@ def test_a_resumed_run_must_have_the_same_parts(tmp_path):
     data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
     keeper = ModelCheckpoint(tmp_path / "kept", save_last=True)
     trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[keeper])
-    trainer.fit(DASMILModule(**SMALL), datamodule=data)
+    trainer.fit(make_module(**SMALL), datamodule=data)
     table = tmp_path / "cohort.csv"
     table.write_text(
         table.read_text().replace("s15,s15.svs,tumour,test", "s15,s15.svs,tumour,train")
@@ -172,7 +168,7 @@ def test_a_resumed_run_must_have_the_same_parts(tmp_path):
     again = BagDataModule(tmp_path, ["normal", "tumour"], num_workers=0)
     with pytest.raises(InputError, match="not those that the checkpoint was trained with"):
         quiet_trainer(tmp_path, max_epochs=2).fit(
-            DASMILModule(**SMALL), datamodule=again, ckpt_path=keeper.last_model_path
+            make_module(**SMALL), datamodule=again, ckpt_path=keeper.last_model_path
         )
 
 
@@ -181,17 +177,17 @@ def test_weights_that_are_trained_further_remember_the_slides_of_before(tmp_path
     data = BagDataModule(folder, ["normal", "tumour"], num_workers=0)
     data.setup("fit")
     before = plain_records([SlideRecord("s12", split="train"), SlideRecord("old", "p", "val", "1")])
-    fitted = DASMILModule(**SMALL, split=before)
+    fitted = make_module(**SMALL, split=before, bag_format=data.bag_format)
     options = {"max_epochs": 1, "enable_checkpointing": False}
     with pytest.raises(InputError, match=r"1 slide\(s\) of the part 'test' .*s12 \(trained on\)"):
         quiet_trainer(tmp_path, **options).fit(fitted, datamodule=data)
-    further = DASMILModule(**SMALL, split=before[1:])
+    further = make_module(**SMALL, split=before[1:], bag_format=data.bag_format)
     quiet_trainer(tmp_path, **options).fit(further, datamodule=data)
-    assert further.hparams["split"] == [*data.study(), before[1]]
-    unknown = DASMILModule(**SMALL, split={})
+    assert further.card.split == [*data.study(), before[1]]
+    unknown = make_module(**SMALL, bag_format=data.bag_format)
     with pytest.warns(UserWarning, match="not known which slides these weights"):
         quiet_trainer(tmp_path, **options).fit(unknown, datamodule=data)
-    assert unknown.hparams["split"] == {}
+    assert unknown.card.split == ()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -251,47 +247,18 @@ OTHER_NETWORK = {
     "contextualize": False,
     "concatenate_parents": True,
     "coarse_instances": "parents",
-    "gat_backend": "gatconv",
     "pooling": "max",
 }
 
 
-def defaults_of(function):
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def test_every_option_of_the_objective_reaches_it():
-    assert set(OTHER_OPTIONS) == {field.name for field in fields(ObjectiveOptions)}
-    assert asdict(small_module(**OTHER_OPTIONS).options) == OTHER_OPTIONS
-    for name, value in OTHER_OPTIONS.items():
-        assert asdict(small_module(**{name: value}).options) == {
-            **asdict(ObjectiveOptions()),
-            name: value,
-        }
-
-
-def test_every_option_of_the_network_reaches_it(monkeypatch):
-    given = {}
-    monkeypatch.setattr(mil, "DASMIL", lambda *_, **options: given.update(options) or DASMIL({}))
-    small_module(**OTHER_NETWORK)
-    assert given == OTHER_NETWORK
-    assert {"num_logits", *OTHER_NETWORK} == set(defaults_of(DASMIL.__init__))
-
-
-def test_every_option_that_decides_what_a_network_says_is_compared_with_the_checkpoint():
-    """The others act in training alone, or change nothing."""
-    in_training = {"attention_dropout", "node_dropout", "bag_classifier_init", "gat_backend"}
-    assert set(OTHER_NETWORK) - in_training == set(mil.OF_NETWORK) - {"standardize", "one_logit"}
-
-
-def test_the_defaults_are_said_once_and_the_same():
-    module, network = defaults_of(DASMILModule.__init__), defaults_of(DASMIL.__init__)
-    assert {name: module[name] for name in OTHER_NETWORK} == {
-        name: network[name] for name in OTHER_NETWORK
-    }
-    assert {name: module[name] for name in OTHER_OPTIONS} == asdict(ObjectiveOptions())
-    assert all(module[name] != value for name, value in (OTHER_NETWORK | OTHER_OPTIONS).items())
+def test_every_option_reaches_the_method():
+    """Each alone, and none takes the place of another."""
+    for group, options in (("network", OTHER_NETWORK), ("objective", OTHER_OPTIONS)):
+        kind = {"network": NetworkOptions, "objective": ObjectiveOptions}[group]
+        assert set(options) == {field.name for field in fields(kind)}
+        for name, value in options.items():
+            made = make_module(**{name: value}).options
+            assert made[group] == {**asdict(kind()), name: value} != asdict(kind())
 
 
 def pyramid_bags(folder, scales=("x5", "x10", "x20")):
@@ -309,7 +276,7 @@ def fit_once(folder, scales=None, val_part="val", **options):
     )
     keeper = ModelCheckpoint(folder / "kept", save_last=True)
     trainer = quiet_trainer(folder, max_epochs=1, callbacks=[keeper])
-    module = DASMILModule(**{**SMALL, **options})
+    module = make_module(**{**SMALL, **options})
     trainer.fit(module, datamodule=data)
     return module, data, keeper.last_model_path
 
@@ -318,8 +285,9 @@ def test_a_checkpoint_remembers_every_switch(tmp_path):
     network = {**OTHER_NETWORK, "contextualize": True}
     module, data, path = fit_once(pyramid_bags(tmp_path), **network, **OTHER_OPTIONS)
     again = dasmil.load(path)
+    options = again.options["network"] | again.options["objective"]
     for name, value in (network | OTHER_OPTIONS).items():
-        assert again.hparams[name] == value
+        assert options[name] == value
     assert again.options == module.options
     batch = next(iter(data.test_dataloader()))
     with torch.inference_mode():
@@ -357,7 +325,7 @@ def test_other_scales_than_the_models_are_refused(tmp_path):
         data = BagDataModule(tmp_path, ["normal", "tumour"], scales, num_workers=0)
         data.setup("test")
         with pytest.raises(InputError, match=rf"the bags hold scales {words} instead of x10, x20"):
-            DASMILModule._refuse_other_data(module.hparams, data)
+            DASMIL._refuse_other_data(module.card, data)
 
 
 @pytest.mark.filterwarnings("ignore:.*D17")
@@ -366,7 +334,7 @@ def test_a_checkpoint_knows_on_which_part_it_was_chosen_and_which_scales_it_read
     tmp_path, val_part
 ):
     _, _, path = fit_once(pyramid_bags(tmp_path), ["x5", "x20"], val_part)
-    arguments = _evaluation_defaults(["--ckpt_path", path])["data"]["init_args"]
+    arguments = _evaluation_defaults(["--ckpt_path", path])[0]["data"]["init_args"]
     assert arguments["val_part"] == val_part
     assert arguments["scales"] == ["x5", "x20"]
     data = BagDataModule(tmp_path, num_workers=0, **arguments)
@@ -376,15 +344,17 @@ def test_a_checkpoint_knows_on_which_part_it_was_chosen_and_which_scales_it_read
 
 
 def test_predictions_of_a_checkpoint_of_before_the_switches_have_their_defaults(tmp_path):
-    """Hyperparameters that an older checkpoint does not hold."""
-    _, _, path = fit_once(pyramid_bags(tmp_path))
+    """Versions before 0.2 kept options and card side by side, and the first of them knew few."""
+    module, _, path = fit_once(pyramid_bags(tmp_path))
     content = torch.load(path, weights_only=True)
-    for name in (*OTHER_OPTIONS, "residual", "contextualize", "val_part"):
-        if name not in ("distillation", "criticality", "instance", "temperature"):
-            content["hyper_parameters"].pop(name)
+    card = {k: v for k, v in content.pop("card").items() if k in ("classes", "bag_format")}
+    del content["method"]
+    content["hyper_parameters"] = {**SMALL, **card, "gat_backend": "gather", "temperature": 1.5}
     torch.save(content, tmp_path / "old.ckpt")
-    assert dasmil.load(tmp_path / "old.ckpt").options == ObjectiveOptions()
-    arguments = _evaluation_defaults(["--ckpt_path", str(tmp_path / "old.ckpt")])
+    again = dasmil.load(tmp_path / "old.ckpt")
+    assert again.objective_options == ObjectiveOptions()
+    assert again.network_options == module.network_options and again.card.split == []
+    arguments, _ = _evaluation_defaults(["--ckpt_path", str(tmp_path / "old.ckpt")])
     assert arguments["data"]["init_args"]["val_part"] == "val"
 
 
@@ -399,10 +369,10 @@ def test_balanced_weights_are_those_of_the_training_slides_and_weigh_the_label_l
     """4 / (2 · 3) for each normal slide, 4 / (2 · 1) for the tumour slide; the checkpoint knows."""
     data = BagDataModule(uneven_bags(tmp_path), ["normal", "tumour"], num_workers=0)
     keeper = ModelCheckpoint(tmp_path / "kept")
-    module = DASMILModule(**SMALL, class_weights="balanced")
+    module = make_module(**SMALL, class_weights="balanced")
     quiet_trainer(tmp_path, max_epochs=1, callbacks=[keeper]).fit(module, datamodule=data)
-    assert module.hparams["class_weights"] == pytest.approx([2 / 3, 2])
-    assert dasmil.load(keeper.best_model_path).hparams["class_weights"] == pytest.approx([2 / 3, 2])
+    assert module.card.class_weights == pytest.approx([2 / 3, 2])
+    assert dasmil.load(keeper.best_model_path).card.class_weights == pytest.approx([2 / 3, 2])
 
     module.eval()
     for graph in data.val_dataloader():
@@ -417,7 +387,7 @@ def test_balanced_weights_are_those_of_the_training_slides_and_weigh_the_label_l
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [1.0, -1.0]])
 def test_class_weights_must_be_one_a_class_and_not_negative(tmp_path, weights):
     data = BagDataModule(uneven_bags(tmp_path), ["normal", "tumour"], num_workers=0)
-    module = DASMILModule(**SMALL, class_weights=weights)
+    module = make_module(**SMALL, class_weights=weights)
     with pytest.raises(InputError, match=r"model.class_weights: .* must be 2 weights of 0 or more"):
         quiet_trainer(tmp_path, max_epochs=1).fit(module, datamodule=data)
 
@@ -437,13 +407,13 @@ def test_an_evaluation_knows_the_patients_of_its_slides(tmp_path):
 def test_a_scale_whose_bag_logits_are_constant_is_named(tmp_path):
     """As a large weight decay leaves it: the weights of the bag classifier have died."""
 
-    class Dead(DASMILModule):
+    class Dead(DASMIL):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             self.network.heads["x10"].bag_classifier.weight.data.mul_(1e-6)
 
     torch.manual_seed(0)
     data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
-    trainer, module = quiet_trainer(tmp_path, max_epochs=1), Dead(**SMALL)
+    trainer, module = quiet_trainer(tmp_path, max_epochs=1), make_module(Dead, **SMALL)
     with pytest.warns(UserWarning, match="^x10: the model of the last epoch gives bag logits"):
         trainer.fit(module, datamodule=data)
     with pytest.warns(UserWarning, match="^x10: this model gives .* over the 2 validation slides"):
@@ -459,4 +429,4 @@ def test_a_scale_whose_bag_logits_are_constant_is_named(tmp_path):
 def test_few_validation_slides_are_said(tmp_path):
     data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
     with pytest.warns(UserWarning, match="only 1 normal and 1 tumour slide.* choose the epoch"):
-        quiet_trainer(tmp_path, max_epochs=1).fit(DASMILModule(**SMALL), datamodule=data)
+        quiet_trainer(tmp_path, max_epochs=1).fit(make_module(**SMALL), datamodule=data)

@@ -105,7 +105,8 @@ def test_dino_killed_goes_on_with_the_same_crops(road, tmp_path):
 def test_a_run_that_was_moved_knows_its_best_checkpoint(road, tmp_path):
     """Lightning goes by the folder's name, and would overwrite best.ckpt with any later epoch."""
     options = ["--trainer.max_epochs", "3", "--trainer.max_steps", "12"]  # 6 steps an epoch
-    options += ["--model.learning_rate", "0", "--model.min_learning_rate", "0"]
+    options += ["--model.optimizer.learning_rate", "0"]
+    options += ["--model.optimizer.min_learning_rate", "0"]
     assert main([*fit_dasmil(road.bags, tmp_path, "run"), *options]) == 0
     best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
@@ -134,8 +135,8 @@ def test_a_training_goes_on_with_its_own_settings_or_not_at_all(road, tmp_path, 
     run = tmp_path / "run"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     changed = {
-        "model.learning_rate": (0.1, 0.0002),
-        "model.betas": ([0.9, 0.99], [0.5, 0.9]),
+        "model.optimizer.learning_rate": (0.1, 0.0002),
+        "model.optimizer.betas": ([0.9, 0.99], [0.5, 0.9]),
         "data.batch_size": (2, 1),
         "trainer.max_epochs": (4, 3),
         "seed_everything": (1, 0),
@@ -145,7 +146,14 @@ def test_a_training_goes_on_with_its_own_settings_or_not_at_all(road, tmp_path, 
     said = capsys.readouterr().err
     assert all(f"{name} {now} instead of {then}" in said for name, (now, then) in changed.items())
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    more = ["--trainer.max_steps", "-1", "--data.cache", "ram", "--model.specificity", "0.8"]
+    more = [
+        "--trainer.max_steps",
+        "-1",
+        "--data.cache",
+        "ram",
+        "--model.evaluation.specificity",
+        "0.8",
+    ]
     assert main(["fit", "--resume", str(run), *more]) == 0
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
 
@@ -197,7 +205,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(road, tmp_
         (lambda folder: None, "holds no config.yaml"),
         (
             lambda folder: (folder / "config.yaml").write_text("trainer: {logger: false}"),
-            "it has the logger none",
+            "not the config of a fit",
         ),
     ],
 )

@@ -35,7 +35,8 @@ def bags(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(bags: Path) -> Path:
     """Checkpoint of a model that reads x5 and x20 of bags that hold x10 too."""
     runs = bags.parent / "runs"
-    switches = ["--model.concatenate_parents", "true", "--model.coarse_instances", "parents"]
+    switches = ["--model.network.concatenate_parents", "true"]
+    switches += ["--model.network.coarse_instances", "parents"]
     assert main([*fit_dasmil(bags, runs), "--data.scales", "[x5,x20]", *switches]) == 0
     return runs / "dasmil" / "checkpoints" / "best.ckpt"
 
@@ -116,6 +117,20 @@ def test_a_scale_that_no_bag_holds_is_refused_by_fit(
 
 
 def test_a_word_that_is_no_choice_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    configs = ["--config", str(CONFIGS / "dasmil.yaml"), "--config", str(CONF / "dasmil.yaml")]
-    assert main(["fit", *configs, "--data.bags", "B", "--model.kl_direction", "forward"]) == 2
+    configs = ["--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "dasmil.yaml")]
+    assert (
+        main(
+            [
+                "fit",
+                *configs,
+                "--data.bags",
+                "B",
+                "--output",
+                "R",
+                "--model.objective.kl_direction",
+                "x",
+            ]
+        )
+        == 2
+    )
     assert "kl_direction" in capsys.readouterr().err

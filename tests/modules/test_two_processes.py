@@ -51,7 +51,9 @@ def test_dasmil_fits_one_step(checkpoint):
 
 
 def test_an_error_of_both_processes_is_said_once(road, tmp_path):
-    said = run([*fit_dasmil(road.bags, tmp_path), "--model.learning_rate", "1e38"], code=2)
+    said = run(
+        [*fit_dasmil(road.bags, tmp_path), "--model.optimizer.learning_rate", "1e38"], code=2
+    )
     assert said.count("error: fit: the loss of step 1 is not finite") == 1
 
 

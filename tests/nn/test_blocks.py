@@ -3,11 +3,12 @@
 import pytest
 import torch
 from bag_factory import make_bag
+from models import make_network
 
 import dasmil.nn.gat
 import dasmil.tensors
 from dasmil.bags import bag_graph
-from dasmil.nn import DASMIL, GAT
+from dasmil.nn import GAT
 from dasmil.tensors import by_rows
 
 BLOCK = 7
@@ -45,7 +46,7 @@ def test_the_answer_in_blocks_is_that_of_the_whole(
     torch.manual_seed(0)
     dims = {"x5": 6, "x10": 6, "x20": 6}
     wide = {"hidden_dim": 6, "out_dim": 6} if "residual" in options else {}
-    model = DASMIL(dims, **wide, **options).to(dtype).eval()
+    model = make_network(dims, **wide, **options).to(dtype).eval()
     graph = make_graph(num_tiles)
     whole = {s: out for s, out in model(graph).items()}
     monkeypatch.setattr(dasmil.tensors, "MANY_ROWS", BLOCK)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from bag_factory import make_graphs, neighbours_of
+from bag_factory import make_bag, make_graphs, neighbours_of
+from models import make_network
 from safetensors.torch import load_file
 from torch import Tensor
 from torch_geometric.data import Data
@@ -17,10 +18,11 @@ from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
 from dasmil.bags import BagGraph, join_graphs
+from dasmil.bags.graph import BagHeaders
 from dasmil.bags.neighbours import union_neighbours
 from dasmil.errors import InputError
-from dasmil.losses import ObjectiveOptions, objective
-from dasmil.nn import DASMIL, MILHead, ScaleOutput
+from dasmil.methods.dasmil import DASMILNetwork, ObjectiveOptions, objective
+from dasmil.nn import MILHead, ScaleOutput
 
 SCALES = ("x2.5", "x10", "x20")
 DIMS = {"x2.5": 3, "x10": 6, "x20": 5}
@@ -44,10 +46,12 @@ def name_of(variant: dict[str, Any]) -> str:
 all_variants = pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 
 
-def make_model(num_logits: int = 1, scales: tuple[str, ...] = SCALES, **variant: Any) -> DASMIL:
+def make_model(
+    num_logits: int = 1, scales: tuple[str, ...] = SCALES, **variant: Any
+) -> DASMILNetwork:
     torch.manual_seed(0)
     widths = {scale: WIDTHS[scale] for scale in scales}
-    model = DASMIL(widths, num_logits, 7, 8, heads=2, query_dim=4, **variant).double()
+    model = make_network(widths, num_logits, 7, 8, heads=2, query_dim=4, **variant).double()
     for parameter in model.parameters():  # biases are zero at the start
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter)
@@ -75,7 +79,7 @@ def graphs_of(sizes: tuple[int, ...], scales: tuple[str, ...] = SCALES) -> list[
     return [with_orphans(doubled(graph)) for graph in made]
 
 
-def head_of(model: DASMIL, scale: str, width: int, num_logits: int = 1) -> MILHead:
+def head_of(model: DASMILNetwork, scale: str, width: int, num_logits: int = 1) -> MILHead:
     """A fresh head of that width with the weights of the model's."""
     head = MILHead(width, num_logits, 4).double()
     prefix = f"heads.{scale.replace('.', '_')}."
@@ -85,18 +89,18 @@ def head_of(model: DASMIL, scale: str, width: int, num_logits: int = 1) -> MILHe
 
 
 def test_the_default_for_camelyon16_has_the_released_number_of_weights() -> None:
-    model = DASMIL({"x10": 384, "x20": 384})
+    model = make_network({"x10": 384, "x20": 384})
     assert sum(p.numel() for p in model.parameters()) == 1_516_804
 
 
 def test_the_gated_residual_for_lung_has_the_released_number_of_weights() -> None:
-    model = DASMIL({"x5": 384, "x20": 384}, out_dim=384, residual="glu")
+    model = make_network({"x5": 384, "x20": 384}, out_dim=384, residual="glu")
     assert sum(p.numel() for p in model.parameters()) == 2_470_724
 
 
 def test_the_residual_reaches_the_pgnn() -> None:
     with pytest.raises(InputError, match="residual 'plain'"):
-        DASMIL({"x10": 384, "x20": 384}, residual="plain")
+        make_network({"x10": 384, "x20": 384}, residual="plain")
 
 
 @all_variants
@@ -232,7 +236,9 @@ def test_bags_in_one_pass_equal_bags_one_by_one(
 @pytest.mark.parametrize("residual", ["plain", "glu"])
 def test_with_a_residual_bags_in_one_pass_equal_bags_one_by_one(residual: Any) -> None:
     torch.manual_seed(0)
-    model = DASMIL({"x10": 6, "x20": 6}, 1, 6, 6, query_dim=4, residual=residual).double().eval()
+    model = (
+        make_network({"x10": 6, "x20": 6}, 1, 6, 6, query_dim=4, residual=residual).double().eval()
+    )
     graphs = [with_orphans(doubled(graph)) for graph in make_graphs((12, 0, 1, 30))]
     together, alone = model(join_graphs(graphs)), [model(graph) for graph in graphs]
     for scale, part in product(together, PARTS):
@@ -261,7 +267,7 @@ def test_a_bag_of_orphans_alone_passes(variant: dict[str, Any]) -> None:
 class Golden:
     """A slide, a model and what the authors' released code says of them."""
 
-    build: Callable[..., DASMIL]
+    build: Callable[..., DASMILNetwork]
     graph: BagGraph
     names: dict[str, str]  # ours of each weight → theirs
     rows: dict[str, Tensor]  # of each scale in the released numbering of all nodes
@@ -328,21 +334,22 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     parent = {fine: local[data.childof[rows[fine]]]}
     graph = BagGraph(
         features={scale: data.x[index] for scale, index in rows.items()},
+        grid={scale: torch.zeros(len(i), 2, dtype=torch.int32) for scale, i in rows.items()},
         parent=parent,
-        neighbours=neighbours,
-        union=union_neighbours(neighbours, parent),
         ptr={scale: torch.tensor([0, len(index)]) for scale, index in rows.items()},
         labels=data.y,
-        slide_ids=(data.name,),
+        headers=BagHeaders([replace(make_bag().header, slide_id=data.name)]),
+        neighbours=neighbours,
+        union=union_neighbours(neighbours, parent),
     )
     width = data.x.shape[1]
     query_dim, out_dim = weights["mil3.b_classifier.q.0.weight"].shape
     names = released_names(coarse, fine, residual)
     assert sorted(names.values()) == sorted(weights)
 
-    def build(**variant: Any) -> DASMIL:
+    def build(**variant: Any) -> DASMILNetwork:
         options = {"residual": residual, "query_dim": query_dim, **variant}
-        model = DASMIL(dict.fromkeys(levels, width), 1, width, out_dim, 3, **options)
+        model = make_network(dict.fromkeys(levels, width), 1, width, out_dim, 3, **options)
         model.load_state_dict({ours: weights[theirs] for ours, theirs in names.items()})
         return model.eval()
 
@@ -379,7 +386,7 @@ def test_the_heads_give_the_released_scores(golden: Golden, shown: str) -> None:
 
 
 def released_loss(
-    golden: Golden, model: DASMIL, distillation: float, pooling: Any, **switches: Any
+    golden: Golden, model: DASMILNetwork, distillation: float, pooling: Any, **switches: Any
 ) -> Tensor:
     """Eq. 3 as released: no factor τ² (D2), β = 0.8."""
     options = ObjectiveOptions(

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from bag_factory import make_bag, make_graphs
-from torch import Tensor
+from models import make_network, with_gatconv
+from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dasmil.bags import BagGraph, Neighbours, bag_graph, join_graphs
-from dasmil.losses import ObjectiveOptions, objective
-from dasmil.nn import DASMIL
+from dasmil.methods.dasmil import ObjectiveOptions, objective
 from dasmil.nn.gat import GAT
 from dasmil.nn.neighbour_attention import Coefficients, neighbour_attention, weighted_sum
 
@@ -77,22 +77,22 @@ def test_dropped_coefficients_keep_the_expected_sum() -> None:
     torch.testing.assert_close(mean, expected, rtol=0, atol=0.06)
 
 
-def pair_of_models(scales: tuple[str, ...] = SCALES) -> tuple[DASMIL, DASMIL]:
-    """The same weights, biases too, under both backends; without dropout."""
+def pair_of_models(scales: tuple[str, ...] = SCALES) -> tuple[nn.Module, nn.Module]:
+    """The same weights, biases too, with our layer and PyG's; without dropout."""
     models = []
-    for backend in ("gather", "gatconv"):
+    for _ in range(2):
         torch.manual_seed(0)
         rates = {"attention_dropout": 0.0, "node_dropout": 0.0}
         dims = dict.fromkeys(scales, WIDTH)
-        model = DASMIL(dims, 1, WIDTH, 24, query_dim=8, **rates, gat_backend=backend)  # type: ignore[arg-type]
+        model = make_network(dims, 1, WIDTH, 24, query_dim=8, **rates)
         for name, parameter in model.named_parameters():
             if name.endswith("conv.bias"):
                 torch.nn.init.normal_(parameter)
         models.append(model)
-    return models[0], models[1]
+    return models[0], with_gatconv(models[1])
 
 
-def learn(model: DASMIL, graph: BagGraph) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def learn(model: nn.Module, graph: BagGraph) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All outputs, and all gradients of Eq. 3."""
     model.zero_grad()
     output = model(graph)
@@ -126,21 +126,21 @@ def test_gradients_are_the_same_at_every_run() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_both_backends_start_and_drop_nodes_alike() -> None:
+def test_both_layers_start_and_drop_nodes_alike() -> None:
     """One seed: the same initial weights, and the same nodes lose their edges."""
     graph = make_graph(scales=("x20",))
     found = []
-    for backend in ("gather", "gatconv"):
+    for change in (lambda gat: gat, with_gatconv):
         torch.manual_seed(3)
-        gat = GAT(WIDTH, 8, attention_dropout=0.0, node_dropout=0.5, backend=backend)  # type: ignore[arg-type]
+        gat = change(GAT(WIDTH, 8, attention_dropout=0.0, node_dropout=0.5))
         found.append(gat.train()(graph.features["x20"], graph.union))
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [0, 1], ids=["gather", "gatconv"])
-def test_bfloat16_is_close(backend: int) -> None:
+@pytest.mark.parametrize("layer", [0, 1], ids=["ours", "gatconv"])
+def test_bfloat16_is_close(layer: int) -> None:
     """Autocast, as with ``precision: bf16-mixed``: outputs to 2 digits, gradients in direction."""
-    model = pair_of_models()[backend]
+    model = pair_of_models()[layer]
     graph = make_graph()
     expected, expected_gradients = learn(model, graph)
     with torch.autocast("cpu", torch.bfloat16):

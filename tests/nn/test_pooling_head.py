@@ -3,10 +3,11 @@
 import pytest
 import torch
 from bag_factory import make_graphs
+from models import make_network
 from torch import Tensor
 
 from dasmil.bags import join_graphs
-from dasmil.nn import DASMIL, PoolingHead
+from dasmil.nn import PoolingHead
 
 PTR = torch.tensor([0, 4, 4, 7])  # the second bag holds no tile
 
@@ -54,7 +55,7 @@ def test_of_equal_largest_tiles_one_alone_counts():
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_a_model_of_pooling_heads_gives_a_batch_what_it_gives_the_bags(pooling):
     torch.manual_seed(0)
-    model = DASMIL({"x10": 6, "x20": 6}, 1, 8, 8, pooling=pooling, contextualize=False).eval()
+    model = make_network({"x10": 6, "x20": 6}, 1, 8, 8, pooling=pooling, contextualize=False).eval()
     graphs = make_graphs([5, 9])
     together = model(join_graphs(graphs))
     for number, graph in enumerate(graphs):

@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+from dasmil.callbacks.history import History, curves_figure
 from dasmil.errors import InputError
 from dasmil.files import read_csv
 from dasmil.reports.figures import scale_colours
-from dasmil.reports.history import History, curves_figure
 
 
 class Counting(LightningModule):

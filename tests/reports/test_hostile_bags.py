@@ -14,9 +14,9 @@ from road import fit_dasmil
 from safetensors.torch import load_file, save_file
 
 from dasmil.bags import bag_path, write_bag
+from dasmil.callbacks.predictions import PredictionWriter
 from dasmil.cli import main
 from dasmil.files import append_csv, read_csv
-from dasmil.reports.predictions import PredictionWriter
 
 SPLIT = {
     f"{letter}{number}": part

@@ -13,22 +13,22 @@ import pytest
 import torch
 from bag_factory import CLASSES, write_bags
 from lightning.pytorch import LightningModule, Trainer
+from models import make_module
 from PIL import Image
 from road import CONFIGS, fit_dasmil
 from torch.utils.data import DataLoader
 
 from dasmil.bags import Bag, BagHeader, bag_path, join_graphs, read_bag, write_bag
+from dasmil.callbacks import instances
+from dasmil.callbacks.instances import InstanceTruth
+from dasmil.callbacks.predictions import PredictionWriter
 from dasmil.cli import main
 from dasmil.data import BagDataModule
 from dasmil.demo.slides import TRUTH_DOWNSAMPLE, write_cohort
 from dasmil.errors import InputError
 from dasmil.files import write_text
 from dasmil.metrics.froc import FALSE_POSITIVES
-from dasmil.modules import DASMILModule
 from dasmil.output import ScaleOutput
-from dasmil.reports import instances
-from dasmil.reports.instances import InstanceTruth
-from dasmil.reports.predictions import PredictionWriter
 from dasmil.slides.cohort import read_cohort
 
 SIZE_PX0 = (4096, 4096)  # 8 x 8 tiles of x20, 512 px wide
@@ -229,7 +229,7 @@ def test_every_tile_is_written_with_its_overlap(bags, tmp_path):
 def test_the_columns_of_a_tile_are_those_of_predict(bags, tmp_path):
     data = BagDataModule(bags, CLASSES, num_workers=0)
     data.setup("predict")
-    module = DASMILModule(hidden_dim=8, out_dim=8, classes=CLASSES, bag_format=data.bag_format)
+    module = make_module(hidden_dim=8, out_dim=8, classes=CLASSES, bag_format=data.bag_format)
     run(bags, InstanceTruth(tmp_path / "truth", output=tmp_path / "out"))
     writer = PredictionWriter(tmp_path / "out")
     trainer = Trainer(
@@ -445,7 +445,7 @@ def test_nothing_that_trains_can_read_annotations():
 
 @pytest.mark.parametrize("option", ["truth", "truth_classes"])
 def test_fit_has_no_option_for_annotations(option, tmp_path, capsys):
-    config = ["--config", str(CONFIGS / "dasmil.yaml"), "--data.bags", "B"]
+    config = ["--config", str(CONFIGS / "mil.yaml"), "--data.bags", "B"]
     assert main(["fit", *config, "--data.classes", "[a,b]", f"--{option}", "[T]"]) == 2
     assert f"--{option}" in capsys.readouterr().err
 

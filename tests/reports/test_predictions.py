@@ -4,10 +4,10 @@ import pytest
 import torch
 from bag_factory import write_bags
 from lightning.pytorch import Trainer
+from models import make_module
 
+from dasmil.callbacks.predictions import PredictionWriter
 from dasmil.data import BagDataModule
-from dasmil.modules import DASMILModule
-from dasmil.reports.predictions import PredictionWriter
 
 CLASSES = ["benign", "in situ", "invasive"]
 
@@ -26,7 +26,7 @@ def predicted(tmp_path_factory):
     data = BagDataModule(bags, CLASSES, batch_size=2, num_workers=0)
     data.setup("predict")
     torch.manual_seed(0)
-    module = DASMILModule(hidden_dim=8, out_dim=8, classes=CLASSES, bag_format=data.bag_format)
+    module = make_module(hidden_dim=8, out_dim=8, classes=CLASSES, bag_format=data.bag_format)
     writer = PredictionWriter(root / "out")
     trainer = Trainer(
         accelerator="cpu",
@@ -81,7 +81,7 @@ def test_a_slide_is_called_at_the_thresholds_of_the_checkpoint(tmp_path):
     data = BagDataModule(bags, ["benign", "invasive"], num_workers=0)
     data.setup("predict")
     thresholds = {"x10": {}, "x20": {"youden": 0.0, "specificity_0.9": 1.0}}
-    module = DASMILModule(
+    module = make_module(
         hidden_dim=8,
         out_dim=8,
         classes=data.classes,

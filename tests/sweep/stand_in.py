@@ -17,8 +17,6 @@ verb=$3; all="$*"
 while [ $# -gt 0 ]; do
     case $1 in
         --output) output=$2;;
-        --trainer.logger.init_args.save_dir) parent=$2;;
-        --trainer.logger.init_args.name) output=$parent/$2;;
         --resume) output=$2;;
     esac
     shift
@@ -65,12 +63,10 @@ def make_bags(folder: Path) -> Path:
     return folder
 
 
-def plan_one(tmp_path, *configs, truth=None, truth_classes=()):
-    row = SweepRow("row", tuple(map(str, configs)))
+def plan_one(tmp_path, *configs, truth=None, truth_classes=(), options=None):
+    row = SweepRow("row", tuple(map(str, configs)), set=options or {})
     bags = {None: tmp_path / "bags"}
-    [[run]] = plan(
-        [row], ["configs/dasmil.yaml"], [0], tmp_path / "out", bags, truth, truth_classes
-    )
+    [[run]] = plan([row], ["configs/mil.yaml"], [0], tmp_path / "out", bags, truth, truth_classes)
     return run
 
 

@@ -17,14 +17,19 @@ from dasmil.sweep.runs import SweepRow, plan
 from dasmil.sweep.sweep import sweep
 from dasmil.sweep.table import Cell
 
-BASE = ("configs/dasmil.yaml", str(CONF / "dasmil.yaml"))
+MEAN = {
+    **{"model.network.contextualize": False, "model.network.pooling": "mean"},
+    **{"model.objective.instance": 0.0, "data.scales": ["x20"]},
+}
+MEAN_FOLDER = "contextualize_false+pooling_mean+instance_0.0+scales_x20"
+BASE = ("configs/mil.yaml", str(CONF / "dasmil.yaml"))
 
 
 def test_a_sweep_by_command(road, tmp_path, capsys, monkeypatch):
     """In processes; one row was broken off after an epoch, and one cannot be fitted."""
     monkeypatch.chdir(REPOSITORY)
-    keepers = yaml.safe_load((CONFIGS / "dasmil.yaml").read_text())["trainer"]["callbacks"]
-    keepers[0]["init_args"].update(monitor="val/loss", mode="min")  # no two epochs are equal
+    keepers = yaml.safe_load((CONFIGS / "mil.yaml").read_text())["trainer"]["callbacks"]
+    keepers[0]["init_args"] = {"monitor": "val/loss", "mode": "min"}  # no two epochs are equal
     by_loss, broken = tmp_path / "by_loss.yaml", tmp_path / "broken.yaml"
     by_loss.write_text(yaml.safe_dump({"trainer": {"max_epochs": 3, "callbacks": keepers}}))
     broken.write_text("data: {init_args: {classes: [normal, other]}}\n")
@@ -109,7 +114,7 @@ def test_the_road_of_each_fold_never_sees_what_it_is_tested_on(road, tmp_path, i
         extractor=("configs/dino.yaml", str(CONF / "dino.yaml")),
         embed=(str(embed),),
         base=BASE,
-        rows=(SweepRow("all"), SweepRow("mean", ("ablation/mean_pooling.yaml",))),
+        rows=(SweepRow("all"), SweepRow("mean", set=MEAN)),
         columns=("auroc", "x20/instance_auroc", "x10/accuracy"),
         seeds=(0,),
         folds=2,
@@ -119,7 +124,7 @@ def test_the_road_of_each_fold_never_sees_what_it_is_tested_on(road, tmp_path, i
     tested = []
     for fold in (0, 1):
         extractors = json.loads((output / f"bags/fold_{fold}/extractors.json").read_text())
-        for row in ("base", "mean_pooling"):
+        for row in ("base", MEAN_FOLDER):
             run = output / row / f"fold_{fold}" / "seed_0"
             part = {r["slide_id"]: r["split"] for r in read_csv(run / "split.csv")[1]}
             train = sorted(slide_id for slide_id, name in part.items() if name == "train")
@@ -130,7 +135,7 @@ def test_the_road_of_each_fold_never_sees_what_it_is_tested_on(road, tmp_path, i
             slides = [r["slide_id"] for r in read_csv(run / "test" / "test_slides.csv")[1]]
             assert sorted(slides) == sorted(s for s, name in part.items() if name == "test")
             tested += [(row, slide_id) for slide_id in slides]
-    everything = [(row, r["slide_id"]) for row in ("base", "mean_pooling") for r in rows]
+    everything = [(row, r["slide_id"]) for row in ("base", MEAN_FOLDER) for r in rows]
     assert sorted(tested) == sorted(everything)
 
     with open(output / "sweep.csv", newline="") as file:

@@ -36,7 +36,7 @@ def arguments(tmp_path, cohort, own):
     """Of a sweep over the whole road: two folds, two scales, two rows."""
     return {
         **{"output": tmp_path / "out", "cohort": cohort, "extractor": (str(own),)},
-        **{"configs": (str(own), "ablation/scales_x20.yaml"), "seeds": (7,), "folds": 2},
+        **{"configs": (str(own), "demo/dasmil.yaml"), "seeds": (7,), "folds": 2},
         **{"columns": ("accuracy",), "name": "t"},
     }
 
@@ -237,9 +237,7 @@ def test_each_fold_goes_its_own_road(arguments, cohort, own, tmp_path, stand_in,
             assert option(call, "--config") == [str(own)]
             assert option(call, "--data.tiles") == [f"{out}/tiles"]
             assert option(call, "--data.scale") == [scale]
-            logger = "--trainer.logger.init_args."
-            assert option(call, f"{logger}save_dir") == [f"{out}/extractors/fold_{fold}"]
-            assert option(call, f"{logger}name") == [scale]
+            assert option(call, "--output") == [f"{out}/extractors/fold_{fold}/{scale}"]
             last = f"{out}/extractors/fold_{fold}/{scale}/checkpoints/last.ckpt"
             assert option(embed, f"--extractors.{scale}") == [last]
         assert option(embed, "--tiles") == [f"{out}/tiles"]
@@ -258,10 +256,10 @@ def test_each_fold_goes_its_own_road(arguments, cohort, own, tmp_path, stand_in,
     assert "[1/11] tiles: 2 done, 1 empty, " in said
     assert "[2/11] extractor x10 fold 0: train/loss 1.250, " in said
     assert "[4/11] bags fold 0: 2 done, 1 empty, " in said
-    assert "[11/11] scales_x20 fold 1 seed 7: accuracy 0.500, " in said
+    assert "[11/11] dasmil fold 1 seed 7: accuracy 0.500, " in said
     assert f"test slides of {cohort}, mean ± sd over 2 folds × 1 seed (7)\n" in said
     assert "| own | 0.500 ± 0.000 |" in said
-    rows = {out / "own": "own", out / "scales_x20": "scales_x20"}
+    rows = {out / "own": "own", out / "dasmil": "dasmil"}
     assert compared == [(rows, out / "t_compare")]
 
 
@@ -289,7 +287,7 @@ def test_a_preparation_that_fails_takes_its_fold_along(
     said = capsys.readouterr().out
     wrong = f"error: no luck; see {tmp_path}/out/extractors/fold_0/x20/log.txt\n"
     assert f"] extractor x20 fold 0: failed: {wrong}" in said
-    for name in ("bags fold 0", "own fold 0 seed 7", "scales_x20 fold 0 seed 7"):
+    for name in ("bags fold 0", "own fold 0 seed 7", "dasmil fold 0 seed 7"):
         assert f"] {name}: failed: extractor x20 fold 0: {wrong}" in said
     assert "| own | 0.500 (1 of 2) |" in said
     assert all(f"[{number}/11] " in said for number in range(1, 12))
@@ -343,7 +341,7 @@ def test_no_more_steps_at_a_time_than_jobs_and_none_before_its_time(
         for extractor in extractors:
             assert f"{out}/tiles/done.txt" in done["fit", extractor]
         assert {f"{e}/done.txt" for e in extractors} <= done["embed", f"{out}/bags/{fold}"]
-        for row in ("own", "scales_x20"):
+        for row in ("own", "dasmil"):
             assert f"{out}/bags/{fold}/done.txt" in done["fit", f"{out}/{row}/{fold}/seed_7"]
 
 

@@ -9,14 +9,15 @@ import yaml
 from road import CONFIGS
 from stand_in import plan_one
 
+from dasmil.data.bags import DRAWING
 from dasmil.errors import InputError
 from dasmil.files import find_config, write_text
+from dasmil.methods import DASMIL
 from dasmil.sweep.road import plan_road
 from dasmil.sweep.runs import SweepRow, plan
 from dasmil.sweep.steps import Fold, in_order, refuse_other_steps
 
 SWEEPS = [p for p in CONFIGS.rglob("*.yaml") if "rows" in yaml.safe_load(p.read_text())]
-DEFAULT = ["ablation/scales_x10_x20.yaml"]  # λ = 1, β = 1, τ = 1.5
 TWO_FOLDS = [Fold(0, 2), Fold(1, 2)]
 
 
@@ -30,7 +31,7 @@ def write_record(step):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
 def test_our_tables_can_be_planned(path, tmp_path, bags):
     table = yaml.safe_load(path.read_text())
-    rows = [SweepRow(**{**row, "configs": tuple(row["configs"])}) for row in table["rows"]]
+    rows = [SweepRow(**row) for row in table["rows"]]
     runs = plan(rows, table["base"], [0], tmp_path / "out", {None: bags})
     assert all(list(row.paper) in ([], table["columns"]) for row in rows)
     default = [run for [run] in runs if run.row.name == "scales_x10_x20"]
@@ -41,34 +42,30 @@ def test_our_tables_can_be_planned(path, tmp_path, bags):
     plan_road(tmp_path, tmp_path / "cohort.csv", ["x20"], [None], embed=(), **road)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max"])
-def test_a_pooling_row_has_neither_graph_nor_second_scale_nor_instance_loss(pooling):
-    config = yaml.safe_load((CONFIGS / "ablation" / f"{pooling}_pooling.yaml").read_text())
-    model = {"contextualize": False, "pooling": pooling, "instance": 0.0}
-    assert config == {
-        "model": {"init_args": model},
-        "data": {"init_args": {"scales": ["x20"]}},
-    }
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_a_row_sets_options_that_exist_and_differ_from_the_defaults(path):
+    options = DASMIL().flat_options
+    for row in yaml.safe_load(path.read_text())["rows"]:
+        for name, value in row["set"].items():
+            if name != "data.scales":
+                assert options[name.removeprefix("model.")] != value, (row["label"], name)
 
 
-def test_every_other_ablation_changes_one_value():
-    for path in (CONFIGS / "ablation").glob("*.yaml"):
-        if path.stem.endswith("pooling"):
-            continue
-        [(_, content)] = yaml.safe_load(path.read_text()).items()
-        [(_, value)] = content["init_args"].items()
-        digits = path.stem.rpartition("_")[2]
-        assert not isinstance(value, float) or value == float(digits), path
+@pytest.mark.parametrize("label", ["τ = 2", "λ = 0.5", "β = 1.2"])
+def test_the_label_of_a_row_is_what_it_sets(label):
+    rows = [row for path in SWEEPS for row in yaml.safe_load(path.read_text())["rows"]]
+    [row] = [row for row in rows if row["label"] == label]
+    symbol, value = label.split(" = ")
+    name = {"τ": "temperature", "λ": "distillation", "β": "criticality"}[symbol]
+    assert row["set"][f"model.objective.{name}"] == float(value)
 
 
 def test_colon_holds_out_the_same_slides_in_dino_and_dasmil():
     """Both draw the parts; what they draw them by must be the same."""
 
     def drawn_by(name):
-        settings = {}
-        for config in (CONFIGS / f"{name}.yaml", CONFIGS / "crchisto" / f"{name}.yaml"):
-            settings |= yaml.safe_load(config.read_text())["data"]["init_args"]
-        return [settings[key] for key in ("val_fraction", "test_fraction", "split_seed")]
+        settings = yaml.safe_load((CONFIGS / "crchisto" / f"{name}.yaml").read_text())
+        return [settings["data"]["init_args"].get(key) for key in DRAWING]
 
     assert drawn_by("dino") == drawn_by("dasmil")
 
@@ -78,23 +75,23 @@ def test_colon_holds_out_the_same_slides_in_dino_and_dasmil():
 
 def test_a_config_is_taken_from_here_else_from_ours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ours = CONFIGS / "ablation" / "no_graph.yaml"
-    assert find_config("configs/ablation/no_graph.yaml") == ours
-    assert find_config("ablation/no_graph.yaml") == ours
-    here = tmp_path / "ablation" / "no_graph.yaml"
+    ours = CONFIGS / "preset" / "paper.yaml"
+    assert find_config("configs/preset/paper.yaml") == ours
+    assert find_config("preset/paper.yaml") == ours
+    here = tmp_path / "preset" / "paper.yaml"
     write_text(here, "")
-    assert find_config("ablation/no_graph.yaml") == here
-    with pytest.raises(InputError, match=r"ablation/none\.yaml: no such config"):
-        find_config("ablation/none.yaml")
+    assert find_config("preset/paper.yaml") == here
+    with pytest.raises(InputError, match=r"preset/none\.yaml: no such config"):
+        find_config("preset/none.yaml")
 
 
 def test_rows_with_the_same_configs_share_their_runs(tmp_path, bags):
-    tau = "configs/ablation/tau_2.0.yaml"
-    rows = [SweepRow("a"), SweepRow("b", (*DEFAULT, tau)), SweepRow("c", (*DEFAULT, tau[8:]))]
-    table = plan(rows, ["configs/dasmil.yaml"], [0, 3], tmp_path, {None: bags})
+    tau, paper = {"model.objective.temperature": 2.0}, "configs/preset/paper.yaml"
+    rows = [SweepRow("a"), SweepRow("b", (paper,), set=tau), SweepRow("c", (paper[8:],), set=tau)]
+    table = plan(rows, ["configs/mil.yaml"], [0, 3], tmp_path, {None: bags})
     folders = [[str(run.folder.relative_to(tmp_path)) for run in of_row] for of_row in table]
     assert folders[0] == ["base/seed_0", "base/seed_3"]
-    assert folders[1] == ["scales_x10_x20+tau_2.0/seed_0", "scales_x10_x20+tau_2.0/seed_3"]
+    assert folders[1] == ["paper+temperature_2.0/seed_0", "paper+temperature_2.0/seed_3"]
     assert table[1] == table[2]
     assert len({run for of_row in table for run in of_row}) == 4
 
@@ -109,9 +106,9 @@ def test_each_row_has_a_run_a_fold_and_seed(tmp_path, bags):
 
 
 def test_other_configs_in_one_folder_are_refused(tmp_path, bags):
-    write_text(tmp_path / "tau_2.0.yaml", "")
-    rows = [SweepRow("ours", ("ablation/tau_2.0.yaml",))]
-    rows += [SweepRow("other", (str(tmp_path / "tau_2.0.yaml"),))]
+    write_text(tmp_path / "paper.yaml", "")
+    rows = [SweepRow("ours", ("preset/paper.yaml",))]
+    rows += [SweepRow("other", (str(tmp_path / "paper.yaml"),))]
     with pytest.raises(InputError, match=r"the row 'other' and another one"):
         plan(rows, [], [0], tmp_path / "out", {None: bags})
 
@@ -141,7 +138,7 @@ def test_a_run_made_otherwise_is_refused_and_says_in_what(tmp_path, bags, own, m
 
     write_record(run)
     monkeypatch.setattr("dasmil.sweep.steps.__version__", "99")
-    with pytest.raises(InputError, match=r"made with dasmil 0\.1"):
+    with pytest.raises(InputError, match=r"made with dasmil 0\.2"):
         refuse_other_steps([run])
 
 
@@ -151,6 +148,16 @@ def test_a_record_of_before_there_were_folds_is_not_understood_and_says_so(tmp_p
     write_text(run.folder / "run.json", json.dumps(old))
     with pytest.raises(InputError, match="made with another dasmil, which described it otherwise"):
         refuse_other_steps([run])
+
+
+def test_other_options_of_a_row_are_refused(tmp_path, bags):
+    run = plan_one(tmp_path, options={"model.objective.temperature": 2.0})
+    fit = run.fit()
+    assert fit[fit.index("--model.objective.temperature") + 1] == "2.0"
+    write_record(run)
+    other = replace(run, overrides=(("model.objective.temperature", "2.5"),))
+    with pytest.raises(InputError, match=r"another model.objective.temperature \(2.0\)"):
+        refuse_other_steps([other])
 
 
 def test_the_order_of_configs_matters(tmp_path, bags, own):

@@ -1,0 +1,120 @@
+"""The course of a training: ``history.csv``, one row per epoch, and its curves as a picture."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from dasmil.callbacks.run_folder import run_folder
+from dasmil.errors import InputError
+from dasmil.files import atomic_path, read_csv, write_csv
+from dasmil.reports.curves import columns_with_values, curves_figure, natural_order
+
+TABLE, PICTURE = "history.csv", "curves.png"
+FIRST_COLUMNS = ("epoch", "step", "learning_rate")
+DRAW_SECONDS = 60  # between two pictures while training goes on
+DPI = 110
+
+
+class History(Callback):
+    """Writes ``history.csv`` after each epoch, and ``curves.png`` now and then and at the end.
+
+    A row holds the epoch, the steps of the optimiser so far, the learning rate of the last one (of
+    its first group of parameters), and all that was logged: means over the epoch where the model
+    logs them, else the value of the last step; names that end in ``_step`` are left out. A cell of
+    an epoch that was not validated is empty.
+
+    The row stands before the checkpoint of its epoch is saved, so this callback comes before those
+    that save; a training that goes on from a checkpoint keeps the rows up to it, and its table is
+    in the end that of one that was never broken off. Nothing is written without a logger, which
+    names the folder.
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.rows: list[dict[str, Any]] = []
+        self._broken_off: dict[int, dict[str, Any]] = {}
+        self._learning_rate: float | None = None
+        self._validated = False
+        self._drawn = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.folder = run_folder(trainer)
+        epoch = trainer.current_epoch
+        earlier = [] if self.folder is None or epoch == 0 else _read_rows(self.folder / TABLE)
+        self.rows = [row for row in earlier if row["epoch"] < epoch]
+        self._broken_off = {row["epoch"]: row for row in earlier if row["epoch"] >= epoch}
+        self._drawn = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The checks before the training were no epoch's validation."""
+        self._validated, self._learning_rate = False, None
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """At the end of an epoch the schedule has set the rate of the next one already."""
+        self._learning_rate = float(optimizer.param_groups[0]["lr"])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation of this epoch has been before; the checkpoint of it comes after."""
+        logged = dict(trainer.callback_metrics)  # in every process: means are put together here
+        if self.folder is None or not trainer.is_global_zero:
+            return
+        row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        row["learning_rate"] = self._learning_rate
+        row |= {
+            name: float(value)
+            for name, value in logged.items()
+            if _kept(name, logged) and (self._validated or not name.startswith("val"))
+        }
+        if self._learning_rate is None:  # all its steps were made before the checkpoint was saved
+            row = self._broken_off.get(trainer.current_epoch, row)
+        self.rows.append(row)
+        write_csv(self.folder / TABLE, _columns(self.rows), self.rows)
+        if time.monotonic() - self._drawn > DRAW_SECONDS:
+            self._draw()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._draw()
+
+    def _draw(self) -> None:
+        if self.folder is not None and self.rows:
+            figure = curves_figure(self.rows)
+            with atomic_path(self.folder / PICTURE) as temporary:
+                figure.savefig(temporary, dpi=DPI)
+        self._drawn = time.monotonic()
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a table with their epochs as numbers; none where there is no table yet."""
+    if not path.is_file():
+        return []
+    _, rows = read_csv(path)
+    try:
+        return [{**row, "epoch": int(row["epoch"])} for row in rows]
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"{path}: not the table of a training ({type(error).__name__}: {error}); move it away"
+        ) from error
+
+
+def _kept(name: str, logged: Mapping[str, Any]) -> bool:
+    """Not what is of one step alone, nor Lightning's second name of a mean over the epoch."""
+    second_name = name.endswith("_epoch") and name.removesuffix("_epoch") in logged
+    return not name.endswith("_step") and not second_name
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of all rows, in an order that depends on the names alone: x5 before x10."""
+    return [
+        *FIRST_COLUMNS,
+        *sorted(columns_with_values(rows) - set(FIRST_COLUMNS), key=natural_order),
+    ]

@@ -1,0 +1,123 @@
+"""The folder of a ``fit``: how it came to be, and how one that was broken off goes on in it."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dasmil.data.bags import BagDataModule
+from dasmil.files import write_csv
+from dasmil.provenance import record_start
+from dasmil.slides.splits import SPLIT_COLUMNS
+
+CHECKPOINTS = "checkpoints"
+LAST = "last.ckpt"
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """The folder of a run, which the logger names; None without a logger.
+
+    Every process must call it: the folder is broadcast.
+    """
+    folder = trainer.log_dir if trainer.loggers else None
+    return None if folder is None else Path(folder)
+
+
+def run_folder_of(checkpoint: Path) -> Path | None:
+    """The folder of the ``fit`` that wrote a checkpoint; None where it lies elsewhere by now."""
+    folder = checkpoint.parent.parent
+    written_there = checkpoint.parent.name == CHECKPOINTS and (folder / "config.yaml").is_file()
+    return folder if written_there else None
+
+
+class RunFolder(Callback):
+    """Record each start of a ``fit`` in its folder; re-locate its checkpoints if that has moved.
+
+    ``provenance.json`` gets the start, ``split.csv`` the split. They are written when the first
+    epoch begins: a module may still refuse to train in ``on_train_start``, which comes after that
+    of the callbacks, and a ``fit`` that is refused changes nothing.
+
+    Parameters
+    ----------
+    command: the verb and its arguments as they were typed.
+    seed: of ``seed_everything``.
+    """
+
+    def __init__(self, command: Sequence[str] = (), seed: int | None = None):
+        self.command = command
+        self.seed = seed
+        self.begun = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.begun:
+            return
+        self.begun = True
+        folder, data = run_folder(trainer), getattr(trainer, "datamodule", None)
+        if folder is None or not trainer.is_global_zero:
+            return
+        record_start(folder, self.seed, self.command, trainer.world_size)
+        if isinstance(data, BagDataModule):
+            write_csv(folder / "split.csv", SPLIT_COLUMNS, data.split_rows())
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A folder may be named in another way now, or have been moved.
+
+        Lightning goes by the name alone, and would take the next epoch for the best one.
+        """
+        for keeper in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(keeper.state_key)
+            if state is None or not isinstance(keeper, ModelCheckpoint) or keeper.dirpath is None:
+                continue
+            folder = Path(keeper.dirpath)
+            if (
+                state["best_model_path"]
+                and (folder / Path(state["best_model_path"]).name).is_file()
+            ):
+                checkpoint["callbacks"][keeper.state_key] = _moved(state, folder)
+
+
+class Trace:
+    """What a ``fit`` has put into its folder, to be removed if the fit is refused.
+
+    Parameters
+    ----------
+    folder: of the run, before anything of this fit is in it; None if it has none.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._before = set(folder.rglob("*")) if folder is not None else set()
+        self._missing = [p for p in (folder, *folder.parents) if not p.exists()] if folder else []
+
+    def remove(self) -> None:
+        """Remove the files and folders that were not there before."""
+        if self.folder is None or not self.folder.exists():
+            return
+        for path in sorted(set(self.folder.rglob("*")) - self._before, reverse=True):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
+        for path in self._missing:
+            with suppress(OSError):  # others may have put something there
+                path.rmdir()
+
+
+def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The state of a ModelCheckpoint with its files in another folder."""
+
+    def there(path: str) -> str:
+        return str(folder / Path(path).name) if path else path
+
+    names = ("best_model_path", "kth_best_model_path", "last_model_path")
+    return {
+        **state,
+        "dirpath": str(folder),
+        **{name: there(state[name]) for name in names},
+        "best_k_models": {there(path): value for path, value in state["best_k_models"].items()},
+    }

@@ -1,0 +1,230 @@
+"""CLAM: attention pooling whose top and bottom tiles train a classifier of tiles.
+
+Paper: Lu et al., Nature Biomedical Engineering 2021, "Data-efficient and weakly supervised
+computational pathology on whole-slide images", Methods.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import log
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dasmil.bags import BagGraph
+from dasmil.losses import bag_loss
+from dasmil.modules.mil import SingleScaleModule
+from dasmil.modules.options import OptimizerOptions
+from dasmil.nn.attention import AttentionScores, attention_pool
+from dasmil.output import ScaleOutput
+from dasmil.tensors import bag_rows, precisely
+
+# as released, but for the cosine schedule
+RELEASED = OptimizerOptions(
+    learning_rate=2e-4, betas=(0.9, 0.999), weight_decay=1e-5, decay_below=None
+)
+HARD = log(1000)  # from this lead of the largest logit on, the smooth SVM is the hard one
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The trunk and the attention.
+
+    Parameters
+    ----------
+    branches:
+        one attention for all classes (``single``, CLAM-SB), or one per class (``multi``,
+        CLAM-MB).
+    hidden_dim:
+        width of the trunk.
+    attention_dim:
+        width of the hidden layer of the attention.
+    gated:
+        whether a sigmoid gate multiplies the tanh.
+    dropout:
+        after the trunk, and in the attention.
+    """
+
+    branches: Literal["single", "multi"] = "single"
+    hidden_dim: int = 512
+    attention_dim: int = 256
+    gated: bool = True
+    dropout: float = 0.25
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """The loss of the tiles.
+
+    Parameters
+    ----------
+    instance:
+        its weight; the label loss has the rest to 1.
+    instance_loss:
+        ``cross_entropy``, or the smooth top-1 ``svm``.
+    num_instances:
+        k, tiles of the highest and of the lowest attention; fewer in a smaller bag.
+    subtyping:
+        whether the tiles of the highest attention also train the classifiers of all other
+        classes, as tiles that are not of them.
+    """
+
+    instance: float = 0.3
+    instance_loss: Literal["cross_entropy", "svm"] = "svm"
+    num_instances: int = 8
+    subtyping: bool = False
+
+
+@dataclass
+class CLAMOutput(ScaleOutput):
+    """Also the vectors of the tiles, for the loss.
+
+    Parameters
+    ----------
+    hidden: (N, K).
+    """
+
+    hidden: Tensor | None = None
+
+
+class CLAM(SingleScaleModule):
+    """Clustering-constrained attention MIL (Lu et al. 2021); one scale, no edges.
+
+    Parameters
+    ----------
+    network:
+        the trunk and the attention.
+    objective:
+        the loss of the tiles.
+    optimizer:
+        learning rate, schedule and weight decay.
+    one_logit:
+        false: CLAM has a classifier per class.
+    options:
+        of :class:`dasmil.modules.MILModule`, and the scale.
+    """
+
+    network: "CLAMNetwork"
+
+    def __init__(
+        self,
+        network: NetworkOptions = NetworkOptions(),
+        objective: ObjectiveOptions = ObjectiveOptions(),
+        optimizer: OptimizerOptions = RELEASED,
+        one_logit: bool = False,
+        **options: Any,
+    ):
+        super().__init__(optimizer=optimizer, one_logit=one_logit, **options)
+        self.network_options = network
+        self.objective_options = objective
+
+    def build(self, in_dims: Mapping[str, int], num_logits: int) -> nn.Module:
+        """Trunk, attention, and classifiers of bags and tiles."""
+        (scale, in_dim), *_ = in_dims.items()
+        return CLAMNetwork(scale, in_dim, num_logits, len(self.classes), self.network_options)
+
+    def objective(
+        self, output: Mapping[str, ScaleOutput], graph: BagGraph
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(1 - w) of the label loss and w of the loss of the tiles, per bag, shape (B,)."""
+        (scale, found), *_ = output.items()
+        assert isinstance(found, CLAMOutput) and found.hidden is not None
+        label_loss = bag_loss(found.bag_logits, graph.labels)
+        tile_loss = self._tile_losses(found, graph.ptr[scale], graph.labels)
+        weight = self.objective_options.instance
+        total = self.label_weight(graph.labels) * (1 - weight) * label_loss + weight * tile_loss
+        return total, {f"bag/{scale}": label_loss, f"instance/{scale}": tile_loss}
+
+    def _tile_losses(self, output: CLAMOutput, ptr: Tensor, labels: Tensor) -> Tensor:
+        """(B,); zero for a bag without tiles."""
+        assert output.hidden is not None and output.attention is not None
+        losses = []
+        for number, label in enumerate(labels.tolist()):
+            rows = slice(*ptr[number : number + 2].tolist())
+            losses.append(self._tile_loss(output.hidden[rows], output.attention[rows], label))
+        return torch.stack(losses)
+
+    def _tile_loss(self, hidden: Tensor, attention: Tensor, label: int) -> Tensor:
+        """Of a bag with (n, K) tiles and (n, A) attention; the choice of tiles has no gradient."""
+        options = self.objective_options
+        k = min(options.num_instances, len(hidden))
+        if k == 0:
+            return hidden.new_zeros(())
+        losses = []
+        for number, classify in enumerate(self.network.tile_classifiers):
+            if number != label and not options.subtyping:
+                continue
+            scores = attention[:, min(number, attention.shape[1] - 1)].detach()
+            chosen, targets = scores.topk(k).indices, [int(number == label)] * k
+            if number == label:
+                chosen = torch.cat([chosen, (-scores).topk(k).indices])
+                targets += [0] * k
+            logits = precisely(classify, hidden[chosen])  # (k or 2 k, 2)
+            losses.append(self._loss_of(logits, torch.tensor(targets, device=logits.device)))
+        num_classes = len(self.network.tile_classifiers) if options.subtyping else 1
+        return torch.stack(losses).sum() / num_classes
+
+    def _loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.objective_options.instance_loss == "svm":
+            return smooth_svm(logits, targets).mean()
+        return F.cross_entropy(logits, targets)
+
+
+class CLAMNetwork(nn.Module):
+    """A trunk, one attention or one per class, and classifiers of bags and of tiles.
+
+    Parameters
+    ----------
+    scale: whose tiles it reads.
+    in_dim: width of their features.
+    num_logits: C.
+    num_classes: of which each has a classifier of tiles.
+    options: see :class:`NetworkOptions`.
+    """
+
+    def __init__(
+        self, scale: str, in_dim: int, num_logits: int, num_classes: int, options: NetworkOptions
+    ):
+        super().__init__()
+        self.scale = scale
+        width, dropout = options.hidden_dim, options.dropout
+        is_single = options.branches == "single"
+        self.trunk = nn.Sequential(nn.Linear(in_dim, width), nn.ReLU(), nn.Dropout(dropout))
+        self.attention = AttentionScores(
+            *(width, options.attention_dim, 1 if is_single else num_logits, options.gated, dropout)
+        )
+        self.classifier = nn.Linear(width, num_logits)
+        self.tile_classifiers = nn.ModuleList(nn.Linear(width, 2) for _ in range(num_classes))
+
+    def forward(self, graph: BagGraph) -> dict[str, ScaleOutput]:
+        """Bag logits, attention and the vectors of the tiles."""
+        ptr = graph.ptr[self.scale]
+        h = self.trunk(graph.features[self.scale].to(self.classifier.weight.dtype))  # (N, K)
+        attention, embeddings = attention_pool(self.attention(h), h, ptr)  # (B, A, K)
+        weight, bias = self.classifier.weight, self.classifier.bias
+        with torch.autocast(h.device.type, enabled=False):
+            logits = (embeddings.to(weight.dtype) * weight).sum(2) + bias  # of its own vector
+        attention = attention.expand(-1, logits.shape[1])
+        return {self.scale: CLAMOutput(logits, None, attention, bag_rows(ptr), hidden=h)}
+
+
+def smooth_svm(logits: Tensor, targets: Tensor) -> Tensor:
+    """The smooth top-1 SVM loss with margin 1 and temperature 1 (Berrada et al., ICLR 2018).
+
+    Where the largest logit leads by ln 1000 or more, it is the hard one.
+
+    Parameters
+    ----------
+    logits: (n, C).
+    targets: (n,) int64 class index.
+
+    Returns
+    -------
+    (n,)
+    """
+    own = logits.gather(1, targets[:, None])
+    raised = logits + 1 - F.one_hot(targets, logits.shape[1]).to(logits.dtype) - own
+    first, second = logits.topk(2, dim=1).values.T
+    return torch.where(first - second >= HARD, raised.amax(1), raised.logsumexp(1))

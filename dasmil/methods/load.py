@@ -1,0 +1,69 @@
+"""A trained model from its checkpoint alone."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dasmil.embedding.restricted import load_checkpoint
+from dasmil.errors import InputError
+from dasmil.methods.abmil import ABMIL
+from dasmil.methods.clam import CLAM
+from dasmil.methods.dasmil import DASMIL
+from dasmil.methods.dtfd import DTFD
+from dasmil.modules.card import Description, method_name, read_card
+from dasmil.modules.mil import MILModule
+from dasmil.modules.options import typed_options
+
+METHODS: dict[str, type[MILModule]] = {
+    cls.__name__: cls for cls in (ABMIL, CLAM, DASMIL, DTFD)
+}  # that a file may name
+
+
+def load(checkpoint: str | Path, method: type[MILModule] | None = None) -> MILModule:
+    """The model of a checkpoint, in eval mode on the CPU.
+
+    It knows its ``scales``, ``classes``, ``tile_px`` and, in its ``card``, the extractors whose
+    features it reads.
+
+    Parameters
+    ----------
+    checkpoint: file that ``fit`` wrote.
+    method: its class, if that is none of :mod:`dasmil.methods`.
+
+    Raises
+    ------
+    InputError
+        if the file is missing, holds no model of bags, or would have to be unpickled.
+    """
+    state, found, cls = read_checkpoint(Path(checkpoint), method)
+    model = cls(**typed_options(cls, found.options)).bind(found.card)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def read_checkpoint(
+    path: Path, method: type[MILModule] | None = None
+) -> tuple[dict[str, Tensor], Description, type[MILModule]]:
+    """State dict, description and class of a checkpoint's model, checked against each other."""
+    content = load_checkpoint(path)
+    cls = method or find_method(content, path)
+    found = read_card(content, path, cls)  # which also checks the weights
+    return content["state_dict"], found, cls
+
+
+def find_method(checkpoint: dict[str, Any], path: Path) -> type[MILModule]:
+    """The class that a checkpoint names; a file can only name one of :mod:`dasmil.methods`.
+
+    Raises
+    ------
+    InputError
+        if it names none of them.
+    """
+    name = method_name(checkpoint, path)
+    if name not in METHODS:
+        raise InputError(
+            f"{path}: its method {name[:100]!r} is none of {', '.join(METHODS)}; a method of your "
+            "own is named by --model.class_path, or in dasmil.load by method="
+        )
+    return METHODS[name]

@@ -1,0 +1,65 @@
+"""Attention pooling over the tiles of each bag, plain or gated.
+
+Paper: Ilse et al., ICML 2018, section 2.4, Eq. 8 (plain) and Eq. 9 (gated).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dasmil.tensors import precisely
+
+
+class AttentionScores(nn.Module):
+    """wᵀ tanh(V h), or with a gate wᵀ(tanh(V h) ⊙ σ(U h)), for each of A attentions.
+
+    Scores are computed in at least float32: they are compared and ranked.
+
+    Parameters
+    ----------
+    in_dim: K, width of the tile vectors.
+    attention_dim: L, width of the hidden layer.
+    num_attentions: A.
+    gated: whether there is a gate.
+    dropout: probability of dropping an entry of the hidden layer, and of the gate.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        attention_dim: int,
+        num_attentions: int = 1,
+        gated: bool = True,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.v = nn.Linear(in_dim, attention_dim)
+        self.u = nn.Linear(in_dim, attention_dim) if gated else None
+        self.w = nn.Linear(attention_dim, num_attentions)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(N, K) → (N, A)."""
+        hidden = self.dropout(precisely(self.v, h).tanh())
+        if self.u is not None:
+            hidden = hidden * self.dropout(precisely(self.u, h).sigmoid())
+        return precisely(self.w, hidden)
+
+
+def attention_pool(scores: Tensor, h: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of scores over the tiles of each bag, and the sums of the tiles that it weights.
+
+    Parameters
+    ----------
+    scores: (N, A).
+    h: (N, K).
+    ptr: (B + 1,) boundaries of the bags; a bag without tiles has sums of zero.
+
+    Returns
+    -------
+    (N, A), which sums to one per bag, and (B, A, K).
+    """
+    sizes = ptr.diff().tolist()
+    attention = [part.softmax(0) for part in scores.split(sizes)]
+    h = h.to(scores.dtype)
+    sums = [a.T @ part for a, part in zip(attention, h.split(sizes), strict=True)]
+    return torch.cat(attention), torch.stack(sums)

@@ -1,0 +1,118 @@
+"""The course of a training as a picture."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dasmil.reports.figures import GREY, scale_colours
+from dasmil.reports.shown import MAX_SCALES, say_left_out, show_name
+
+PARTS = {"train": "-", "val": "--"}  # line style
+AUROC = "auroc"  # shown of the metrics of the validation
+PANELS_IN_A_ROW = 3
+MAX_PANELS = 24
+MAX_CURVES = 2 * MAX_SCALES  # in a panel: the last ones, which are of the finest scales
+MAX_POINTS = 2000  # of a curve
+MAX_TITLE = 40  # characters
+FEW_EPOCHS = 30  # up to here a dot for each
+
+
+def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """One panel for each term of the objective, for the AUROC, and for what else was logged.
+
+    Training solid, validation dashed, and a scale in its colour. Names that do not begin with
+    ``train`` or ``val`` have a panel of their own.
+
+    Parameters
+    ----------
+    rows: of ``history.csv``, one an epoch, by names such as ``train/bag/x20`` or ``val/x20/auroc``.
+    """
+    columns = sorted(columns_with_values(rows) - {"epoch", "step"}, key=natural_order)
+    every = _panels(columns)
+    panels = dict(list(every.items())[:MAX_PANELS])
+    left_out = say_left_out(len(every), MAX_PANELS, "terms")
+    colours = scale_colours(sorted(filter(None, map(_scale, columns)), key=natural_order)) | {
+        "": GREY
+    }
+    num_columns = max(1, min(PANELS_IN_A_ROW, len(panels)))
+    num_rows = max(1, -(-len(panels) // num_columns))
+    figure = Figure((3.2 * num_columns, 2.5 * num_rows), layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for panel, (title, curves) in zip(axes, panels.items()):
+        for column in curves[-MAX_CURVES:]:
+            part, scale = column.split("/")[0], _scale(column)
+            label = " ".join(word for word in (part if part in PARTS else "", scale) if word)
+            style = {"color": colours[scale], "linestyle": PARTS.get(part, "-"), "label": label}
+            _plot(panel, rows, column, **style)
+        name = "AUROC" if title == AUROC else show_name(title.replace("_", " "), MAX_TITLE)
+        more = say_left_out(len(curves), MAX_CURVES, "curves")
+        panel.set_title("\n".join(filter(None, [name, more])), fontsize=10)
+        if title == AUROC:
+            panel.set_ylim(-0.03, 1.03)
+        panel.set_xlabel("epoch", fontsize=9)
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        panel.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        if len(curves) > 1:
+            panel.legend(fontsize=7.5)
+    for panel in axes[len(panels) :]:
+        panel.set_visible(False)
+    if left_out:
+        figure.suptitle(left_out, fontsize=10)
+    return figure
+
+
+def _panels(columns: Sequence[str]) -> dict[str, list[str]]:
+    """By title the columns of each panel: the loss and its terms, AUROC, and what is no part's."""
+    terms: dict[str, list[str]] = defaultdict(list)
+    for column in columns:
+        if column.split("/")[0] in PARTS:
+            terms[_term(column)].append(column)
+    trained = [term for term, found in terms.items() if any(c[:5] == "train" for c in found)]
+    shown = sorted({*trained, "loss"} & set(terms), key=lambda term: (term != "loss", term))
+    panels = {term: terms[term] for term in shown}
+    if AUROC in terms:
+        of_scales = [column for column in terms[AUROC] if _scale(column)]
+        panels[AUROC] = of_scales or terms[AUROC]  # without a scale it is the finest one's again
+    return panels | {column: [column] for column in columns if column.split("/")[0] not in PARTS}
+
+
+def _scale(column: str) -> str:
+    """x20 of val/x20/auroc; "" where the name has none."""
+    return next((word for word in column.split("/") if re.fullmatch(r"x\d+(\.\d+)?", word)), "")
+
+
+def _term(column: str) -> str:
+    """``train/bag/x20`` → bag, ``val/x20/auroc`` → auroc."""
+    scale = _scale(column)
+    return "/".join(word for word in column.split("/")[1:] if word != scale)
+
+
+def _plot(panel: Axes, rows: Sequence[Mapping[str, Any]], column: str, **style: Any) -> None:
+    """Over the epochs that have a value; one that is not a number leaves a gap.
+
+    Of very many epochs every second, third, … is drawn, and the last one.
+    """
+    known = [row for row in rows if row.get(column) not in (None, "")]
+    known = known[:: -max(1, -(-len(known) // MAX_POINTS))][::-1]
+    marker = "." if len(known) < FEW_EPOCHS else ""
+    epochs, values = [int(row["epoch"]) for row in known], [float(row[column]) for row in known]
+    panel.plot(epochs, values, marker=marker, linewidth=1.4, **style)
+
+
+def columns_with_values(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The columns that are not empty throughout."""
+    return {name for row in rows for name, value in row.items() if value not in ("", None)}
+
+
+def natural_order(name: str) -> list[tuple[float, str]]:
+    """Numbers in a name count as numbers."""
+    pieces = re.findall(r"\d+(?:\.\d+)?|\D+", name)
+    return [(float(piece), "") if piece[0].isdigit() else (-1.0, piece) for piece in pieces]

@@ -1,0 +1,143 @@
+"""Every method through every verb, and resumed exactly."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bag_factory import CLASSES, write_bags
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from modules.test_mil_module import quiet_trainer
+from road import CONF, CONFIGS, Road
+
+import dasmil
+from dasmil import methods
+from dasmil.bags import bag_graph, bag_path, read_bag
+from dasmil.cli import main
+from dasmil.data import BagDataModule
+from dasmil.modules import MILModule
+
+METHODS = {
+    name: {"network": {**network}}
+    for name, network in {
+        "ABMIL": {"attention_dim": 4},
+        "CLAM": {"hidden_dim": 8, "attention_dim": 4},
+        "DASMIL": {"hidden_dim": 8, "out_dim": 8, "query_dim": 4},
+        "DTFD": {"hidden_dim": 8, "attention_dim": 4},
+    }.items()
+}
+
+
+def test_every_method_is_here() -> None:
+    classes = {name for name in methods.__all__ if isinstance(getattr(methods, name), type)}
+    assert classes == set(METHODS)
+
+
+def make(name: str) -> MILModule:
+    from dasmil.modules.options import typed_options
+
+    method = getattr(methods, name)
+    return method(**typed_options(method, METHODS[name]))
+
+
+class StopsAfter(Callback):
+    """Ends a training after an epoch, as if it was killed."""
+
+    def __init__(self, epoch: int):
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_training_that_goes_on_ends_with_the_weights_of_one_that_was_not_broken_off(
+    name: str, tmp_path: Path
+) -> None:
+    labels = {f"s{n}": CLASSES[n % 2] for n in range(8)}
+    split = {f"s{n}": "train" if n < 6 else "val" for n in range(8)}
+    folder = write_bags(tmp_path / "bags", labels, split)
+
+    def fit(place: str, ckpt_path: str | None = None, *callbacks: Callback) -> tuple:
+        seed_everything(0)
+        data = BagDataModule(folder, CLASSES, num_workers=0)
+        keeper = ModelCheckpoint(tmp_path / place, "last")
+        trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[*callbacks, keeper])
+        module = make(name)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return module, keeper.best_model_path
+
+    whole, _ = fit("whole")
+    first, path = fit("broken", None, StopsAfter(0))
+    again, _ = fit("again", path)
+    changed = 0
+    for key, weight in whole.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[key]), key
+        changed += not torch.equal(weight, first.state_dict()[key])
+    assert changed > 0 and again.trainer.current_epoch == 2
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "DASMIL"])
+def test_a_method_goes_through_every_verb_by_its_name_alone(
+    name: str, road: Road, tmp_path: Path
+) -> None:
+    run, config = tmp_path / "run", str(CONFIGS / "mil.yaml")
+    fit = ["fit", "--config", config, "--model.class_path", name, "--data.bags", str(road.bags)]
+    fit += ["--data.classes", "[normal,tumour]", "--data.num_workers", "0", "--output", str(run)]
+    fit += ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    assert main(fit) == 0
+    assert not list(run.glob("version_*"))
+    checkpoint = str(run / "checkpoints" / "best.ckpt")
+    model = ["--ckpt_path", checkpoint, "--bags", str(road.bags), "--data.num_workers", "0"]
+    assert main(["validate", *model]) == 0
+    assert main(["test", *model, "--truth", str(road.cohort.parent / "truth")]) == 0
+    metrics = json.loads((run / "test" / "test_metrics.json").read_text())
+    assert {"test/x20/auroc", "test/auroc", "test/x20/instance_auroc"} <= set(metrics)
+    assert not [key for key in metrics if "x10" in key]
+    assert main(["predict", *model, "--output", str(tmp_path / "P")]) == 0
+    with open(tmp_path / "P" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["state"] for row in rows} == {"done"}
+    module = dasmil.load(checkpoint)
+    assert type(module) is getattr(methods, name) and module.scales == ("x20",)
+    bag = read_bag(bag_path(road.bags, rows[0]["slide_id"]), ["x20"])
+    with torch.inference_mode():
+        logits = module(bag_graph(bag, edges=False))["x20"].bag_logits[0]
+    assert float(rows[0]["logit/x20/tumour"]) == pytest.approx(float(logits[-1]), abs=1e-5)
+
+
+def test_methods_are_compared_and_swept(road: Road, tmp_path: Path) -> None:
+    """A row names its method; runs of several methods stand in one table."""
+    table = tmp_path / "table.yaml"
+    table.write_text(
+        f"base: [{CONFIGS / 'mil.yaml'}, {CONF / 'bags.yaml'}]\nseeds: [0]\ncolumns: [x20/auroc]\n"
+        "rows:\n  - {label: ABMIL, set: {model.class_path: ABMIL}}\n"
+        "  - {label: plain, set: {model.class_path: ABMIL, model.network.gated: false}}\n"
+    )
+    output = tmp_path / "sweep"
+    sweep = ["sweep", "--config", str(table), "--bags", str(road.bags), "--output", str(output)]
+    assert main(sweep) == 0
+    assert (output / "class_path_ABMIL" / "seed_0" / "test" / "test_metrics.json").is_file()
+    rows = ["class_path_ABMIL", "class_path_ABMIL+gated_false"]
+    folders = [str(output / row / "seed_0") for row in rows]
+    assert main(["compare", *folders, "--output", str(tmp_path / "compared")]) == 0
+
+
+def test_a_method_of_ones_own_is_named_in_code_or_on_the_command_line(
+    road: Road, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A file alone cannot name it."""
+    run, own = tmp_path / "run", "methods.own_method.Mean"
+    fit = ["fit", "--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "bags.yaml")]
+    fit += ["--model.class_path", own, "--data.bags", str(road.bags), "--output", str(run)]
+    assert main(fit) == 0
+    checkpoint = str(run / "checkpoints" / "best.ckpt")
+    model = ["--ckpt_path", checkpoint, "--bags", str(road.bags), "--data.num_workers", "0"]
+    assert main(["test", *model]) == 2
+    assert "its method 'methods.own_method.Mean' is none of ABMIL" in capsys.readouterr().err
+    assert main(["test", *model, "--model.class_path", own]) == 0
+    from methods.own_method import Mean
+
+    assert type(dasmil.load(checkpoint, method=Mean)) is Mean
