@@ -125,6 +125,11 @@ class CLAM(SingleScaleModule):
         (scale, in_dim), *_ = in_dims.items()
         return CLAMNetwork(scale, in_dim, num_logits, len(self.classes), self.network_options)
 
+    @property
+    def uses_all_weights(self) -> bool:
+        """Without subtyping the classifiers of tiles of all other classes rest."""
+        return False
+
     def objective(
         self, output: Mapping[str, ScaleOutput], graph: BagGraph
     ) -> tuple[Tensor, dict[str, Tensor]]:

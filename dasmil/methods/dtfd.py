@@ -78,9 +78,11 @@ class DTFDOutput(ScaleOutput):
 class DTFD(SingleScaleModule):
     """Double-tier feature distillation MIL (Zhang et al. 2022); one scale, no edges.
 
-    Each tier has its own optimiser and its own backward pass; no gradient of the second reaches the
-    first. The pseudo-bags of a training step are drawn anew; those of an evaluation depend on the
-    slide alone, so that a metric is the same each time.
+    Each tier has its own loss and its own optimiser; no gradient of the second loss reaches the
+    first tier, so that one backward pass of their sum is the released two.
+
+    In training, each step draws other pseudo-bags. Those of an evaluation depend on the slide
+    alone, so that a metric is the same each time.
 
     Parameters
     ----------
@@ -130,14 +132,12 @@ class DTFD(SingleScaleModule):
         return total, {f"bag/{scale}": second, f"pseudo_bag/{scale}": first}
 
     def training_step(self, graph: BagGraph, batch_idx: int) -> Any:
-        """Two backward passes, then two steps."""
+        """A step of each optimiser."""
         total, terms = self.objective(self(graph), graph)
-        weight = self.label_weight(graph.labels)
         optimizers: Any = self.optimizers()
-        for optimizer, name in zip(optimizers, ("pseudo_bag", "bag"), strict=True):
+        for optimizer in optimizers:
             optimizer.zero_grad()
-            loss = (weight * terms[f"{name}/{self.scales[-1]}"]).mean()
-            self.manual_backward(loss, retain_graph=name == "pseudo_bag")
+        self.manual_backward(total.mean())
         for part in self.network.children():
             nn.utils.clip_grad_norm_(part.parameters(), CLIP)
         for optimizer in optimizers:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -60,9 +61,9 @@ NOT_OF_NETWORK = ("optimizer", "evaluation", "objective", "class_weights")
 class MILModule(LightningModule):
     """Trains and evaluates a method on bags; a method says what its network and its loss are.
 
-    A method overrides :meth:`build`, and where it needs more, :meth:`objective`,
-    :attr:`uses_edges`, :attr:`output_scales` and :meth:`choose_scales`. One with several optimisers
-    overrides ``training_step`` and ``configure_optimizers`` too.
+    A method overrides :meth:`build`, and if it needs more, :meth:`objective`, :attr:`uses_edges`,
+    :attr:`uses_all_weights`, :attr:`output_scales` and :meth:`choose_scales`. One with several
+    optimisers overrides ``training_step`` and ``configure_optimizers`` too.
 
     Parameters
     ----------
@@ -137,6 +138,11 @@ class MILModule(LightningModule):
     def uses_edges(self) -> bool:
         """Whether the network reads the edges of a graph; if not, they are not made."""
         return False
+
+    @property
+    def uses_all_weights(self) -> bool:
+        """Whether every training step gives every weight a gradient; DDP must know."""
+        return True
 
     @property
     def output_scales(self) -> tuple[str, ...]:
@@ -222,6 +228,9 @@ class MILModule(LightningModule):
     # How it is set up, and goes on
 
     def setup(self, stage: str) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not self.uses_all_weights:
+            strategy._ddp_kwargs["find_unused_parameters"] = True  # Lightning has no setter
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, BagDataModule):
             return
