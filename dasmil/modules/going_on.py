@@ -12,11 +12,7 @@ from dasmil.errors import InputError, some_of
 from dasmil.seeds import training_seed
 
 KEY = "settings"  # of a checkpoint
-NOT_COMPARED = frozenset(
-    [
-        *("val_part", "specificity", "patient_pooling"),  # of the evaluation alone
-    ]
-)
+NOT_COMPARED = ("val_part", "specificity", "patient_pooling")  # of the evaluation alone
 OF_TRAINER = (
     *("max_epochs", "precision", "gradient_clip_val", "gradient_clip_algorithm"),
     "limit_train_batches",
@@ -67,6 +63,11 @@ def refuse_other_settings(
     if before and not isinstance(checkpoint.get("loops"), dict):  # Lightning would begin anew
         raise InputError(
             f"{where}: it does not say how far its training was; go on from another checkpoint"
+        )
+    if unknown := [n for n in before if n.startswith("model.") and n not in settings]:
+        raise InputError(
+            f"{where}: its training was begun by another version, with options that are not known "
+            f"here ({some_of(unknown)}); go on with that version, or start another run"
         )
     other = [
         f"{name} {settings[name]} instead of {value}"

@@ -358,6 +358,18 @@ def test_predictions_of_a_checkpoint_of_before_the_switches_have_their_defaults(
     assert arguments["data"]["init_args"]["val_part"] == "val"
 
 
+def test_a_training_of_a_version_with_other_options_does_not_go_on(tmp_path):
+    """Its settings would be compared with none, and the training go on with others."""
+    _, data, path = fit_once(pyramid_bags(tmp_path))
+    content = torch.load(path, weights_only=True)
+    content["settings"]["model.temperature"] = 2.0
+    torch.save(content, path)
+    with pytest.raises(InputError, match=r"begun by another version.* \(model.temperature\)"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(
+            make_module(**SMALL), datamodule=data, ckpt_path=path
+        )
+
+
 def uneven_bags(folder):
     """Three normal and one tumour slide to train on."""
     parts = dict.fromkeys(("n0", "n1", "n2", "t0"), "train") | {"n3": "val", "t3": "val"}
