@@ -423,15 +423,12 @@ class BagDataModule(LightningDataModule):
     def _to_be_kept(self, graph: BagGraph) -> BagGraph:
         """A copy where it is kept, with nothing left in the file."""
         device = self._device()
+        graph = replace(graph, grid={name: x.clone() for name, x in graph.grid.items()})
         if self.cache == "device" and device.type != "cpu":
             return graph.to(device)
         if device.type == "cuda":
             return graph.pin_memory()
-        copies = [
-            {name: part.clone() for name, part in parts.items()}
-            for parts in (graph.features, graph.grid)
-        ]
-        return replace(graph, features=copies[0], grid=copies[1])
+        return replace(graph, features={name: x.clone() for name, x in graph.features.items()})
 
     def _processes(self) -> tuple[int, int]:
         """How many there are, and which one this is."""
