@@ -120,7 +120,7 @@ def sentence(message: str, parser: ArgumentParser) -> str:
             known for known in options if known.count(".") > 1 and known.endswith(f".{found[1]}")
         ]
         if len(moved) == 1:
-            return f"--{name}: it is {moved[0]} now"
+            return f"--{name}: its name is {moved[0]}"
         return f"--{name}: no such option{near(f'--{name}', options)}"
     if found := re.match(r"the following arguments are required: (.*)", best.text):
         names = (f"--{option}.{name}" for name in found[1].split(", "))

@@ -5,9 +5,8 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from dasmil.embedding.restricted import load_checkpoint
 from dasmil.endings import end_on_sigterm, signal_of
 from dasmil.errors import InputError, some_of
 from dasmil.files import must_exist
-from dasmil.methods.load import METHODS, read_checkpoint
+from dasmil.methods.load import known_methods, read_checkpoint
 from dasmil.modules import MILModule
 from dasmil.modules.card import ModelCard
 from dasmil.modules.going_on import refuse_other_settings, training_settings
@@ -429,24 +428,30 @@ def _log_into(given: Any) -> None:
 
 def _refuse_old_names(args: Sequence[str]) -> None:
     """Say what the class of before 0.2 is called now; its options stood all side by side."""
-    for where, word in zip(("--model", *args), args):
-        old = "DASMILModule"
-        is_file = where in ("--config", "-c") or word.startswith("--config=")
-        path = Path(word.removeprefix("--config="))
-        if old in word or (is_file and path.is_file() and old in path.read_text("utf-8")):
+    old = "DASMILModule"
+    for option, value in _given(args, "--model", "--model.class_path", "--config", "-c"):
+        is_file = option in ("--config", "-c") and not value.startswith("{")
+        if old in (Path(value).read_text(encoding="utf-8") if is_file else value):
             raise InputError(
-                f"{path if is_file else word}: {old} is DASMIL now, and its options stand in the "
-                "groups network, objective and optimizer; .github/changes.md lists them"
+                f"{value}: {old} is DASMIL now, and its options stand in the groups network, "
+                "objective and optimizer; .github/changes.md lists them"
             )
 
 
 def _refuse_unknown_method(args: Sequence[str]) -> None:
     """Say which methods there are; the parser would speak of import paths."""
-    known = (*METHODS, "DINOModule")
-    for where, word in pairwise(args):
-        is_name = where in ("--model", "--model.class_path") and word.isidentifier()
-        if is_name and word not in known:
-            raise InputError(f"{where}: no method {word!r}; there are {', '.join(known)}")
+    known = (*known_methods(), "DINOModule")
+    for option, name in _given(args, "--model", "--model.class_path"):
+        if name.isidentifier() and name not in known:
+            raise InputError(f"{option}: no method {name!r}; there are {', '.join(known)}")
+
+
+def _given(args: Sequence[str], *options: str) -> Iterator[tuple[str, str]]:
+    """These options and their values, as ``--option value`` or ``--option=value``."""
+    for word, following in zip(args, [*args[1:], ""]):
+        option, equals, value = word.partition("=")
+        if option in options:
+            yield option, value if equals else following
 
 
 def _refuse_too_little(verb: str, args: Sequence[str]) -> None:

@@ -35,9 +35,10 @@ MISTAKES = [  # command, what its sentence says
     (f"{FIT} --model.network.hidden_dim many", "hidden_dim: 'many' is not a whole number"),
     (
         f"{FIT} --model.temperature 2",
-        "--model.temperature: it is --model.objective.temperature now",
+        "--model.temperature: its name is --model.objective.temperature",
     ),
     (f"{FIT} --model.objective.temperature -1", "temperature: τ = -1.0 is not positive"),
+    (f"{FIT} --model=ABMILL", "--model: no method 'ABMILL'"),
     (f"{FIT} --model ABMILL", "--model: no method 'ABMILL'; there are ABMIL, CLAM, "),
     (f"{FIT} --model dasmil.modules.DASMILModule", "DASMILModule is DASMIL now"),
     (f"{FIT} --model ABMIL --model.objective.temperature 2", "no such option"),

@@ -159,16 +159,7 @@ class InstanceTruth(Callback):
     ) -> None:
         self._judge_batch(outputs, batch)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: BagGraph,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._judge_batch(outputs, batch)
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._conclude(trainer, pl_module, "val")

@@ -1,5 +1,6 @@
 """A trained model from its checkpoint alone."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,9 @@ from torch import Tensor
 
 from dasmil.embedding.restricted import load_checkpoint
 from dasmil.errors import InputError
-from dasmil.methods.abmil import ABMIL
-from dasmil.methods.clam import CLAM
-from dasmil.methods.dasmil import DASMIL
-from dasmil.methods.dtfd import DTFD
 from dasmil.modules.card import Description, method_name, read_card
 from dasmil.modules.mil import MILModule
 from dasmil.modules.options import typed_options
-
-METHODS: dict[str, type[MILModule]] = {
-    cls.__name__: cls for cls in (ABMIL, CLAM, DASMIL, DTFD)
-}  # that a file may name
 
 
 def load(checkpoint: str | Path, method: type[MILModule] | None = None) -> MILModule:
@@ -61,9 +54,17 @@ def find_method(checkpoint: dict[str, Any], path: Path) -> type[MILModule]:
         if it names none of them.
     """
     name = method_name(checkpoint, path)
-    if name not in METHODS:
+    known = known_methods()
+    if name not in known:
         raise InputError(
-            f"{path}: its method {name[:100]!r} is none of {', '.join(METHODS)}; a method of your "
+            f"{path}: its method {name[:100]!r} is none of {', '.join(known)}; a method of your "
             "own is named by --model.class_path, or in dasmil.load by method="
         )
-    return METHODS[name]
+    return known[name]
+
+
+def known_methods() -> dict[str, type[MILModule]]:
+    """The classes of :mod:`dasmil.methods` by name."""
+    exported = vars(import_module("dasmil.methods"))  # which imports this module
+    classes = (value for value in exported.values() if isinstance(value, type))
+    return {cls.__name__: cls for cls in classes if issubclass(cls, MILModule)}

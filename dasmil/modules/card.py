@@ -61,7 +61,7 @@ CLOSER = {  # than the types of the options
     "betas": several(number(0, 1), 2, 2),
     "class_weights": either(NOTHING, one_of("balanced"), WEIGHTS),
 }
-DROPPED = {"gat_backend": "gather"}  # options of before that no longer exist, and what acts now
+DROPPED = ("gat_backend",)  # options of before 0.2 that changed nothing
 
 
 @dataclass(frozen=True)
