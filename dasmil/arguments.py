@@ -13,8 +13,9 @@ from typing import Any, NoReturn, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
+from dasmil.config_files import find_config
 from dasmil.errors import InputError, input_error_in, near
-from dasmil.files import find_config, must_be_file
+from dasmil.files import must_be_file
 
 CONFIG = "--config"
 PER_SCALE = re.compile(  # options that hold one value or several settings per scale

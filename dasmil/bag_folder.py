@@ -3,8 +3,8 @@
 from functools import lru_cache, partial
 from pathlib import Path
 
-from dasmil.files import parse_json, read_json_object
 from dasmil.headers import Header, Kind, read_header_of, refusing
+from dasmil.json_text import parse_json, read_json_object
 from dasmil.names import path_inside
 from dasmil.slides.cohort import read_cohort
 from dasmil.work.status import Status

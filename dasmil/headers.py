@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from dasmil.errors import InputError
-from dasmil.files import parse_json, unpack_metadata
+from dasmil.json_text import parse_json, unpack_metadata
 from dasmil.names import name_fault
 from dasmil.units import MAX_PX, Mpp, PyramidGrid, Scale, TilePx
 

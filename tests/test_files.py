@@ -10,17 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from dasmil.errors import InputError
-from dasmil.files import (
-    SAMPLE_BYTES,
-    atomic_path,
-    file_state,
-    map_files,
-    must_be_file,
-    read_csv,
-    sample_digest,
-    write_csv,
-    write_text,
-)
+from dasmil.files import atomic_path, map_files, must_be_file, write_text
+from dasmil.slides.digest import SAMPLE_BYTES, file_state, sample_digest
+from dasmil.tables import read_csv, write_csv
 
 
 def names_in(folder: Path) -> list[str]:

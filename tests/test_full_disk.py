@@ -12,8 +12,8 @@ from road import embed_command
 import dasmil.files
 import dasmil.slides.tile
 from dasmil.cli import main
-from dasmil.files import read_csv
 from dasmil.slides.cohort import read_cohort
+from dasmil.tables import read_csv
 
 RANDOM: dict[str, Path | str] = {"x10": "random:test_vit", "x20": "random:test_vit"}
 

@@ -8,10 +8,10 @@ import pytest
 import dasmil
 from dasmil.bags import bag_path
 from dasmil.errors import InputError, say_error, shown, some_of
-from dasmil.files import read_csv, write_csv
 from dasmil.names import name_fault, path_inside
 from dasmil.slides.tile_slide import qc_path
 from dasmil.slides.tiling import tiles_path
+from dasmil.tables import read_csv, write_csv
 
 LEAVING = ["/x/y", "/../../x", "..", ".", "", "../x", "a/b", ".hidden", "a\0b", "a\nb", "a\x1b[2J"]
 LEAVING += ["x" * 300, "ä" * 128, "=1+1", "@SUM(A1)", "\tx", "\rx", " ", "\udce9", "a\x9bb"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dasmil.errors import InputError
-from dasmil.files import describe_changes, parse_json
 from dasmil.headers import Header
+from dasmil.json_text import describe_changes, parse_json
 from dasmil.units import IntArray, Mpp, PyramidGrid, Scale, TilePx
 
 FULL_PRECISION = "32-true"
@@ -110,7 +110,8 @@ class BagHeader:
     size_is_extent: the slide's size is not known, ``size_px0`` is how far the tiles reach.
     mpp_is_known: where False, places are in pixels of the finest scale instead of level 0, and
         ``slide_mpp`` is that scale's.
-    slide_digest: of the slide file (:func:`dasmil.files.sample_digest`); "" if it is not known.
+    slide_digest: of the slide file (:func:`dasmil.slides.digest.sample_digest`); "" if it is not
+        known.
     num_damaged: tiles of the finest scale that were left out since they cannot be decoded.
     """
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from dasmil.bag_folder import BAG
 from dasmil.bags.bag import Bag, BagHeader, header_from_metadata, header_to_metadata
 from dasmil.errors import InputError
-from dasmil.files import atomic_path, pack_metadata
+from dasmil.files import atomic_path
 from dasmil.headers import ITEM_BYTES, Header, read_header_of, refusing
+from dasmil.json_text import pack_metadata
 
 TILE_BYTES = 184  # of a graph, beside a tile's features: neighbours, parent and children
 

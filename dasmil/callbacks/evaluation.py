@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dasmil.callbacks.instances import InstanceTruth
 from dasmil.data.bags import BagDataModule
 from dasmil.errors import InputError, some_of
-from dasmil.files import file_sha256, read_csv
+from dasmil.files import file_sha256
 from dasmil.reports.evaluation import (
     SHORT_HASH,
     auroc_lines,
@@ -19,6 +19,7 @@ from dasmil.reports.evaluation import (
     write_evaluation,
 )
 from dasmil.reports.figures import evaluation_figures, save_figures, show_in_tensorboard
+from dasmil.tables import read_csv
 
 
 def checkpoint_of(trainer: Trainer) -> tuple[str, str]:

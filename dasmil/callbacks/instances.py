@@ -19,7 +19,7 @@ from dasmil.bags import Bag, BagGraph
 from dasmil.data.bags import BagDataModule
 from dasmil.distributed import gather_lists
 from dasmil.errors import InputError, say_error, some_of
-from dasmil.files import atomic_path, write_csv, write_text
+from dasmil.files import atomic_path, write_text
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.froc import (
     FALSE_POSITIVES,
@@ -47,6 +47,7 @@ from dasmil.slides.annotation import (
     marks_points,
     read_annotation,
 )
+from dasmil.tables import write_csv
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from dasmil.callbacks.evaluation import checkpoint_of
 from dasmil.data.bags import BagDataModule, UnreadBag
 from dasmil.distributed import gather_lists
 from dasmil.errors import DiskFullError, InputError
-from dasmil.files import append_csv, parse_json, write_csv, write_text
+from dasmil.files import write_text
+from dasmil.json_text import parse_json
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.evaluation import YOUDEN
 from dasmil.names import path_inside
@@ -24,6 +25,7 @@ from dasmil.reports.evaluation import CHECKPOINT, SHORT_HASH
 from dasmil.reports.heatmap import draw_heatmap, relative_attention, slide_canvas
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.qc import write_png
+from dasmil.tables import append_csv, write_csv
 
 NOT_FINITE = "the output is not finite"
 ROWS_AT_ONCE = 65_536

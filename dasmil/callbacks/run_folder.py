@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dasmil.data.bags import BagDataModule
-from dasmil.files import write_csv
 from dasmil.provenance import record_start
 from dasmil.slides.splits import SPLIT_COLUMNS
+from dasmil.tables import write_csv
 
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"

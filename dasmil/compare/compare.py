@@ -21,11 +21,12 @@ from dasmil.compare.table import (
     markdown,
 )
 from dasmil.errors import InputError
-from dasmil.files import write_csv, write_text
+from dasmil.files import write_text
 from dasmil.metrics import pool, swap_test
 from dasmil.metrics.evaluation import Inputs
 from dasmil.metrics.intervals import MIN_PATIENTS, combined_interval
 from dasmil.progress import progress
+from dasmil.tables import write_csv
 
 
 def compare(

@@ -30,7 +30,8 @@ from dasmil.bags import (
 from dasmil.bags.store import graph_bytes
 from dasmil.data.sampler import TrainingLoader, TrainingSampler, go_on, sampling_weights
 from dasmil.errors import InputError, some_of
-from dasmil.files import map_files, must_exist, read_json_object
+from dasmil.files import map_files, must_exist
+from dasmil.json_text import read_json_object
 from dasmil.names import name_fault
 from dasmil.progress import progress
 from dasmil.reading import reader_options

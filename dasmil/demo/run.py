@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dasmil.config_files import configs_folder
 from dasmil.demo.slides import write_cohort
 from dasmil.errors import InputError
-from dasmil.files import configs_folder, write_text
+from dasmil.files import write_text
 from dasmil.slides.cohort import read_cohort
 from dasmil.units import parse_scales
 

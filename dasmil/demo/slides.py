@@ -14,7 +14,8 @@ import tifffile
 
 from dasmil.demo.drawing import DRAWING_VERSION, draw_slide
 from dasmil.errors import InputError
-from dasmil.files import atomic_path, write_csv, write_text
+from dasmil.files import atomic_path, write_text
+from dasmil.tables import write_csv
 
 DEFAULT_NUM_SLIDES: Mapping[str, int] = MappingProxyType({"train": 96, "val": 24, "test": 40})
 COHORT_COLUMNS = ("slide_id", "path", "label", "patient_id", "split")

@@ -19,9 +19,10 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from dasmil.errors import InputError
-from dasmil.files import Row, must_exist, read_csv, write_csv
+from dasmil.files import must_exist
 from dasmil.names import path_inside
 from dasmil.slides.cohort import SlideRow, write_cohort
+from dasmil.tables import Row, read_csv, write_csv
 
 FloatArray = npt.NDArray[np.float64]
 

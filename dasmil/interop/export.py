@@ -9,11 +9,12 @@ from torch import Tensor
 
 from dasmil.bags import Bag, all_finite, bag_path, read_bag
 from dasmil.errors import DiskFullError, InputError, some_of
-from dasmil.files import atomic_path, must_exist, read_csv, write_csv
+from dasmil.files import atomic_path, must_exist
 from dasmil.interop.feature_grids import Dtype
 from dasmil.names import path_inside
 from dasmil.progress import progress
 from dasmil.slides.cohort import SlideRow, read_cohort
+from dasmil.tables import read_csv, write_csv
 from dasmil.units import Scale
 
 

@@ -19,7 +19,7 @@ from dasmil.bags import (
     write_bag,
 )
 from dasmil.errors import DiskFullError, InputError, say_error, some_of
-from dasmil.files import files_below, read_csv, write_csv, write_text
+from dasmil.files import files_below, write_text
 from dasmil.interop.feature_grids import Dtype, Orphans, SlideFeatures, make_bag
 from dasmil.progress import progress
 from dasmil.slides.cohort import (
@@ -35,6 +35,7 @@ from dasmil.slides.cohort import (
     say_unknown_columns,
     write_cohort,
 )
+from dasmil.tables import read_csv, write_csv
 from dasmil.units import Scale, parse_scales
 from dasmil.work.worker import Worker
 

@@ -19,10 +19,11 @@ import yaml
 from torch import Tensor
 
 from dasmil.bags import BagHeader
+from dasmil.config_files import configs_folder
 from dasmil.embedding.extractor import ExtractorSource, load_extractor
 from dasmil.embedding.restricted import is_state_dict, load_restricted, refuse_no_numbers
 from dasmil.errors import InputError, some_of
-from dasmil.files import atomic_path, configs_folder
+from dasmil.files import atomic_path
 from dasmil.interop.mil4wsi_bags import extractor_card
 from dasmil.methods import DASMIL
 from dasmil.modules import ModelCard

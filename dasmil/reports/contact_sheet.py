@@ -21,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dasmil.errors import InputError
-from dasmil.files import atomic_path, must_exist, read_csv
+from dasmil.files import atomic_path, must_exist
 from dasmil.names import name_fault
 from dasmil.progress import progress
 from dasmil.slides.qc import CAPTION_PX
 from dasmil.slides.tile import PARAMETERS, tile_status
 from dasmil.slides.tile_slide import qc_path
+from dasmil.tables import read_csv
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PICTURE_PX = (640, 320)  # width and height into which a card's picture fits

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from dasmil.errors import InputError, some_of
-from dasmil.files import read_csv, write_csv, write_text
+from dasmil.files import write_text
 from dasmil.metrics import Evaluation
+from dasmil.tables import read_csv, write_csv
 
 SHORT_HASH = 12  # digits of a SHA-256 that name a checkpoint in sentences and tables
 METRIC_COLUMNS = ("scale", "level", "metric", "value", "low", "high", "n", "patients", "note")

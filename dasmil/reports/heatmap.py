@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from dasmil.bags import Bag
 from dasmil.errors import InputError
-from dasmil.files import sample_digest
 from dasmil.slides.cohort import SlideRow
+from dasmil.slides.digest import sample_digest
 from dasmil.slides.qc import caption
 from dasmil.slides.reader import Slide
 

@@ -13,8 +13,9 @@ from pathlib import Path, PurePath
 from typing import Literal, NamedTuple, get_args
 
 from dasmil.errors import InputError, some_of
-from dasmil.files import files_below, must_exist, read_csv, to_number, write_csv
+from dasmil.files import files_below, must_exist
 from dasmil.names import name_fault, path_fault
+from dasmil.tables import read_csv, to_number, write_csv
 from dasmil.work.worker import Worker
 
 Part = Literal["train", "val", "test"]

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dasmil.config_files import configs_folder
 from dasmil.errors import InputError
-from dasmil.files import configs_folder, read_csv
 from dasmil.slides.cohort import PARTS, SlideRow
+from dasmil.tables import read_csv
 
 SPLIT_COLUMNS = ("slide_id", "patient_id", "label", "split")
 SHOWN = 5  # names in a message

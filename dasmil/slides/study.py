@@ -1,7 +1,7 @@
 """The slides that a model or an extractor has met, and which slides of a cohort are among them.
 
-A slide is recognised by its digest (:func:`dasmil.files.sample_digest` of the slide file, or
-:func:`dasmil.interop.digest.features_digest` of imported features). If the digest of one side is
+A slide is recognised by its digest (:func:`dasmil.slides.digest.sample_digest` of the slide file,
+or :func:`dasmil.interop.digest.features_digest` of imported features). If the digest of one side is
 not known, the slide_id decides.
 """
 

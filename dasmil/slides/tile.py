@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dasmil.errors import DiskFullError, InputError, say_error, some_of
-from dasmil.files import describe_changes, read_json_object, write_text
+from dasmil.files import write_text
+from dasmil.json_text import describe_changes, read_json_object
 from dasmil.progress import progress
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.cohort import (

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from dasmil.errors import InputError
-from dasmil.files import file_state, sample_digest
 from dasmil.names import path_inside
 from dasmil.slides.artefacts import ArtefactParameters, artefact_masks, exclude
+from dasmil.slides.digest import file_state, sample_digest
 from dasmil.slides.focus import blurred_tiles
 from dasmil.slides.qc import PANEL_PX, RgbArray, draw_qc, shrink, write_png
 from dasmil.slides.reader import PhysicalScale, Slide

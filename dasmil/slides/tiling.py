@@ -13,10 +13,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dasmil.errors import InputError
-from dasmil.files import atomic_path, file_state, pack_metadata, sample_digest
+from dasmil.files import atomic_path
 from dasmil.headers import Kind, read_header_of, refusing
+from dasmil.json_text import pack_metadata
 from dasmil.names import path_inside
 from dasmil.slides.artefacts import ArtefactParameters
+from dasmil.slides.digest import file_state, sample_digest
 from dasmil.slides.tissue import MaskArray, TissueParameters, tissue_fraction
 from dasmil.units import MAX_PX, Mpp, PyramidGrid, Scale, TilePx, parse_scales
 
@@ -78,8 +80,8 @@ class TilePyramid:
         area, ``blur`` as a share of the finest tiles.
     bounds_px0: left and top of what was scanned (``openslide.bounds-x, -y``), from which QuPath
         counts; 0, 0 where the slide does not say.
-    slide_digest: of the slide file that was tiled (:func:`dasmil.files.sample_digest`).
-    slide_state: its size and time then (:func:`dasmil.files.file_state`).
+    slide_digest: of the slide file that was tiled (:func:`dasmil.slides.digest.sample_digest`).
+    slide_state: its size and time then (:func:`dasmil.slides.digest.file_state`).
     """
 
     slide_id: str

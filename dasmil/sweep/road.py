@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dasmil.config_files import find_config
 from dasmil.errors import InputError
-from dasmil.files import find_config, read_csv
 from dasmil.sweep.steps import (
     Fold,
     Step,
@@ -19,6 +19,7 @@ from dasmil.sweep.steps import (
     name_of,
     sha256,
 )
+from dasmil.tables import read_csv
 from dasmil.units import parse_scales
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dasmil.arguments import read_config
+from dasmil.config_files import find_config
 from dasmil.errors import InputError
-from dasmil.files import find_config
 from dasmil.sweep.road import Embedding
 from dasmil.sweep.steps import (
     Fold,

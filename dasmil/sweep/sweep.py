@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dasmil.errors import InputError
-from dasmil.files import must_exist, write_csv, write_text
+from dasmil.files import must_exist, write_text
 from dasmil.sweep.figure import draw
 from dasmil.sweep.processes import do_steps, gpus, make_slots
 from dasmil.sweep.road import Embedding, plan_road
 from dasmil.sweep.runs import Run, SweepRow, plan
 from dasmil.sweep.steps import Fold, in_order, refuse_other_steps
 from dasmil.sweep.table import CSV_COLUMNS, Cell, csv_rows, describe_figures, markdown
+from dasmil.tables import write_csv
 
 
 def sweep(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dasmil.errors import InputError, shown
-from dasmil.files import write_csv
 from dasmil.names import name_fault
+from dasmil.tables import write_csv
 from dasmil.work.worker import Board
 
 MAX_NAMED = 10  # slides of a kind that a summary names

@@ -34,7 +34,8 @@ from typing import Any
 import psutil
 
 from dasmil.errors import DiskFullError
-from dasmil.files import atomic_path, left_behind, link_once, parse_json, said_when_full
+from dasmil.files import atomic_path, left_behind, link_once, said_when_full
+from dasmil.json_text import parse_json
 from dasmil.names import name_fault, path_inside
 
 HEARTBEAT_S = 5.0

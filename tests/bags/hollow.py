@@ -10,7 +10,7 @@ from bag_factory import make_bag
 
 from dasmil.bag_folder import BAG
 from dasmil.bags.bag import header_to_metadata
-from dasmil.files import pack_metadata
+from dasmil.json_text import pack_metadata
 
 
 def write_hollow(path: Path, num_tiles: int = 3000, width: int = 384) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dasmil.bags import Bag, bag_graph, bag_path, read_bag, read_header, write_bag
 from dasmil.bags.store import graph_bytes
 from dasmil.errors import InputError
-from dasmil.files import pack_metadata, unpack_metadata
+from dasmil.json_text import pack_metadata, unpack_metadata
 
 
 @pytest.fixture

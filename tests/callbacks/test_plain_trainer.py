@@ -16,9 +16,9 @@ from dasmil.callbacks import (
 )
 from dasmil.cli import main
 from dasmil.data import BagDataModule
-from dasmil.files import read_csv
 from dasmil.methods import DASMIL
 from dasmil.methods.dasmil import NetworkOptions
+from dasmil.tables import read_csv
 
 
 def test_a_plain_trainer_leaves_the_files_of_fit(road: Road, tmp_path: Path) -> None:

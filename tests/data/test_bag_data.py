@@ -28,9 +28,9 @@ from dasmil.bags.store import graph_bytes
 from dasmil.data import BagDataModule
 from dasmil.data.bags import SPLIT_COLUMNS, UnreadBag
 from dasmil.errors import InputError
-from dasmil.files import write_csv
 from dasmil.modules import MILModule
 from dasmil.slides.study import SlideRecord, plain_records
+from dasmil.tables import write_csv
 
 SPLIT = {
     "n0": "train",

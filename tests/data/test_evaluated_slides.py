@@ -8,8 +8,8 @@ from bag_factory import CLASSES, write_bags
 
 from dasmil.data import BagDataModule
 from dasmil.errors import InputError
-from dasmil.files import write_csv
 from dasmil.slides.study import SlideRecord, plain_records, read_records
+from dasmil.tables import write_csv
 
 PARTS = ("train", "train", "train", "train", "val", "val", "test", "test")
 NAMES = ("n0", "t0", "n1", "t1", "n2", "t2", "n3", "t3")

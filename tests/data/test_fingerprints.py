@@ -12,7 +12,7 @@ from road import fit_dasmil
 import dasmil
 from dasmil.bags import bag_graph, bag_path, read_bag, write_bag
 from dasmil.cli import main
-from dasmil.files import read_csv
+from dasmil.tables import read_csv
 
 SPLIT = {
     f"{letter}{number}": part

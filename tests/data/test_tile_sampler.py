@@ -16,8 +16,8 @@ from dasmil.data import BagDataModule, TileDataModule
 from dasmil.data.augment import PilViews, TensorViews
 from dasmil.data.tiles import EvenSlideSampler, TileDataset
 from dasmil.errors import InputError
-from dasmil.files import file_state, sample_digest
 from dasmil.slides.cohort import SlideRow
+from dasmil.slides.digest import file_state, sample_digest
 from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path, write_tiles
 from dasmil.units import Mpp, TilePx, parse_scales
 

@@ -22,9 +22,9 @@ from dasmil.bags import bag_path, read_bag
 from dasmil.cli import main
 from dasmil.embedding.dataset import WAIT, ChunkDataset, ClaimingSampler
 from dasmil.embedding.extractor import Extractor, load_extractor
-from dasmil.files import file_state, sample_digest
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
 from dasmil.slides.cutting import TileCutter
+from dasmil.slides.digest import file_state, sample_digest
 from dasmil.slides.reader import Slide
 from dasmil.slides.tiling import TilingParameters, read_tiles, tile_pyramid, tiles_path, write_tiles
 from dasmil.units import Scale

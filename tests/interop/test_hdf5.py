@@ -13,8 +13,8 @@ from feature_files import CELLS, write_clam, write_trident
 from dasmil.bags import bag_path
 from dasmil.cli import main
 from dasmil.errors import InputError
-from dasmil.files import read_csv
 from dasmil.interop.hdf5 import open_h5, read_features, read_places
+from dasmil.tables import read_csv
 
 SECRET = b"320 bytes of another file"
 

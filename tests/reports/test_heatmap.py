@@ -7,9 +7,9 @@ import pytest
 from bag_factory import make_bag
 
 from dasmil.demo.slides import write_pyramid
-from dasmil.files import sample_digest
 from dasmil.reports.heatmap import OPACITY, draw_heatmap, relative_attention, slide_canvas
 from dasmil.slides.cohort import SlideRow
+from dasmil.slides.digest import sample_digest
 from dasmil.slides.qc import CAPTION_PX
 
 EDGE = 4  # white frame of a panel

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from dasmil.callbacks.history import History, curves_figure
 from dasmil.errors import InputError
-from dasmil.files import read_csv
 from dasmil.reports.figures import scale_colours
+from dasmil.tables import read_csv
 
 
 class Counting(LightningModule):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dasmil.bags import bag_path, write_bag
 from dasmil.callbacks.predictions import PredictionWriter
 from dasmil.cli import main
-from dasmil.files import append_csv, read_csv
+from dasmil.tables import append_csv, read_csv
 
 SPLIT = {
     f"{letter}{number}": part

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from dasmil.config_files import configs_folder
 from dasmil.errors import InputError
-from dasmil.files import configs_folder
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.splits import placed, read_split_table, split_cohort
 

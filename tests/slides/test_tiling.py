@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dasmil.errors import InputError
-from dasmil.files import pack_metadata
+from dasmil.json_text import pack_metadata
 from dasmil.slides.tiling import (
     TABLE,
     TilePyramid,

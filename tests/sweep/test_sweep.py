@@ -11,11 +11,12 @@ from road import CONF, CONFIGS, REPOSITORY
 
 from dasmil.cli import main
 from dasmil.compare.compare import compare
-from dasmil.files import read_csv, write_csv, write_text
+from dasmil.files import write_text
 from dasmil.sweep.processes import Children
 from dasmil.sweep.runs import SweepRow, plan
 from dasmil.sweep.sweep import sweep
 from dasmil.sweep.table import Cell
+from dasmil.tables import read_csv, write_csv
 
 MEAN = {
     **{"model.network.contextualize": False, "model.network.pooling": "mean"},

@@ -9,9 +9,10 @@ import yaml
 from road import CONFIGS
 from stand_in import plan_one
 
+from dasmil.config_files import find_config
 from dasmil.data.bags import DRAWING
 from dasmil.errors import InputError
-from dasmil.files import find_config, write_text
+from dasmil.files import write_text
 from dasmil.methods import DASMIL
 from dasmil.sweep.road import plan_road
 from dasmil.sweep.runs import SweepRow, plan

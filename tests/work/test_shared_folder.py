@@ -12,9 +12,9 @@ import pytest
 from road import embed_command
 
 from dasmil.bags import bag_path
-from dasmil.files import read_csv
 from dasmil.slides.cohort import read_cohort
 from dasmil.slides.tiling import tiles_path
+from dasmil.tables import read_csv
 
 WITHOUT_HASTE = Path(__file__).with_name("without_haste.py")
 RANDOM: dict[str, Path | str] = {"x10": "random:test_vit", "x20": "random:test_vit"}

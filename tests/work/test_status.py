@@ -7,7 +7,7 @@ import pytest
 
 from dasmil.cli import main
 from dasmil.errors import InputError
-from dasmil.files import read_csv
+from dasmil.tables import read_csv
 from dasmil.work.status import Status
 from dasmil.work.worker import Worker
 

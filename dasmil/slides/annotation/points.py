@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dasmil.errors import InputError
-from dasmil.files import read_csv, to_number
 from dasmil.slides.annotation.limits import TABLE_BYTES, read_file, refuse_costly_text, shorten
+from dasmil.tables import read_csv, to_number
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

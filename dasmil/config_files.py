@@ -1,0 +1,30 @@
+"""Where dasmil's own configs are."""
+
+from pathlib import Path
+
+from dasmil.errors import InputError
+
+
+def configs_folder() -> Path:
+    """``configs/``: in the installed package, or beside it in a clone."""
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return folder
+    raise InputError(f"{package}: the configs folder is missing; install dasmil again")
+
+
+def find_config(name: str) -> Path:
+    """A config where it is given, else in dasmil's own folder ``configs/``."""
+    short = name.removeprefix("configs/")
+    for path in (Path(name), configs_folder() / short):
+        if path.is_file():
+            return path.resolve()
+    if short == "dasmil.yaml":
+        raise InputError(f"{name}: it is configs/mil.yaml now, see .github/changes.md")
+    if short.startswith("ablation/"):
+        raise InputError(
+            f"{name}: an ablation is an option of a row now, such as "
+            "set: {model.objective.temperature: 2.0}; see configs/sweep/ and .github/changes.md"
+        )
+    raise InputError(f"{name}: no such config, neither here nor in {configs_folder()}")

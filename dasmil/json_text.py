@@ -1,0 +1,111 @@
+"""JSON that others may have written: parsed within bounds."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dasmil.errors import InputError, some_of
+from dasmil.files import must_be_file
+
+MAX_DEPTH = 64  # of JSON that others may have written; ours has at most 5
+
+
+def pack_metadata(entries: Mapping[str, str]) -> dict[str, str]:
+    """Entries as one: safetensors writes several in random order, and equal files must be equal."""
+    return {"dasmil": json.dumps(dict(entries), sort_keys=True)}
+
+
+def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """The inverse of :func:`pack_metadata`; nothing where a file is not one of ours.
+
+    Raises
+    ------
+    ValueError
+        if the entry is damaged.
+    """
+    entries = parse_json((metadata or {}).get("dasmil", "{}"))
+    if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
+        raise ValueError("its entries are no texts by name")
+    return entries
+
+
+def parse_json(text: str | bytes, most_deep: int = MAX_DEPTH) -> Any:
+    """The plain value that a JSON text from outside stands for.
+
+    Raises
+    ------
+    ValueError
+        if it is damaged, nested more than ``most_deep`` times, or holds a number that is not
+        finite.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        value = DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if text.count("{") + text.count("[") > most_deep:
+        _refuse_deep(value, most_deep)
+    return value
+
+
+def read_json_object(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file of ours.
+
+    Raises
+    ------
+    InputError
+        if there is no such file, or it is damaged; with advice.
+    """
+    must_be_file(path, advice)
+    try:
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); {advice}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds no object; {advice}")
+    return value
+
+
+def _refuse_deep(value: Any, levels: int) -> None:
+    if levels < 0:
+        raise ValueError("its JSON is nested too deeply")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _refuse_deep(inner, levels - 1)
+
+
+def _refuse_number(text: str) -> float:
+    raise ValueError(f"its JSON holds the number {text}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if abs(number) < float("inf") else _refuse_number(text)
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_finite)
+
+
+def describe_changes(found: str, wanted: str, also_new: bool = True) -> str:
+    """How two sets of parameters, both as JSON, differ: ``tile_px 64 → 32, tissue.mpp 8 → 4``.
+
+    Parameters
+    ----------
+    also_new: whether it counts if ``found`` lacks a parameter, as an older version's set may.
+    """
+    old, new = (_flat(json.loads(text)) for text in (found, wanted))
+    keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and (also_new or k in old)]
+    return some_of([f"{key} {old.get(key, 'unknown')} → {new.get(key, 'unknown')}" for key in keys])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            flat[prefix + key] = f"[{', '.join(map(str, value))}]"
+        else:
+            flat[prefix + key] = str(value)
+    return flat
