@@ -21,10 +21,11 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path.resolve()
     if short == "dasmil.yaml":
-        raise InputError(f"{name}: it is configs/mil.yaml now, see .github/changes.md")
+        raise InputError(f"{name}: it is configs/mil.yaml now, see .github/docs/changes.md")
     if short.startswith("ablation/"):
         raise InputError(
             f"{name}: an ablation is an option of a row now, such as "
-            "set: {model.objective.temperature: 2.0}; see configs/sweep/ and .github/changes.md"
+            "set: {model.objective.temperature: 2.0}; see configs/sweep/ and "
+            ".github/docs/changes.md"
         )
     raise InputError(f"{name}: no such config, neither here nor in {configs_folder()}")

@@ -434,7 +434,7 @@ def _refuse_old_names(args: Sequence[str]) -> None:
         if old in (Path(value).read_text(encoding="utf-8") if is_file else value):
             raise InputError(
                 f"{value}: {old} is DASMIL now, and its options stand in the groups network, "
-                "objective and optimizer; .github/changes.md lists them"
+                "objective and optimizer; .github/docs/changes.md lists them"
             )
 
 

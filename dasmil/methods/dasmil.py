@@ -1,7 +1,7 @@
 """DAS-MIL: a graph over all scales, an attention head per scale, and distillation between them.
 
 Paper: Bontempo et al. 2023, section 3 and Fig. 1. Codes such as D6 name the ways in which paper and
-released code differ; ``.github/paper.md`` explains each.
+released code differ; ``.github/docs/paper.md`` explains each.
 """
 
 from collections.abc import Mapping
@@ -77,8 +77,8 @@ class NetworkOptions:
 class ObjectiveOptions:
     """The scalars of Eq. 3, and a switch for each way in which paper and released code differ.
 
-    The scalars' defaults are the paper's (section 4, "Optimization"); ``.github/paper.md`` says why
-    each switch stands as it does.
+    The scalars' defaults are the paper's (section 4, "Optimization"); ``.github/docs/paper.md``
+    gives the reason for the default of each switch.
 
     Parameters
     ----------

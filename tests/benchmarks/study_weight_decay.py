@@ -2,7 +2,7 @@
 
 A variant is an optimiser's decay and what belongs to it. Each is trained on the demo cohort, the
 colon task, GlaS (frozen ImageNet features) and synthetic bags, by :class:`DASMIL` and
-:class:`BagDataModule` alone; ``.github/paper.md`` has the commands that make the bags, and the
+:class:`BagDataModule` alone; ``.github/docs/paper.md`` has the commands that make the bags, and the
 table. Only validation slides are evaluated, after the last epoch: test slides are never read.
 
     python tests/benchmarks/study_weight_decay.py --bags glas=GLAS colon=COLON demo=demo_run/bags

@@ -1,0 +1,150 @@
+"""The README and the pages of .github name files, anchors, code and options that exist."""
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout, suppress
+from functools import cache
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from dasmil.cli import main
+
+REPOSITORY = Path(__file__).parents[1]
+PAPER = REPOSITORY / ".github" / "docs" / "paper.md"
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted((REPOSITORY / ".github").rglob("*.md"))]
+SOURCES = [
+    path
+    for folder in ("dasmil", "tests", "configs")
+    for path in sorted((REPOSITORY / folder).rglob("*"))
+    if path.suffix in (".py", ".yaml")
+]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+QUOTED = re.compile(r"\[`[^`]+`\]\(([^)#]+)\) `([^`]+)`")  # a linked file, and code of it
+NAMED = re.compile(r"(?<![\w./-])((?:dasmil|tests|configs|\.github)/[\w./-]*\w\.?[a-z0-9]+)\b")
+CREATED = re.compile(r"^# ([\w/]+\.(?:py|yaml))$", re.MULTILINE)  # by the reader, in a recipe
+OPTION = re.compile(r"--[a-z][\w.]*")
+PER_SCALE = re.compile(r"(--(?:extractors|features|patches))\.[^ =]+")
+LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
+CLASSES = {"model": ("DASMIL", "ABMIL", "CLAM", "DTFD", "DINOModule")}
+CLASSES["data"] = ("BagDataModule", "TileDataModule")
+WORDS_OF_VERB = {"import": 2}  # the kind belongs to the verb
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def ids_of(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+QUOTES = [(page, *quote) for page in PAGES for quote in QUOTED.findall(text_of(page))]
+by_page = pytest.mark.parametrize("page", PAGES, ids=ids_of)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text_of(page)), re.MULTILINE)
+    words = (re.sub(r"[^\w\s-]", "", heading.lower()) for heading in headings)
+    return {word.strip().replace(" ", "-") for word in words}
+
+
+@by_page
+def test_every_link_and_image_exists(page: Path) -> None:
+    for link in LINK.findall(BLOCK.sub("", text_of(page))):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+@by_page
+def test_every_named_file_exists(page: Path) -> None:
+    """Except those that a recipe creates, and the old names in a table of old and new ones."""
+    text = text_of(page)
+    if page.name == "changes.md":
+        text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
+    names = set(NAMED.findall(LINK.sub("", text))) - set(CREATED.findall(text))
+    assert not [name for name in names if not (REPOSITORY / name).exists()]
+
+
+def test_every_page_that_the_code_names_exists() -> None:
+    for path in SOURCES:
+        for name in re.findall(r"\.github/[\w/]+\.md", path.read_text(encoding="utf-8")):
+            assert (REPOSITORY / name).is_file(), (path, name)
+
+
+@pytest.mark.parametrize(("page", "path", "code"), QUOTES, ids=[quote[2][:40] for quote in QUOTES])
+def test_quoted_code_occurs_once_in_its_file(page: Path, path: str, code: str) -> None:
+    assert text_of(page.parent / path).count(code) == 1, (path, code)
+
+
+@by_page
+def test_no_link_goes_to_a_line(page: Path) -> None:
+    assert not re.findall(r"\.\w+#L\d+", text_of(page))
+
+
+def test_every_symbol_of_the_paper_has_its_code() -> None:
+    symbols = ("X_1, X_2", "A_1, A_2", "| A |", "θ_3", "y_1^BAG", "z_1, z_2", "τ²", "KL(· ‖ ·)")
+    symbols += ("GraphPooling", "L_CE", "λ L_KD + β L_CRIT", "critical instance")
+    assert all(symbol in text_of(PAPER) for symbol in symbols)
+    assert sum(page == PAPER for page, *_ in QUOTES) > 30
+
+
+def test_every_difference_has_a_row_and_a_test() -> None:
+    tests = (REPOSITORY / "tests" / "test_differences.py").read_text(encoding="utf-8")
+    for number in range(1, 22):
+        assert f"| D{number} |" in text_of(PAPER)
+        assert f"def test_d{number}_" in tests
+
+
+def commands_of(page: Path) -> Iterator[list[str]]:
+    """The words after ``python -m dasmil`` of each command in the page's code blocks."""
+    for language, block in BLOCK.findall(text_of(page)):
+        if language != "bash":
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            starts = [n + 2 for n in range(len(words)) if words[n : n + 2] == ["-m", "dasmil"]]
+            for start in starts:
+                ends = [n for n in range(start, len(words)) if words[n] in ("&&", ";", "|")]
+                yield [word.strip("[]") for word in words[start : min(ends, default=len(words))]]
+
+
+@cache
+def help_of(*words: str) -> str:
+    output = StringIO()
+    with redirect_stdout(output), suppress(SystemExit):
+        main(words)
+    return output.getvalue()
+
+
+def options_of(verb: Sequence[str]) -> set[str]:
+    """All options that the help of a verb shows."""
+    pages = [help_of(*verb, "--help")]
+    if verb[0] in LIGHTNING_VERBS:
+        pages += [
+            f"--{part}.class_path " + help_of("fit", f"--{part}.help", name)
+            for part, names in CLASSES.items()
+            for name in names
+        ]
+    return {option.rstrip(".") for page in pages for option in OPTION.findall(page)}
+
+
+@by_page
+def test_commands_have_verbs_and_options_that_exist(page: Path) -> None:
+    for words in commands_of(page):
+        if words[0] == "VERB" or words[0].startswith("-"):
+            continue
+        verb = words[: WORDS_OF_VERB.get(words[0], 1)]
+        given = {PER_SCALE.sub(r"\1", word.split("=")[0]) for word in words if OPTION.match(word)}
+        known = options_of(verb) | {"--preview"}
+        assert "--help" in known, verb
+        assert not sorted(given - known), verb
