@@ -1,19 +1,32 @@
-"""Reference tensors of the official programs, in ``tests/golden`` or where DASMIL_GOLDEN says.
+"""Reference tensors of the official programs, in ``tests/golden`` or the folder DASMIL_GOLDEN.
 
-Each case is a folder ``methods/<case>`` with ``inputs``, ``weights`` and ``expected_float64``
-(safetensors): what the official program of a method made of these inputs and weights in double
-precision. Only numbers are kept. Sizes and labels are read from the files, so that other cases of
-the same layout run too.
+A method's case is a folder ``methods/<case>`` with ``inputs``, ``weights`` and
+``expected_float64`` (safetensors): the output of the method's official program for these inputs and
+weights, in double precision.
+
+A case of mil4wsi is a folder ``<case>`` with ``expected.json``, ``expected.safetensors`` (float32)
+and the files of mil4wsi: ``model.pt``, ``model_pyg22.pt`` and ``processed/test/data_0.pt``. The
+repository holds no pickles: ``weights.safetensors`` and ``graph.safetensors`` take their place, and
+``released_folder`` writes mil4wsi's files from them.
+
+The tests read sizes, labels and case names from these folders, so other cases of the same layout
+run too.
 """
 
+import json
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from bag_factory import make_card
 from safetensors.torch import load_file
 from torch import Tensor
+from torch_geometric.data import Data
 
 from dasmil.bags import BagGraph, BagHeader
 from dasmil.bags.graph import BagHeaders
@@ -23,6 +36,73 @@ from dasmil.units import Mpp, Scale, TilePx
 FOLDER = Path(os.environ.get("DASMIL_GOLDEN", Path(__file__).parent / "golden"))
 TOLERANCE = 1e-9
 OF_GRADIENTS = 1e-8
+RELEASED = sorted(path.parent.name for path in FOLDER.glob("*/expected.json"))
+
+
+def method_cases(prefix: str) -> list[str]:
+    """The cases of a method, by the prefix of their folders."""
+    return sorted(path.name for path in (FOLDER / "methods").glob(f"{prefix}*"))
+
+
+@cache
+def released_folder(case: str) -> Path:
+    """A folder of mil4wsi's files for a case; skips the test if there is no such case."""
+    source = FOLDER / case
+    if (source / "model.pt").exists():
+        return source
+    if not source.is_dir():
+        pytest.skip(f"no case {case} in {FOLDER}")
+    folder = Path(_temporary().name) / case
+    shutil.copytree(source, folder)
+    (folder / "processed" / "test").mkdir(parents=True)
+    weights = load_file(source / "weights.safetensors")
+    torch.save(weights, folder / "model.pt")
+    torch.save(_as_pyg22(weights), folder / "model_pyg22.pt")
+    values = {
+        key: value if value.is_floating_point() else value.long()
+        for key, value in load_file(source / "graph.safetensors").items()
+    }
+    name = json.loads((source / "expected.json").read_text())["slide"]
+    torch.save(Data(**values, name=name), folder / "processed" / "test" / "data_0.pt")
+    return folder
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory:
+    """One folder per process, removed at its end."""
+    return tempfile.TemporaryDirectory(prefix="dasmil_golden_")
+
+
+def _as_pyg22(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the keys of PyG 2.2, which holds a GAT's matrix twice."""
+    renamed = {}
+    for key, value in weights.items():
+        ends = ("lin_src.weight", "lin_dst.weight") if "layers.0.lin." in key else (key,)
+        renamed |= {key.replace("lin.weight", end) if end != key else key: value for end in ends}
+    return renamed
+
+
+def released_terms(key: str) -> dict[str, float | str]:
+    """Options of the objective from their record: lambda=0.5,beta=0.8,tau=1.5,pool=mean."""
+    values = dict(part.split("=") for part in key.split(","))
+    return {
+        "distillation": float(values["lambda"]),
+        "criticality": float(values["beta"]),
+        "temperature": float(values["tau"]),
+        "children_pooling": values["pool"],
+    }
+
+
+def assert_released(value: Tensor, expected: Tensor, name: str = "") -> None:
+    """Assert that float32 values are the expected ones, within 1e-5 of the largest or of 1."""
+    atol = 1e-5 * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(value, expected, rtol=0, atol=atol, msg=lambda t: f"{name}: {t}")
+
+
+def assert_released_gradient(value: Tensor, expected: Tensor, name: str) -> None:
+    """Assert that a float32 gradient is the expected one, within 1e-5 of its largest entry."""
+    atol = max(1e-5 * float(expected.abs().max()), 1e-9)
+    torch.testing.assert_close(value, expected, rtol=0, atol=atol, msg=lambda t: f"{name}: {t}")
 
 
 class Case:

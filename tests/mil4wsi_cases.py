@@ -1,27 +1,17 @@
-"""Files as mil4wsi writes them, made by hand, and those of the golden cases."""
+"""Files as mil4wsi writes them, made by hand."""
 
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch_geometric.data import Data
 
 from dasmil.cli import main
 from dasmil.interop.mil4wsi_graph import PreparedGraph, read_prepared
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-CASES = ("camelyon16_like", "lung_like")
-
 Tile = tuple[int, int, int, int]  # level, x, y, row of the parent
-
-
-def golden_folder(case: str) -> Path:
-    if not (GOLDEN / case).is_dir():
-        pytest.skip("the released implementation's figures are absent: no folder ../shared/golden")
-    return GOLDEN / case
 
 
 def make_data(

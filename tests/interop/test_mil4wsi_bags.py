@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import torch
 from bag_factory import union_by_search, write_bags
+from golden import RELEASED, released_folder
 from mil4wsi_cases import (
-    CASES,
     RunsCode,
     blocks,
-    golden_folder,
     import_bags,
     make_data,
     make_prepared,
@@ -33,9 +32,9 @@ def places(bag, scale):
     return [(x, y) for x, y, _, _ in bag.boxes_px0(scale).tolist()]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", RELEASED)
 def test_a_released_slide_becomes_a_bag_with_the_very_same_graph(case, tmp_path, capsys):
-    source = golden_folder(case)
+    source = released_folder(case)
     assert import_bags(source, tmp_path) == 0
     graph = read_prepared(source / "processed" / "test" / "data_0.pt")
     bag = read_bag(bag_path(tmp_path, graph.slide_id))

@@ -1,7 +1,7 @@
 """ABMIL against its official program."""
 
 import pytest
-from golden import Case, linear
+from golden import Case, linear, method_cases
 
 from dasmil.methods import ABMIL
 from dasmil.methods.abmil import NetworkOptions
@@ -19,9 +19,10 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_abmil_is_the_official_one(gated: bool) -> None:
-    case = Case("abmil_gated" if gated else "abmil_plain")
+@pytest.mark.parametrize("name", method_cases("abmil_"))
+def test_abmil_is_the_official_one(name: str) -> None:
+    case = Case(name)
+    gated = "attention_U.0.weight" in case.weights
     names = {**NAMES, **OF_GATE} if gated else PLAIN
     width = len(case.weights[names["attention.v.bias"]])
     module = case.bind(ABMIL(NetworkOptions(width, gated)), 2, names)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden import Case, linear
+from golden import Case, linear, method_cases
 
 from dasmil.methods import CLAM
 from dasmil.methods.clam import NetworkOptions, ObjectiveOptions, smooth_svm
@@ -43,9 +43,10 @@ def clam(case: Case, branches: str, **objective) -> tuple[CLAM, dict[str, str]]:
 
 @pytest.mark.parametrize("instance_loss", ["cross_entropy", "svm"])
 @pytest.mark.parametrize("subtyping", [False, True])
-@pytest.mark.parametrize("branches", ["single", "multi"])
-def test_clam_is_the_official_one(branches: str, subtyping: bool, instance_loss: str) -> None:
-    case = Case("clam_sb" if branches == "single" else "clam_mb")
+@pytest.mark.parametrize("name", method_cases("clam_"))
+def test_clam_is_the_official_one(name: str, subtyping: bool, instance_loss: str) -> None:
+    case = Case(name)
+    branches = "multi" if "classifiers.0.weight" in case.weights else "single"
     module, names = clam(case, branches, subtyping=subtyping, instance_loss=instance_loss)
     graph = case.graph()
     output = module(graph)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden import Case, linear
+from golden import Case, linear, method_cases
 
 from dasmil.errors import InputError
 from dasmil.methods import DTFD
@@ -39,8 +39,9 @@ def dtfd(case: Case, distillation: str) -> DTFD:
 
 
 @pytest.mark.parametrize("distillation", OFFICIAL)
-def test_dtfd_is_the_official_one(distillation: str) -> None:
-    case, prefix = Case("dtfd"), OFFICIAL[distillation]
+@pytest.mark.parametrize("name", method_cases("dtfd"))
+def test_dtfd_is_the_official_one(name: str, distillation: str) -> None:
+    case, prefix = Case(name), OFFICIAL[distillation]
     module, graph = dtfd(case, distillation), case.graph()
     output = module(graph)
     _, terms = module.objective(output, graph)
