@@ -54,15 +54,15 @@ usage: python -m dasmil import KIND [options]
 `python -m dasmil import KIND --help` shows the options of a kind.
 """
 
-# kind → its module and function; only the one that is asked for is imported
+# kind → its module in dasmil.interop and its function; only the one that is asked for is imported
 IMPORTERS = {
-    "crchisto": "crchisto",
-    "dino-checkpoint": "dino_checkpoint",
-    "mil4wsi-bags": "mil4wsi_bags",
-    "clam": "clam",
-    "mil4wsi-checkpoint": "mil4wsi_checkpoint",
-    "stamp": "stamp",
-    "trident": "trident",
+    "crchisto": ("crchisto", "crchisto"),
+    "dino-checkpoint": ("dino", "dino_checkpoint"),
+    "mil4wsi-bags": ("mil4wsi.bags", "mil4wsi_bags"),
+    "clam": ("features.clam", "clam"),
+    "mil4wsi-checkpoint": ("mil4wsi.checkpoint", "mil4wsi_checkpoint"),
+    "stamp": ("features.stamp", "stamp"),
+    "trident": ("features.trident", "trident"),
 }
 FEATURE_KINDS = ("clam", "stamp", "trident")
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
@@ -70,7 +70,7 @@ VERBS = {  # verb → its module; the function has the name of the verb
     "tile": "slides.tile",
     "embed": "embedding.embed",
     "status": "reports.status",
-    "export": "interop.export",
+    "export": "interop.features.export",
     "sweep": "sweep.sweep",
     "compare": "compare.compare",
     "contact-sheet": "reports.contact_sheet",
@@ -183,7 +183,8 @@ def _import(args: Sequence[str]) -> int:
         return 0
     if kind not in IMPORTERS:
         raise InputError(f"import: no kind {kind!r}{near(kind, IMPORTERS)}")
-    function = getattr(import_module(f"dasmil.interop.{IMPORTERS[kind]}"), IMPORTERS[kind])
+    module, name = IMPORTERS[kind]
+    function = getattr(import_module(f"dasmil.interop.{module}"), name)
     if kind in FEATURE_KINDS:  # --features.x20 FOLDER is an option, although it is required
         first = ("dest", "BAGS", "folder for the bags")
         return _call(function, f"dasmil import {kind}", args[1:], first)

@@ -9,7 +9,7 @@ import torch
 from torch_geometric.data import Data
 
 from dasmil.cli import main
-from dasmil.interop.mil4wsi_graph import PreparedGraph, read_prepared
+from dasmil.interop.mil4wsi.graph import PreparedGraph, read_prepared
 
 Tile = tuple[int, int, int, int]  # level, x, y, row of the parent
 

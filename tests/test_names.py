@@ -25,7 +25,7 @@ OTHERS = {
         "sweep/sweep.py",
         "lightning_cli.py",
     ),
-    *("work/worker.py", "interop/export.py", "interop/clam.py"),
+    *("work/worker.py", "interop/features/export.py", "interop/features/clam.py"),
 }
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from road import REPOSITORY, embed_command, fit_dasmil, fit_dino, tile_command
 
 from dasmil.cli import main
-from dasmil.interop.mil4wsi_checkpoint import released_names
+from dasmil.interop.mil4wsi.checkpoint import released_names
 from dasmil.tables import read_csv
 
 RANDOM = {"x10": "random:test_vit", "x20": "random:test_vit"}

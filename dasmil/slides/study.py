@@ -1,8 +1,8 @@
 """The slides that a model or an extractor has met, and which slides of a cohort are among them.
 
 A slide is recognised by its digest (:func:`dasmil.slides.digest.sample_digest` of the slide file,
-or :func:`dasmil.interop.digest.features_digest` of imported features). If the digest of one side is
-not known, the slide_id decides.
+or :func:`dasmil.interop.features.digest.features_digest` of imported features). If the digest of
+one side is not known, the slide_id decides.
 """
 
 from collections import defaultdict

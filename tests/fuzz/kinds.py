@@ -24,7 +24,7 @@ from dasmil.demo.slides import write_pyramid
 from dasmil.embedding.extractor import load_extractor
 from dasmil.embedding.networks import vit_backbone
 from dasmil.errors import InputError
-from dasmil.interop.trident import trident
+from dasmil.interop.features.trident import trident
 from dasmil.methods import load
 from dasmil.slides.annotation import class_names, marks_points, read_annotation
 from dasmil.slides.annotation.points import Points

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import dasmil
 from dasmil.bags import bag_graph, bag_path, read_bag
 from dasmil.cli import main
-from dasmil.interop.mil4wsi_checkpoint import released_names
-from dasmil.interop.mil4wsi_graph import SCALES, read_prepared
+from dasmil.interop.mil4wsi.checkpoint import released_names
+from dasmil.interop.mil4wsi.graph import SCALES, read_prepared
 from dasmil.methods.dasmil import objective
 from dasmil.slides.cohort import read_cohort, write_cohort
 

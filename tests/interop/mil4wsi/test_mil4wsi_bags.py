@@ -16,8 +16,8 @@ from mil4wsi_cases import (
 )
 
 from dasmil.bags import bag_path, read_bag
-from dasmil.interop.mil4wsi_bags import make_bag
-from dasmil.interop.mil4wsi_graph import SCALES, read_prepared
+from dasmil.interop.mil4wsi.bags import make_bag
+from dasmil.interop.mil4wsi.graph import SCALES, read_prepared
 from dasmil.slides.cohort import read_cohort
 
 SQUARE = ((0, 0), (512, 0), (0, 512), (512, 512))

@@ -11,21 +11,7 @@ import torch
 from dasmil.bags import ExtractorCard
 from dasmil.embedding.restricted import load_restricted
 from dasmil.errors import InputError
-from dasmil.interop.feature_grids import (
-    Dtype,
-    Orphans,
-    ScaleFeatures,
-    SlideFeatures,
-    check_mpp,
-)
-from dasmil.interop.feature_import import (
-    files_by_slide,
-    import_features,
-    imported_card,
-    parse_folders,
-    table_mpps,
-)
-from dasmil.interop.hdf5 import (
+from dasmil.interop.features.hdf5 import (
     FAR,
     as_features,
     attribute,
@@ -33,6 +19,20 @@ from dasmil.interop.hdf5 import (
     read_features,
     read_places,
     whole,
+)
+from dasmil.interop.features.importer import (
+    files_by_slide,
+    import_features,
+    imported_card,
+    parse_folders,
+    table_mpps,
+)
+from dasmil.interop.features.nesting import (
+    Dtype,
+    Orphans,
+    ScaleFeatures,
+    SlideFeatures,
+    check_mpp,
 )
 from dasmil.units import Scale
 

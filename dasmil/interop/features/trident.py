@@ -7,27 +7,27 @@ import numpy as np
 
 from dasmil.bags import ExtractorCard
 from dasmil.errors import InputError
-from dasmil.interop.feature_grids import (
-    Dtype,
-    Orphans,
-    ScaleFeatures,
-    SlideFeatures,
-    check_mpp,
-    same,
-)
-from dasmil.interop.feature_import import (
-    files_by_slide,
-    import_features,
-    imported_card,
-    parse_folders,
-)
-from dasmil.interop.hdf5 import (
+from dasmil.interop.features.hdf5 import (
     attribute,
     number,
     open_h5,
     read_features,
     read_places,
     whole,
+)
+from dasmil.interop.features.importer import (
+    files_by_slide,
+    import_features,
+    imported_card,
+    parse_folders,
+)
+from dasmil.interop.features.nesting import (
+    Dtype,
+    Orphans,
+    ScaleFeatures,
+    SlideFeatures,
+    check_mpp,
+    same,
 )
 from dasmil.units import Scale
 

@@ -23,9 +23,9 @@ from scipy.spatial import KDTree
 
 from dasmil.bags import Bag, BagHeader, ExtractorCard, all_finite
 from dasmil.errors import InputError
-from dasmil.interop.digest import features_digest
-from dasmil.interop.mil4wsi_bags import in_order_of_parents
-from dasmil.interop.mil4wsi_grid import place_on_grid
+from dasmil.interop.features.digest import features_digest
+from dasmil.interop.mil4wsi.bags import in_order_of_parents
+from dasmil.interop.mil4wsi.grid import place_on_grid
 from dasmil.units import Mpp, Scale, TilePx
 
 IntArray = npt.NDArray[np.int64]

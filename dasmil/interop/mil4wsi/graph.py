@@ -18,7 +18,7 @@ from torch_geometric.data.storage import GlobalStorage
 
 from dasmil.embedding.restricted import load_restricted
 from dasmil.errors import InputError
-from dasmil.interop.mil4wsi_grid import IntArray
+from dasmil.interop.mil4wsi.grid import IntArray
 from dasmil.names import name_fault
 from dasmil.slides.cohort import MAX_ID_BYTES
 from dasmil.units import Scale

@@ -13,7 +13,7 @@ from feature_files import CELLS, write_clam, write_trident
 from dasmil.bags import bag_path
 from dasmil.cli import main
 from dasmil.errors import InputError
-from dasmil.interop.hdf5 import open_h5, read_features, read_places
+from dasmil.interop.features.hdf5 import open_h5, read_features, read_places
 from dasmil.tables import read_csv
 
 SECRET = b"320 bytes of another file"
@@ -206,7 +206,7 @@ def test_compressed_features_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("patch_size", [0.4, -1])
 @pytest.mark.parametrize("downsample", [1.0, np.nan, 0.0, 1e300])
 def test_clams_patches_are_checked(tmp_path: Path, patch_size: float, downsample: float) -> None:
-    from dasmil.interop.clam import read_patches
+    from dasmil.interop.features.clam import read_patches
 
     write_clam(tmp_path, "s1", np.array(CELLS) * 256, level=0, downsample=1.0)
     path = tmp_path / "patches" / "s1.h5"

@@ -24,7 +24,7 @@ from dasmil.embedding.extractor import ExtractorSource, load_extractor
 from dasmil.embedding.restricted import is_state_dict, load_restricted, refuse_no_numbers
 from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path
-from dasmil.interop.mil4wsi_bags import extractor_card
+from dasmil.interop.mil4wsi.bags import extractor_card
 from dasmil.methods import DASMIL
 from dasmil.modules import ModelCard
 from dasmil.modules.options import typed_options

@@ -16,7 +16,7 @@ from road import CONF, CONFIGS
 
 from dasmil.bags import bag_path, read_bag, read_header, write_bag
 from dasmil.cli import main
-from dasmil.interop import trident as trident_module
+from dasmil.interop.features import trident as trident_module
 from dasmil.tables import read_csv
 
 SCALES = {"x5": 4, "x10": 2, "x20": 1}  # ratio to the finest

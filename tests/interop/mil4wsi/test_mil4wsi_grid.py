@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dasmil.errors import InputError
-from dasmil.interop.mil4wsi_grid import finest_side, place_on_grid, require_nested
+from dasmil.interop.mil4wsi.grid import finest_side, place_on_grid, require_nested
 
 SIDES = np.array([512, 256])
 NO_EDGES = np.empty((2, 0), dtype=int)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dasmil.bags import Bag, all_finite, bag_path, read_bag
 from dasmil.errors import DiskFullError, InputError, some_of
 from dasmil.files import atomic_path, must_exist
-from dasmil.interop.feature_grids import Dtype
+from dasmil.interop.features.nesting import Dtype
 from dasmil.names import path_inside
 from dasmil.progress import progress
 from dasmil.slides.cohort import SlideRow, read_cohort

@@ -1,6 +1,6 @@
 import numpy as np
 
-from dasmil.interop.digest import features_digest
+from dasmil.interop.features.digest import features_digest
 
 
 def test_the_digest_is_of_coordinates_and_features_and_not_of_their_type() -> None:

@@ -20,7 +20,7 @@ from dasmil.bags import (
 )
 from dasmil.errors import DiskFullError, InputError, say_error, some_of
 from dasmil.files import files_below, write_text
-from dasmil.interop.feature_grids import Dtype, Orphans, SlideFeatures, make_bag
+from dasmil.interop.features.nesting import Dtype, Orphans, SlideFeatures, make_bag
 from dasmil.progress import progress
 from dasmil.slides.cohort import (
     SlideRow,

@@ -22,9 +22,9 @@ from dasmil.bags import (
 )
 from dasmil.errors import InputError
 from dasmil.files import must_exist, write_text
-from dasmil.interop.digest import features_digest
-from dasmil.interop.mil4wsi_graph import SCALES, PreparedGraph, read_prepared
-from dasmil.interop.mil4wsi_grid import IntArray, finest_side, place_on_grid, require_nested
+from dasmil.interop.features.digest import features_digest
+from dasmil.interop.mil4wsi.graph import SCALES, PreparedGraph, read_prepared
+from dasmil.interop.mil4wsi.grid import IntArray, finest_side, place_on_grid, require_nested
 from dasmil.progress import progress
 from dasmil.slides.cohort import SlideRow, write_cohort
 from dasmil.tables import write_csv
