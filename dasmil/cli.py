@@ -69,7 +69,7 @@ LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 VERBS = {  # verb → its module; the function has the name of the verb
     "tile": "slides.tile",
     "embed": "embedding.embed",
-    "status": "reports.status",
+    "status": "reports.status_summary",
     "export": "interop.features.export",
     "sweep": "sweep.sweep",
     "compare": "compare.compare",

@@ -17,7 +17,7 @@ LEAVING = ["/x/y", "/../../x", "..", ".", "", "../x", "a/b", ".hidden", "a\0b", 
 LEAVING += ["x" * 300, "ä" * 128, "=1+1", "@SUM(A1)", "\tx", "\rx", " ", "\udce9", "a\x9bb"]
 # places that make file names of names which the program or the user chose
 OTHERS = {
-    *("demo/run.py", "demo/slides.py", "reports/evaluation.py", "reports/figures.py"),
+    *("demo/run.py", "demo/slides.py", "reports/evaluation_files.py", "reports/figures.py"),
     *(
         "callbacks/evaluation.py",
         "sweep/runs.py",

@@ -11,7 +11,7 @@ from dasmil.callbacks.instances import InstanceTruth
 from dasmil.data.bags import BagDataModule
 from dasmil.errors import InputError, some_of
 from dasmil.files import file_sha256
-from dasmil.reports.evaluation import (
+from dasmil.reports.evaluation_files import (
     SHORT_HASH,
     auroc_lines,
     evaluation_file,
@@ -83,7 +83,7 @@ class EvaluationWriter(Callback):
             return
         more = module.mean_losses()
         for judge in judges:
-            more |= judge.figures
+            more |= judge.metrics
         name, digest = checkpoint_of(trainer)
         write_evaluation(
             *(self.output, part, evaluation, more),

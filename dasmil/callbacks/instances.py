@@ -132,7 +132,7 @@ class InstanceTruth(Callback):
         self.output = None if output is None else Path(output)
         self.froc = froc
         self.classes = classes
-        self.figures: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self.refused: dict[str, str] = {}
         self.curves: dict[str, Froc] = {}
         self._files: dict[str, Path] = {}
@@ -187,7 +187,7 @@ class InstanceTruth(Callback):
             )
         self._negative = {row.slide_id for row in rows if row.label == data.classes[0]}
         self._positive_class = data.classes[1]
-        self._slides, self._failed, self.figures, self.curves = [], [], {}, {}
+        self._slides, self._failed, self.metrics, self.curves = [], [], {}, {}
         self.refused = {}
         self._look_into_files()
         unknown = sorted(set(slide_ids) - self._files.keys() - self._negative)
@@ -360,13 +360,13 @@ class InstanceTruth(Callback):
         slides = [unique[slide_id] for slide_id in sorted(unique)]
         for scale in slides[0].scores if slides else ():
             scores, truth = [s.scores[scale] for s in slides], [s.truth[scale] for s in slides]
-            self.figures[f"{scale}/instance_auroc"] = instance_auroc(scores, truth)
+            self.metrics[f"{scale}/instance_auroc"] = instance_auroc(scores, truth)
             per_slide = instance_auroc_per_slide(scores, truth)
-            self.figures[f"{scale}/instance_auroc_per_slide"] = per_slide
+            self.metrics[f"{scale}/instance_auroc_per_slide"] = per_slide
             if self._has_froc:
                 self.curves[scale] = froc([slide.hits[scale] for slide in slides])
-                self.figures[f"{scale}/froc"] = self.curves[scale].score
-        for name, value in self.figures.items():
+                self.metrics[f"{scale}/froc"] = self.curves[scale].score
+        for name, value in self.metrics.items():
             pl_module.log(f"{stage}/{name}", value, sync_dist=False)
         num_lesions = sum(hits.num_lesions for slide in slides for hits in slide.hits.values())
         if self.curves and num_lesions == 0:

@@ -18,10 +18,10 @@ from dasmil.errors import DiskFullError, InputError
 from dasmil.files import write_text
 from dasmil.json_text import parse_json
 from dasmil.metrics import class_probabilities
-from dasmil.metrics.evaluation import YOUDEN
+from dasmil.metrics.evaluated_slides import YOUDEN
 from dasmil.names import path_inside
 from dasmil.output import ScaleOutput
-from dasmil.reports.evaluation import CHECKPOINT, SHORT_HASH
+from dasmil.reports.evaluation_files import CHECKPOINT, SHORT_HASH
 from dasmil.reports.heatmap import draw_heatmap, relative_attention, slide_canvas
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.qc import write_png

@@ -23,7 +23,7 @@ from dasmil.compare.table import (
 from dasmil.errors import InputError
 from dasmil.files import write_text
 from dasmil.metrics import pool, swap_test
-from dasmil.metrics.evaluation import Inputs
+from dasmil.metrics.evaluated_slides import Inputs
 from dasmil.metrics.intervals import MIN_PATIENTS, combined_interval
 from dasmil.progress import progress
 from dasmil.tables import write_csv
@@ -89,7 +89,7 @@ def compare(
 def _refuse_unknown(metrics: Sequence[str], methods: Sequence[Method]) -> None:
     for method in methods:
         for run in method.runs:
-            known = run.evaluation.figures(method.scale)
+            known = run.evaluation.metrics(method.scale)
             unknown = [name for name in metrics if name not in known]
             if unknown:
                 raise InputError(
@@ -151,7 +151,7 @@ class _Judged:
     Parameters
     ----------
     method: its runs.
-    metrics: of :meth:`Evaluation.figures` of the pooled test sets.
+    metrics: of :meth:`Evaluation.metrics` of the pooled test sets.
     """
 
     def __init__(self, method: Method, metrics: Sequence[str]):
@@ -165,7 +165,7 @@ class _Judged:
         ]
         self.inputs = [run.inputs(method.scale) for run in self.runs]
         self.patients = np.unique(self.runs[0].patients, return_inverse=True)[1]
-        self.values = _means([run.figures(method.scale, metrics) for run in self.runs])
+        self.values = _means([run.metrics(method.scale, metrics) for run in self.runs])
         intervals = [run.intervals(method.scale) for run in self.runs]
         self.intervals: dict[str, tuple[float, float]] = {
             name: (
@@ -205,7 +205,7 @@ class _Judged:
         value, interval = self.values[name], self.intervals[name]
         of_run = name if name != SAME_FOLD else "auroc"
         values = tuple(
-            run.evaluation.figures(self.method.scale, [of_run])[of_run] for run in self.method.runs
+            run.evaluation.metrics(self.method.scale, [of_run])[of_run] for run in self.method.runs
         )
         if first is None:
             return Result(values, value, interval, None, None, None)

@@ -11,7 +11,7 @@ import torch
 from dasmil.arguments import read_config
 from dasmil.errors import InputError
 from dasmil.metrics import Evaluation
-from dasmil.reports.evaluation import (
+from dasmil.reports.evaluation_files import (
     SHORT_HASH,
     evaluation_file,
     read_checkpoint,

@@ -1,6 +1,6 @@
 """Slide-level metrics, their intervals, and a paired test."""
 
-from dasmil.metrics.evaluation import Evaluation, pool
+from dasmil.metrics.evaluated_slides import Evaluation, pool
 from dasmil.metrics.paired import swap_test
 from dasmil.metrics.slide import (
     class_probabilities,

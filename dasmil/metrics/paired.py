@@ -7,7 +7,7 @@ from math import nan
 import numpy as np
 from scipy.stats import rankdata
 
-from dasmil.metrics.evaluation import Inputs
+from dasmil.metrics.evaluated_slides import Inputs
 from dasmil.metrics.slide import OF_RANKS, Array, BoolArray, IntArray
 
 NUMBERS_AT_ONCE = 2**22  # of an array of swapped slides: 32 MiB

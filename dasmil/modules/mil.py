@@ -16,7 +16,7 @@ from dasmil.data.bags import BagDataModule, UnreadBag
 from dasmil.embedding.weights import refuse_other_keys
 from dasmil.errors import InputError, some_of
 from dasmil.losses import bag_loss, balanced_weights
-from dasmil.metrics.evaluation import Evaluation
+from dasmil.metrics.evaluated_slides import Evaluation
 from dasmil.modules.card import CARD, METHOD, OPTIONS, ModelCard, read_card
 from dasmil.modules.decay import BagLosses
 from dasmil.modules.evaluation import (
@@ -460,9 +460,9 @@ class MILModule(LightningModule):
         self.evaluation = replace(found, thresholds=card.thresholds)
         metrics: dict[str, float] = {}
         for scale in self.evaluation.scales:
-            metrics = self.evaluation.figures(scale)
+            metrics = self.evaluation.metrics(scale)
             if stage == "test" and not self.failed:
-                metrics |= self.evaluation.test_chosen_figures(scale)
+                metrics |= self.evaluation.test_chosen_metrics(scale)
             self._log_metrics({f"{stage}/{scale}/{k}": value for k, value in metrics.items()})
         self._log_metrics({f"{stage}/{k}": value for k, value in metrics.items()})
         self._log_metrics({f"{stage}/{k}": v for k, v in self.mean_losses().items()})

@@ -28,7 +28,7 @@ from torchmetrics.functional.classification import (
 
 from dasmil.files import atomic_path
 from dasmil.metrics import Evaluation
-from dasmil.metrics.evaluation import YOUDEN
+from dasmil.metrics.evaluated_slides import YOUDEN
 from dasmil.metrics.intervals import (
     Interval,
     auroc_interval,
@@ -236,7 +236,7 @@ def calibration_figure(evaluation: Evaluation, part: str) -> Figure:
         if not probabilities.isfinite().all():
             _say(axes, "not defined:\na probability is not a number")
             continue
-        figures = evaluation.figures(scale, ["brier", "calibration_error"])
+        figures = evaluation.metrics(scale, ["brier", "calibration_error"])
         axes.set_title(
             f"{scale}: Brier {figures['brier']:.3f}, ECE {figures['calibration_error']:.3f}",
             fontsize=10,

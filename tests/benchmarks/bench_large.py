@@ -22,7 +22,7 @@ from models import make_module
 from table import Row
 
 from dasmil.bags import bag_path, write_bag
-from dasmil.reports.status import status
+from dasmil.reports.status_summary import status
 
 EXTRACTORS = '{"x10": {"trained_on": []}, "x20": {"trained_on": []}}'
 

@@ -18,7 +18,7 @@ from itertools import product
 import numpy as np
 from scipy.stats import norm, rankdata
 
-from dasmil.metrics.evaluation import Inputs
+from dasmil.metrics.evaluated_slides import Inputs
 from dasmil.metrics.intervals import (
     BRIER_SLIDES,
     MIN_PATIENTS,

@@ -244,7 +244,7 @@ def train(task: Task, bags: Path, variant: Variant, seed: int, fold: int | None)
     assert module.evaluation is not None
     logits = {s: torch.stack([r.logits[s] for r in module.results]) for s in module.scales}
     return {
-        "auroc": {scale: module.evaluation.figures(scale)["auroc"] for scale in module.scales},
+        "auroc": {scale: module.evaluation.metrics(scale)["auroc"] for scale in module.scales},
         "range": {scale: float(x.max() - x.min()) for scale, x in logits.items()},
         "bag_loss": float(trainer.callback_metrics["val/bag/x20"]),
         "slides": len(module.results),

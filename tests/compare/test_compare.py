@@ -18,7 +18,7 @@ from dasmil.compare.runs import read_methods
 from dasmil.compare.table import Comparison, Result, csv_rows, markdown
 from dasmil.errors import InputError
 from dasmil.metrics import Evaluation
-from dasmil.reports.evaluation import write_evaluation
+from dasmil.reports.evaluation_files import write_evaluation
 
 NAMES = ("s0", "s1", "s2", "s3")
 LABELS = (0, 0, 1, 1)

@@ -6,7 +6,7 @@ from math import isnan
 import numpy as np
 import pytest
 
-from dasmil.metrics.evaluation import Inputs
+from dasmil.metrics.evaluated_slides import Inputs
 from dasmil.metrics.paired import p_value, swap_test, swaps
 from dasmil.metrics.slide import average_precision
 

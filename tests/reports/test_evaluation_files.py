@@ -10,7 +10,7 @@ import torch
 
 from dasmil.errors import InputError
 from dasmil.metrics import Evaluation
-from dasmil.reports.evaluation import read_checkpoint, read_evaluation, write_evaluation
+from dasmil.reports.evaluation_files import read_checkpoint, read_evaluation, write_evaluation
 
 THRESHOLDS = {
     "x10": {"youden": 0.5, "specificity_0.9": 0.75},

@@ -107,7 +107,7 @@ def test_the_drawn_area_is_the_figure_that_is_said(made):
     scores = (torch.rand(50, generator=generator) * 20).round() / 20  # with ties
     labels = (torch.rand(50, generator=generator) < scores).long()
     shown = evaluation(scores.tolist(), labels.tolist())
-    figure, figures = made(shown, "test"), shown.figures("x20")
+    figure, figures = made(shown, "test"), shown.metrics("x20")
     x, y = line(figure, "x20")
     if made is roc_figure:
         assert drawstyle(figure) == "default"

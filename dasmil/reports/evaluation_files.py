@@ -44,7 +44,7 @@ def write_evaluation(
     folder: Path,
     stage: str,
     evaluation: Evaluation,
-    extra_figures: Mapping[str, float] | None = None,
+    extra_metrics: Mapping[str, float] | None = None,
     about: Mapping[str, str | None] | None = None,
     *,
     pooling: Literal["mean", "max"] = "mean",
@@ -62,7 +62,7 @@ def write_evaluation(
     Parameters
     ----------
     stage: ``val`` or ``test``.
-    extra_figures: what others have measured, named as in the JSON but for the stage
+    extra_metrics: what others have measured, named as in the JSON but for the stage
         (``x20/instance_auroc``, ``loss``).
     about: of the model, for ``test_evaluation.json``: checkpoint and its sha256, which the tables
         name too.
@@ -91,10 +91,10 @@ def write_evaluation(
     evaluation_file(folder, stage).unlink(missing_ok=True)
     of_metrics = [
         *_rows_of_levels(stage, evaluation, pooling),
-        *_extra_rows(extra_figures or {}, evaluation.scales, refused),
+        *_extra_rows(extra_metrics or {}, evaluation.scales, refused),
     ]
     figures = _flat(stage, of_metrics, evaluation.scales[-1])
-    figures |= {f"{stage}/{name}": _known(value) for name, value in (extra_figures or {}).items()}
+    figures |= {f"{stage}/{name}": _known(value) for name, value in (extra_metrics or {}).items()}
     write_table(slides, columns, _slide_rows(evaluation, refused))
     write_table(folder / f"{stage}_metrics.csv", METRIC_COLUMNS, of_metrics)
     write_text(folder / f"{stage}_metrics.json", json.dumps(figures, indent=2) + "\n")
@@ -115,7 +115,7 @@ def auroc_lines(stage: str, evaluation: Evaluation) -> Iterator[str]:
     count = f"{len(evaluation.slide_ids)} slides of {len(set(evaluation.patients))} patients"
     note = evaluation.why_no_interval or evaluation.warning
     for scale in evaluation.scales:
-        value = evaluation.figures(scale, {"auroc"})["auroc"]
+        value = evaluation.metrics(scale, {"auroc"})["auroc"]
         low, high = evaluation.intervals(scale)["auroc"]
         auroc = "not defined" if isnan(value) else f"{value:.3f}"
         auroc += "" if isnan(low) else f", 95 % interval {low:.3f} to {high:.3f}"
@@ -142,7 +142,7 @@ def _rows(stage: str, level: str, evaluation: Evaluation) -> Iterator[dict[str, 
     for scale in evaluation.scales:
         intervals = evaluation.intervals(scale)
         row = {"scale": scale, "level": level, **about}
-        for metric, value in evaluation.figures(scale).items():
+        for metric, value in evaluation.metrics(scale).items():
             low, high = map(_known, intervals[metric])
             notes = [_note(metric, (evaluation.thresholds or {}).get(scale, {}))]
             notes += [evaluation.why_no_interval or evaluation.warning]
@@ -150,7 +150,7 @@ def _rows(stage: str, level: str, evaluation: Evaluation) -> Iterator[dict[str, 
             known = {"value": _known(value), "low": low, "high": high, "note": note}
             yield {**row, "metric": metric, **known}
         if stage == "test":
-            for metric, value in evaluation.test_chosen_figures(scale).items():
+            for metric, value in evaluation.test_chosen_metrics(scale).items():
                 yield {**row, "metric": metric, "value": _known(value), "note": TEST_CHOSEN_NOTE}
 
 

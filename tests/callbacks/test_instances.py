@@ -141,7 +141,7 @@ def test_figures_of_areas(bags, tmp_path):
     # 4 tiles of the lesion against 12
     assert logged["test/x10/instance_auroc"] == pytest.approx(1 - (8 + 4) / (8 * 40))
     assert logged["test/x10/instance_auroc_per_slide"] == pytest.approx((1 + 11 / 12) / 2)
-    assert logged == pytest.approx({f"test/{name}": v for name, v in callback.figures.items()})
+    assert logged == pytest.approx({f"test/{name}": v for name, v in callback.metrics.items()})
 
 
 def test_froc_of_areas(bags, tmp_path):
@@ -266,7 +266,7 @@ def refusal(bags: Path, slide_id: str) -> str:
     """Why the annotation of a slide, and of no other, is refused."""
     callback = InstanceTruth(bags.parent / "truth")
     run(bags, callback)
-    assert list(callback.refused) == [slide_id] and callback.figures
+    assert list(callback.refused) == [slide_id] and callback.metrics
     return callback.refused[slide_id]
 
 
@@ -317,7 +317,7 @@ def test_if_all_annotations_are_refused_there_are_no_figures(bags, tmp_path, cap
     for path in (tmp_path / "truth").iterdir():
         path.write_text("<no xml")
     callback = InstanceTruth(tmp_path / "truth", output=tmp_path / "out", classes=classes)
-    assert run(bags, callback) == {} == callback.figures == callback.curves
+    assert run(bags, callback) == {} == callback.metrics == callback.curves
     assert list(callback.refused) == ["t1", "t2"]
     said = capsys.readouterr().err
     assert "2 annotation(s) are refused, all that there are, so there are no figures" in said
@@ -419,7 +419,7 @@ def test_lesions_beyond_the_tiles_of_a_slide_whose_size_is_not_known(bags, tmp_p
     (truth / "t1.geojson").write_text(geojson(6000, 6000, 8000, 8000))
     again = InstanceTruth(truth)
     run(bags, again)
-    assert again.figures == callback.figures
+    assert again.metrics == callback.metrics
     (truth / "t1.geojson").unlink()
     (truth / "t1.csv").write_text("x,y\n5,5\n6000,6000\n")
     run(bags, InstanceTruth(truth, output=tmp_path / "out"))
@@ -515,7 +515,7 @@ def test_a_slide_that_comes_twice_counts_once(bags, tmp_path, monkeypatch, batch
     monkeypatch.setattr(instances, "gather_lists", lambda items: [*items[::-1], *items[:1]])
     twice = InstanceTruth(tmp_path / "truth")
     run(bags, twice, batch_size=batch_size)
-    assert twice.figures == once.figures and len(once.figures) == 6
+    assert twice.metrics == once.metrics and len(once.metrics) == 6
 
 
 def test_points_have_no_froc(bags, tmp_path):
@@ -553,8 +553,8 @@ def test_min_share_decides_which_tiles_are_positive(bags, tmp_path):
     run(bags, more)
     name = "x20/instance_auroc_per_slide"
     # half: 4 of 20 positive tiles score as the 44 negative ones
-    assert half.figures[name] == pytest.approx((16 / 20 + 4 / 20 / 2 + 47 / 48) / 2)
-    assert more.figures[name] == pytest.approx((1 + 47 / 48) / 2)
+    assert half.metrics[name] == pytest.approx((16 / 20 + 4 / 20 / 2 + 47 / 48) / 2)
+    assert more.metrics[name] == pytest.approx((1 + 47 / 48) / 2)
 
 
 def test_a_positive_slide_without_annotation_is_left_out_and_named(bags, tmp_path):

@@ -45,7 +45,7 @@ def of_three_classes(probabilities: list[list[float]], labels: list[int], patien
 def test_figures_at_the_thresholds_of_the_validation_slides() -> None:
     """Above 0.2: both positive slides and one of two negative; above 0.7: one positive slide."""
     points = {"youden": 0.2, "specificity_0.9": 0.7}
-    figures = evaluation([0.1, 0.4, 0.6, 0.8], [0, 0, 1, 1], thresholds=points).figures("x20")
+    figures = evaluation([0.1, 0.4, 0.6, 0.8], [0, 0, 1, 1], thresholds=points).metrics("x20")
     assert figures["accuracy"] == 1.0
     at_thresholds = {name: value for name, value in figures.items() if "_at_val_" in name}
     assert at_thresholds == pytest.approx(
@@ -66,14 +66,14 @@ def test_only_the_figures_and_slides_that_are_asked_for() -> None:
     whole = evaluation([0.1, 0.4, 0.6, 0.8], [0, 0, 1, 1], thresholds=points)
     names = ["auroc", "f1_at_val_threshold", "sensitivity_at_val_specificity_0.9"]
     chosen = whole.select(torch.tensor([0, 2, 2, 1]))
-    figures, everything = chosen.figures("x20", names), chosen.figures("x20")
+    figures, everything = chosen.metrics("x20", names), chosen.metrics("x20")
     assert list(figures) == names
     assert figures == {name: everything[name] for name in names}
     assert chosen.slide_ids == ("slide_0", "slide_2", "slide_2", "slide_1")
 
 
 def test_without_thresholds_there_is_no_figure_at_one() -> None:
-    figures = evaluation([0.1, 0.8], [0, 1]).figures("x20")
+    figures = evaluation([0.1, 0.8], [0, 1]).metrics("x20")
     assert not [name for name in figures if "_at_val_" in name]
 
 
@@ -85,7 +85,7 @@ def test_operating_points_are_chosen_scale_by_scale() -> None:
 
 def test_the_threshold_of_the_test_slides_is_named_as_such() -> None:
     """At 0.5 one slide of four is right, and between 0.1 and 0.2 all are."""
-    found = evaluation([0.05, 0.1, 0.2, 0.3], [0, 0, 1, 1]).test_chosen_figures("x20")
+    found = evaluation([0.05, 0.1, 0.2, 0.3], [0, 0, 1, 1]).test_chosen_metrics("x20")
     assert found == {"accuracy_at_test_threshold": 1.0}
 
 
@@ -123,7 +123,7 @@ def test_intervals_hold_their_figure() -> None:
     positive = [((7 * number) % 31) / 31 for number in range(60)]
     labels = [int(score > 0.4) if number % 4 else 1 for number, score in enumerate(positive)]
     slides = evaluation(positive, labels, thresholds={"youden": 0.4, "specificity_0.9": 0.6})
-    figures, intervals = slides.figures("x20"), slides.intervals("x20")
+    figures, intervals = slides.metrics("x20"), slides.intervals("x20")
     assert intervals.keys() == figures.keys()
     assert all(isnan(end) for end in intervals.pop("calibration_error"))
     for name, (low, high) in intervals.items():
@@ -178,7 +178,7 @@ def test_three_classes_have_intervals() -> None:
     rows = torch.eye(3, dtype=torch.float64)[[0, 1, 2] * 8] * 0.5 + 1 / 6
     rows[:5] = rows[:5].roll(1, dims=1)
     slides = of_three_classes(rows.tolist(), [0, 1, 2] * 8, "abcdefghijklmnopqrstuvwx")
-    figures, intervals = slides.figures("x20"), slides.intervals("x20")
+    figures, intervals = slides.metrics("x20"), slides.intervals("x20")
     assert intervals.keys() == figures.keys()
     for name in figures.keys() - {"calibration_error"}:
         low, high = intervals[name]
@@ -194,6 +194,6 @@ def test_pooled_slides_keep_the_threshold_of_their_own_model() -> None:
         ],
         "x20",
     )
-    figures = pooled.figures("x20")
+    figures = pooled.metrics("x20")
     assert figures["accuracy_at_val_threshold"] == 1
     assert (figures["auroc"], figures["auroc_same_fold"]) == (3.5 / 4, 1)

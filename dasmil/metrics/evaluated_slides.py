@@ -68,7 +68,7 @@ class Evaluation:
         """Coarse to fine; the finest one's prediction is the final one."""
         return tuple(self.probabilities)
 
-    def figures(self, scale: str, names: Collection[str] | None = None) -> dict[str, float]:
+    def metrics(self, scale: str, names: Collection[str] | None = None) -> dict[str, float]:
         """:func:`dasmil.metrics.slide_metrics`, and the metrics at the thresholds of validation.
 
         Parameters
@@ -98,7 +98,7 @@ class Evaluation:
             specificity=self.specificity,
         )
 
-    def test_chosen_figures(self, scale: str) -> dict[str, float]:
+    def test_chosen_metrics(self, scale: str) -> dict[str, float]:
         """Accuracy at the threshold that suits these very slides best (Youden).
 
         What much of the literature reports; no honest figure, and named as such. Nothing for more
@@ -259,7 +259,7 @@ class Inputs:
         )
 
     def metrics(self, names: Collection[str] | None = None) -> dict[str, Array]:
-        """:meth:`Evaluation.figures`, each of shape (...,)."""
+        """:meth:`Evaluation.metrics`, each of shape (...,)."""
         found = metric_arrays(self.probabilities, self.labels, self.specificity, names, self.folds)
         for point, margin in self.margins.items():
             suffix = _suffix(point)
