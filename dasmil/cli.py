@@ -31,7 +31,7 @@ slides → predictions
   contact-sheet  the QC pictures of a cohort on one page, sortable, for a browser
   status    the state of every slide of a folder of tiles or bags
   import    files of others → ours: features of TRIDENT, CLAM, STAMP; weights of DINO; mil4wsi's
-            graphs and models; CRCHisto
+            graphs and models
   export    bags → feature files as TRIDENT writes them
   sweep     fit and test configs × seeds, and the table of their figures (configs/sweep/)
   compare   tested runs side by side: intervals, and paired tests against the first
@@ -46,7 +46,6 @@ usage: python -m dasmil import KIND [options]
   trident             TRIDENT's features, a folder a magnification → a folder of bags
   clam                CLAM's features and patches, a folder a magnification → a folder of bags
   stamp               STAMP's features, a folder a magnification → a folder of bags
-  crchisto            CRCHistoPhenotypes → a cohort of slides, labels and nuclei
   dino-checkpoint     weights of facebookresearch/dino → an extractor for `embed`
   mil4wsi-bags        the released code's graphs → a folder of bags
   mil4wsi-checkpoint  the released code's model → a checkpoint for `predict` and `test`
@@ -56,7 +55,6 @@ usage: python -m dasmil import KIND [options]
 
 # kind → its module in dasmil.interop and its function; only the one that is asked for is imported
 IMPORTERS = {
-    "crchisto": ("crchisto", "crchisto"),
     "dino-checkpoint": ("dino", "dino_checkpoint"),
     "mil4wsi-bags": ("mil4wsi.bags", "mil4wsi_bags"),
     "clam": ("features.clam", "clam"),
@@ -181,6 +179,11 @@ def _import(args: Sequence[str]) -> int:
     if kind in ("-h", "--help"):
         print(IMPORT_USAGE)
         return 0
+    if kind == "crchisto":
+        raise InputError(
+            "import crchisto: it is a script beside its benchmark now; run "
+            "`python tests/benchmarks/colon/crchisto.py FOLDER OUTPUT` in a clone of the repository"
+        )
     if kind not in IMPORTERS:
         raise InputError(f"import: no kind {kind!r}{near(kind, IMPORTERS)}")
     module, name = IMPORTERS[kind]

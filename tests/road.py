@@ -8,6 +8,7 @@ from dasmil.demo.slides import write_cohort
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
+COLON = REPOSITORY / "tests" / "benchmarks" / "colon"
 CONF = REPOSITORY / "tests" / "conf"
 NUM_SLIDES = {"train": 6, "val": 2, "test": 3}  # 3: not a multiple of two processes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from road import CONF, CONFIGS, NUM_SLIDES, fit_dasmil
+from road import COLON, CONF, CONFIGS, NUM_SLIDES, fit_dasmil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dasmil
@@ -21,11 +21,11 @@ VERBS = (
     *("tile", "embed", "status", "contact-sheet", "export", "compare", "sweep", "demo"),
     *LIGHTNING_VERBS,
 )
-KINDS = (
-    *("clam", "crchisto", "dino-checkpoint", "mil4wsi-bags", "mil4wsi-checkpoint"),
-    *("stamp", "trident"),
-)
-YAMLS = sorted(CONFIGS.rglob("*.yaml")) + sorted(CONF.glob("*.yaml"))
+KINDS = (*("clam", "dino-checkpoint", "mil4wsi-bags", "mil4wsi-checkpoint", "stamp", "trident"),)
+YAMLS = [
+    *sorted(CONFIGS.rglob("*.yaml")),
+    *(path for folder in (CONF, COLON) for path in sorted(folder.glob("*.yaml"))),
+]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,6 @@ def test_every_verb_has_help(verb, capsys):
         "--help",
         "--version",
         "import --help",
-        "import crchisto --help",
         "sweep --help",
         "demo --help",
     ],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from road import CONFIGS
+from road import COLON, CONFIGS
 
 from dasmil import methods
 from dasmil.data import BagDataModule, TileDataModule
@@ -15,7 +15,7 @@ from dasmil.modules.options import flat_options, plain_options
 
 FITS = [
     path
-    for path in sorted(CONFIGS.rglob("*.yaml"))
+    for path in [*sorted(CONFIGS.rglob("*.yaml")), *sorted(COLON.glob("*.yaml"))]
     if yaml.safe_load(path.read_text()).keys() <= {"seed_everything", "model", "data", "trainer"}
 ]
 PRESETS = [path for path in FITS if path.parent.name == "preset"]
@@ -36,7 +36,7 @@ def defaults(path: Path, part: str) -> dict[str, Any]:
     return plain_options({name: p.default for name, p in parameters.items()})
 
 
-@pytest.mark.parametrize("path", FITS, ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", FITS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_config_holds_what_differs_from_the_defaults(path: Path) -> None:
     """A preset pins every switch, also where it is the default."""
     content = yaml.safe_load(path.read_text())

@@ -11,7 +11,6 @@ import torch
 from feature_files import write_clam, write_stamp, write_trident
 from mil4wsi_cases import block, make_data, write_data
 from models import make_network
-from PIL import Image
 from road import REPOSITORY, embed_command, fit_dasmil, fit_dino, tile_command
 
 from dasmil.cli import main
@@ -62,7 +61,7 @@ def commands(road, run, place: Path) -> dict[str, list[str]]:
 
 
 def imports(root: Path, place: Path) -> dict[str, list[str]]:
-    """The other kinds of import, each of one small slide, picture or model."""
+    """The other kinds of import, each of one small slide or model."""
     cells = [(0, 0), (1, 0), (0, 1)]
     trident = write_trident(root, "s1", 20, cells)
     corners = [(256 * x, 256 * y) for x, y in cells]
@@ -70,11 +69,6 @@ def imports(root: Path, place: Path) -> dict[str, list[str]]:
     stamp = write_stamp(root, "s1", cells, tile_um=128.0)
     graphs = root / "graphs"
     write_data(graphs, "test", 0, make_data(block(0, 0)))
-    pictures = root / "pictures"
-    pictures.mkdir(exist_ok=True)
-    Image.new("RGB", (500, 500)).save(pictures / "img001.png")
-    (pictures / "bags.csv").write_text("image,label_epithelial_present\nimg001,1\n")
-    (pictures / "nuclei.csv").write_text("image,type,x,y\nimg001,epithelial,3,4\n")
     network = make_network({"x10": 6, "x20": 6}, 1, 6, 5, 2, residual="none").state_dict()
     names = released_names("x10", "x20", has_gates=False)
     torch.save({theirs: network[ours] for ours, theirs in names.items()}, root / "model.pt")
@@ -84,7 +78,6 @@ def imports(root: Path, place: Path) -> dict[str, list[str]]:
         "trident": ["trident", str(place), "--features.x20", str(trident)],
         "clam": ["clam", str(place), *of_clam],
         "stamp": ["stamp", str(place), "--features.x20", str(stamp)],
-        "crchisto": ["crchisto", str(pictures), str(place)],
         "mil4wsi-bags": ["mil4wsi-bags", str(graphs), str(place)],
         "mil4wsi-checkpoint": model,
     }
@@ -102,7 +95,7 @@ def dino(road):
     return path
 
 
-IMPORTS = ("trident", "clam", "stamp", "crchisto", "mil4wsi-bags", "mil4wsi-checkpoint")
+IMPORTS = ("trident", "clam", "stamp", "mil4wsi-bags", "mil4wsi-checkpoint")
 VERBS = (
     *("tile", "embed", "fit", "fit dino", "validate", "test", "predict", "export", "compare"),
     *("contact-sheet", "demo", "sweep", "status", "import dino"),

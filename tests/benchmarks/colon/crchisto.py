@@ -1,4 +1,6 @@
-"""The kind ``crchisto`` of the verb ``import``: CRCHistoPhenotypes → a cohort table and its truth.
+"""Convert CRCHistoPhenotypes into the cohort table and the annotations of the colon benchmark.
+
+    python tests/benchmarks/colon/crchisto.py FOLDER OUTPUT
 
 100 pictures of colon, 500 x 500 px at 0.55 µm/px, in which four types of nuclei are marked by their
 centres (Sirinukunwattana et al., IEEE Transactions on Medical Imaging 35(5), 2016). As a task for
@@ -6,7 +8,9 @@ multiple-instance learning: does a picture hold epithelial nuclei? (Ilse, Tomcza
 2018)
 """
 
+import argparse
 import re
+import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
@@ -31,32 +35,39 @@ TYPES = ("epithelial", "fibroblast", "inflammatory", "others")
 POSITIVE, NEGATIVE = "epithelial", "none"
 
 
-def crchisto(folder: Path, output: Path) -> int:
-    """Pictures of colon with annotated nuclei → OUTPUT/cohort.csv and OUTPUT/truth/.
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Write OUTPUT/cohort.csv and OUTPUT/truth/ for pictures of colon with "
+        "annotated nuclei. A picture that holds an epithelial nucleus has the label epithelial, "
+        "all others have the label none."
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="the unpacked download (CRCHistoPhenotypes_2016_04_28), or a folder with bags.csv, "
+        "nuclei.csv and the pictures as PNG",
+    )
+    parser.add_argument("output", type=Path, help="folder for the table and the annotations")
+    options = parser.parse_args()
+    try:
+        convert(options.folder, options.output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
-    A picture has the label ``epithelial`` where it holds an epithelial nucleus, else ``none``. Its
-    epithelial nuclei, and no others, are points in truth/<slide_id>.csv. Pictures stay where they
-    are.
 
-    Parameters
-    ----------
-    folder:
-        the unpacked download (CRCHistoPhenotypes_2016_04_28), or a folder with bags.csv,
-        nuclei.csv and the pictures as PNG.
-    output:
-        folder for the table and the truth.
+def convert(folder: Path, output: Path) -> None:
+    """Write OUTPUT/cohort.csv, and the epithelial nuclei of each picture as OUTPUT/truth/<id>.csv.
 
-    Returns
-    -------
-    The exit code, 0.
+    Pictures stay where they are.
 
     Raises
     ------
     InputError
-        when neither is there, a file is missing, or labels and nuclei contradict each other.
+        if a file is missing or damaged, or labels and nuclei contradict each other.
     """
-    read = _read_tables if (folder / "bags.csv").is_file() else _read_download
-    pictures = read(folder)
+    pictures = (_read_tables if (folder / "bags.csv").is_file() else _read_download)(folder)
     rows = []
     for slide_id, (path, nuclei) in sorted(pictures.items()):
         write_csv(
@@ -69,14 +80,13 @@ def crchisto(folder: Path, output: Path) -> int:
     num_positive = sum(row.label == POSITIVE for row in rows)
     num_nuclei = sum(len(nuclei) for _, nuclei in pictures.values())
     print(
-        f"import: {len(rows)} pictures, {num_positive} of them with epithelial nuclei "
-        f"({num_nuclei}); see {output / 'cohort.csv'}"
+        f"{len(rows)} pictures, {num_positive} of them with epithelial nuclei ({num_nuclei}); see "
+        f"{output / 'cohort.csv'}"
     )
-    return 0
 
 
 def _read_tables(folder: Path) -> dict[str, tuple[Path, FloatArray]]:
-    """slide_id → picture and (n, 2) x, y of its epithelial nuclei, of a folder with two tables."""
+    """slide_id → picture and (n, 2) x, y of its epithelial nuclei, from bags.csv and nuclei.csv."""
     bags = _rows(folder / "bags.csv", ("image", "label_epithelial_present"))
     nuclei: dict[str, list[tuple[float, float]]] = defaultdict(list)
     names = {row["image"] for row in bags}
@@ -85,7 +95,7 @@ def _read_tables(folder: Path) -> dict[str, tuple[Path, FloatArray]]:
         if row["type"] not in TYPES:
             raise InputError(f"{where}: type {row['type']!r} is none of {', '.join(TYPES)}")
         if row["image"] not in names:
-            raise InputError(f"{where}: image {row['image']!r} does not stand in bags.csv")
+            raise InputError(f"{where}: image {row['image']!r} is not in bags.csv")
         try:
             place = float(row["x"]), float(row["y"])
         except ValueError:
@@ -100,7 +110,7 @@ def _read_tables(folder: Path) -> dict[str, tuple[Path, FloatArray]]:
         if present != str(int(name in nuclei)):
             raise InputError(
                 f"{folder / 'bags.csv'}: label_epithelial_present of {name} is {present!r}, but "
-                f"nuclei.csv holds {len(nuclei.get(name, ()))} epithelial nuclei of it"
+                f"nuclei.csv lists {len(nuclei.get(name, ()))} epithelial nuclei of it"
             )
         pictures[name] = _present(path_inside(folder, f"{name}.png")), _points(nuclei.get(name, ()))
     return pictures
@@ -115,25 +125,25 @@ def _rows(path: Path, needed: Iterable[str]) -> list[Row]:
 
 
 def _read_download(folder: Path) -> dict[str, tuple[Path, FloatArray]]:
-    """The same of the unpacked download; img7 becomes img007, so that names sort as numbers."""
-    found = {}
+    """The same from the unpacked download; img7 becomes img007, so that names sort as numbers."""
+    pictures = {}
     for path in folder.glob("Classification/img*/img*.bmp"):
         number = re.fullmatch(r"img(\d+)", path.stem)
         if number is None:
             continue
         nuclei = {name: _read_nuclei(path.with_name(f"{path.stem}_{name}.mat")) for name in TYPES}
-        found[f"img{int(number[1]):03d}"] = path, nuclei[POSITIVE]
-    if not found:
+        pictures[f"img{int(number[1]):03d}"] = path, nuclei[POSITIVE]
+    if not pictures:
         must_exist(folder, "give the unpacked download")
         raise InputError(
             f"{folder}: neither bags.csv nor Classification/img*/img*.bmp in it; give the unpacked "
             "download CRCHistoPhenotypes_2016_04_28"
         )
-    return found
+    return pictures
 
 
 def _read_nuclei(path: Path) -> FloatArray:
-    """(n, 2) x, y of the variable ``detection``."""
+    """(n, 2) x, y from the variable ``detection`` of a MATLAB file."""
     _present(path)
     try:
         return _points(loadmat(path)["detection"])
@@ -150,7 +160,7 @@ def _points(values: npt.ArrayLike) -> FloatArray:
     """(n, 2); MATLAB writes no points as an empty matrix of any shape."""
     points = np.asarray(values, dtype=np.float64)
     if not np.isfinite(points).all():
-        raise ValueError("some nuclei have no place")
+        raise ValueError("some nuclei have no coordinates")
     return points.reshape(0, 2) if points.size == 0 else points.reshape(len(points), 2)
 
 
@@ -158,3 +168,7 @@ def _present(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: no such file; is the folder complete?")
     return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

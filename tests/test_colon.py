@@ -1,16 +1,21 @@
-"""CRCHistoPhenotypes: our tables and the official download give the same cohort and truth."""
+"""The colon benchmark: its converter reads tables and the official download alike."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from benchmarks.colon.crchisto import TYPES, convert
 from PIL import Image
+from road import COLON
 from scipy.io import savemat
 
 from dasmil.cli import main
+from dasmil.data.bags import DRAWING
 from dasmil.errors import InputError
-from dasmil.interop.crchisto import TYPES, crchisto
 from dasmil.slides.cohort import read_cohort
 from dasmil.slides.reader import Slide
 
@@ -54,7 +59,7 @@ def write_download(folder: Path) -> Path:
 )
 def test_labels_and_nuclei_are_those_of_the_pictures(tmp_path, write, suffix, capsys):
     folder, output = write(tmp_path / "in"), tmp_path / "out"
-    assert main(["import", "crchisto", str(folder), str(output)]) == 0
+    convert(folder, output)
     assert "3 pictures, 2 of them with epithelial nuclei (3)" in capsys.readouterr().out
     rows = read_cohort(output / "cohort.csv")
     assert [(r.slide_id, r.label) for r in rows] == [
@@ -72,7 +77,7 @@ def test_labels_and_nuclei_are_those_of_the_pictures(tmp_path, write, suffix, ca
 
 
 def test_a_picture_of_the_download_has_its_own_pixels(tmp_path):
-    crchisto(write_download(tmp_path / "in"), tmp_path / "out")
+    convert(write_download(tmp_path / "in"), tmp_path / "out")
     with Slide(read_cohort(tmp_path / "out" / "cohort.csv")[1]) as slide:
         pixels = slide.read((0, 0, 500, 500), (10, 10))
     assert np.unique(pixels.reshape(-1, 3), axis=0).tolist() == [[200, 100, 150]]
@@ -90,9 +95,9 @@ def replace(name: str, old: str, new: str):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (replace("bags.csv", "img002,1", "img002,0"), "of img002 is '0', but nuclei.csv holds 2"),
-        (replace("bags.csv", "img001,0", "img001,1"), "of img001 is '1', but nuclei.csv holds 0"),
-        (replace("bags.csv", "img010,1,1\n", ""), "image 'img010' does not stand in bags.csv"),
+        (replace("bags.csv", "img002,1", "img002,0"), "of img002 is '0', but nuclei.csv lists 2"),
+        (replace("bags.csv", "img001,0", "img001,1"), "of img001 is '1', but nuclei.csv lists 0"),
+        (replace("bags.csv", "img010,1,1\n", ""), "image 'img010' is not in bags.csv"),
         (replace("nuclei.csv", "img001,fibroblast", "img001,Fibro"), "line 2: type 'Fibro' is no"),
         (replace("nuclei.csv", "148.8", "left"), "x and y must be numbers"),
         (replace("nuclei.csv", "image,type", "name,type"), "nuclei.csv: column image is missing"),
@@ -104,7 +109,7 @@ def test_tables_that_contradict_each_other_are_refused(tmp_path, damage, message
     folder = write_tables(tmp_path / "in")
     damage(folder)
     with pytest.raises(InputError, match=message):
-        crchisto(folder, tmp_path / "out")
+        convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -145,15 +150,42 @@ def test_a_download_that_is_not_whole_is_refused(tmp_path, damage, message):
     folder = write_download(tmp_path / "in")
     damage(folder)
     with pytest.raises(InputError, match=message):
-        crchisto(folder, tmp_path / "out")
+        convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_real_pictures(shared_data, tmp_path):
-    crchisto(shared_data / "crchisto", tmp_path)
+    convert(shared_data / "crchisto", tmp_path)
     rows = read_cohort(tmp_path / "cohort.csv")
     assert (len(rows), sum(row.label == "epithelial" for row in rows)) == (50, 28)
     num_points = sum(
         len(path.read_text().splitlines()) - 1 for path in (tmp_path / "truth").iterdir()
     )
     assert num_points == 3533
+
+
+def test_the_script_converts_or_says_in_one_sentence_what_is_missing(tmp_path):
+    script = [sys.executable, str(COLON / "crchisto.py")]
+    output = tmp_path / "out"
+    folder = write_tables(tmp_path / "in")
+    subprocess.run([*script, str(folder), str(output)], check=True, capture_output=True)
+    assert (output / "cohort.csv").is_file()
+    command = [*script, str(tmp_path / "none"), str(output)]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ") and "give the unpacked download" in failed.stderr
+
+
+def test_the_former_verb_names_the_script(capsys):
+    assert main(["import", "crchisto", "FOLDER", "OUTPUT"]) == 2
+    assert "tests/benchmarks/colon/crchisto.py" in capsys.readouterr().err
+
+
+def test_dino_and_dasmil_hold_out_the_same_slides():
+    """Both draw the splits; what they draw them by must be the same."""
+
+    def drawn_by(name):
+        settings = yaml.safe_load((COLON / f"{name}.yaml").read_text())
+        return [settings["data"]["init_args"].get(key) for key in DRAWING]
+
+    assert drawn_by("dino") == drawn_by("dasmil")
