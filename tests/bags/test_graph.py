@@ -193,6 +193,20 @@ def test_orphans_stay_orphans_when_graphs_are_joined() -> None:
     assert equal(in_steps, joined)
 
 
+def test_a_bag_of_joined_graphs_is_the_bag_it_was() -> None:
+    bags = [make_bag(f"s{n}", SCALES, DIMS, size, seed=n) for n, size in enumerate(SIZES)]
+    bags.append(without_first(bags[-1], "x5", 1))
+    joined = join_graphs([bag_graph(bag) for bag in bags])
+    for number, expected in enumerate(bags):
+        bag = joined.bag(number)
+        bag.validate()
+        assert bag.header == expected.header
+        for kind in ("features", "grid", "parent"):
+            ours, theirs = getattr(bag, kind), getattr(expected, kind)
+            assert list(ours) == list(theirs)
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_a_model_is_given_features_of_its_own_precision() -> None:
     graph = bag_graph(make_bag("a", SCALES, DIMS)).in_dtype(torch.float32)
     for name in SCALES:
