@@ -1,19 +1,25 @@
 """The README and the pages of .github name files, anchors, code and options that exist."""
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from functools import cache
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from bag_factory import CLASSES, write_bags
+from road import CONF, CONFIGS
 
+import dasmil
 from dasmil.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
 PAPER = REPOSITORY / ".github" / "docs" / "paper.md"
+CONTRIBUTING = REPOSITORY / ".github" / "CONTRIBUTING.md"
 README = REPOSITORY / "README.md"
 PAGES = [README, *sorted((REPOSITORY / ".github").rglob("*.md"))]
 SOURCES = [
@@ -30,8 +36,8 @@ CREATED = re.compile(r"^# ([\w/]+\.(?:py|yaml))$", re.MULTILINE)  # by the reade
 OPTION = re.compile(r"--[a-z][\w.]*")
 PER_SCALE = re.compile(r"(--(?:extractors|features|patches))\.[^ =]+")
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
-CLASSES = {"model": ("DASMIL", "ABMIL", "CLAM", "DTFD", "DINOModule")}
-CLASSES["data"] = ("BagDataModule", "TileDataModule")
+CHOICES = {"model": ("DASMIL", "ABMIL", "CLAM", "DTFD", "DINOModule")}
+CHOICES["data"] = ("BagDataModule", "TileDataModule")
 WORDS_OF_VERB = {"import": 2}  # the kind belongs to the verb
 
 
@@ -79,6 +85,10 @@ def test_every_page_that_the_code_names_exists() -> None:
     for path in SOURCES:
         for name in re.findall(r"\.github/[\w/]+\.md", path.read_text(encoding="utf-8")):
             assert (REPOSITORY / name).is_file(), (path, name)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(text_of(README).splitlines()) <= 200
 
 
 @pytest.mark.parametrize(("page", "path", "code"), QUOTES, ids=[quote[2][:40] for quote in QUOTES])
@@ -132,7 +142,7 @@ def options_of(verb: Sequence[str]) -> set[str]:
     if verb[0] in LIGHTNING_VERBS:
         pages += [
             f"--{part}.class_path " + help_of("fit", f"--{part}.help", name)
-            for part, names in CLASSES.items()
+            for part, names in CHOICES.items()
             for name in names
         ]
     return {option.rstrip(".") for page in pages for option in OPTION.findall(page)}
@@ -145,6 +155,50 @@ def test_commands_have_verbs_and_options_that_exist(page: Path) -> None:
             continue
         verb = words[: WORDS_OF_VERB.get(words[0], 1)]
         given = {PER_SCALE.sub(r"\1", word.split("=")[0]) for word in words if OPTION.match(word)}
+        if "topk.TopK" in words:  # the recipe's method has options of its own
+            given = {option for option in given if not option.startswith("--model.")}
         known = options_of(verb) | {"--preview"}
         assert "--help" in known, verb
         assert not sorted(given - known), verb
+
+
+def recipes() -> dict[str, str]:
+    """The code blocks of CONTRIBUTING.md that create a file, by the file's name."""
+    blocks = [block for _, block in BLOCK.findall(text_of(CONTRIBUTING))]
+    return {found[1]: block for block in blocks if (found := CREATED.match(block))}
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_is_short_and_imports_what_exists(name: str) -> None:
+    block = recipes()[name]
+    assert len(block.splitlines()[1:]) < 40
+    if not name.endswith(".py"):
+        return
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom):
+            module = import_module(str(node.module))
+            assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
+
+
+def test_the_method_and_the_config_of_the_recipes_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of one's own, which needs no change of the package."""
+    (tmp_path / "topk.py").write_text(recipes()["dasmil/methods/topk.py"])
+    config = tmp_path / "topk.yaml"
+    config.write_text(recipes()["configs/method/topk.yaml"].replace(": TopK", ": topk.TopK"))
+    monkeypatch.syspath_prepend(tmp_path)
+    split = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    labels = {f"s{n}": CLASSES[n % 2] for n in range(len(split))}
+    empty = ["s0"]
+    bags = write_bags(tmp_path / "bags", labels, dict(zip(labels, split)), empty=empty)
+    run, model = tmp_path / "run", ["--model.class_path", "topk.TopK"]
+    configs = [CONFIGS / "mil.yaml", CONF / "bags.yaml", config]
+    fit = ["fit", *(word for path in configs for word in ("--config", str(path)))]
+    fit += ["--model.k", "4", "--data.bags", str(bags), "--output", str(run)]
+    assert main(fit) == 0
+    checkpoint = run / "checkpoints" / "best.ckpt"
+    assert main(["test", "--ckpt_path", str(checkpoint), "--bags", str(bags), *model]) == 0
+    assert (run / "test" / "test_metrics.json").is_file()
+    loaded = dasmil.load(checkpoint, method=import_module("topk").TopK)
+    assert loaded.scales == ("x20",) and loaded.options["k"] == 4

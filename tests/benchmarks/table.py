@@ -65,7 +65,7 @@ def seconds(*ways: WAY, runs: int = 5, warmup: int = 1) -> list[float]:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The table, as it stands in the README."""
+    """The table, as printed in ``.github/docs/speed.md``."""
     lines = [
         "| | | ours | peer | times better | limit | of the limit | target |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
