@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from dasmil.callbacks.run_folder import run_folder
 from dasmil.errors import InputError
 from dasmil.files import atomic_path
-from dasmil.reports.curves import columns_with_values, curves_figure, natural_order
+from dasmil.reports.training_curves import columns_with_values, curves_figure, natural_order
 from dasmil.tables import read_csv, write_csv
 
 TABLE, PICTURE = "history.csv", "curves.png"

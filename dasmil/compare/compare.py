@@ -24,7 +24,8 @@ from dasmil.errors import InputError
 from dasmil.files import write_text
 from dasmil.metrics import pool, swap_test
 from dasmil.metrics.evaluated_slides import Inputs
-from dasmil.metrics.intervals import MIN_PATIENTS, combined_interval
+from dasmil.metrics.intervals import MIN_PATIENTS
+from dasmil.metrics.score_intervals import combined_interval
 from dasmil.progress import progress
 from dasmil.tables import write_csv
 

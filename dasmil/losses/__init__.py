@@ -1,4 +1,7 @@
-"""Pure functions, one equation each; every loss returns one value per bag."""
+"""Loss functions: pure, one equation each, one value per bag.
+
+D numbers: .github/docs/paper.md.
+"""
 
 from dasmil.losses.classification import bag_loss, balanced_weights, max_instance_loss
 from dasmil.losses.criticality import criticality_loss

@@ -1,4 +1,7 @@
-"""Eq. 1: agreement of the bag predictions of two scales."""
+"""Eq. 1: agreement of the bag predictions of two scales.
+
+Paper: Bontempo et al. 2023. D numbers: .github/docs/paper.md.
+"""
 
 from typing import Literal
 
@@ -25,28 +28,35 @@ def distillation_loss(
     epsilon: bool = False,
     detach_teacher: bool = True,
 ) -> Tensor:
-    """L_KD of Eq. 1, with the finer scale as teacher: τ² KL(p_teacher ‖ p_student).
+    """L_KD = τ² KL(p_teacher ‖ p_student) of Eq. 1, with the finer scale as teacher.
 
-    p = softmax(y/τ); one logit stands for the two-point distribution (σ(y/τ), σ(−y/τ)).
+    p = softmax(y/τ); one logit means the two-point distribution (σ(y/τ), σ(−y/τ)).
 
     Parameters
     ----------
-    student: (B, C) bag logits of the coarser scale.
-    teacher: (B, C) bag logits of the finer scale.
-    temperature: τ.
+    student: (B, C) bag logits of the coarser scale (the scale student).
+    teacher: (B, C) bag logits of the finer scale (the scale teacher).
+    temperature: τ > 0.
     direction: ``teacher_student`` is the released code's KL(fine ‖ coarse), ``student_teacher`` the
         printed KL(coarse ‖ fine) (D1).
-    squared_temperature: the printed factor τ²; the released code has none (D2).
+    squared_temperature: whether to multiply by τ² as printed; the released code does not (D2).
     class_distribution: for C > 1 a ``softmax`` over the classes as printed, or, as released, half
         the sum over ``per_class`` two-point divergences (D3).
-    epsilon: (p + 1e-7) / (1 + 1e-8) for every p, as released, instead of log space (D5).
-    detach_teacher: no gradient reaches the teacher (D11).
+    epsilon: whether to use (p + 1e-7) / (1 + 1e-8) for every p, as released, not log space (D5).
+    detach_teacher: whether to stop gradients to the teacher (D11).
 
     Returns
     -------
-    (B,)
+    (B,); zero if student and teacher agree.
+
+    Examples
+    --------
+    >>> student, teacher = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [1.0]])
+    >>> distillation_loss(student, teacher)
+    tensor([0.7376, 0.0000])
     """
-    student, teacher = at_least_float32(student), at_least_float32(teacher)  # close ones differ
+    # close logits would be equal in half precision
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
     if detach_teacher:
         teacher = teacher.detach()
     log_student = _log_probabilities(student / temperature, class_distribution)  # (B, D, P)

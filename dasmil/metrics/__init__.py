@@ -1,4 +1,4 @@
-"""Slide-level metrics, their intervals, and a paired test."""
+"""Metrics of slides, instances and lesions, their intervals, and a paired test."""
 
 from dasmil.metrics.evaluated_slides import Evaluation, pool
 from dasmil.metrics.paired import swap_test

@@ -1,4 +1,4 @@
-"""A part of the cohort as one model sees it, and its metrics."""
+"""The slides of a split with the probabilities of one model, and their metrics."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -14,41 +14,40 @@ from dasmil.errors import MAX_NAMED, InputError
 from dasmil.metrics.intervals import (
     FEW_PATIENTS,
     MIN_PATIENTS,
-    call_intervals,
     metric_intervals,
+    threshold_intervals,
 )
 from dasmil.metrics.slide import (
     Array,
     BoolArray,
     IntArray,
     as_array,
-    call_arrays,
-    metric_arrays,
+    slide_metrics,
     specificity_threshold,
     threshold_metrics,
     youden_threshold,
 )
 
 YOUDEN = "youden"  # the operating point that accuracy is reported at
-AT_SPECIFICITY = ("sensitivity", "specificity")  # what is reported at the other ones
+AT_SPECIFICITY = ("sensitivity", "specificity")  # metrics reported at the other points
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All slides of a part (val or test), sorted by slide_id.
+    """All slides of a split (val or test), sorted by slide_id.
 
     Parameters
     ----------
-    classes: in the order of the labels; of two, the second is the positive one.
+    classes: in the order of the labels; the second of two is the positive one.
     slide_ids: (n,).
-    patients: (n,); a slide without a patient is its own.
+    patients: (n,); the slide_id if a slide has no patient.
     labels: (n,) int64.
     probabilities: per scale, coarse to fine, (n, P) float64.
     thresholds: per scale and operating point (``youden``, ``specificity_0.9``) the probability
         above which a slide is called positive, chosen on the validation slides; (n,) if slides of
-        several models are pooled. None for more than two classes, or where nobody chose any.
-    specificity: wanted of the second operating point, and of the sensitivity that is reported.
-    folds: (n,) int64 which of several models has seen each slide; None for a single model.
+        several models are pooled. None for more than two classes, or if none were chosen.
+    specificity: of the second operating point, and of the sensitivity that is reported.
+    folds: (n,) int64 the model that each slide was evaluated with; None for a single model.
     """
 
     classes: tuple[str, ...]
@@ -65,11 +64,11 @@ class Evaluation:
 
     @property
     def scales(self) -> tuple[str, ...]:
-        """Coarse to fine; the finest one's prediction is the final one."""
+        """Coarse to fine; the last one is the answer."""
         return tuple(self.probabilities)
 
     def metrics(self, scale: str, names: Collection[str] | None = None) -> dict[str, float]:
-        """:func:`dasmil.metrics.slide_metrics`, and the metrics at the thresholds of validation.
+        """:func:`dasmil.metrics.slide_metrics`, and the metrics at the validation thresholds.
 
         Parameters
         ----------
@@ -85,7 +84,7 @@ class Evaluation:
         return {name: float(value) for name, value in self.inputs(scale).metrics(names).items()}
 
     def inputs(self, scale: str) -> "Inputs":
-        """What the metrics of a scale are computed from, as arrays."""
+        """The arrays that the metrics of a scale are computed from."""
         probabilities = as_array(self.probabilities[scale])
         return Inputs(
             probabilities=probabilities,
@@ -99,22 +98,22 @@ class Evaluation:
         )
 
     def test_chosen_metrics(self, scale: str) -> dict[str, float]:
-        """Accuracy at the threshold that suits these very slides best (Youden).
+        """Accuracy at the threshold that is best for these very slides (Youden).
 
-        What much of the literature reports; no honest figure, and named as such. Nothing for more
-        than two classes.
+        Much of the literature reports it. It is optimistically biased, and its name says so. Empty
+        for more than two classes.
         """
         if len(self.classes) != 2:
             return {}
         positive = self.probabilities[scale][:, 1]
-        threshold = youden_threshold(positive, self.labels)
-        accuracy = threshold_metrics(positive, self.labels, threshold)["accuracy"]
-        return {"accuracy_at_test_threshold": accuracy}
+        margin = as_array(positive) - youden_threshold(positive, self.labels)
+        accuracy = threshold_metrics(margin, as_array(self.labels) == 1)["accuracy"]
+        return {"accuracy_at_test_threshold": float(accuracy)}
 
     def operating_points(self) -> dict[str, dict[str, float]]:
-        """Per scale the thresholds that these slides choose: for the validation slides only.
+        """Per scale the thresholds chosen on these slides; call it on validation slides only.
 
-        Nothing for more than two classes.
+        Empty for more than two classes.
         """
         if len(self.classes) != 2:
             return {}
@@ -129,7 +128,7 @@ class Evaluation:
         }
 
     def select(self, index: Tensor) -> "Evaluation":
-        """Of the slides (m,) alone, in this order and with repetition."""
+        """Only the slides of ``index`` (m,), in this order; repetitions are allowed."""
         chosen = index.tolist()
         return replace(
             self,
@@ -141,16 +140,16 @@ class Evaluation:
         )
 
     def by_patient(self, pooling: Literal["mean", "max"] = "mean") -> "Evaluation":
-        """One row a patient, sorted; ``slide_ids`` are the patients then.
+        """One row per patient, sorted; ``slide_ids`` are then the patients.
 
-        A patient's probability is the mean or the maximum over the slides of that of the positive
-        class; for more than two classes of each class, made to sum to 1. Of two classes, a patient
-        is positive when one of the slides is. The thresholds stay those of slides.
+        Two classes: a patient's probability of the positive class is the mean or the maximum over
+        the slides, and a patient with a positive slide is positive. More: the mean or the maximum
+        per class, normalised to sum to 1. The thresholds are still those of slides.
 
         Raises
         ------
         InputError
-            when a patient has slides of several of more than two classes.
+            if a patient has slides of several of more than two classes.
         """
         slides: dict[str, list[int]] = defaultdict(list)
         for number, patient in enumerate(self.patients):
@@ -172,14 +171,14 @@ class Evaluation:
         if len(labels) > 1 and len(self.classes) > 2:
             names = " and ".join(self.classes[label] for label in labels)
             raise InputError(
-                f"patient {patient}: has slides of {names}, so there is no label of the patient; "
-                "give each slide of such a patient a patient_id of its own, or none"
+                f"patient {patient}: its slides have the labels {names}, so the patient has no "
+                "label; give each of these slides its own patient_id, or none"
             )
         return labels[-1]
 
     @property
     def num_patients(self) -> dict[str, int]:
-        """Per class the patients with a slide of it; one with slides of two classes is in both."""
+        """Patients with a slide of each class; one with slides of two classes counts in both."""
         pairs = set(zip(self.labels.tolist(), self.patients))
         counts = Counter(label for label, _ in pairs)
         return {name: counts[number] for number, name in enumerate(self.classes)}
@@ -198,45 +197,46 @@ class Evaluation:
         return f"few patients: {few}" if few else ""
 
     def intervals(self, scale: str) -> dict[str, tuple[float, float]]:
-        """95 % interval of each of :meth:`figures`; see :mod:`dasmil.metrics.intervals`.
+        """95 % interval of each of :meth:`metrics`; see :mod:`dasmil.metrics.intervals`.
 
-        The thresholds of the validation slides are given: their own error is not counted.
+        The error of the validation thresholds themselves is not included.
 
         Returns
         -------
-        Both ends are nan if there is no interval: of ``calibration_error``, of a metric that is
-        not defined, and of every metric if a class has too few patients (:attr:`why_no_interval`).
+        Lower and upper end per metric. Both are nan for ``calibration_error``, for a metric that is
+        not defined, and for all metrics if a class has too few patients
+        (:attr:`why_no_interval`).
         """
-        if scale not in self._intervals:  # seconds, if there are many classes
-            self._intervals[scale] = self._measured_intervals(scale)
+        if scale not in self._intervals:  # takes seconds if there are many classes
+            self._intervals[scale] = self._compute_intervals(scale)
         return dict(self._intervals[scale])
 
-    def _measured_intervals(self, scale: str) -> dict[str, tuple[float, float]]:
+    def _compute_intervals(self, scale: str) -> dict[str, tuple[float, float]]:
         inputs = self.inputs(scale)
-        found = dict.fromkeys(inputs.metrics(), (nan, nan))
+        intervals = dict.fromkeys(inputs.metrics(), (nan, nan))
         if self.why_no_interval or not np.isfinite(inputs.probabilities).all():
-            return found
+            return intervals
         patients = np.unique(self.patients, return_inverse=True)[1]
-        found |= metric_intervals(
+        intervals |= metric_intervals(
             inputs.probabilities, inputs.labels, patients, self.specificity, inputs.folds
         )
         for point, margin in inputs.margins.items():
-            of_point = call_intervals(
+            of_point = threshold_intervals(
                 margin, inputs.probabilities[:, 1], inputs.labels == 1, patients
             )
             named = {name + _suffix(point): ends for name, ends in of_point.items()}
-            found |= {name: ends for name, ends in named.items() if name in found}
-        return found
+            intervals |= {name: ends for name, ends in named.items() if name in intervals}
+        return intervals
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the metrics of one scale are computed from; leading axes are variants of the slides.
+    """The arrays of one scale; leading axes are variants of the slides.
 
     Parameters
     ----------
     probabilities: (..., n, P).
-    margins: per operating point (..., n) probability of the positive class less the threshold.
+    margins: (..., n) per operating point, probability of the positive class less the threshold.
     labels: (n,).
     folds: (n,), or None.
     specificity: as in :class:`Evaluation`.
@@ -249,7 +249,7 @@ class Inputs:
     specificity: float
 
     def select(self, keep: BoolArray) -> "Inputs":
-        """Of these slides alone."""
+        """Only the slides of ``keep``, (n,)."""
         return replace(
             self,
             probabilities=self.probabilities[..., keep, :],
@@ -260,22 +260,24 @@ class Inputs:
 
     def metrics(self, names: Collection[str] | None = None) -> dict[str, Array]:
         """:meth:`Evaluation.metrics`, each of shape (...,)."""
-        found = metric_arrays(self.probabilities, self.labels, self.specificity, names, self.folds)
+        metrics = slide_metrics(
+            self.probabilities, self.labels, self.specificity, names, self.folds
+        )
         for point, margin in self.margins.items():
             suffix = _suffix(point)
             wanted = None if point == YOUDEN else set(AT_SPECIFICITY)
             if names is not None:
                 asked = {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
                 wanted = asked if wanted is None else asked & wanted
-            of_point = call_arrays(margin, self.labels == 1, wanted)
-            found |= {name + suffix: value for name, value in of_point.items()}
-        return found
+            of_point = threshold_metrics(margin, self.labels == 1, wanted)
+            metrics |= {name + suffix: value for name, value in of_point.items()}
+        return metrics
 
 
 def pool(evaluations: Sequence[Evaluation], scale: str) -> Evaluation:
-    """The test sets of a cross-validation as one, at one scale; each is a fold.
+    """Pool the test sets of a cross-validation at one scale; each becomes a fold.
 
-    Each slide keeps the threshold of its own model. A slide of two test sets is there twice.
+    Each slide keeps the threshold of its own model. A slide of two test sets occurs twice.
     """
     first = evaluations[0]
     points = (first.thresholds or {}).get(scale, {})
@@ -307,7 +309,7 @@ def _suffix(point: str) -> str:
 
 
 def _few(num_patients: Mapping[str, int], limit: int) -> str:
-    """Names the classes with fewer patients than the limit; "" if there are none."""
+    """The classes with fewer patients than the limit, for a sentence; "" if there are none."""
     few = [f"{num} with slides of {name}" for name, num in num_patients.items() if num < limit]
     if len(few) > MAX_NAMED:
         few = [*few[: MAX_NAMED - 1], f"few of {len(few) - MAX_NAMED + 1} more classes"]

@@ -1,7 +1,7 @@
 """Metrics of ranks without each patient, in about the time of the metric itself.
 
-Each function gives, of shape (patients, ...), what :mod:`dasmil.metrics.slide` would give without
-the slides of each patient: nan if one of the classes is then gone.
+Each function returns, of shape (patients, ...), the metric of :mod:`dasmil.metrics.slide` without
+the slides of each patient: nan if one of the classes has no slide left.
 """
 
 from math import ceil
@@ -15,15 +15,18 @@ BLOCK = 512  # patients whose thresholds are compared with the positive slides a
 
 
 def sum_by_patient(values: Array, patients: IntArray, num_patients: int) -> Array:
-    """(..., n) values → (..., patients) their sums; a matrix of slides and patients is not made."""
+    """(..., n) values → (..., patients) their sums, without a matrix of slides and patients."""
     rows = values.reshape(-1, values.shape[-1])
     place = patients + num_patients * np.arange(len(rows))[:, None]
     sums = np.bincount(place.ravel(), rows.ravel(), num_patients * len(rows))
     return sums.astype(np.float64, copy=False).reshape(*values.shape[:-1], num_patients)
 
 
-def auroc_without(scores: Array, positive: BoolArray, patients: IntArray, folds: IntArray) -> Array:
-    """Of :func:`dasmil.metrics.slide.same_fold_auroc`: its pairs less those of each patient."""
+def auroc_without(
+    scores: Array, positive: BoolArray, patients: IntArray, folds: IntArray | None = None
+) -> Array:
+    """:func:`dasmil.metrics.slide.auroc` of its pairs less those of each patient."""
+    folds = np.zeros(len(positive), dtype=int) if folds is None else folds
     num = int(patients.max()) + 1
     in_order, pairs = np.zeros((*scores.shape[:-1], num)), np.zeros(num)
     for fold in np.unique(folds):
@@ -31,7 +34,7 @@ def auroc_without(scores: Array, positive: BoolArray, patients: IntArray, folds:
         of_fold, whose, of_slide = scores[..., here], patients[here], positive[here]
         num_positive = int(of_slide.sum())
         ranks = rankdata(of_fold, axis=-1)
-        # of a positive slide the negative ones below it, of a negative one the positive ones above
+        # per positive slide the negative ones below it, per negative slide the positive above it
         placed = np.empty_like(ranks)
         for chosen in (of_slide, ~of_slide):
             placed[..., chosen] = ranks[..., chosen] - rankdata(of_fold[..., chosen], axis=-1)
@@ -39,7 +42,7 @@ def auroc_without(scores: Array, positive: BoolArray, patients: IntArray, folds:
         total = placed[..., of_slide].sum(axis=-1)[..., None]
         counts = [np.bincount(whose[chosen], minlength=num) for chosen in (of_slide, ~of_slide)]
         lost = sum_by_patient(placed, whose, num)
-        for patient in np.flatnonzero(counts[0] * counts[1]):  # whose own pairs were counted twice
+        for patient in np.flatnonzero(counts[0] * counts[1]):  # own pairs were counted twice
             own = whose == patient
             one, other = of_fold[..., own & of_slide], of_fold[..., own & ~of_slide]
             above = np.sign(one[..., :, None] - other[..., None, :])
@@ -50,7 +53,7 @@ def auroc_without(scores: Array, positive: BoolArray, patients: IntArray, folds:
 
 
 def average_precision_without(scores: Array, positive: BoolArray, patients: IntArray) -> Array:
-    """Of :func:`dasmil.metrics.slide.average_precision`."""
+    """:func:`dasmil.metrics.slide.average_precision` without each patient."""
     num = int(patients.max()) + 1
     precisions = np.zeros((*scores.shape[:-1], num))
     for slide in np.flatnonzero(positive):
@@ -68,7 +71,7 @@ def average_precision_without(scores: Array, positive: BoolArray, patients: IntA
 def sensitivity_without(
     scores: Array, positive: BoolArray, patients: IntArray, specificity: float
 ) -> Array:
-    """Of :func:`dasmil.metrics.slide.sensitivity_at_specificity`."""
+    """:func:`dasmil.metrics.slide.sensitivity_at_specificity` without each patient."""
     num = int(patients.max()) + 1
     threshold = _thresholds_without(scores[..., ~positive], patients[~positive], num, specificity)
     held, whose = scores[..., positive], patients[positive]
@@ -86,10 +89,9 @@ def sensitivity_without(
 def _thresholds_without(
     negative: Array, patients: IntArray, num_patients: int, specificity: float
 ) -> Array:
-    """(..., m) scores of negative slides → (..., patients) the highest that must be spared.
+    """(..., m) scores of negative slides → (..., patients) the highest that is called negative.
 
-    Of the sorted scores it is the one of a fixed rank, moved on by one for each slide of the
-    patient that lies before it.
+    It is the sorted score of a fixed rank, moved on by one for each slide of the patient before it.
     """
     order = negative.argsort(axis=-1)
     ranked = np.take_along_axis(negative, order, axis=-1)
@@ -113,5 +115,5 @@ def _thresholds_without(
 
 
 def _ratio(numerator: Array, denominator: Array | IntArray) -> Array:
-    """nan where nothing is left."""
+    """nan if nothing is left."""
     return np.where(denominator > 0, numerator / np.maximum(denominator, 1), np.nan)

@@ -1,7 +1,7 @@
 """Slide-level metrics from the probabilities of all slides at once, in float64.
 
-The functions of arrays take any number of leading axes, so that thousands of variants of the same
-slides (the swaps of a paired test) cost one call.
+Functions of arrays accept any number of leading axes, so that one call computes thousands of
+variants of the same slides (the swaps of a paired test). D numbers: .github/docs/paper.md.
 """
 
 from collections.abc import Callable, Collection
@@ -21,14 +21,14 @@ IntArray = npt.NDArray[np.integer]
 
 CALIBRATION_BINS = 15
 LOWER_IS_BETTER = frozenset(["brier", "calibration_error"])
-OF_ANY_LABELS = frozenset(["accuracy", "brier", "calibration_error"])  # need not all the classes
-OF_RANKS = ("auroc", "average_precision", "sensitivity_at_specificity")  # ask for the order alone
+OF_ANY_LABELS = frozenset(["accuracy", "brier", "calibration_error"])  # need not every class
+OF_RANKS = ("auroc", "average_precision", "sensitivity_at_specificity")  # depend on the order alone
 
 
 def class_probabilities(logits: Tensor) -> Tensor:
-    """(B, C) logits → (B, P) probabilities of the classes; one logit stands for two classes.
+    """(B, C) logits → (B, P) probabilities of the classes; one logit means two classes.
 
-    In float64: in float32 all logits above 17 would have the same probability, and no order.
+    In float64: in float32 all logits above 17 would have the same probability, without an order.
     """
     logits = logits.double()
     if logits.shape[1] == 1:
@@ -37,7 +37,7 @@ def class_probabilities(logits: Tensor) -> Tensor:
     return logits.softmax(dim=1)
 
 
-def auroc(scores: Array, positive: BoolArray) -> Array:
+def auroc(scores: Array, positive: BoolArray, folds: IntArray | None = None) -> Array:
     """Share of the pairs of a positive and a negative slide in the right order; a tie counts half.
 
     Computed from midranks, which are exact in float64: models with equal counts have equal values.
@@ -46,21 +46,13 @@ def auroc(scores: Array, positive: BoolArray) -> Array:
     ----------
     scores: (..., n).
     positive: (n,).
+    folds: (n,) fold of each slide: only pairs of slides of the same fold count. None: every pair.
 
     Returns
     -------
-    (...,); nan if a class has no slide.
+    (...,); nan if there is no pair.
     """
-    return same_fold_auroc(scores, positive, np.zeros(len(positive), dtype=int))
-
-
-def same_fold_auroc(scores: Array, positive: BoolArray, folds: IntArray) -> Array:
-    """:func:`auroc` over the pairs of slides of the same fold.
-
-    Parameters
-    ----------
-    folds: (n,) of each slide.
-    """
+    folds = np.zeros(len(positive), dtype=int) if folds is None else folds
     in_order, pairs = np.zeros(scores.shape[:-1]), 0
     for fold in np.unique(folds):
         here = folds == fold
@@ -76,8 +68,8 @@ def same_fold_auroc(scores: Array, positive: BoolArray, folds: IntArray) -> Arra
 def average_precision(scores: Array, positive: BoolArray) -> Array:
     """Mean over the positive slides of the precision at each one's score.
 
-    This is the area under the precision-recall steps. Slides of equal score are called together.
-    Shapes are those of :func:`auroc`; nan without a positive slide.
+    This is the area under the precision-recall steps. Slides with equal scores are called together.
+    Shapes as in :func:`auroc`; nan without a positive slide.
     """
     if not positive.any():
         return np.full(scores.shape[:-1], nan)
@@ -87,9 +79,9 @@ def average_precision(scores: Array, positive: BoolArray) -> Array:
 
 
 def sensitivity_at_specificity(scores: Array, positive: BoolArray, specificity: float) -> Array:
-    """The best sensitivity at which at least this share of the negative slides is spared.
+    """The best sensitivity at which at least this share of the negative slides is called negative.
 
-    Shapes, and when it is nan, are those of :func:`auroc`.
+    Shapes as in :func:`auroc`; nan if a class has no slide.
 
     Parameters
     ----------
@@ -108,29 +100,36 @@ def _highest_spared(negative: Array, specificity: float) -> Array:
     return np.partition(negative, num_spared - 1, axis=-1)[..., num_spared - 1]
 
 
-def calibration_error(confidence: Array, came_true: Array) -> Array:
+def calibration_error(confidence: Array, is_true: Array) -> Array:
     """Expected calibration error in 15 bins of equal width (Guo et al., 2017).
 
     Parameters
     ----------
     confidence: (..., n) probabilities.
-    came_true: (..., n) 0 or 1.
+    is_true: (..., n) 0 or 1, whether the confident class is the label.
     """
     n = confidence.shape[-1]
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     rows = bins.reshape(-1, n) + CALIBRATION_BINS * np.arange(bins.size // n)[:, None]
     excess = np.bincount(
-        rows.ravel(), (confidence - came_true).ravel(), rows.shape[0] * CALIBRATION_BINS
+        rows.ravel(), (confidence - is_true).ravel(), rows.shape[0] * CALIBRATION_BINS
     )
     return np.abs(excess).reshape(*confidence.shape[:-1], CALIBRATION_BINS).sum(axis=-1) / n
 
 
+def as_array(values: Tensor) -> npt.NDArray[Any]:
+    """The tensor as a numpy array, floats in float64."""
+    values = values.detach().cpu()
+    return values.double().numpy() if values.is_floating_point() else values.numpy()
+
+
 def slide_metrics(
-    probabilities: Tensor,
-    labels: Tensor,
+    probabilities: Array,
+    labels: IntArray,
     specificity: float = 0.9,
     names: Collection[str] | None = None,
-) -> dict[str, float]:
+    folds: IntArray | None = None,
+) -> dict[str, Array]:
     """Metrics that need no threshold from elsewhere.
 
     Two classes: of the positive (second) class. More classes: AUROC, average precision, F1 and
@@ -138,13 +137,16 @@ def slide_metrics(
 
     Parameters
     ----------
-    probabilities: (n, P), all slides at once.
-    labels: (n,) int64.
+    probabilities: (..., n, P), all slides at once.
+    labels: (n,).
     specificity: at which the best sensitivity is read from the ROC of these very slides.
     names: only these metrics; all if None.
+    folds: (n,) fold of each slide; adds ``auroc_same_fold``, over the pairs of one fold.
 
     Returns
     -------
+    (...,) each; nan if a class that the metric needs has no slide, or if a probability is nan.
+
     ``auroc``: exact, a tie counts one half.
     ``average_precision``: area under the precision-recall steps.
     ``accuracy, balanced_accuracy, f1``: at 0.5; P > 2: of the most probable class.
@@ -152,30 +154,6 @@ def slide_metrics(
     ``brier``: mean of (p − y)²; P > 2: of its sum over the classes (Brier, 1950).
     ``calibration_error``: expected calibration error in 15 bins of equal width (Guo et al., 2017),
     of the positive class; P > 2: of the most probable class.
-
-    A metric is nan if a class that it needs has no slide, or if a probability is nan.
-    """
-    found = metric_arrays(as_array(probabilities), as_array(labels), specificity, names)
-    return {name: float(value) for name, value in found.items()}
-
-
-def as_array(values: Tensor) -> npt.NDArray[Any]:
-    """A tensor of any device and precision as numpy's, floats in float64."""
-    values = values.detach().cpu()
-    return values.double().numpy() if values.is_floating_point() else values.numpy()
-
-
-def metric_arrays(
-    probabilities: Array,
-    labels: IntArray,
-    specificity: float,
-    names: Collection[str] | None = None,
-    folds: IntArray | None = None,
-) -> dict[str, Array]:
-    """:func:`slide_metrics` of (..., n, P) probabilities, each of shape (...,).
-
-    With ``folds``, (n,) of each slide, there is ``auroc_same_fold`` too; see
-    :func:`same_fold_auroc`.
     """
     num_classes = probabilities.shape[-1]
     two = num_classes == 2
@@ -206,7 +184,7 @@ def metric_arrays(
     }
     if folds is not None:
         measures["auroc_same_fold"] = lambda: over_classes(
-            lambda scores, of_class: same_fold_auroc(scores, of_class, folds)
+            lambda scores, of_class: auroc(scores, of_class, folds)
         )
     whole = len(np.unique(labels)) == num_classes
     known = bool(np.isfinite(probabilities).all())
@@ -219,34 +197,21 @@ def metric_arrays(
 
 
 def threshold_metrics(
-    positive: Tensor,
-    labels: Tensor,
-    threshold: float | Tensor,
-    names: Collection[str] | None = None,
-) -> dict[str, float]:
+    margin: Array, positive: BoolArray, names: Collection[str] | None = None
+) -> dict[str, Array]:
     """Metrics of two classes if a slide above a threshold is called positive.
 
     Parameters
     ----------
-    positive: (n,) probabilities of the positive class.
-    labels: (n,) 0 or 1.
-    threshold: a probability, or (n,) one per slide.
+    margin: (..., n) probabilities of the positive class less the threshold.
+    positive: (n,).
     names: only these metrics; all if None.
 
     Returns
     -------
-    ``accuracy, balanced_accuracy, f1, sensitivity, specificity``; nan if a class that the metric
-    needs has no slide, or if a probability is nan.
+    ``accuracy, balanced_accuracy, f1, sensitivity, specificity``, (...,) each; nan if a class that
+    the metric needs has no slide, or if a probability is nan.
     """
-    margin = as_array(positive) - as_array(torch.as_tensor(threshold, dtype=positive.dtype))
-    found = call_arrays(margin, as_array(labels) == 1, names)
-    return {name: float(value) for name, value in found.items()}
-
-
-def call_arrays(
-    margin: Array, positive: BoolArray, names: Collection[str] | None = None
-) -> dict[str, Array]:
-    """:func:`threshold_metrics` of (..., n) probabilities less their threshold, each (...,)."""
     called = margin > 0
     measures: dict[str, tuple[Callable[[], Array], bool]] = {
         "accuracy": (lambda: (called == positive).mean(axis=-1), True),
@@ -267,30 +232,30 @@ def call_arrays(
 
 
 def share(called: BoolArray, of: BoolArray) -> Array:
-    """(..., n) called, (n,) of which → (...,); nan of none."""
+    """Share of the slides ``of`` (n,) that are called (..., n) → (...,); nan if there is none."""
     return called[..., of].mean(axis=-1) if of.any() else np.full(called.shape[:-1], nan)
 
 
 def f1(called: BoolArray, positive: BoolArray) -> Array:
-    """(..., n) called positive, (n,) positive → (...,)."""
+    """F1 = 2 TP / (called + positive), of (..., n) called and (n,) positive → (...,)."""
     hits = (called & positive).sum(axis=-1)
     return 2 * hits / (called.sum(axis=-1) + positive.sum())
 
 
 def confidence(probabilities: Array, labels: IntArray) -> tuple[Array, Array]:
-    """What ``calibration_error`` bins, (..., n), and 0 or 1 whether it came true, (..., n)."""
+    """The arguments of :func:`calibration_error`, (..., n) each."""
     if probabilities.shape[-1] == 2:
         positive = probabilities[..., 1]
         return positive, np.broadcast_to(labels.astype(float), positive.shape)
-    came_true = probabilities.argmax(axis=-1) == labels
-    return probabilities.max(axis=-1), came_true.astype(float)
+    is_true = probabilities.argmax(axis=-1) == labels
+    return probabilities.max(axis=-1), is_true.astype(float)
 
 
 def youden_threshold(positive: Tensor, labels: Tensor) -> float:
     """The probability above which a slide is called positive, by Youden's J (D18).
 
-    Of the thresholds with the largest sensitivity + specificity the highest one is taken, halfway
-    to the next lower probability. 0.5 where the slides do not hold both classes.
+    Of the thresholds with the largest sensitivity + specificity it is the highest one, halfway to
+    the next lower probability. 0.5 if one of the classes has no slide.
 
     Parameters
     ----------
@@ -312,10 +277,10 @@ def youden_threshold(positive: Tensor, labels: Tensor) -> float:
 
 
 def specificity_threshold(positive: Tensor, labels: Tensor, specificity: float) -> float:
-    """The lowest probability above which calling slides positive keeps the wanted specificity.
+    """The lowest threshold that keeps the wanted specificity.
 
-    It lies halfway between the highest probability that must not be called positive and the next
-    higher one. 0.5 where the slides do not hold both classes.
+    It is halfway between the highest probability that must not be called positive and the next
+    higher one. 0.5 if one of the classes has no slide.
 
     Parameters
     ----------
@@ -331,6 +296,6 @@ def specificity_threshold(positive: Tensor, labels: Tensor, specificity: float) 
 
 
 def _halfway(lower: float, upper: float) -> float:
-    """Between two probabilities; never the upper one, which is to be called positive."""
+    """Between two probabilities; never the upper one, which must be called positive."""
     middle = (lower + upper) / 2
     return middle if middle < upper else lower

@@ -1,4 +1,7 @@
-"""Pure torch modules; they know nothing of Lightning, files or losses."""
+"""Building blocks of the methods: pure torch modules, one operator per file.
+
+They import neither Lightning nor losses and read no files. D numbers: .github/docs/paper.md.
+"""
 
 from dasmil.nn.gat import GAT
 from dasmil.nn.mil_head import MILHead

@@ -12,14 +12,14 @@ from dasmil.tensors import precisely
 class AttentionScores(nn.Module):
     """wᵀ tanh(V h), or with a gate wᵀ(tanh(V h) ⊙ σ(U h)), for each of A attentions.
 
-    Scores are computed in at least float32: they are compared and ranked.
+    Scores are computed in at least float32, because tiles are ranked by them.
 
     Parameters
     ----------
     in_dim: K, width of the tile vectors.
     attention_dim: L, width of the hidden layer.
     num_attentions: A.
-    gated: whether there is a gate.
+    gated: whether to use the gate.
     dropout: probability of dropping an entry of the hidden layer, and of the gate.
     """
 
@@ -38,7 +38,7 @@ class AttentionScores(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, h: Tensor) -> Tensor:
-        """(N, K) → (N, A)."""
+        """Features (N, K) → scores (N, A)."""
         hidden = self.dropout(precisely(self.v, h).tanh())
         if self.u is not None:
             hidden = hidden * self.dropout(precisely(self.u, h).sigmoid())
@@ -46,17 +46,18 @@ class AttentionScores(nn.Module):
 
 
 def attention_pool(scores: Tensor, h: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of scores over the tiles of each bag, and the sums of the tiles that it weights.
+    """Attention a_n = softmax_n(scores) over the tiles of each bag, and Σ_n a_n h_n (Eq. 7).
 
     Parameters
     ----------
-    scores: (N, A).
-    h: (N, K).
-    ptr: (B + 1,) boundaries of the bags; a bag without tiles has sums of zero.
+    scores: (N, A) of A attentions.
+    h: (N, K) features of the tiles.
+    ptr: (B + 1,) boundaries of the bags.
 
     Returns
     -------
-    (N, A), which sums to one per bag, and (B, A, K).
+    Attention (N, A), which sums to one per bag, and weighted sums (B, A, K), which are zero for a
+    bag without tiles.
     """
     sizes = ptr.diff().tolist()
     attention = [part.softmax(0) for part in scores.split(sizes)]

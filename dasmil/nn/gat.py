@@ -1,8 +1,9 @@
 """The graph attention layer of the PGNN.
 
-Paper: Bontempo et al. 2023, section 3, "Architecture"; the layer is Veličković et al. 2018 as
-``torch_geometric.nn.GATConv`` computes it. The number of heads, their mean and both dropouts are
-those of the released code (D13, D14), and so are the residual forms (D15).
+Paper: Bontempo et al. 2023, section 3, "Architecture"; the layer is that of Veličković et al. 2018,
+Eq. 3 and 6, as ``torch_geometric.nn.GATConv`` computes it. The number of heads, their mean and both
+dropouts are those of the released code (D13, D14), and so are the residual forms (D15). D numbers:
+.github/docs/paper.md.
 """
 
 from typing import Literal
@@ -20,7 +21,7 @@ Residual = Literal["none", "plain", "glu"]
 
 
 class GatedLinearUnit(nn.Module):
-    """h · σ(MLP(h)), with an MLP of half the width (D15)."""
+    """h · σ(MLP(h)), with a hidden layer of half the width (D15)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -40,16 +41,16 @@ class GAT(nn.Module):
     Parameters
     ----------
     in_dim, out_dim: widths of the node features.
-    heads: attention heads, averaged.
+    heads: number of attention heads; their outputs are averaged.
     attention_dropout: probability of dropping a coefficient α_ij in training.
     node_dropout: probability of cutting all edges of a node in training; the node keeps its
-        features and still sees itself.
+        features and its edge to itself.
     residual: ``none``: h; ``plain``: x + h; ``glu``: x + GLU(h).
 
     Raises
     ------
     InputError
-        when a residual is asked for and the widths differ.
+        if a residual is chosen and the widths differ.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class GAT(nn.Module):
         if residual != "none" and in_dim != out_dim:
             raise InputError(
                 f"residual {residual!r}: it adds features of width {in_dim} to {out_dim}; give "
-                "features, hidden_dim and out_dim one width"
+                "features, hidden_dim and out_dim the same width"
             )
         self.node_dropout = node_dropout
         self.residual = residual
@@ -73,9 +74,13 @@ class GAT(nn.Module):
         self.gate = GatedLinearUnit(out_dim) if residual == "glu" else nn.Identity()
 
     def forward(self, x: Tensor, neighbours: Neighbours, into: Tensor | None = None) -> Tensor:
-        """(N, in_dim) → (N, out_dim); x may be of any type, such as that of its file.
+        """(N, in_dim) → (N, out_dim), of the type of the weights.
 
-        ``into``, (N, out_dim), takes the result where no gradient is needed.
+        Parameters
+        ----------
+        x: (N, in_dim) of any floating type, such as that of the bag file.
+        neighbours: which nodes each node sees.
+        into: (N, out_dim) tensor that receives the result, if no gradient is needed.
         """
         if is_in_blocks(x) and not self.training:
             return self._in_blocks(x, neighbours, into)
@@ -88,24 +93,24 @@ class GAT(nn.Module):
         return h if into is None else into.copy_(h)
 
     def _in_blocks(self, x: Tensor, neighbours: Neighbours, into: Tensor | None) -> Tensor:
-        """The same for a large graph: W x of all nodes and heads would take 5 kB per node."""
+        """Forward pass by blocks: W x of all nodes and heads would take 5 kB per node."""
         shape = len(x), self.conv.out_channels
-        found = x.new_empty(shape, dtype=self.conv.bias.dtype) if into is None else into
+        result = x.new_empty(shape, dtype=self.conv.bias.dtype) if into is None else into
         for start in range(0, len(x), BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, len(x))
             rows, part = neighbours.of_nodes(start, stop)
-            seen = x[rows].to(found.dtype)
-            own = slice(0, stop - start)  # the block's own nodes come first among what it sees
+            seen = x[rows].to(result.dtype)
+            own = slice(0, stop - start)  # the rows begin with the nodes of the block
             h = self.gate(self._attend(seen, part))
-            found[start:stop] = h if self.residual == "none" else seen[own] + h
-        return found
+            result[start:stop] = h if self.residual == "none" else seen[own] + h
+        return result
 
     def _attend(self, x: Tensor, neighbours: Neighbours) -> Tensor:
-        """What ``self.conv`` computes, (M, in_dim) → (N, out_dim), of the first N of M nodes."""
+        """``self.conv(x)`` for the first N of M nodes, (M, in_dim) → (N, out_dim)."""
         conv = self.conv
         projected = conv.lin(x).view(-1, conv.heads, conv.out_channels)  # (N, H, C)
-        # a·W x = (Wᵀ a)·x: the scores need no pass over (N, H, C); they go into an exponential, and
-        # are not rounded by autocast
+        # a·W x = (Wᵀ a)·x: the scores need no pass over (N, H, C). Autocast would round them, and
+        # they are exponents.
         with torch.autocast(x.device.type, enabled=False):
             weight = conv.lin.weight.view(conv.heads, conv.out_channels, -1)  # (H, C, in)
             vectors = torch.einsum("ahc,hci->ahi", torch.cat([conv.att_src, conv.att_dst]), weight)

@@ -1,6 +1,7 @@
 """The attention MIL head: DSMIL's dual stream.
 
-Paper: Li et al., CVPR 2021, as Bontempo et al. 2023, section 3, use it for each scale.
+Paper: Li et al., CVPR 2021; Bontempo et al. 2023, section 3, use one head per scale. D numbers:
+.github/docs/paper.md.
 """
 
 from functools import partial
@@ -22,19 +23,23 @@ from dasmil.tensors import (
 
 
 class MILHead(nn.Module):
-    """Instance logits, and a bag embedding that attends to tiles akin to the critical instance.
+    """Instance logits, and a bag embedding that attends to tiles similar to the critical instance.
 
-    Whatever the precision, logits and attention are computed in at least float32: they are compared
-    and ranked, and many would be equal in half precision.
+    z_n = W h_n are the instance logits and m = argmax_n z_n is the critical instance, per logit.
+    a_n = softmax_n(⟨q_n, q_m⟩ / √Q) is the attention, and the bag logits are a convolution over the
+    embeddings Σ_n a_n v_n, with q_n = tanh(W_q f_n), v_n = W_v f_n and f_n = ReLU(W_f h_n).
+
+    In any precision, logits and attention are computed in at least float32: tiles are ranked by
+    them, and many would be equal in half precision.
 
     Parameters
     ----------
     in_dim: width K of the tile features.
     num_logits: C; 1 for a binary task with one logit.
-    query_dim: width of the queries that are compared with the critical instance's.
-    bag_classifier_init: ``lecun`` draws its weights with variance 1 / (C K), so that the bag
-        logits have the mean square of the bag embedding; ``torch`` with a third of that, as
-        released (D16).
+    query_dim: width Q of the queries.
+    bag_classifier_init: ``lecun`` draws the weights with variance 1 / (C K), so that the bag logits
+        have the mean square of the bag embedding; ``torch`` with a third of that, as released
+        (D16).
     """
 
     def __init__(
@@ -55,9 +60,14 @@ class MILHead(nn.Module):
                 self.bag_classifier.weight.mul_(sqrt(3))
 
     def forward(self, h: Tensor, ptr: Tensor, shown: Tensor | None = None) -> ScaleOutput:
-        """(N, K) features of B bags and their (B + 1,) boundaries.
+        """Score B bags; a bag without tiles gets the bias of the bag classifier.
 
-        ``shown``, (N,) bool, leaves tiles out: they have an instance logit, and nothing else.
+        Parameters
+        ----------
+        h: (N, K) features of the tiles.
+        ptr: (B + 1,) boundaries of the bags.
+        shown: (N,) bool; tiles that are not shown have an instance logit, but no attention, and
+            cannot be critical (D12). None: all are shown.
         """
         with torch.autocast(h.device.type, enabled=False):
             h = h.to(self.value.weight.dtype)
@@ -68,7 +78,7 @@ class MILHead(nn.Module):
         bag_index = bag_rows(ptr)
 
         z = by_rows(partial(precisely, self.instance_classifier), h)  # (N, C)
-        if is_in_blocks(h):  # f takes as much memory as h, and is computed twice instead
+        if is_in_blocks(h):  # computing f twice saves its memory, which is that of h
             q, v = (
                 by_rows(partial(self._of_transformed, to), h) for to in (self.query, self.value)
             )
@@ -81,7 +91,7 @@ class MILHead(nn.Module):
         q_critical = torch.cat([q, q.new_zeros(1, q.shape[1])])[critical]  # (B, C, Q)
         attention, embedding = [], []
         for q_bag, v_bag, q_top in zip(q.split(sizes), v.split(sizes), q_critical, strict=True):
-            # a matrix product here would round the query's small gradients ten times as much
+            # not a matmul: its rounding error in the query's small gradients is ten times larger
             score = by_rows(partial(_similarity, q_top), q_bag)  # (N_b, C)
             a = score.softmax(0)
             attention.append(a)
@@ -104,5 +114,5 @@ class MILHead(nn.Module):
 
 
 def _similarity(critical: Tensor, q: Tensor) -> Tensor:
-    """(C, Q) queries of the critical instances, (n, Q) → (n, C)."""
+    """⟨q_n, q_m⟩ / √Q of the critical (C, Q) and all (n, Q) queries → (n, C)."""
     return (q[:, None] * critical).sum(2) / sqrt(q.shape[1])

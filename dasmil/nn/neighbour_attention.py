@@ -1,10 +1,10 @@
-"""The weighted sum over neighbours of a graph attention layer, without one row per edge.
+"""The weighted sum over neighbours of a graph attention layer, without one feature row per edge.
 
-The formula is that of Veličković et al. 2018 as ``torch_geometric.nn.GATConv`` computes it.
-GATConv writes the projected features of every edge's source to memory, (E, heads, channels); here
-only the coefficients have one row per edge, and ``embedding_bag`` gathers, weighs and sums. Since
-the neighbour relation is symmetric, the backward pass is a gather too: nothing is scattered, so
-gradients are the same at every run.
+Paper: Veličković et al. 2018, Eq. 3 and 6, as ``torch_geometric.nn.GATConv`` computes them. GATConv
+writes the projected features of every edge's source to memory, (E, heads, channels); here only the
+coefficients have one row per edge, and ``embedding_bag`` gathers, weighs and sums. The neighbour
+relation is symmetric, so the backward pass is a gather too: nothing is scattered, and gradients are
+the same in every run.
 """
 
 from typing import Any
@@ -30,9 +30,9 @@ def neighbour_attention(
 
     Parameters
     ----------
-    projected: (N, H, C), W x of each head.
+    projected: (N, H, C), W x of each of H heads.
     source_score, target_score: (N, H), a_src·W x and a_dst·W x.
-    neighbours: who sees whom.
+    neighbours: which nodes each node sees, E entries.
     dropout: probability of dropping a coefficient α_ij.
 
     Returns
@@ -77,17 +77,17 @@ class Coefficients(Function):
 
 
 def _of_nodes(values: Tensor, neighbours: Neighbours, reduce: str) -> Tensor:
-    """(E, H) → (N, H), over the entries of each node."""
+    """Reduce (E, H) over the entries of each node → (N, H)."""
     return torch.segment_reduce(values, reduce, offsets=neighbours.ptr, axis=0)
 
 
 def weighted_sum(projected: Tensor, alpha: Tensor, neighbours: Neighbours) -> Tensor:
-    """Σ over heads and over j of α_ij W x_j; (N, H, C), (E, H) → (N, C)."""
+    """Σ over heads and neighbours j of α_ij W x_j; (N, H, C), (E, H) → (N, C)."""
     heads = projected.shape[1]
     rows = neighbours.index[:, None] * heads + _numbers(heads, like=neighbours.index)  # (E, H)
     summed = F.embedding_bag(
         rows.view(-1),
-        projected.detach().flatten(0, 1),  # its gradient is a scatter there; ours is below
+        projected.detach().flatten(0, 1),  # GatheredGradient has its gradient
         neighbours.ptr * heads,
         mode="sum",
         per_sample_weights=alpha.reshape(-1),
@@ -97,9 +97,10 @@ def weighted_sum(projected: Tensor, alpha: Tensor, neighbours: Neighbours) -> Te
 
 
 class GatheredGradient(Function):
-    """Hands ``summed`` on, and in the backward pass gives W x its gradient.
+    """Identity of ``summed``; the backward pass computes the gradient of W x.
 
-    That of W x_j in head h is Σ_i α_ij · grad_i, over the nodes i that see j: the ones j sees.
+    The gradient of W x_j in head h is Σ_i α_ij · grad_i over the nodes i that see j, which are the
+    nodes that j sees.
     """
 
     @staticmethod
@@ -115,7 +116,7 @@ class GatheredGradient(Function):
         (alpha,) = ctx.saved_tensors
         neighbours: Neighbours = ctx.neighbours
         heads = alpha.shape[1]
-        # one sum a node and head: the node's entries come once for each head, head after head
+        # one sum per node and head: each node's entries are repeated per head, head after head
         node = neighbours.seers().repeat_interleave(heads)  # (E H,) of each place
         count = neighbours.ptr.diff().index_select(0, node)
         place = _numbers(len(node), like=node)

@@ -1,7 +1,6 @@
 """The pyramidal graph neural network.
 
-Paper: Bontempo et al. 2023, section 3, "Architecture":
-H = PGNN(X) = GAT([GAT(X_1; A_1, θ_1) ‖ … ‖ GAT(X_M; A_M, θ_M)]; A, θ_{M+1}).
+Paper: Bontempo et al. 2023, section 3, "Architecture".
 """
 
 from collections.abc import Mapping
@@ -15,12 +14,14 @@ from dasmil.tensors import is_in_blocks
 
 
 def module_key(scale: str) -> str:
-    """Names of torch modules hold no dot: ``x2.5`` → ``x2_5``."""
+    """A scale as a name of a torch module, which has no dots: ``x2.5`` → ``x2_5``."""
     return scale.replace(".", "_")
 
 
 class PGNN(nn.Module):
     """One GAT per scale on its own sub-graph, then one GAT on the union of all scales.
+
+    H = GAT([GAT(X_1; A_1, θ_1) ‖ … ‖ GAT(X_M; A_M, θ_M)]; A, θ_{M+1}), where ‖ stacks the tiles.
 
     Parameters
     ----------
@@ -53,12 +54,12 @@ class PGNN(nn.Module):
         Raises
         ------
         ValueError
-            if the graph was made without edges.
+            if the graph has no edges.
         """
         if graph.neighbours is None or graph.union is None:
             raise ValueError("the graph has no edges: make it by bag_graph(bag, edges=True)")
         sizes = [len(graph.features[s]) for s in graph.scales]
-        # of a large bag each copy takes gigabytes
+        # for a large bag each copy would take gigabytes
         width, weight = self.union_gat.conv.in_channels, self.union_gat.conv.bias
         room = weight.new_empty(sum(sizes), width) if is_in_blocks(graph.union.ptr) else None
         parts = [None] * len(sizes) if room is None else room.split(sizes)

@@ -1,4 +1,4 @@
-"""The plain MIL heads that others are measured against: the mean or the largest instance logit.
+"""The plain MIL heads that serve as baselines: the mean or the largest instance logit.
 
 Paper: Ilse et al., ICML 2018, section 2.2 and Table 1 ("Instance+mean", "Instance+max").
 """
@@ -14,9 +14,9 @@ from dasmil.tensors import bag_rows, by_rows, first_argmax, precisely
 
 
 class PoolingHead(nn.Module):
-    """One hidden layer, a logit for each tile, and their mean or maximum for the bag.
+    """z_n = W ReLU(V h_n) per tile; the bag logits are mean_n z_n or max_n z_n.
 
-    Logits are computed in at least float32, as :class:`dasmil.nn.MILHead` does it.
+    Logits are computed in at least float32, as in :class:`dasmil.nn.MILHead`.
 
     Parameters
     ----------
@@ -32,10 +32,17 @@ class PoolingHead(nn.Module):
         self.instance_classifier = nn.Linear(in_dim, num_logits)
 
     def forward(self, h: Tensor, ptr: Tensor, shown: Tensor | None = None) -> ScaleOutput:
-        """(N, K) features of B bags and their (B + 1,) boundaries; a bag without tiles gets 0.
+        """Score B bags; a bag without tiles has logits of 0.
 
-        The attention is each tile's share in the bag logit: alike for all, or the largest's alone.
-        ``shown``, (N,) bool, leaves tiles out: they have an instance logit, and nothing else.
+        The attention is each tile's share in the bag logit: equal for all tiles, or one for the
+        tile with the largest logit and zero for the others.
+
+        Parameters
+        ----------
+        h: (N, K) features of the tiles.
+        ptr: (B + 1,) boundaries of the bags.
+        shown: (N,) bool; tiles that are not shown have an instance logit, but no attention. None:
+            all are shown.
         """
         bag_index = bag_rows(ptr)
         if shown is None:

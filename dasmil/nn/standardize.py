@@ -1,4 +1,4 @@
-"""Features of zero mean and unit spread; not in the paper, off unless a config asks for it."""
+"""Features of zero mean and unit standard deviation; not in the paper, and off by default."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,8 +13,8 @@ from dasmil.nn.pgnn import module_key
 class Standardize(nn.Module):
     """(x − mean) / std per feature and scale, with the statistics of the training tiles.
 
-    Features of a briefly trained extractor are alike but for a small part; without their common
-    mean the model sees that part.
+    A briefly trained extractor gives nearly constant features; removing their mean exposes what
+    varies.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class Standardize(nn.Module):
             self.register_buffer(f"std_{module_key(scale)}", torch.ones(width))
 
     def set_statistics(self, scale: str, mean: Tensor, std: Tensor) -> None:
-        """(D_s,) each; a feature whose deviation is 0 is only centred."""
+        """Set the (D_s,) mean and standard deviation; a feature with std 0 is only centred."""
         self.get_buffer(f"mean_{module_key(scale)}").copy_(mean)
         self.get_buffer(f"std_{module_key(scale)}").copy_(torch.where(std > 0, std, 1))
 

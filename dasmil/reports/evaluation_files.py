@@ -131,7 +131,7 @@ def _rows_of_levels(
     try:
         patients = evaluation.by_patient(pooling)
     except InputError as error:
-        warnings.warn(f"no figures of patients: {error}", stacklevel=3)
+        warnings.warn(f"no metrics of patients: {error}", stacklevel=3)
         return
     yield from _rows(stage, "patient", patients)
 

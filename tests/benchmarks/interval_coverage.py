@@ -18,21 +18,23 @@ from itertools import product
 import numpy as np
 from scipy.stats import norm, rankdata
 
+from dasmil.metrics.clustered_slides import ClusteredSlides
 from dasmil.metrics.evaluated_slides import Inputs
 from dasmil.metrics.intervals import (
     BRIER_SLIDES,
     MIN_PATIENTS,
-    Interval,
-    Sides,
     auroc_interval,
     average_precision_interval,
-    f1_interval,
-    proportion_interval,
-    score_interval,
     sensitivity_interval,
 )
 from dasmil.metrics.jackknife import auroc_without
 from dasmil.metrics.paired import swap_test
+from dasmil.metrics.score_intervals import (
+    Interval,
+    f1_interval,
+    proportion_interval,
+    score_interval,
+)
 from dasmil.metrics.slide import (
     Array,
     BoolArray,
@@ -59,8 +61,8 @@ class Design:
     patients: IntArray
 
     @property
-    def sides(self) -> Sides:
-        return Sides(self.positive, self.patients, np.zeros(len(self.positive), dtype=int))
+    def slides(self) -> ClusteredSlides:
+        return ClusteredSlides(self.positive, self.patients)
 
     @property
     def correlations(self) -> tuple[float, ...]:
@@ -128,11 +130,11 @@ def placements(values: Array, design: Design) -> Array:
 
 def rivals(values: Array, design: Design) -> dict[str, Interval]:
     """Other intervals of the AUROC; DeLong's with clusters as Obuchowski, and Student's t."""
-    value, sides = auroc(values, design.positive), design.sides
+    value, slides = auroc(values, design.positive), design.slides
     centred = placements(values, design) - value[:, None]
     group = np.eye(design.patients.max() + 1)[design.patients]
     parts, variance = [], 0.0
-    for of_class, num in zip((design.positive, ~design.positive), sides.num_patients):
+    for of_class, num in zip((design.positive, ~design.positive), slides.num_patients):
         parts.append((centred * of_class) @ group / of_class.sum())
         variance = variance + num / (num - 1) * np.square(parts[-1]).sum(axis=1)
     num = design.patients.max() + 1
@@ -147,12 +149,12 @@ def rivals(values: Array, design: Design) -> dict[str, Interval]:
         return np.sqrt(np.maximum(own, 0) / (m * n))
 
     mean, zero = (m + n) / 2, np.zeros_like(value)
-    patients = (sum(sides.num_patients)) / 2
+    patients = (sum(slides.num_patients)) / 2
     scale = np.sqrt(mean**2 / (m * n))
     return {
-        "DeLong": (value - sides.quantile * delong, value + sides.quantile * delong),
+        "DeLong": (value - slides.quantile * delong, value + slides.quantile * delong),
         "logit DeLong": tuple(
-            1 / (1 + np.exp(-(logit + sign * sides.quantile * delong * slope))) for sign in (-1, 1)
+            1 / (1 + np.exp(-(logit + sign * slides.quantile * delong * slope))) for sign in (-1, 1)
         ),
         "Hanley-McNeil": (value - Z * hanley(value), value + Z * hanley(value)),
         "Newcombe of slides": score_interval(
@@ -176,8 +178,7 @@ def bootstrap(values: Array, design: Design, rng: np.random.Generator) -> dict[s
     below = (drawn_values < value[:, None]).mean(axis=1)
     below += (drawn_values == value[:, None]).mean(axis=1) / 2
     bias = norm.ppf(np.clip(below, 1 / 800, 1 - 1 / 800))
-    every = np.zeros(len(design.positive), dtype=int)
-    without = auroc_without(values, design.positive, design.patients, every)
+    without = auroc_without(values, design.positive, design.patients)
     skew = without.mean(axis=0) - without
     spread = np.maximum(np.square(skew).sum(axis=0), 1e-12)
     speed = (skew**3).sum(axis=0) / (6 * spread**1.5)
@@ -222,7 +223,7 @@ def cells(
 ) -> Iterator[Cell]:
     """Of each design with patients enough, AUROC and correlation."""
     for one in designs() if wanted is None else wanted:
-        if min(one.sides.num_patients) < MIN_PATIENTS:
+        if min(one.slides.num_patients) < MIN_PATIENTS:
             continue
         for area, correlation in product(areas, one.correlations):
             rng = np.random.default_rng([3 * seed, round(100 * area), round(10 * correlation)])
@@ -282,7 +283,7 @@ def auroc_table(found: Sequence[Cell]) -> str:
             f"| {sum(c < HOLDS for c in covered)} "
             f"| {np.mean([cell.width[name] for cell in of_method]):.3f} |"
         )
-    none = [one.name for one in designs() if min(one.sides.num_patients) < MIN_PATIENTS]
+    none = [one.name for one in designs() if min(one.slides.num_patients) < MIN_PATIENTS]
     why = f"No interval, as a class has fewer than {MIN_PATIENTS} patients"
     return "\n".join([*lines, "", f"{why}: {'; '.join(dict.fromkeys(none))}."])
 
@@ -298,7 +299,7 @@ def other_metrics(
     apart = np.sqrt(2) * norm.ppf(area)
     probabilities = 1 / (1 + np.exp(-apart * (values - apart / 2)))
     called, positive, patients = probabilities > 0.5, design.positive, design.patients
-    within, quantile = design.sides.correlations(values)[0], design.sides.quantile
+    within, quantile = design.slides.correlations(values)[0], design.slides.quantile
     every = np.ones_like(positive)
     right, errors = called == positive, np.square(probabilities - positive)
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from dasmil.callbacks.history import History, curves_figure
 from dasmil.errors import InputError
-from dasmil.reports.figures import scale_colours
+from dasmil.reports.figure_parts import scale_colours
 from dasmil.tables import read_csv
 
 

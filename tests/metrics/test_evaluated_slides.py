@@ -115,7 +115,7 @@ def test_patients_of_three_classes() -> None:
 
 def test_a_patient_of_two_of_three_classes_is_refused_by_name() -> None:
     slides = of_three_classes([[0.8, 0.1, 0.1]] * 2, [0, 2], "aa")
-    with pytest.raises(InputError, match=r"patient a: has slides of luad and normal"):
+    with pytest.raises(InputError, match=r"patient a: its slides have the labels luad and normal"):
         slides.by_patient()
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal, norm
 
-from dasmil.metrics.intervals import (
-    Sides,
-    auroc_interval,
+from dasmil.metrics.clustered_slides import ClusteredSlides
+from dasmil.metrics.intervals import auroc_interval
+from dasmil.metrics.score_intervals import (
     combined_interval,
     effective_number,
     f1_interval,
@@ -18,11 +18,11 @@ from dasmil.metrics.intervals import (
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def sides(num_positive: int, num_negative: int, slides: int = 1) -> Sides:
+def clusters(num_positive: int, num_negative: int, slides: int = 1) -> ClusteredSlides:
     """So many patients of each class, each with so many slides."""
     positive = np.repeat([True, False], [num_positive, num_negative]).repeat(slides)
     patients = np.arange(num_positive + num_negative).repeat(slides)
-    return Sides(positive, patients, np.zeros(len(positive), dtype=int))
+    return ClusteredSlides(positive, patients)
 
 
 def test_a_difference_of_proportions_is_newcombe_s() -> None:
@@ -40,15 +40,15 @@ def test_the_error_of_an_auroc_is_exact_for_one_slide_per_patient(auroc: float) 
     shared = multivariate_normal(cov=[[1, 0.5], [0.5, 1]]).cdf([level, level]) - auroc**2
     variance = (auroc * (1 - auroc) + (m + n - 2) * shared) / (m * n)
     zero = np.zeros(())
-    found = sides(m, n).auroc_error(np.array(auroc), zero, zero)
+    found = clusters(m, n).auroc_error(np.array(auroc), zero, zero)
     assert found == pytest.approx(variance**0.5, rel=1e-4)
 
 
 def test_equal_slides_of_a_patient_are_one_slide() -> None:
     one = np.ones(())
     for auroc in np.array([0.7, 0.95]):
-        several = sides(7, 12, 5).auroc_error(auroc, one, one)
-        assert several == pytest.approx(sides(7, 12).auroc_error(auroc, one, one))
+        several = clusters(7, 12, 5).auroc_error(auroc, one, one)
+        assert several == pytest.approx(clusters(7, 12).auroc_error(auroc, one, one))
     assert effective_number(np.full(12, 5.0), one) == pytest.approx(12)
     assert effective_number(np.full(12, 5.0), 0 * one) == pytest.approx(60)
 
@@ -58,7 +58,7 @@ def test_the_correlation_inside_a_patient_is_found_however_far_the_classes_are_a
     correlation: float,
 ) -> None:
     rng = np.random.default_rng(0)
-    of_slides = sides(20, 20, 4)
+    of_slides = clusters(20, 20, 4)
     shared = rng.standard_normal((200, 40))[:, of_slides.patients]
     scores = correlation**0.5 * shared + (1 - correlation) ** 0.5 * rng.standard_normal((200, 160))
     for apart in (0, 100):

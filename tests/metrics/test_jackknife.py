@@ -9,7 +9,7 @@ from dasmil.metrics.jackknife import (
     sensitivity_without,
     sum_by_patient,
 )
-from dasmil.metrics.slide import average_precision, same_fold_auroc, sensitivity_at_specificity
+from dasmil.metrics.slide import auroc, average_precision, sensitivity_at_specificity
 
 
 def slides(seed: int):
@@ -27,7 +27,7 @@ def slides(seed: int):
 def test_without_each_patient(seed):
     scores, positive, patients, folds = slides(seed)
     found = {
-        "auroc": auroc_without(scores, positive, patients, np.zeros_like(folds)),
+        "auroc": auroc_without(scores, positive, patients),
         "same_fold": auroc_without(scores, positive, patients, folds),
         "average_precision": average_precision_without(scores, positive, patients),
         "sensitivity": sensitivity_without(scores, positive, patients, 0.9),
@@ -36,8 +36,8 @@ def test_without_each_patient(seed):
         keep = patients != patient
         left, of = scores[:, keep], positive[keep]
         wanted = {
-            "auroc": same_fold_auroc(left, of, np.zeros(len(of))),
-            "same_fold": same_fold_auroc(left, of, folds[keep]),
+            "auroc": auroc(left, of),
+            "same_fold": auroc(left, of, folds[keep]),
             "average_precision": average_precision(left, of),
             "sensitivity": sensitivity_at_specificity(left, of, 0.9),
         }

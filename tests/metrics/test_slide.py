@@ -1,4 +1,4 @@
-"""Slide-level figures against pairs and hits counted by hand."""
+"""Slide-level metrics against pairs and hits counted by hand."""
 
 from collections.abc import Callable, Iterable
 from fractions import Fraction
@@ -26,14 +26,14 @@ def counted_auroc(scores: list[float], positive: list[bool]) -> float:
     return sum(won) / len(won)
 
 
-def two_columns(positive: Iterable[float]) -> torch.Tensor:
-    return torch.tensor([[1 - p, p] for p in positive])
+def two_columns(positive: Iterable[float]) -> np.ndarray:
+    return np.array([[1 - p, p] for p in positive])
 
 
 def test_four_slides_by_hand() -> None:
     """Three of four pairs are in order; at 0.5 one of two slides of each class is right."""
-    figures = slide_metrics(two_columns([0.1, 0.6, 0.3, 0.8]), torch.tensor([0, 0, 1, 1]))
-    assert figures == pytest.approx(
+    metrics = slide_metrics(two_columns([0.1, 0.6, 0.3, 0.8]), np.array([0, 0, 1, 1]))
+    assert metrics == pytest.approx(
         {
             "auroc": 3 / 4,
             "average_precision": (1 + 2 / 3) / 2,  # precision at each of the two positive slides
@@ -52,10 +52,10 @@ def test_two_classes_with_ties(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scores = (rng.integers(0, 8, 40) / 8 + 1 / 16).tolist()  # many ties, none at 0.5
     labels = rng.integers(0, 2, 40)
-    figures = slide_metrics(two_columns(scores), torch.from_numpy(labels))
-    assert figures["auroc"] == pytest.approx(counted_auroc(scores, (labels == 1).tolist()))
+    metrics = slide_metrics(two_columns(scores), labels)
+    assert metrics["auroc"] == pytest.approx(counted_auroc(scores, (labels == 1).tolist()))
     right = [(score > 0.5) == (label == 1) for score, label in zip(scores, labels, strict=True)]
-    assert figures["accuracy"] == pytest.approx(sum(right) / 40)
+    assert metrics["accuracy"] == pytest.approx(sum(right) / 40)
 
 
 @pytest.mark.parametrize("num_classes", [3, 4])
@@ -64,25 +64,25 @@ def test_more_classes_are_the_plain_mean_of_one_against_the_rest(num_classes: in
     probabilities = rng.dirichlet(np.ones(num_classes), 50)
     labels = rng.choice(num_classes, 50, p=rng.dirichlet(np.ones(num_classes)))
     labels[:num_classes] = range(num_classes)
-    figures = slide_metrics(torch.from_numpy(probabilities), torch.from_numpy(labels))
+    metrics = slide_metrics(probabilities, labels)
     each = [
         counted_auroc(probabilities[:, c].tolist(), (labels == c).tolist())
         for c in range(num_classes)
     ]
-    assert figures["auroc"] == pytest.approx(sum(each) / num_classes)
+    assert metrics["auroc"] == pytest.approx(sum(each) / num_classes)
     called = probabilities.argmax(axis=1)
-    assert figures["accuracy"] == pytest.approx((called == labels).mean())
+    assert metrics["accuracy"] == pytest.approx((called == labels).mean())
     recalls = [(called[labels == c] == c).mean() for c in range(num_classes)]
-    assert figures["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+    assert metrics["balanced_accuracy"] == pytest.approx(np.mean(recalls))
     one_hot = np.eye(num_classes)[labels]
-    assert figures["brier"] == pytest.approx(((probabilities - one_hot) ** 2).sum(axis=1).mean())
+    assert metrics["brier"] == pytest.approx(((probabilities - one_hot) ** 2).sum(axis=1).mean())
 
 
 def test_three_slides_of_three_classes_by_hand() -> None:
     """The third slide is taken for the second class; every class has one slide."""
-    probabilities = torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.7, 0.2], [0.3, 0.5, 0.2]])
-    figures = slide_metrics(probabilities, torch.tensor([0, 1, 2]), specificity=0.5)
-    assert figures == pytest.approx(
+    probabilities = np.array([[0.8, 0.1, 0.1], [0.1, 0.7, 0.2], [0.3, 0.5, 0.2]])
+    metrics = slide_metrics(probabilities, np.array([0, 1, 2]), specificity=0.5)
+    assert metrics == pytest.approx(
         {
             "auroc": (1 + 1 + 3 / 4) / 3,  # the last class: one pair in order, one tied
             "average_precision": (1 + 1 + 1 / 2) / 3,
@@ -112,8 +112,8 @@ def test_models_with_equal_counts_of_pairs_have_equal_figures_to_the_last_digit(
     for _ in range(10):
         for of_class in (labels, ~labels):
             scores[of_class] = rng.permutation(scores[of_class])
-        figures = slide_metrics(two_columns(scores), torch.from_numpy(labels).long())
-        found.add((figures["auroc"], figures["average_precision"]))
+        metrics = slide_metrics(two_columns(scores), labels.astype(int))
+        found.add((metrics["auroc"], metrics["average_precision"]))
     ((auroc, _),) = found
     won = sum((p > n) + (p == n) / 2 for p, n in product(scores[labels], scores[~labels]))
     assert auroc == won / (num_positive * (41 - num_positive))
@@ -125,12 +125,12 @@ def test_models_with_equal_counts_of_pairs_have_equal_figures_to_the_last_digit(
 def test_a_class_without_slides_leaves_figures_undefined(
     num_classes: int, labels: list[int]
 ) -> None:
-    probabilities = torch.full((3, num_classes), 0.1)
+    probabilities = np.full((3, num_classes), 0.1)
     probabilities[:, 0] = 1 - 0.1 * (num_classes - 1)
-    figures = slide_metrics(probabilities, torch.tensor(labels))
-    assert figures["accuracy"] == pytest.approx(labels.count(0) / 3)
-    undefined = {name for name, value in figures.items() if isnan(value)}
-    assert undefined == set(figures) - {"accuracy", "brier", "calibration_error"}
+    metrics = slide_metrics(probabilities, np.array(labels))
+    assert metrics["accuracy"] == pytest.approx(labels.count(0) / 3)
+    undefined = {name for name, value in metrics.items() if isnan(value)}
+    assert undefined == set(metrics) - {"accuracy", "brier", "calibration_error"}
 
 
 def test_one_logit_is_the_second_classs() -> None:
@@ -148,28 +148,29 @@ def test_more_logits_are_a_softmax() -> None:
 
 def test_a_model_that_has_diverged_has_no_figure() -> None:
     probabilities = two_columns([0.2, 0.9, float("nan")])
-    labels = torch.tensor([0, 1, 1])
+    labels = np.array([0, 1, 1])
     assert all(isnan(value) for value in slide_metrics(probabilities, labels).values())
-    assert all(isnan(v) for v in threshold_metrics(probabilities[:, 1], labels, 0.5).values())
+    margin = probabilities[:, 1] - 0.5
+    assert all(isnan(value) for value in threshold_metrics(margin, labels == 1).values())
 
 
 def test_only_the_figures_that_are_asked_for() -> None:
-    probabilities, labels = two_columns([0.2, 0.9]), torch.tensor([0, 1])
+    probabilities, labels = two_columns([0.2, 0.9]), np.array([0, 1])
     assert slide_metrics(probabilities, labels, names=["brier", "f1"]).keys() == {"brier", "f1"}
 
 
 def test_calibration_error_is_per_bin_of_a_fifteenth() -> None:
     """Two slides from 9/15 to 10/15, of mean 0.63 and one positive; one slide from 10/15 on."""
-    figures = slide_metrics(two_columns([0.61, 0.65, 0.69]), torch.tensor([1, 0, 1]))
+    metrics = slide_metrics(two_columns([0.61, 0.65, 0.69]), np.array([1, 0, 1]))
     expected = 2 / 3 * abs(0.63 - 1 / 2) + 1 / 3 * abs(0.69 - 1)
-    assert figures["calibration_error"] == pytest.approx(expected)
+    assert metrics["calibration_error"] == pytest.approx(expected)
 
 
 def test_figures_at_a_threshold_by_hand() -> None:
     """Above 0.3: two of three positive slides, one of four negative ones; 0.3 is not above."""
-    positive = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.3, 0.7, 0.9])
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1])
-    assert threshold_metrics(positive, labels, 0.3) == pytest.approx(
+    scores = np.array([0.1, 0.2, 0.3, 0.4, 0.3, 0.7, 0.9])
+    labels = np.array([0, 0, 0, 0, 1, 1, 1])
+    assert threshold_metrics(scores - 0.3, labels == 1) == pytest.approx(
         {
             "accuracy": 5 / 7,
             "balanced_accuracy": (2 / 3 + 3 / 4) / 2,
@@ -184,9 +185,9 @@ def test_figures_at_a_threshold_by_hand() -> None:
     ("label", "known"), [(0, {"accuracy", "specificity"}), (1, {"accuracy", "sensitivity"})]
 )
 def test_one_class_at_a_threshold(label: int, known: set[str]) -> None:
-    figures = threshold_metrics(torch.tensor([0.1, 0.2]), torch.tensor([label] * 2), 0.5)
-    assert {name for name, value in figures.items() if not isnan(value)} == known
-    assert all(figures[name] == 1 - label for name in known)
+    metrics = threshold_metrics(np.array([-0.4, -0.3]), np.array([label == 1] * 2))
+    assert {name for name, value in metrics.items() if not isnan(value)} == known
+    assert all(metrics[name] == 1 - label for name in known)
 
 
 @pytest.mark.parametrize(
@@ -236,10 +237,10 @@ def test_the_threshold_of_a_specificity_gives_the_sensitivity_read_from_the_roc(
     labels = torch.from_numpy(np.arange(40) % 4 == 0).long()  # 30 negative: 0.9 of them is 27
     wanted = float(specificity)
     threshold = specificity_threshold(positive, labels, wanted)
-    reached = threshold_metrics(positive, labels, threshold)
+    reached = threshold_metrics((positive - threshold).numpy(), (labels == 1).numpy())
     num_spared = int((positive[labels == 0] <= threshold).sum())
     assert Fraction(num_spared, 30) >= Fraction(specificity)
-    at_roc = slide_metrics(torch.stack([1 - positive, positive], 1), labels, wanted)
+    at_roc = slide_metrics(two_columns(positive.tolist()), labels.numpy(), wanted)
     assert reached["sensitivity"] == at_roc[f"sensitivity_at_specificity_{wanted:g}"]
     next_lower = positive[positive < threshold].max()
     num_spared = int((positive[labels == 0] < next_lower).sum())
@@ -257,7 +258,8 @@ def test_a_threshold_parts_neighbouring_numbers(
     scores = torch.stack([lower, torch.nextafter(lower, torch.tensor(2.0).double())])
     for _ in range(3):
         labels = torch.tensor([0, 1])
-        reached = threshold_metrics(scores, labels, choose(scores, labels))
+        margin = (scores - choose(scores, labels)).numpy()
+        reached = threshold_metrics(margin, (labels == 1).numpy())
         assert (reached["sensitivity"], reached["specificity"]) == (1.0, 1.0)
         scores = torch.nextafter(scores, torch.zeros(2).double())
 
@@ -265,5 +267,5 @@ def test_a_threshold_parts_neighbouring_numbers(
 def test_sure_slides_keep_their_order() -> None:
     """Probabilities that float32 cannot tell apart: the positive slide is above all the same."""
     probabilities = class_probabilities(torch.tensor([[20.0], [18.0], [19.0]]))
-    figures = slide_metrics(probabilities, torch.tensor([1, 0, 0]))
-    assert (figures["auroc"], figures["average_precision"]) == (1.0, 1.0)
+    metrics = slide_metrics(probabilities.numpy(), np.array([1, 0, 0]))
+    assert (metrics["auroc"], metrics["average_precision"]) == (1.0, 1.0)

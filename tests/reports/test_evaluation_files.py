@@ -134,7 +134,7 @@ def test_patients_with_several_slides_have_figures_of_their_own(tmp_path: Path) 
     assert figures["test/x10/patient_auroc"] is None  # both patients are positive
 
 
-def test_a_patient_without_one_label_costs_the_figures_of_patients_alone(tmp_path: Path) -> None:
+def test_a_patient_without_one_label_costs_the_metrics_of_patients_alone(tmp_path: Path) -> None:
     slides = Evaluation(
         classes=("luad", "lusc", "normal"),
         slide_ids=("s0", "s1", "s2"),
@@ -142,7 +142,7 @@ def test_a_patient_without_one_label_costs_the_figures_of_patients_alone(tmp_pat
         labels=torch.tensor([0, 1, 2]),
         probabilities={"x20": torch.eye(3).double()},
     )
-    with pytest.warns(UserWarning, match="no figures of patients: patient a: has slides of luad"):
+    with pytest.warns(UserWarning, match="no metrics of patients: patient a: its slides have"):
         write_evaluation(tmp_path, "test", slides)
     figures = json.loads((tmp_path / "test_metrics.json").read_text())
     assert figures["test/auroc"] == 1.0

@@ -11,19 +11,17 @@ from scipy.integrate import trapezoid
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dasmil.metrics import Evaluation
-from dasmil.metrics.intervals import wilson_interval
+from dasmil.metrics.score_intervals import wilson_interval
+from dasmil.reports.figure_parts import scale_colours
 from dasmil.reports.figures import (
-    GRID,
     calibration_figure,
     confusion_figure,
     evaluation_figures,
-    precision_recall_figure,
-    roc_figure,
     save_figures,
-    scale_colours,
     scores_figure,
     show_in_tensorboard,
 )
+from dasmil.reports.roc_figures import GRID, precision_recall_figure, roc_figure
 
 SCORES = [0.12, 0.42, 0.36, 0.83]  # three of the four pairs are in order
 LABELS = [0, 0, 1, 1]
@@ -107,14 +105,14 @@ def test_the_drawn_area_is_the_figure_that_is_said(made):
     scores = (torch.rand(50, generator=generator) * 20).round() / 20  # with ties
     labels = (torch.rand(50, generator=generator) < scores).long()
     shown = evaluation(scores.tolist(), labels.tolist())
-    figure, figures = made(shown, "test"), shown.metrics("x20")
+    figure, metrics = made(shown, "test"), shown.metrics("x20")
     x, y = line(figure, "x20")
     if made is roc_figure:
         assert drawstyle(figure) == "default"
-        assert trapezoid(y, x) == pytest.approx(figures["auroc"], abs=1e-6)
+        assert trapezoid(y, x) == pytest.approx(metrics["auroc"], abs=1e-6)
     else:
         assert drawstyle(figure) == "steps-pre"  # each y from the x before it
-        assert (np.diff(x) * y[1:]).sum() == pytest.approx(figures["average_precision"], abs=1e-6)
+        assert (np.diff(x) * y[1:]).sum() == pytest.approx(metrics["average_precision"], abs=1e-6)
 
 
 MANY = [0.12, 0.42, 0.2, 0.3, 0.25, 0.36, 0.83, 0.7, 0.9, 0.6]  # 24 of 25 pairs are in order

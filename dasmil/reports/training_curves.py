@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dasmil.reports.figures import GREY, scale_colours
-from dasmil.reports.shown import MAX_SCALES, say_left_out, show_name
+from dasmil.reports.figure_parts import GREY, scale_colours
+from dasmil.reports.shown import MAX_SCALES, describe_left_out, show_name
 
 PARTS = {"train": "-", "val": "--"}  # line style
 AUROC = "auroc"  # shown of the metrics of the validation
@@ -35,7 +35,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     columns = sorted(columns_with_values(rows) - {"epoch", "step"}, key=natural_order)
     every = _panels(columns)
     panels = dict(list(every.items())[:MAX_PANELS])
-    left_out = say_left_out(len(every), MAX_PANELS, "terms")
+    left_out = describe_left_out(len(every), MAX_PANELS, "terms")
     colours = scale_colours(sorted(filter(None, map(_scale, columns)), key=natural_order)) | {
         "": GREY
     }
@@ -50,7 +50,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             style = {"color": colours[scale], "linestyle": PARTS.get(part, "-"), "label": label}
             _plot(panel, rows, column, **style)
         name = "AUROC" if title == AUROC else show_name(title.replace("_", " "), MAX_TITLE)
-        more = say_left_out(len(curves), MAX_CURVES, "curves")
+        more = describe_left_out(len(curves), MAX_CURVES, "curves")
         panel.set_title("\n".join(filter(None, [name, more])), fontsize=10)
         if title == AUROC:
             panel.set_ylim(-0.03, 1.03)
