@@ -69,8 +69,8 @@ VERBS = {  # verb → its module; the function has the name of the verb
     "embed": "embedding.embed",
     "status": "reports.status_summary",
     "export": "interop.features.export",
-    "sweep": "sweep.sweep",
-    "compare": "compare.compare",
+    "sweep": "experiments.sweep.sweep",
+    "compare": "experiments.compare.compare",
     "contact-sheet": "reports.contact_sheet",
     "demo": "demo.run",
 }
@@ -220,7 +220,7 @@ def _call(
     parameters = inspect.signature(function).parameters
     parser = SentenceParser(prog=prog, description=_about(function))
     parser.add_argument("--config", action=ActionConfigFile, help="file of options, in YAML")
-    skip: set[str | int] = {"trainer"}
+    skip: set[str | int] = {"trainer", "run_verb"}
     if first is not None:
         name, metavar, explanation = first
         skip.add(name)
@@ -233,6 +233,8 @@ def _call(
     with said_of_trainer() if "trainer" in parameters else nullcontext():
         values = parser.instantiate(parsed).as_dict()
     values.pop("config", None)
+    if "run_verb" in parameters:  # of the demo, which cannot import this module: no circle
+        values["run_verb"] = run
     return int(function(**values))
 
 

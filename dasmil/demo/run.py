@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dasmil.config_files import configs_folder
@@ -16,9 +16,16 @@ from dasmil.units import parse_scales
 TILE_PX = 64
 SIZE_PX0 = (1024, 1024)  # half a millimetre
 STEPS = "steps.json"  # the commands that have ended well
+RunVerb = Callable[[Sequence[str]], int]  # verb and arguments → exit code
 
 
-def demo(output: Path, seed: int = 0, scales: tuple[str, ...] = ("x10", "x20")) -> int:
+def demo(
+    output: Path,
+    seed: int = 0,
+    scales: tuple[str, ...] = ("x10", "x20"),
+    *,
+    run_verb: RunVerb,
+) -> int:
     """Make a synthetic cohort and run tile, fit (DINO), embed, fit (DAS-MIL), test and predict.
 
     The slides of the test part are seen by nothing before ``test``. Ends with the test figures, the
@@ -32,6 +39,8 @@ def demo(output: Path, seed: int = 0, scales: tuple[str, ...] = ("x10", "x20")) 
         of the slides and of every training.
     scales:
         of the tiles, the extractors and the model.
+    run_verb:
+        runs each command: the command line's own function.
     """
     names = [scale.name for scale in parse_scales(scales)]
     start = time.monotonic()
@@ -42,7 +51,11 @@ def demo(output: Path, seed: int = 0, scales: tuple[str, ...] = ("x10", "x20")) 
         done = _done_commands(output)
         print(f"\n$ {command}" + ("   (done before)" if command in done else ""), flush=True)
         if command not in done:
-            _run(arguments)
+            code = run_verb(arguments)
+            if code != 0:
+                raise InputError(
+                    f"demo: the step {arguments[0]!r} failed with exit code {code}; see above"
+                )
             write_text(output / STEPS, json.dumps([*done, command], indent=2))
     _summary(output, cohort, names, time.monotonic() - start)
     return 0
@@ -51,14 +64,6 @@ def demo(output: Path, seed: int = 0, scales: tuple[str, ...] = ("x10", "x20")) 
 def _done_commands(output: Path) -> list[str]:
     path = output / STEPS
     return json.loads(path.read_text()) if path.exists() else []
-
-
-def _run(arguments: list[str]) -> None:
-    from dasmil.cli import run
-
-    code = run(arguments)
-    if code != 0:
-        raise InputError(f"demo: the step {arguments[0]!r} failed with exit code {code}; see above")
 
 
 def _road(output: Path, cohort: Path, seed: int, names: Sequence[str]) -> Iterator[list[str]]:

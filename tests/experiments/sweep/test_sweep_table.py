@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dasmil.sweep.figure import draw
-from dasmil.sweep.runs import SweepRow
-from dasmil.sweep.table import Cell, csv_rows, describe_figures, markdown
+from dasmil.experiments.sweep.figure import draw
+from dasmil.experiments.sweep.runs import SweepRow
+from dasmil.experiments.sweep.table import Cell, csv_rows, describe_figures, markdown
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dasmil.experiments.sweep.runs import SweepRow, plan
 from dasmil.files import write_text
-from dasmil.sweep.runs import SweepRow, plan
 
 # In place of Python, called as `python -m dasmil VERB ...`: notes what it is given and how many of
 # it there are, does what $BEFORE says, and writes what the verb would.
@@ -40,7 +40,7 @@ class StandIn:
         script = folder / "python"
         script.write_text(SCRIPT)
         script.chmod(0o755)
-        monkeypatch.setattr("dasmil.sweep.processes.sys.executable", str(script))
+        monkeypatch.setattr("dasmil.experiments.sweep.processes.sys.executable", str(script))
         monkeypatch.setenv("CALLS", str(self.calls_file))
         monkeypatch.setenv("METRICS", '{"test/auroc": null, "test/accuracy": 0.5}')
         self.before("true")

@@ -32,6 +32,6 @@ def compared(monkeypatch):
     def compare(run_dirs, labels, output):
         given.append((dict(zip(run_dirs, labels, strict=True)), output))
 
-    for name in ("dasmil.compare", "dasmil.compare.compare"):
+    for name in ("dasmil.experiments.compare", "dasmil.experiments.compare.compare"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(compare=compare))
     return given

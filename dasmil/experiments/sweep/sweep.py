@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dasmil.errors import InputError
+from dasmil.experiments.sweep.figure import draw
+from dasmil.experiments.sweep.processes import do_steps, gpus, make_slots
+from dasmil.experiments.sweep.road import Embedding, plan_road
+from dasmil.experiments.sweep.runs import Run, SweepRow, plan
+from dasmil.experiments.sweep.steps import Fold, in_order, refuse_other_steps
+from dasmil.experiments.sweep.table import CSV_COLUMNS, Cell, csv_rows, describe_figures, markdown
 from dasmil.files import must_exist, write_text
-from dasmil.sweep.figure import draw
-from dasmil.sweep.processes import do_steps, gpus, make_slots
-from dasmil.sweep.road import Embedding, plan_road
-from dasmil.sweep.runs import Run, SweepRow, plan
-from dasmil.sweep.steps import Fold, in_order, refuse_other_steps
-from dasmil.sweep.table import CSV_COLUMNS, Cell, csv_rows, describe_figures, markdown
 from dasmil.tables import write_csv
 
 
@@ -150,7 +150,7 @@ def sweep(
 
 def compare_rows(rows: Sequence[SweepRow], table: Sequence[Sequence[Run]], stem: Path) -> None:
     """Intervals, and a paired test of each row against the first: ``<stem>.md``, .csv and .png."""
-    from dasmil.compare.compare import compare  # it needs torch
+    from dasmil.experiments.compare.compare import compare  # it needs torch
 
     labels: dict[Path, str] = {}
     for row, runs in zip(rows, table):

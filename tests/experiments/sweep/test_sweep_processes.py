@@ -14,14 +14,14 @@ from stand_in import option, plan_one
 
 from dasmil.endings import ending_on_sigterm
 from dasmil.errors import InputError
+from dasmil.experiments.sweep.processes import gpus, last_error, make_slots
+from dasmil.experiments.sweep.runs import SweepRow
+from dasmil.experiments.sweep.sweep import sweep
 from dasmil.files import write_text
-from dasmil.sweep.processes import gpus, last_error, make_slots
-from dasmil.sweep.runs import SweepRow
-from dasmil.sweep.sweep import sweep
 
 
 def test_it_starts_without_torch():
-    code = "import sys, dasmil.sweep.sweep; sys.exit('torch' in sys.modules)"
+    code = "import sys, dasmil.experiments.sweep.sweep; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dasmil.sweep.runs import SweepRow
+from dasmil.experiments.sweep.runs import SweepRow
 
 CSV_COLUMNS = ("label", "column", "paper", "mean", "sd", "n", "values")
 

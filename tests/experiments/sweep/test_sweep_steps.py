@@ -11,11 +11,11 @@ from stand_in import plan_one
 
 from dasmil.config_files import find_config
 from dasmil.errors import InputError
+from dasmil.experiments.sweep.road import plan_road
+from dasmil.experiments.sweep.runs import SweepRow, plan
+from dasmil.experiments.sweep.steps import Fold, in_order, refuse_other_steps
 from dasmil.files import write_text
 from dasmil.methods import DASMIL
-from dasmil.sweep.road import plan_road
-from dasmil.sweep.runs import SweepRow, plan
-from dasmil.sweep.steps import Fold, in_order, refuse_other_steps
 
 YAMLS = [*CONFIGS.rglob("*.yaml"), *COLON.glob("*.yaml")]
 SWEEPS = [path for path in YAMLS if "rows" in yaml.safe_load(path.read_text())]
@@ -128,7 +128,7 @@ def test_a_run_made_otherwise_is_refused_and_says_in_what(tmp_path, bags, own, m
     )
 
     write_record(run)
-    monkeypatch.setattr("dasmil.sweep.steps.__version__", "99")
+    monkeypatch.setattr("dasmil.experiments.sweep.steps.__version__", "99")
     with pytest.raises(InputError, match=r"made with dasmil 0\.2"):
         refuse_other_steps([run])
 

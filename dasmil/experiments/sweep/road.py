@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dasmil.config_files import find_config
 from dasmil.errors import InputError
-from dasmil.sweep.steps import (
+from dasmil.experiments.sweep.steps import (
     Fold,
     Step,
     config_arguments,

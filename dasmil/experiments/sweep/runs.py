@@ -10,8 +10,8 @@ from typing import Any
 from dasmil.arguments import read_config
 from dasmil.config_files import find_config
 from dasmil.errors import InputError
-from dasmil.sweep.road import Embedding
-from dasmil.sweep.steps import (
+from dasmil.experiments.sweep.road import Embedding
+from dasmil.experiments.sweep.steps import (
     Fold,
     Step,
     config_arguments,

@@ -10,12 +10,12 @@ import yaml
 from road import CONF, CONFIGS, REPOSITORY
 
 from dasmil.cli import main
-from dasmil.compare.compare import compare
+from dasmil.experiments.compare.compare import compare
+from dasmil.experiments.sweep.processes import Children
+from dasmil.experiments.sweep.runs import SweepRow, plan
+from dasmil.experiments.sweep.sweep import sweep
+from dasmil.experiments.sweep.table import Cell
 from dasmil.files import write_text
-from dasmil.sweep.processes import Children
-from dasmil.sweep.runs import SweepRow, plan
-from dasmil.sweep.sweep import sweep
-from dasmil.sweep.table import Cell
 from dasmil.tables import read_csv, write_csv
 
 MEAN = {
@@ -94,7 +94,7 @@ def in_this_process(monkeypatch):
         return f"exit code {code}" if code else ""
 
     monkeypatch.setattr(Children, "call", call)
-    monkeypatch.setattr("dasmil.compare.compare.compare", partial(compare, draws=10))
+    monkeypatch.setattr("dasmil.experiments.compare.compare.compare", partial(compare, draws=10))
 
 
 def test_the_road_of_each_fold_never_sees_what_it_is_tested_on(road, tmp_path, in_this_process):

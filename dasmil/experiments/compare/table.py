@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Any
 
-from dasmil.compare.runs import Method
+from dasmil.experiments.compare.runs import Method
 from dasmil.metrics.slide import LOWER_IS_BETTER
 
 CSV_COLUMNS = (

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from dasmil.cli import main
-from dasmil.compare.compare import compare, compare_methods
-from dasmil.compare.figure import draw
-from dasmil.compare.runs import read_methods
-from dasmil.compare.table import Comparison, Result, csv_rows, markdown
 from dasmil.errors import InputError
+from dasmil.experiments.compare.compare import compare, compare_methods
+from dasmil.experiments.compare.figure import draw
+from dasmil.experiments.compare.runs import read_methods
+from dasmil.experiments.compare.table import Comparison, Result, csv_rows, markdown
 from dasmil.metrics import Evaluation
 from dasmil.reports.evaluation_files import write_evaluation
 

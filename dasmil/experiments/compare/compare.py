@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dasmil.compare.figure import draw
-from dasmil.compare.runs import Method, Run, read_methods
-from dasmil.compare.table import (
+from dasmil.errors import InputError
+from dasmil.experiments.compare.figure import draw
+from dasmil.experiments.compare.runs import Method, Run, read_methods
+from dasmil.experiments.compare.table import (
     CSV_COLUMNS,
     POOLED,
     SAME_FOLD,
@@ -20,7 +21,6 @@ from dasmil.compare.table import (
     csv_rows,
     markdown,
 )
-from dasmil.errors import InputError
 from dasmil.files import write_text
 from dasmil.metrics import pool, swap_test
 from dasmil.metrics.evaluated_slides import Inputs

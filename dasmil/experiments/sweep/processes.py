@@ -16,8 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dasmil.experiments.sweep.steps import LOCK, Step
 from dasmil.files import write_text
-from dasmil.sweep.steps import LOCK, Step
 
 Slot = Mapping[str, str]  # environment variables of a process, beside those of the sweep
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dasmil.compare.table import Comparison, direction
+from dasmil.experiments.compare.table import Comparison, direction
 from dasmil.files import atomic_path
 from dasmil.reports.shown import show_first, show_name
 

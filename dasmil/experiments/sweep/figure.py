@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dasmil.experiments.sweep.runs import SweepRow
+from dasmil.experiments.sweep.table import Cell
 from dasmil.files import atomic_path
 from dasmil.reports.shown import show_first, show_name
-from dasmil.sweep.runs import SweepRow
-from dasmil.sweep.table import Cell
 
 ROW_INCHES = 0.34
 PANEL_INCHES = 3.4

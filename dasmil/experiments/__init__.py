@@ -1,0 +1,1 @@
+"""Many runs: ``sweep`` fits and tests them, ``compare`` puts tested runs side by side."""
