@@ -346,7 +346,8 @@ def test_no_more_steps_at_a_time_than_jobs_and_none_before_its_time(
 
 
 def test_two_sweeps_do_not_make_the_same_step(tmp_path, bags, own, stand_in, compared, capsys):
-    stand_in.before("sleep 0.5")
+    end = tmp_path / "end"
+    stand_in.before(f"until [ -e {end} ]; do sleep 0.02; done")
     arguments = {"output": tmp_path / "out", "bags": bags, "configs": (str(own),), "seeds": (0,)}
     other = threading.Thread(target=sweep, kwargs=arguments)
     other.start()
@@ -354,5 +355,6 @@ def test_two_sweeps_do_not_make_the_same_step(tmp_path, bags, own, stand_in, com
         time.sleep(0.01)
     assert sweep(**arguments) == 1
     assert "own seed 0: failed: another sweep is at this" in capsys.readouterr().out
+    end.touch()
     other.join()
     assert len(stand_in.new_calls()) == 2
