@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from functools import cache
@@ -38,11 +39,20 @@ PER_SCALE = re.compile(r"(--(?:extractors|features|patches))\.[^ =]+")
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 CHOICES = {"model": ("DASMIL", "ABMIL", "CLAM", "DTFD", "DINOModule")}
 CHOICES["data"] = ("BagDataModule", "TileDataModule")
+FOREIGN = {"--target_patch_size", "--gpus", "--only", "--variants"}  # of CLAM, SLURM, benchmarks
 WORDS_OF_VERB = {"import": 2}  # the kind belongs to the verb
 
 
 def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
+
+
+def prose_of(page: Path) -> str:
+    """A page without its code blocks, and without the old names in a table of old and new ones."""
+    text = BLOCK.sub("", text_of(page))
+    return (
+        re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE) if page.name == "changes.md" else text
+    )
 
 
 def ids_of(path: Path) -> str:
@@ -62,7 +72,7 @@ def anchors_of(page: Path) -> set[str]:
 
 @by_page
 def test_every_link_and_image_exists(page: Path) -> None:
-    for link in LINK.findall(BLOCK.sub("", text_of(page))):
+    for link in LINK.findall(prose_of(page)):
         if "://" in link:
             continue
         name, _, anchor = link.partition("#")
@@ -73,10 +83,8 @@ def test_every_link_and_image_exists(page: Path) -> None:
 
 @by_page
 def test_every_named_file_exists(page: Path) -> None:
-    """Except those that a recipe creates, and the old names in a table of old and new ones."""
-    text = text_of(page)
-    if page.name == "changes.md":
-        text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
+    """Except those that a recipe creates."""
+    text = prose_of(page) + "".join(block for _, block in BLOCK.findall(text_of(page)))
     names = set(NAMED.findall(LINK.sub("", text))) - set(CREATED.findall(text))
     assert not [name for name in names if not (REPOSITORY / name).exists()]
 
@@ -125,7 +133,9 @@ def commands_of(page: Path) -> Iterator[list[str]]:
             starts = [n + 2 for n in range(len(words)) if words[n : n + 2] == ["-m", "dasmil"]]
             for start in starts:
                 ends = [n for n in range(start, len(words)) if words[n] in ("&&", ";", "|")]
-                yield [word.strip("[]") for word in words[start : min(ends, default=len(words))]]
+                command = words[start : min(ends, default=len(words))]
+                if command[0] != "VERB" and not command[0].startswith("-"):
+                    yield command
 
 
 @cache
@@ -134,6 +144,10 @@ def help_of(*words: str) -> str:
     with redirect_stdout(output), suppress(SystemExit):
         main(words)
     return output.getvalue()
+
+
+def verb_of(words: Sequence[str]) -> tuple[str, ...]:
+    return tuple(words[: WORDS_OF_VERB.get(words[0], 1)])
 
 
 def options_of(verb: Sequence[str]) -> set[str]:
@@ -145,21 +159,34 @@ def options_of(verb: Sequence[str]) -> set[str]:
             for part, names in CHOICES.items()
             for name in names
         ]
-    return {option.rstrip(".") for page in pages for option in OPTION.findall(page)}
+    return {"--preview"} | {text.rstrip(".") for page in pages for text in OPTION.findall(page)}
 
 
 @by_page
 def test_commands_have_verbs_and_options_that_exist(page: Path) -> None:
     for words in commands_of(page):
-        if words[0] == "VERB" or words[0].startswith("-"):
-            continue
-        verb = words[: WORDS_OF_VERB.get(words[0], 1)]
+        verb = verb_of(words)
         given = {PER_SCALE.sub(r"\1", word.split("=")[0]) for word in words if OPTION.match(word)}
         if "topk.TopK" in words:  # the recipe's method has options of its own
             given = {option for option in given if not option.startswith("--model.")}
-        known = options_of(verb) | {"--preview"}
+        known = options_of(verb)
         assert "--help" in known, verb
         assert not sorted(given - known), verb
+
+
+def test_options_in_sentences_exist() -> None:
+    verbs = {verb_of(words) for page in PAGES for words in commands_of(page)}
+    known = FOREIGN.union(*map(options_of, verbs))
+    for page in PAGES:
+        options = re.findall(r"`(--[a-z][\w.]*+)(?!…)[^`]*`", prose_of(page))
+        options = [PER_SCALE.sub(r"\1", option).rstrip(".") for option in options]
+        assert not [option for option in options if option not in known], page
+
+
+def test_the_guide_shows_the_layers_of_the_import_contract() -> None:
+    contracts = tomllib.loads(text_of(REPOSITORY / "pyproject.toml"))["tool"]["importlinter"]
+    layers = "\n".join(contracts["contracts"][0]["layers"]).replace("dasmil.", "")
+    assert f"```\n{layers}\n```" in text_of(CONTRIBUTING)
 
 
 def recipes() -> dict[str, str]:

@@ -21,14 +21,11 @@ from dasmil.cli import main
 from dasmil.data import BagDataModule
 from dasmil.modules import MILModule
 
-METHODS = {
-    name: {"network": {**network}}
-    for name, network in {
-        "ABMIL": {"attention_dim": 4},
-        "CLAM": {"hidden_dim": 8, "attention_dim": 4},
-        "DASMIL": {"hidden_dim": 8, "out_dim": 8, "query_dim": 4},
-        "DTFD": {"hidden_dim": 8, "attention_dim": 4},
-    }.items()
+METHODS = {  # with small networks
+    "ABMIL": {"network": {"attention_dim": 4}},
+    "CLAM": {"network": {"hidden_dim": 8, "attention_dim": 4}},
+    "DASMIL": {"network": {"hidden_dim": 8, "out_dim": 8, "query_dim": 4}},
+    "DTFD": {"network": {"hidden_dim": 8, "attention_dim": 4}},
 }
 
 
