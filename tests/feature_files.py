@@ -1,4 +1,4 @@
-"""Feature files written by h5py in the very layout of TRIDENT, CLAM and STAMP."""
+"""Write feature files in the layout of TRIDENT, CLAM and STAMP, and import them."""
 
 import math
 from pathlib import Path
@@ -7,8 +7,14 @@ import h5py
 import numpy as np
 import torch
 
+from dasmil.bags import Bag, BagHeader, bag_path, read_bag, read_header
+from dasmil.cli import main
+from dasmil.tables import read_csv
+
 # finest tiles of a slide: (column, row); each coarser scale has their ancestors
 CELLS = [(c, r) for r in range(4, 12) for c in range(8, 14)]
+RATIOS = {"x5": 4, "x10": 2, "x20": 1}  # side of a tile in sides of the finest
+CONTOURS = [(1000, 2000), (9137, 2111), (1003, 9001)]  # where CLAM starts its grids
 
 
 def ancestors(cells, ratio):
@@ -35,7 +41,7 @@ def write_trident(
     batched: bool = False,
     features=None,
 ) -> Path:
-    """``features_<encoder>/<slide>.h5`` as TRIDENT writes it; returns that folder."""
+    """Write ``features_<encoder>/<slide>.h5`` as TRIDENT does; returns that folder."""
     folder = root / f"{magnification}x_{patch_size}px_{overlap}px_overlap" / f"features_{encoder}"
     folder.mkdir(parents=True, exist_ok=True)
     ratio = level0 / magnification
@@ -71,7 +77,7 @@ def write_clam(
     as_pt: bool = False,
     feature_coords=None,
 ) -> tuple[Path, Path]:
-    """``patches/<slide>.h5`` and ``h5_files/`` or ``pt_files/`` as CLAM writes them."""
+    """Write ``patches/<slide>.h5`` and ``h5_files/`` or ``pt_files/`` as CLAM does."""
     (root / "patches").mkdir(parents=True, exist_ok=True)
     coords = np.array(coords, dtype=np.int32).reshape(-1, 2)
     with h5py.File(root / "patches" / f"{slide_id}.h5", "w") as file:
@@ -110,10 +116,10 @@ def write_stamp(
     unit: str = "um",
     name: str = "feats",
 ) -> Path:
-    """``<extractor>/<slide>.h5`` as STAMP writes it; returns that folder.
+    """Write ``<extractor>/<slide>.h5`` as STAMP does; returns that folder.
 
-    Tiles are of whole level-0 pixels, rounded up; supertiles of at most 4,096 of them lie side by
-    side, and inside one places are counted in ``tile_um``.
+    A tile is rounded up to whole level-0 pixels. Supertiles of at most 4,096 pixels lie side by
+    side; inside one, places are counted in ``tile_um``.
     """
     folder = root / f"{tile_um:g}um" / extractor
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,3 +136,63 @@ def write_stamp(
         file.attrs["tile_size_um"] = tile_um
         file.attrs["tile_size_px"] = tile_px
     return folder
+
+
+def trident_folders(root, slide_id="s1", scales=("x5", "x10", "x20"), cells=CELLS, **options):
+    """Per scale the folder of one slide's features, whose tiles nest."""
+    return {
+        s: write_trident(root, slide_id, int(s[1:]), ancestors(cells, RATIOS[s]), **options)
+        for s in scales
+    }
+
+
+def clam_coords(side, ratio, zoom=1):
+    """Coords of tiles on a grid per contour, each of eight by four finest tiles."""
+    step = side * ratio
+    return [
+        (zoom * x + c * step, zoom * y + r * step)
+        for x, y in CONTOURS
+        for r in range(4 // ratio)
+        for c in range(8 // ratio)
+    ]
+
+
+def clam_folders(root, as_pt=False):
+    """Folders of features and of patches: x10 at level 1, x20 at level 0 of a slide of 20x."""
+    features, patches = {}, {}
+    for scale, ratio in (("x10", 2), ("x20", 1)):
+        options = {"level": ratio - 1, "downsample": ratio, "as_pt": as_pt}
+        features[scale], patches[scale] = write_clam(
+            root / scale, "s1", clam_coords(256, ratio), **options
+        )
+    return features, patches
+
+
+def folder_options(folders, name="features"):
+    return [text for s, f in folders.items() for text in (f"--{name}.{s}", str(f))]
+
+
+def run_import(kind, dest, folders, *options):
+    return main(["import", kind, str(dest), *folder_options(folders), *map(str, options)])
+
+
+def run_clam(dest, features, patches, *options):
+    options = (*folder_options(patches, "patches"), "--encoder", "resnet50", *options)
+    return run_import("clam", dest, features, *options)
+
+
+def bag_of(folder, slide_id="s1") -> Bag:
+    return read_bag(bag_path(folder, slide_id))
+
+
+def header_of(folder, slide_id="s1") -> BagHeader:
+    return read_header(bag_path(folder, slide_id))
+
+
+def corners(bag, scale):
+    """Sorted x, y of the tiles of a bag, in level-0 pixels."""
+    return sorted(map(tuple, bag.boxes_px0(scale)[:, :2].tolist()))
+
+
+def rows_by_slide(path):
+    return {row["slide_id"]: row for row in read_csv(path)[1]}

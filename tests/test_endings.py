@@ -151,7 +151,7 @@ def test_test(road, tmp_path, ending, capsys):
 def test_import(tmp_path, ending, capsys):
     for slide_id in ("s1", "s2", "s3"):
         features = write_trident(tmp_path, slide_id, 20, CELLS)
-    number = ending(importer, "make_bag")
+    number = ending(importer, "write_bag")
     command = ["import", "trident", str(tmp_path / "bags"), "--features.x20", str(features)]
     assert main(command) == 128 + number
     assert_said(number, capsys, "import", "run the same command again, what is done is kept")

@@ -51,7 +51,9 @@ UNUSED = frozenset(  # ways to ask for a name that torch.save never takes
 Allowed = type | tuple[Any, str]
 
 
-def load_restricted(path: Path, allowed: Iterable[Allowed] = (), kind: str = "torch file") -> Any:
+def load_restricted(
+    path: Path, allowed: Iterable[Allowed] = (), kind: str = "torch file", copy: bool = True
+) -> Any:
     """The content of a file that ``torch.save`` wrote, on the CPU; gzip-compressed or not.
 
     Parameters
@@ -60,6 +62,8 @@ def load_restricted(path: Path, allowed: Iterable[Allowed] = (), kind: str = "to
     allowed: classes it may hold beside tensors and plain values; ``(stand_in, "module.name")``
         puts a class of ours in the place of a named one.
     kind: what the file should be, for the messages.
+    copy: whether tensors are copied into memory and checked against the size of the file; without,
+        they are mapped, for files of which only a few small values are read.
 
     Raises
     ------
@@ -82,7 +86,10 @@ def load_restricted(path: Path, allowed: Iterable[Allowed] = (), kind: str = "to
                         f"{path}: is not loaded: it asks for {name!r}, which no {kind} needs "
                         "and which could run foreign code; give one of tensors and plain values"
                     )
-            return _loaded(whole, allowed)
+            content = _loaded(whole, allowed)
+            return (
+                _Copies(MAX_SHARED * whole.seek(0, io.SEEK_END)).own(content) if copy else content
+            )
     except InputError:
         raise
     except Exception as error:  # torch and gzip raise many kinds for a file that is none of theirs
@@ -205,12 +212,10 @@ def _is_zip(file: IO[bytes]) -> bool:
 
 
 def _loaded(file: IO[bytes], allowed: list[Allowed]) -> Any:
-    num_bytes = file.seek(0, io.SEEK_END)
     is_zip = _is_zip(file)  # whose tensors are then mapped: their sizes cannot lie
     with _only(allowed):
         source: Any = str(file.name) if is_zip else file
-        content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
-    return _Copies(MAX_SHARED * num_bytes).own(content)
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 class _Copies:

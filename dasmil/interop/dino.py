@@ -15,6 +15,7 @@ from torch import Tensor
 from dasmil.embedding.networks import vit_backbone
 from dasmil.embedding.record import BACKBONE_PREFIX, ExtractorRecord
 from dasmil.embedding.restricted import is_state_dict, load_restricted, refuse_no_numbers
+from dasmil.embedding.weights import Misfit
 from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path
 from dasmil.units import Scale
@@ -94,11 +95,9 @@ def dino_checkpoint(
         weights["pos_embed"] = _resample(weights["pos_embed"].float(), image_size // patch)
     options = {} if patch == 16 else {"patch_size": patch}
     with torch.device("meta"):
-        shapes = {
-            key: tuple(weight.shape)
-            for key, weight in vit_backbone(name, image_size, options).state_dict().items()
-        }
-    _check_fit(weights, shapes, f"{name} with patch {patch}", file)
+        wanted = vit_backbone(name, image_size, options).state_dict()
+    if misfit := Misfit.of(wanted, weights):
+        raise InputError(f"{file}: its weights do not fit {name} with patch {patch} ({misfit})")
 
     record = ExtractorRecord(
         name=name,
@@ -111,7 +110,7 @@ def dino_checkpoint(
         tile_px=tile_px,
         trained_on=None,
     )
-    state = {f"{BACKBONE_PREFIX}{key}": weights[key].float() for key in shapes}
+    state = {f"{BACKBONE_PREFIX}{key}": weights[key].float() for key in wanted}
     with atomic_path(out) as temporary:
         torch.save({"extractor": asdict(record), "state_dict": state}, temporary)
 
@@ -173,18 +172,3 @@ def _resample(position: Tensor, size: int) -> Tensor:
     factor = (size + 0.1) / grid
     patches = F.interpolate(patches, scale_factor=(factor, factor), mode="bicubic")
     return torch.cat([position[:, :1], patches.flatten(2).mT], dim=1)
-
-
-def _check_fit(
-    weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], name: str, file: Path
-) -> None:
-    found = {key: tuple(weight.shape) for key, weight in weights.items()}
-    wrong = [f"{key} is missing" for key in shapes if key not in found]
-    wrong += [f"{key} has no place" for key in found if key not in shapes]
-    wrong += [
-        f"{key} is {found[key]}, not {shape}"
-        for key, shape in shapes.items()
-        if found.get(key, shape) != shape
-    ]
-    if wrong:
-        raise InputError(f"{file}: does not fit {name}: {some_of(wrong)}")

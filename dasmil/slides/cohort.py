@@ -170,7 +170,11 @@ def read_cohort(source: Path, leave_out: Path | None = None) -> list[SlideRow]:
     return rows
 
 
-def refuse_twice(source: Path, rows: Iterable[SlideRow]) -> None:
+def refuse_twice(
+    source: Path,
+    rows: Iterable[SlideRow],
+    advice: str = "give each slide a slide_id of its own in a cohort table",
+) -> None:
     """Slides need names that every file system tells apart: some ignore case."""
     seen: dict[str, SlideRow] = {}
     for row in rows:
@@ -178,10 +182,8 @@ def refuse_twice(source: Path, rows: Iterable[SlideRow]) -> None:
         if other is not row:
             same = other.slide_id == row.slide_id
             what = "stands twice" if same else f"is the same as {other.slide_id!r} on some disks"
-            raise InputError(
-                f"{source}: slide_id {row.slide_id!r} {what} ({other.path} and {row.path}); give "
-                "each slide a slide_id of its own in a cohort table"
-            )
+            paths = f"{other.path} and {row.path}"
+            raise InputError(f"{source}: slide_id {row.slide_id!r} {what} ({paths}); {advice}")
 
 
 def write_cohort(path: Path, rows: Iterable[SlideRow]) -> None:

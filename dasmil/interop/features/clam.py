@@ -8,32 +8,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dasmil.bags import ExtractorCard
 from dasmil.embedding.restricted import load_restricted
 from dasmil.errors import InputError
 from dasmil.interop.features.hdf5 import (
     FAR,
-    as_features,
-    attribute,
     open_h5,
-    read_features,
+    read_attribute,
+    read_pixels,
     read_places,
-    whole,
+    read_tiles,
+    to_features,
 )
-from dasmil.interop.features.importer import (
-    files_by_slide,
-    import_features,
-    imported_card,
-    parse_folders,
-    table_mpps,
-)
+from dasmil.interop.features.importer import import_slides
 from dasmil.interop.features.nesting import (
     Dtype,
     Orphans,
     ScaleFeatures,
     SlideFeatures,
-    check_mpp,
+    require_mpp,
 )
+from dasmil.interop.features.sources import feature_source, list_files, parse_folders
 from dasmil.units import Scale
 
 
@@ -47,12 +41,12 @@ def clam(
     orphans: Orphans = "keep",
     dtype: Dtype = "keep",
 ) -> int:
-    """Features that CLAM extracted at one or several magnifications → a folder of bags.
+    """Import features that CLAM extracted at one or several magnifications into a bag folder.
 
-    CLAM's feature files say where tiles lie, its patch files how large they are; neither says µm. A
-    scale's tiles are taken for what its name says; where the cohort table has the slide's mpp, that
-    is checked. CLAM lays a grid anew for every contour: where all magnifications were cut with the
-    same segmentation these nest, and each contour is moved as a whole onto the bag's one grid;
+    CLAM's feature files hold the places of tiles, its patch files their size; neither holds µm. The
+    name of a scale tells the µm/px of its tiles; if the cohort table has the slide's mpp, the two
+    are compared. CLAM starts a new grid at every contour. The grids nest if all magnifications were
+    cut with the same segmentation. Each contour is moved as a whole onto the bag's one grid;
     DEST/import.csv says by how much.
 
     Parameters
@@ -64,45 +58,55 @@ def clam(
     patches:
         per scale the folder of create_patches, with patches/<slide_id>.h5.
     encoder:
-        the name of the network, which the files do not say; features of other names never mix.
+        name of the network, which the files do not tell; features of different names never mix.
     tile_px:
-        side of a tile as the network saw it, where CLAM resized tiles (its --target_patch_size):
-        then patches of 512 px at 40x are x20 for tiles of 256 px.
+        side of a tile as the network saw it, if CLAM resized tiles (its --target_patch_size):
+        patches of 512 px at 40x are x20 for tiles of 256 px.
     cohort:
-        table with the labels: ours (slide_id, path, label, ...) or CLAM's (case_id, slide_id,
-        label); without it the bags are for predict.
+        table with the labels: a cohort table (slide_id, path, label, ...) or CLAM's (case_id,
+        slide_id, label); without it the bags are for predict.
     orphans:
         keep or drop tiles without a parent, and coarser ones without a child.
     dtype:
-        keep the files' float16 or float32, or make it one of them.
+        keep the float16 or float32 of the files, or convert to one of them.
 
     Returns
     -------
-    The exit code: 1 when a slide failed, else 0.
+    The exit code: 1 if a slide failed, else 0.
     """
     scales, folders = parse_folders(features)
     if set(patches) != set(features):
         raise InputError(
             f"patches: given for {', '.join(sorted(patches))}, features for "
-            f"{', '.join(sorted(features))}; give both of each scale"
+            f"{', '.join(sorted(features))}; give both for each scale"
         )
-    files = [_feature_files(folder) for folder in folders]
+    files = [_list_features(folder) for folder in folders]
     grids = [_inner(Path(patches[scale.name]), "patches") for scale in scales]
-    mpps = table_mpps(cohort, files)
-
-    def read(slide_id: str) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
-        paths = [found[slide_id] for found in files]
-        pairs = list(zip(paths, patches_of(slide_id), strict=True))
-        return read_slide(slide_id, scales, pairs, encoder, tile_px, mpps.get(slide_id))
 
     def patches_of(slide_id: str) -> list[Path]:
-        """Files of the same name as those of the features."""
-        names = [found[slide_id].stem if slide_id in found else slide_id for found in files]
+        """The files with the same names as those of the features."""
+        names = [paths[slide_id].stem if slide_id in paths else slide_id for paths in files]
         return [grid / f"{name}.h5" for grid, name in zip(grids, names, strict=True)]
 
-    return import_features(
-        dest, scales, files, read, cohort, "clam", orphans, dtype, mpps, patches_of
+    source = feature_source(
+        "clam",
+        scales,
+        files,
+        lambda row, paths: read_slide(
+            row.slide_id,
+            scales,
+            list(zip(paths, patches_of(row.slide_id), strict=True)),
+            encoder,
+            tile_px,
+            row.mpp,
+        ),
+        cohort,
+        orphans,
+        dtype,
+        needs_mpp=True,
+        other_files=patches_of,
     )
+    return import_slides(dest, source)
 
 
 def _inner(folder: Path, name: str) -> Path:
@@ -110,27 +114,27 @@ def _inner(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _feature_files(folder: Path) -> dict[str, Path]:
-    """h5 files where there are any, since they say where tiles lie; else the bare tensors."""
+def _list_features(folder: Path) -> dict[str, Path]:
+    """HDF5 files if there are any, since they hold the places of tiles; else tensors alone."""
     inner = _inner(folder, "h5_files")
     if inner.is_dir() and any(inner.glob("*.h5")):
-        return files_by_slide(inner)
+        return list_files(inner)
     tensors = _inner(folder, "pt_files")
     if tensors.is_dir() and any(tensors.glob("*.pt")):
-        return files_by_slide(tensors, ".pt")
-    return files_by_slide(inner)
+        return list_files(tensors, ".pt")
+    return list_files(inner)
 
 
 @dataclass(frozen=True)
 class Patches:
-    """What a file of create_patches says.
+    """The content of a file of create_patches.
 
     Parameters
     ----------
     place: (N, 2) x, y in level-0 pixels.
     tile_px: side of a tile in pixels of its level.
-    side_px0: and in level-0 pixels.
-    size_px0: of the slide.
+    side_px0: side of a tile in level-0 pixels.
+    size_px0: width and height of the slide.
     """
 
     place: npt.NDArray[np.int64]
@@ -140,29 +144,31 @@ class Patches:
 
 
 def read_patches(path: Path) -> Patches:
-    """CLAM's ``patches/<slide_id>.h5``; its downsample may be one number or two."""
+    """Read CLAM's ``patches/<slide_id>.h5``; its downsample may be one number or two."""
     with open_h5(path) as file:
         place = np.rint(read_places(file)).astype(np.int64)
         coords = file["coords"]
-        tile_px = whole(coords, "patch_size")
+        tile_px = read_pixels(coords, "patch_size")
         try:
-            downsample = np.broadcast_to(np.asarray(attribute(coords, "downsample"), float), 2)
-            size = np.asarray(attribute(coords, "level_dim"), float) * downsample
+            downsample = np.broadcast_to(np.asarray(read_attribute(coords, "downsample"), float), 2)
+            size = np.asarray(read_attribute(coords, "level_dim"), float) * downsample
             custom = float(coords.attrs.get("custom_downsample", 1))
         except (TypeError, ValueError) as error:
-            raise InputError(f"{path}: its attributes are no numbers ({error})") from error
+            raise InputError(
+                f"{path}: its attributes are no numbers ({error}); cut the patches again"
+            ) from error
         if not ((downsample > 0) & (downsample < FAR)).all() or not 0 < custom < FAR:
             raise InputError(f"{path}: its downsample is {downsample[0]:g}; cut the patches again")
         if size.shape != (2,) or not ((size >= 1) & (size < FAR)).all():
             raise InputError(
-                f"{path}: its level_dim is the size of no slide; cut the patches again"
+                f"{path}: its level_dim is not the size of a slide; cut the patches again"
             )
     width, height = np.rint(size).astype(int).tolist()
-    side = tile_px * int(downsample[0]) * custom  # as CLAM steps, though levels are 4.0003
+    side = tile_px * int(downsample[0]) * custom  # CLAM's own step, although levels are 4.0003
     if side < 0.99 * tile_px * downsample[0] * custom:
         raise InputError(
-            f"{path}: CLAM laid tiles with a step of {int(downsample[0])} px on a level of "
-            f"downsample {downsample[0]:g}, so they overlap; cut them anew with dasmil tile"
+            f"{path}: CLAM placed tiles with a step of {int(downsample[0])} px on a level of "
+            f"downsample {downsample[0]:g}, so they overlap; cut them again with dasmil tile"
         )
     return Patches(place, tile_px, side, (width, height))
 
@@ -174,10 +180,16 @@ def read_slide(
     encoder: str,
     seen_px: int | None,
     mpp: float | None,
-) -> tuple[SlideFeatures, dict[str, ExtractorCard]]:
-    """One slide of CLAM's, coarse to fine; ``paths`` of features and of patches."""
-    found, tile_px, sizes, cards = [], [], [], {}
-    side = 0.0
+) -> SlideFeatures:
+    """Read one slide from CLAM's files, coarse to fine.
+
+    Parameters
+    ----------
+    paths: of features and of patches.
+    seen_px: side of a tile as the network saw it; None if CLAM did not resize tiles.
+    mpp: of the slide, if it is known.
+    """
+    files, tile_px, sizes = [], [], []
     for scale, (path, grid) in zip(scales, paths, strict=True):
         patches = read_patches(grid)
         values, place = _read_features(path)
@@ -188,51 +200,49 @@ def read_slide(
                     f"{path}: {len(values)} features for the {len(place)} patches of {grid}; "
                     "extract them again from that file"
                 )
-        elif not _same_places(place, patches.place):
+        elif not _are_same_places(place, patches.place):
             raise InputError(
-                f"{path}: its coords are not those of {grid}; give the patches that it was "
-                "extracted from"
+                f"{path}: its coords are not those of {grid}; give the patches from which the "
+                "features were extracted"
             )
-        side = patches.side_px0
         tile_px.append(seen_px or patches.tile_px)
         if mpp is not None:
-            check_mpp(path, scale, mpp * side / tile_px[-1])
-        found.append(ScaleFeatures(path, values, place, side))
+            require_mpp(path, scale, mpp * patches.side_px0 / tile_px[-1])
+        files.append(ScaleFeatures(path, encoder, values, place, patches.side_px0))
         sizes.append(patches.size_px0)
-        cards[scale.name] = imported_card("clam", encoder, scale, tile_px[-1], values)
     if len(set(tile_px)) > 1:
         raise InputError(
-            f"{paths[-1][1]}: the tile size differs from scale to scale ({tile_px[0]}, "
-            f"{tile_px[-1]} px); if all were resized for the network say to what, by --tile_px"
+            f"{paths[-1][1]}: the tile size differs between scales ({tile_px[0]}, {tile_px[-1]} "
+            "px); if all tiles were resized for the network, give that size by --tile_px"
         )
-    shared = tile_px[-1]
-    slide = SlideFeatures(
-        slide_id, scales, shared, tuple(found), shared * scales[-1].mpp / side, sizes[-1]
+    return SlideFeatures(
+        slide_id=slide_id,
+        scales=scales,
+        tile_px=tile_px[-1],
+        files=tuple(files),
+        slide_mpp=tile_px[-1] * scales[-1].mpp / files[-1].side,
+        size_px0=sizes[-1],
     )
-    return slide, cards
 
 
 def _read_features(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None]:
-    """Features, and where they lie as far as the file says."""
+    """Features, and their places unless the file is a tensor alone."""
     if path.suffix == ".pt":
         return _load_tensor(path), None
     with open_h5(path) as file:
-        values, place = read_features(file, "features"), read_places(file)
-    if len(values) != len(place):
-        raise InputError(f"{path}: {len(values)} features for {len(place)} coords; extract again")
+        values, place = read_tiles(file, "features")
     return values, np.rint(place).astype(np.int64)
 
 
 def _load_tensor(path: Path) -> npt.NDArray[Any]:
     values = load_restricted(path, kind="tensor of features")
     if not isinstance(values, torch.Tensor) or values.ndim != 2 or values.is_sparse:
-        raise InputError(f"{path}: not a tensor of (tiles, features)")
-    if values.dtype == torch.bfloat16:  # which numpy does not know
+        raise InputError(f"{path}: not a tensor of (tiles, features); extract the features again")
+    if values.dtype == torch.bfloat16:  # NumPy lacks it
         values = values.float()
-    return as_features(path, values.detach().numpy())
+    return to_features(path, values.detach().numpy())
 
 
-def _same_places(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> bool:
-    return one.shape == other.shape and set(map(tuple, one.tolist())) == set(
-        map(tuple, other.tolist())
-    )
+def _are_same_places(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> bool:
+    pairs, others = (set(map(tuple, places.tolist())) for places in (one, other))
+    return one.shape == other.shape and pairs == others

@@ -1,16 +1,20 @@
-"""Folders of feature files → a folder of bags: what importing from any tool has in common."""
+"""The one importer: slides that any tool prepared become a folder of bags.
+
+A tool's module reads its files (:class:`Source`); this module does the rest. Several processes may
+import into one folder; each skips what is done, and a slide that fails costs one row of status.csv
+and import.csv.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from dasmil.bag_folder import EXTRACTORS, bag_status, status_row
 from dasmil.bags import (
+    Bag,
     ExtractorCard,
     bag_path,
     describe_other_bag,
@@ -18,348 +22,287 @@ from dasmil.bags import (
     read_headers,
     write_bag,
 )
-from dasmil.errors import DiskFullError, InputError, say_error, some_of
-from dasmil.files import files_below, write_text
-from dasmil.interop.features.nesting import Dtype, Orphans, SlideFeatures, make_bag
+from dasmil.errors import DiskFullError, InputError, say_error
+from dasmil.files import write_text
 from dasmil.progress import progress
-from dasmil.slides.cohort import (
-    SlideRow,
-    describe_leaving,
-    match_names,
-    positive_number,
-    read_cohort,
-    read_patients,
-    readable,
-    refuse_faulty,
-    refuse_twice,
-    say_unknown_columns,
-    write_cohort,
-)
-from dasmil.tables import read_csv, write_csv
-from dasmil.units import Scale, parse_scales
+from dasmil.slides.cohort import SlideRow, describe_leaving, refuse_faulty, write_cohort
+from dasmil.tables import write_csv
+from dasmil.units import TilePx
 from dasmil.work.worker import Worker
 
-MAX_NAMED = 10
-MAX_LINE = 2**20  # characters of a table's first line
-CLAM_COLUMNS = ("case_id", "slide_id", "label", "patient_id", "mpp")
-FIGURES = ("orphans", "childless", "rule", "moved", "max_moved_px0")
+MAX_NAMED = 10  # slides that the report names
+COLUMNS = ("orphans", "childless", "rule", "moved", "max_moved_px0")
+
+Cards = Mapping[str, ExtractorCard]
+Record = Mapping[str, Any]
 
 
-def parse_folders(folders: Mapping[str, Path]) -> tuple[tuple[Scale, ...], list[Path]]:
-    """Scales from coarse to fine, and the folder of each."""
-    if not folders:
-        raise InputError("features: give the folder of each scale, as --features.x20 FOLDER")
-    scales = parse_scales(folders)
-    return scales, [Path(folders[scale.name]) for scale in scales]
+@dataclass(frozen=True)
+class SlideFiles:
+    """One slide as a tool's module has read it from its files.
+
+    Parameters
+    ----------
+    paths: per scale, from coarse to fine, the file with its features; for messages.
+    cards: of the extractors, per scale.
+    is_empty: whether the finest scale has no tiles.
+    make_bag: from the cards of the folder and the header's JSON to the bag, and its columns of
+        import.csv.
+    """
+
+    paths: Mapping[str, Path]
+    cards: Cards
+    is_empty: bool
+    make_bag: Callable[[Cards, str], tuple[Bag, dict[str, Any]]]
 
 
-def files_by_slide(folder: Path, suffix: str = ".h5", below: bool = False) -> dict[str, Path]:
-    """The files of a folder by slide, ``below`` those of folders in it, too.
+@dataclass(frozen=True)
+class Source:
+    """What a tool's module knows of its files.
+
+    Parameters
+    ----------
+    tool: its name.
+    rows: the slides.
+    files: all files that a slide's bag is made of; import.csv names the first one.
+    read: a slide from its files.
+    options: of the import; all bags of a folder share them.
+    tile_px: side of a tile as the extractors saw it, unless the fingerprints of the cards tell it.
+    columns: of import.csv that only this tool has.
+    needs_mpp: whether bags depend on the mpp of the cohort table.
+    describe: lines for the report, from the rows of slides that are done.
+    """
+
+    tool: str
+    rows: Sequence[SlideRow]
+    files: Callable[[SlideRow], Sequence[Path]]
+    read: Callable[[SlideRow], SlideFiles]
+    options: Mapping[str, str] = field(default_factory=dict)
+    tile_px: int | None = None
+    columns: Sequence[str] = ()
+    needs_mpp: bool = False
+    describe: Callable[[Sequence[Record]], Iterable[str]] = lambda done: ()
+
+
+def import_slides(dest: Path, source: Source) -> int:
+    """Write one bag per slide into a folder, and report.
+
+    Returns
+    -------
+    The exit code: 1 if a slide failed, else 0.
 
     Raises
     ------
     InputError
-        when there is none, or two of a slide; of DSMIL's CSVs with the reason why they can be no
-        bags.
+        if no slide can be read, or the folder holds other bags.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    found = files_below(folder) if below else folder.iterdir()
-    paths = sorted(p for p in found if p.name.endswith(suffix) and p.name[0] != ".")
-    tables = [path for path in files_below(folder) if path.suffix == ".csv"] if not paths else []
-    if any(map(_is_dsmils, tables)):
-        raise InputError(
-            f"{folder}: it holds CSV files as DSMIL writes them; they do not say where a tile "
-            "lies, so no graph can be made of them: extract the features with a tool that keeps "
-            "coordinates (dasmil embed, TRIDENT, CLAM, STAMP)"
-        )
-    if not paths:
-        raise InputError(f"{folder}: no {suffix} file in it")
-    files: dict[str, Path] = {}
-    for path in paths:
-        if (other := files.setdefault(readable(path.name.removesuffix(suffix)), path)) != path:
-            raise InputError(f"{other} and {path} are of the same slide; keep one of them")
-    return files
-
-
-def _is_dsmils(path: Path) -> bool:
-    """A table of features, whose columns have numbers for names."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return all(name.strip().isdecimal() for name in file.readline(MAX_LINE).split(","))
-
-
-def import_features(
-    dest: Path,
-    scales: Sequence[Scale],
-    files: Sequence[Mapping[str, Path]],
-    read: Callable[[str], tuple[SlideFeatures, dict[str, ExtractorCard]]],
-    cohort: Path | None,
-    tool: str,
-    orphans: Orphans,
-    dtype: Dtype,
-    mpps: Mapping[str, float] | None = None,
-    beside: Callable[[str], list[Path]] = lambda slide_id: [],
-) -> int:
-    """A bag for each slide; what is wrong with one costs one row of import.csv and status.csv.
-
-    Parameters
-    ----------
-    files: per scale the files by slide.
-    read: a slide, and the cards of its extractors.
-    cohort: table with the labels, ours or CLAM's; without it slides have none.
-    mpps: of slides, where the places of tiles follow from them.
-    beside: other files that a slide is made of.
-    """
-    slide_ids = sorted(set().union(*files))
-    any_file = {slide_id: path for found in files for slide_id, path in found.items()}
-    rows, left_out = _cohort_rows(cohort, slide_ids, any_file)
-    options = {"imported": tool, "orphans": orphans, "dtype": dtype}
-    cards = _first_cards(read, [row for row in rows if not row.fault], scales, files)
+    options = {"imported": source.tool, **source.options}
+    cards = _shared_cards(source)
     wants = {"bags": json.dumps([options, [card.fingerprint for card in cards.values()]])}
     with Worker(dest, wants=wants) as worker:
         if other := worker.refused_by("bags"):
             raise InputError(f"{dest}: {other} writes other bags into it now; choose another DEST")
-        _refuse_other_bags(dest, rows, scales, cards, options)
-        if line := describe_leaving(dest / "cohort.csv", rows):
+        _refuse_other_bags(dest, source, cards, options)
+        if line := describe_leaving(dest / "cohort.csv", source.rows):
             print(f"import: {line}")
-        write_cohort(dest / "cohort.csv", rows)
-        rows = refuse_faulty(rows, worker)
-        _write_extractors(dest / EXTRACTORS, cards, tool)
+        write_cohort(dest / "cohort.csv", source.rows)
+        _write_extractors(dest / EXTRACTORS, cards, source.tool)
+        rows = refuse_faulty(source.rows, worker)
         worker.on_beat = (status := bag_status(dest)).write
-        for row in progress(rows, f"import {tool}", unit="slide"):
-            sources = [found[row.slide_id] for found in files if row.slide_id in found]
-            sources += beside(row.slide_id)
-            mpp = (mpps or {}).get(row.slide_id)
-            fault = None if mpps is None else row.fault_in("mpp")
-            tiling = json.dumps({**options, "mpp": mpp, "files": _digest(sources)})
-            if not worker.claim(row.slide_id):
-                continue  # another command has it
-            failed = worker.last(row.slide_id)["state"] == "failed"  # killed before it told more
-            if not fault and not failed and _is_done(bag_path(dest, row.slide_id), cards, tiling):
-                worker.release(row.slide_id)
-                continue
-            try:
-                if fault:
-                    raise InputError(fault)
-                if missing := [s.name for s, f in zip(scales, files) if row.slide_id not in f]:
-                    raise InputError(f"{row.slide_id}: no feature file at {', '.join(missing)}")
-                slide, found = read(row.slide_id)
-                _refuse_other_cards(files[-1][row.slide_id], cards, found)
-                bag, figures = make_bag(slide, cards, tiling, orphans, dtype)
-                write_bag(bag_path(dest, row.slide_id), bag)
-                worker.settle(row.slide_id, {**status_row(bag.num_tiles()), **figures})
-            except DiskFullError:
-                raise
-            except Exception as error:  # one row of the tables; the cohort goes on
-                bag_path(dest, row.slide_id).unlink(missing_ok=True)  # of an import before
-                worker.settle(row.slide_id, {"state": "failed", "message": say_error(error)})
-    return _report(dest, status.rows, scales, left_out, tool)
+        for row in progress(rows, f"import {source.tool}", unit="slide"):
+            if worker.claim(row.slide_id):  # else another process works on it
+                _import_slide(dest, row, source, options, cards, worker)
+    return _report(dest, status.rows, source, cards)
 
 
-def _cohort_rows(
-    cohort: Path | None, slide_ids: Sequence[str], files: Mapping[str, Path]
-) -> tuple[list[SlideRow], list[str]]:
-    """The slides of the table, or all that have features; and feature files it does not name."""
-    if cohort is None:
-        return [SlideRow(slide_id, files[slide_id]) for slide_id in slide_ids], []
-    rows = match_names(_read_table(cohort, files), slide_ids)
-    refuse_twice(cohort, rows)
-    named = {row.slide_id for row in rows}
-    return rows, [slide_id for slide_id in slide_ids if slide_id not in named]
+def _import_slide(
+    dest: Path,
+    row: SlideRow,
+    source: Source,
+    options: Mapping[str, str],
+    cards: Cards,
+    worker: Worker,
+) -> None:
+    """Write the bag of a claimed slide if it is not there yet, and settle the slide."""
+    path, files = bag_path(dest, row.slide_id), source.files(row)
+    mpp = row.mpp if source.needs_mpp else None
+    fault = row.fault_in("mpp") if source.needs_mpp else None
+    tiling = json.dumps({**options, "mpp": mpp, "files": _files_digest(files)})
+    failed = worker.last(row.slide_id)["state"] == "failed"
+    if not fault and not failed and _is_done(path, source.tile_px, cards, tiling):
+        worker.release(row.slide_id)
+        return
+    record: dict[str, Any] = {"file": str(files[0]) if files else None}
+    try:
+        if fault:
+            raise InputError(fault)
+        slide = source.read(row)
+        _refuse_other_cards(slide, cards)
+        bag, columns = slide.make_bag(cards, tiling)
+        write_bag(path, bag)
+        record |= {**status_row(bag.num_tiles()), **columns}
+    except DiskFullError:
+        raise
+    except Exception as error:  # costs one row of the tables; the import goes on
+        path.unlink(missing_ok=True)  # the bag of an earlier import
+        record |= {"state": "failed", "message": say_error(error)}
+    worker.settle(row.slide_id, record)
 
 
-def _read_table(path: Path, files: Mapping[str, Path]) -> list[SlideRow]:
-    """Our cohort table, or one of CLAM's: case_id, slide_id, label."""
-    columns, records = read_csv(path)
-    if "path" in columns:
-        return read_cohort(path)
-    if not {"slide_id", "label"} <= set(columns):
-        raise InputError(
-            f"{path}: neither a cohort table (slide_id, path, ...) nor one of CLAM's (case_id, "
-            "slide_id, label)"
-        )
-    say_unknown_columns(path, columns, CLAM_COLUMNS)
-    if empty := [record.line for record in records if not record["slide_id"]]:
-        raise InputError(f"{path} line {empty[0]}: slide_id is empty")
-    patients = read_patients(path, records, "case_id", "patient_id")
-    rows = []
-    for record, patient in zip(records, patients, strict=True):
-        mpp, bad_cells = positive_number(record, "mpp", f"{path} line {record.line}")
-        rows.append(
-            SlideRow(
-                slide_id=record["slide_id"],
-                path=files.get(record["slide_id"], Path(record["slide_id"])),
-                label=record["label"] or None,
-                patient_id=patient,
-                mpp=mpp,
-                bad_cells=bad_cells,
-            )
-        )
-    return rows
+def _shared_cards(source: Source) -> Cards:
+    """The cards of the extractors, which all bags of a folder share.
 
+    They are those of the first two slides that agree, so that one odd file does not decide; if no
+    two agree, those of the first slide.
 
-def table_mpps(cohort: Path | None, files: Sequence[Mapping[str, Path]]) -> dict[str, float]:
-    """The mpp of the slides that the table knows it of, by the names of their files."""
-    if cohort is None:
-        return {}
-    rows = match_names(_read_table(cohort, {}), set().union(*files))
-    return {row.slide_id: row.mpp for row in rows if row.mpp is not None}
-
-
-def _first_cards(
-    read: Callable[[str], tuple[SlideFeatures, dict[str, ExtractorCard]]],
-    rows: Sequence[SlideRow],
-    scales: Sequence[Scale],
-    files: Sequence[Mapping[str, Path]],
-) -> dict[str, ExtractorCard]:
-    """Those that two slides share, of the first that can be read and hold a tile, else the first's.
-
-    All others must have the same; one odd file must not decide what they are.
+    Raises
+    ------
+    InputError
+        if no slide can be read, or none has a tile.
     """
-    reason = "no slide of the table has features at every scale"
-    known: list[dict[str, ExtractorCard]] = []
-    for row in rows:
-        if all(row.slide_id in found for found in files):
-            try:
-                slide, cards = read(row.slide_id)
-            except Exception as error:
-                reason = say_error(error)
-                continue
-            if not len(slide.files[-1].features) or not all(c.feature_dim for c in cards.values()):
-                reason = "no slide holds a tile"
-                continue
-            if cards in known:
-                return cards
-            known.append(cards)
+    reason = "there is no slide"
+    known: list[Cards] = []
+    for row in source.rows:
+        if row.fault:
+            continue
+        try:
+            slide = source.read(row)
+        except Exception as error:
+            reason = say_error(error)
+            continue
+        if slide.is_empty or not all(card.feature_dim for card in slide.cards.values()):
+            reason = "no slide has a tile"
+        elif slide.cards in known:
+            return slide.cards
+        else:
+            known.append(slide.cards)
     if known:
         return known[0]
     raise InputError(f"import: nothing can be imported: {reason}")
 
 
 def _refuse_other_bags(
-    dest: Path,
-    rows: Sequence[SlideRow],
-    scales: Sequence[Scale],
-    cards: Mapping[str, ExtractorCard],
-    options: Mapping[str, str],
+    dest: Path, source: Source, cards: Cards, options: Mapping[str, str]
 ) -> None:
-    """A folder holds bags of one tool, with one set of extractors and options.
+    """Refuse a folder that holds bags of another tool, other extractors or other options.
 
-    The slides that are imported now are re-created if need be; all others must fit beside them.
+    Bags of slides that are imported now do not count: they are re-created if need be.
     """
-    ours = {row.slide_id for row in rows}
-    for slide_id, found in read_headers(dest).items():
-        if slide_id in ours or isinstance(found, InputError):
+    imported_now = {row.slide_id for row in source.rows}
+    for slide_id, header in read_headers(dest).items():
+        if slide_id in imported_now or isinstance(header, InputError):
             continue
-        given = json.loads(found.tiling)
-        if "imported" in given:
-            known = {scale.name: scale for scale in found.scales}
+        given, scales = json.loads(header.tiling), [scale.name for scale in header.scales]
+        if "imported" not in given:
+            difference = "`embed` wrote it"
+        elif scales != list(cards):
+            difference = f"scales {', '.join(scales)} instead of {', '.join(cards)}"
+        else:
+            shared = json.dumps({name: given.get(name) for name in options})
             wanted = replace(
-                found,
-                scales=tuple(known.get(scale.name, scale) for scale in scales),
+                header,
+                tile_px=TilePx(source.tile_px or header.tile_px),
                 extractors=dict(cards),
                 tiling=json.dumps(dict(options)),
             )
-            shared = json.dumps({name: given.get(name) for name in options})
-            words = describe_other_bag(wanted, replace(found, tiling=shared))
-        else:
-            words = "embed made it"
-        if words:
+            difference = describe_other_bag(wanted, replace(header, tiling=shared))
+        if difference:
             raise InputError(
-                f"{bag_path(dest, slide_id)}: made otherwise than asked for now ({words}); choose "
-                "another DEST, or delete that folder to start over"
+                f"{bag_path(dest, slide_id)}: the folder holds other bags than this import makes "
+                f"({difference}); choose another DEST, or delete that folder to start over"
             )
 
 
-def _refuse_other_cards(
-    path: Path, wanted: Mapping[str, ExtractorCard], found: Mapping[str, ExtractorCard]
-) -> None:
-    for scale, card in found.items():
-        if card.feature_dim and card != wanted[scale]:
+def _refuse_other_cards(slide: SlideFiles, cards: Cards) -> None:
+    """Refuse a slide with other scales or features than those of the folder."""
+    if list(slide.cards) != list(cards):
+        raise InputError(
+            f"{next(iter(slide.paths.values()))}: it has the scales {', '.join(slide.cards)}, the "
+            f"other slides have {', '.join(cards)}; import it into another DEST"
+        )
+    for scale, card in slide.cards.items():
+        other = cards[scale]
+        if card.feature_dim and card != other:
             raise InputError(
-                f"{path}: {scale} features of {card.name}, {card.feature_dim} wide "
-                f"({card.fingerprint}); the first slide has those of {wanted[scale].name}, "
-                f"{wanted[scale].feature_dim} wide ({wanted[scale].fingerprint})"
+                f"{slide.paths[scale]}: its {scale} features are {card.feature_dim} wide, by "
+                f"{card.name} ({card.fingerprint}); those of the other slides are "
+                f"{other.feature_dim} wide, by {other.name} ({other.fingerprint}); import it into "
+                "another DEST"
             )
 
 
-def _digest(files: Sequence[Path]) -> str:
-    """Of the place, size and time of files; that one is gone is said when it is read."""
+def _files_digest(files: Sequence[Path]) -> str:
+    """Digest of the paths, sizes and times of files; a missing file is reported when it is read."""
     stats = [(str(file.resolve()), file.stat()) for file in files if file.exists()]
     text = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _is_done(path: Path, cards: Mapping[str, ExtractorCard], tiling: str) -> bool:
-    """True when the bag is there, of these very files and options, which ``tiling`` says."""
+def _is_done(path: Path, tile_px: int | None, cards: Cards, tiling: str) -> bool:
+    """Whether the bag exists and was made from these very files, with these options."""
     if not path.exists():
         return False
     try:
         header = read_header(path)
     except InputError as error:
-        print(f"import: {error}: it is made anew")
+        print(f"import: {error}; re-creating it")
         return False
-    return header.tiling == tiling and dict(header.extractors) == dict(cards)
+    is_same = header.tiling == tiling and dict(header.extractors) == dict(cards)
+    return is_same and tile_px in (None, header.tile_px)
 
 
-def _write_extractors(path: Path, cards: Mapping[str, ExtractorCard], tool: str) -> None:
-    """Which slides the extractors have seen is not known; `fit` says so."""
+def _write_extractors(path: Path, cards: Cards, tool: str) -> None:
+    """Which slides the extractors were trained on is not known; `fit` says so."""
     unknown = {"source": tool, "trained_on": None}
     records = {scale: {**asdict(card), **unknown} for scale, card in cards.items()}
     write_text(path, json.dumps(records, indent=2))
 
 
-def _report(
-    dest: Path,
-    rows: Sequence[Mapping[str, Any]],
-    scales: Sequence[Scale],
-    left_out: Sequence[str],
-    tool: str,
-) -> int:
-    tiles = [f"tiles/{scale.name}" for scale in scales]
-    columns = ("slide_id", "state", *tiles, *FIGURES, "message")
+def _report(dest: Path, rows: Sequence[Record], source: Source, cards: Cards) -> int:
+    """Write import.csv and print what users should know; returns the exit code."""
+    tiles = [f"tiles/{scale}" for scale in cards]
+    columns = ("slide_id", "file", "state", *tiles, *COLUMNS, *source.columns, "message")
     path = dest / "import.csv"
     write_csv(path, columns, ({c: row.get(c) for c in columns} for row in rows))
-    failed = [row for row in rows if row["state"] not in ("done", "empty")]
-    for row in failed[:MAX_NAMED]:
-        print(f"{row['state']}: {row.get('message')}")
-    if len(failed) > MAX_NAMED:
-        print(f"failed: and {len(failed) - MAX_NAMED} more")
-    if left_out:
-        print(
-            f"left out: {len(left_out)} slide(s) with features are not in the table: "
-            f"{some_of(left_out)}"
-        )
-    done = [row for row in rows if row not in failed]
+    done = [row for row in rows if row["state"] in ("done", "empty")]
+    failed = [row for row in rows if row not in done]
+    lines = shorten([f"{row['state']}: {row.get('message')}" for row in failed])
     orphans, childless = (sum(row.get(c) or 0 for row in done) for c in ("orphans", "childless"))
     if orphans or childless:
-        print(
+        lines.append(
             f"orphans: {orphans} tiles lie in no coarser tile, {childless} hold no finer one "
             f"(rule: {done[0].get('rule')})"
         )
-    moved = [row for row in done if row.get("moved")]
-    if moved:
+    if moved := [row for row in done if row.get("moved")]:
         most = max(row["max_moved_px0"] for row in moved)
-        print(
-            f"moved: on {len(moved)} slide(s) the grids of pieces of tissue were moved onto one, "
-            f"by {most:g} level-0 px at most"
+        lines.append(
+            f"moved: {len(moved)} slide(s) have pieces of tissue with grids of their own, which "
+            f"were moved onto one grid, by {most:g} level-0 px at most"
         )
-    print(f"import {tool}: {len(done)} done, {len(failed)} failed; see {path}")
+    lines += source.describe(done)
+    summary = f"import {source.tool}: {len(done)} done, {len(failed)} failed; see {path}"
+    print("\n".join([*lines, summary]))
     return int(bool(failed))
 
 
-def imported_card(
-    tool: str, encoder: str, scale: Scale, tile_px: int, features: npt.NDArray[Any]
-) -> ExtractorCard:
-    """Stands for an extractor that only its name is known of; its normalisation is not.
+def shorten(lines: Sequence[str]) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = len(lines) - MAX_NAMED
+    return [*lines[:MAX_NAMED], *([f"... and {more} more"] if more > 0 else [])]
 
-    Its fingerprint says tool, encoder and tiles, so that features of different making never mix.
+
+def stand_in_card(name: str, fingerprint: str, image_size: int, feature_dim: int) -> ExtractorCard:
+    """The card of an extractor of which only the name is known, not its normalisation.
+
+    Parameters
+    ----------
+    fingerprint: names tool, network and tiles, so that different features are never mixed.
     """
     return ExtractorCard(
-        name=encoder,
-        fingerprint=f"{tool} {encoder} {scale.name} {tile_px}px",
+        name=name,
+        fingerprint=fingerprint,
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
-        image_size=tile_px,
-        feature_dim=features.shape[1] if features.ndim == 2 else 0,
+        image_size=image_size,
+        feature_dim=feature_dim,
     )

@@ -1,60 +1,53 @@
 """The kind ``mil4wsi-bags`` of the verb ``import``: mil4wsi's graph files → bag files."""
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from dasmil.bags import (
-    Bag,
-    BagHeader,
-    ExtractorCard,
-    bag_graph,
-    bag_path,
-    read_headers,
-    write_bag,
-)
+from dasmil.bags import Bag, ExtractorCard, bag_graph
 from dasmil.errors import InputError
-from dasmil.files import must_exist, write_text
+from dasmil.files import must_exist
+from dasmil.interop.features.common_grid import IntArray
 from dasmil.interop.features.digest import features_digest
-from dasmil.interop.mil4wsi.graph import SCALES, PreparedGraph, read_prepared
-from dasmil.interop.mil4wsi.grid import IntArray, finest_side, place_on_grid, require_nested
-from dasmil.progress import progress
-from dasmil.slides.cohort import SlideRow, write_cohort
-from dasmil.tables import write_csv
-from dasmil.units import Mpp, TilePx
+from dasmil.interop.features.importer import (
+    Record,
+    SlideFiles,
+    Source,
+    import_slides,
+    shorten,
+    stand_in_card,
+)
+from dasmil.interop.features.slide_bag import SlideTiles, assemble_bag, order_by_parents
+from dasmil.interop.mil4wsi.graph import PreparedGraph, read_name, read_prepared
+from dasmil.interop.mil4wsi.grid import find_side_px0, require_nested
+from dasmil.slides.cohort import SlideRow, refuse_twice
 
-IMPORTED = {"imported": "mil4wsi"}  # in a bag's header, where others hold parameters
-MAX_LINES = 20  # slides that are named when the import ends
+IMPORTED = {"imported": "mil4wsi"}  # in a bag's header
 
 
 def extractor_card(scale: str, feature_dim: int) -> ExtractorCard:
-    """Stands for mil4wsi's extractor of a scale: of unknown weights, without normalisation (D19).
+    """The card of mil4wsi's extractor of a scale: unknown weights, no normalisation (D19).
 
-    It is the same for all that is imported, so that imported bags and models fit together.
+    It is the same for all imports, so that imported bags and models fit together. D numbers:
+    .github/docs/paper.md.
     """
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return ExtractorCard("mil4wsi", f"mil4wsi {scale}", mean, std, 256, feature_dim)
+    return stand_in_card("mil4wsi", f"mil4wsi {scale}", 256, feature_dim)
 
 
 def mil4wsi_bags(
     src: Path, dest: Path, classes: tuple[str, ...] = ("0", "1"), tile_px: int = 256
 ) -> int:
-    """Graph features that mil4wsi prepared → a folder of bags.
+    """Import graphs that mil4wsi prepared into a bag folder.
 
-    The tiles of mil4wsi lie on one grid for every piece of tissue, those of a bag on one for the
-    slide: some have to be moved. Their level 3 is taken for x20, 0.5 µm/px, as mil4wsi calls it;
-    the slides' own mpp is not in the files (D20). DEST/import.csv says of every slide how many
-    were moved, by how many level-0 pixels at most, and how many entries of its edge_index the bag's
-    graph lacks and adds. A slide that
-    cannot be imported costs one row there. DEST/cohort.csv names the files where it should name
-    the slides: put those in to have overlays drawn on them.
+    The tiles of mil4wsi lie on one grid per piece of tissue, those of a bag on one grid per slide:
+    some have to be moved. Level 3 of mil4wsi is taken for x20 at 0.5 µm/px, as mil4wsi calls it;
+    the files lack the slides' own mpp. Per slide, DEST/import.csv counts the tiles that were moved,
+    the largest shift in level-0 pixels, and the entries of edge_index that the bag's graph lacks
+    and adds. A slide that cannot be imported costs one row. DEST/cohort.csv names the graph files
+    as paths; replace them by the slides to draw overlays.
 
     Parameters
     ----------
@@ -69,209 +62,148 @@ def mil4wsi_bags(
 
     Returns
     -------
-    The exit code: 1 when a slide failed, else 0.
+    The exit code: 1 if a slide failed, else 0.
 
     Raises
     ------
     InputError
-        when there is no such file, a label has no class, or two files hold the same slide.
+        if there is no such file, a label has no class, or two files hold the same slide.
     """
-    for slide_id, found in read_headers(dest).items():
-        if isinstance(found, BagHeader) and json.loads(found.tiling) != IMPORTED:
-            raise InputError(
-                f"{bag_path(dest, slide_id)}: not imported from mil4wsi, and a folder holds bags "
-                "of one making; choose another DEST"
-            )
-    records: list[dict[str, Any]] = []
-    slides: dict[str, SlideRow] = {}
-    for path in progress(_graph_files(src), "import", unit="slide"):
-        records.append(record := {"file": path, "state": "failed"})
-        try:
-            graph = read_prepared(path)
-        except InputError as error:
-            record["message"] = str(error)
-            continue
-        row = _cohort_row(path, graph, classes)
-        if row.slide_id in slides:
-            raise InputError(
-                f"{path}: its slide {row.slide_id} is that of {slides[row.slide_id].path} too; "
-                "give each slide a name of its own"
-            )
-        slides[row.slide_id] = row
-        record["slide_id"] = row.slide_id
-        try:
-            bag, figures = make_bag(graph, tile_px)
-            write_bag(bag_path(dest, row.slide_id), bag)
-            record |= {"state": "done", "extractors": bag.header.extractors, **figures}
-        except InputError as error:
-            record["message"] = f"{path}: {error}"
-    _fail_unlike_the_rest(records)
-    for record in records:
-        if record["state"] == "failed" and "slide_id" in record:
-            bag_path(dest, record["slide_id"]).unlink(missing_ok=True)  # of an import before
-    write_cohort(dest / "cohort.csv", slides.values())
-    for record in records:
-        if record["state"] == "done":
-            _write_extractors(dest / "extractors.json", record["extractors"], src)
-            break
-    return _report(dest / "import.csv", records)
+
+    def read(row: SlideRow) -> SlideFiles:
+        graph = read_prepared(row.path)
+        if graph.slide_id != row.slide_id:
+            raise InputError(f"{row.path}: it has changed during the import; run it again")
+        names = [scale.name for scale in graph.scales]
+        return SlideFiles(
+            paths=dict.fromkeys(names, row.path),
+            cards={name: extractor_card(name, graph.features.shape[1]) for name in names},
+            is_empty=False,
+            make_bag=lambda _, tiling: make_bag(graph, tile_px, tiling),
+        )
+
+    return import_slides(
+        dest,
+        Source(
+            tool=IMPORTED["imported"],
+            rows=_list_slides(src, classes),
+            files=lambda row: [row.path],
+            read=read,
+            tile_px=tile_px,
+            columns=("edges_missing", "edges_added"),
+            describe=_describe_graphs,
+        ),
+    )
 
 
-def _graph_files(src: Path) -> list[Path]:
+def _list_slides(src: Path, classes: Sequence[str]) -> list[SlideRow]:
+    """The slides of a folder; a file without a readable name is named after the file itself."""
     must_exist(src, "give the folder of graphs that mil4wsi prepared")
     for folder in (src / "processed", src):
-        files = [p for part in ("train", "test") for p in (folder / part).glob("data_*.pt")]
-        if files:
-            return sorted(files, key=lambda path: (path.parent, len(path.name), path.name))
-    raise InputError(f"{src}: no train/data_*.pt or test/data_*.pt in it or its folder processed")
-
-
-def _cohort_row(path: Path, graph: PreparedGraph, classes: Sequence[str]) -> SlideRow:
-    if not 0 <= graph.label < len(classes):
+        paths = [p for part in ("train", "test") for p in (folder / part).glob("data_*.pt")]
+        if paths:
+            break
+    else:
         raise InputError(
-            f"{path}: the label of {graph.slide_id} is {graph.label}, but --classes names "
-            f"{len(classes)} ({', '.join(classes)}); name one class for each label from 0 on"
+            f"{src}: no train/data_*.pt or test/data_*.pt in it or its folder processed; give the "
+            "folder of graphs that mil4wsi prepared"
         )
-    return SlideRow(graph.slide_id, path, classes[graph.label], split=path.parent.name)
-
-
-def _write_extractors(path: Path, cards: Mapping[str, ExtractorCard], src: Path) -> None:
-    """Which slides the extractors have seen is not known; `fit` says so."""
-    unknown = {"source": str(src), "trained_on": None}
-    records = {scale: {**asdict(card), **unknown} for scale, card in cards.items()}
-    write_text(path, json.dumps(records, indent=2))
-
-
-def _fail_unlike_the_rest(records: Sequence[dict[str, Any]]) -> None:
-    """Bags of one folder have the same scales and widths; what most have is right."""
-    done = [record for record in records if record["state"] == "done"]
-    kinds = Counter(record["kind"] for record in done).most_common()
-    for record in done:
-        if record["kind"] != kinds[0][0]:
-            record["state"] = "failed"
-            record["message"] = (
-                f"{record['file']}: it holds {record['kind']}, most files here {kinds[0][0]}"
+    rows = []
+    for path in sorted(paths, key=lambda path: (path.parent, len(path.name), path.name)):
+        split = path.parent.name
+        try:
+            slide_id, label = read_name(path)
+        except InputError:  # raised again when the slide is imported
+            rows.append(SlideRow(f"{split}_{path.stem}", path, split=split))
+            continue
+        if not 0 <= label < len(classes):
+            raise InputError(
+                f"{path}: the label of {slide_id} is {label}, but --classes names {len(classes)} "
+                f"({', '.join(classes)}); name one class for each label from 0 on"
             )
+        rows.append(SlideRow(slide_id, path, classes[label], split=split))
+    refuse_twice(src, rows, advice="remove one of the files")
+    return rows
 
 
-def _report(path: Path, records: Sequence[Mapping[str, Any]]) -> int:
-    done = [record for record in records if record["state"] == "done"]
-    kind = f" ({done[0]['kind']})" if done else ""
-    tiles = [name for name in (done[0] if done else ()) if name.startswith("tiles/")]
-    figures = ("orphans", "moved", "max_moved_px0", "edges_missing", "edges_added")
-    columns = ("slide_id", "file", "state", *tiles, *figures, "message")
-    write_csv(path, columns, ({c: record.get(c) for c in columns} for record in records))
-    lines = [f"failed: {record['message']}" for record in records if record["state"] == "failed"]
-    lines += [
-        f"{record['slide_id']}: the graph lacks {record['edges_missing']} entries of edge_index "
-        f"and adds {record['edges_added']}; {record['moved']} tiles moved by up to "
-        f"{record['max_moved_px0']} px"
-        for record in done
-        if record["edges_missing"] or record["edges_added"]
-    ]
-    for line in lines[:MAX_LINES]:
-        print(line)
-    if len(lines) > MAX_LINES:
-        print(f"... and {len(lines) - MAX_LINES} more")
-    orphaned = sum(record["orphans"] > 0 for record in done)
-    if orphaned:
-        print(
-            f"{orphaned} slide(s) have tiles without a parent: there mil4wsi itself shows its "
-            "coarse head the last tile of the file as well, so its coarse logits differ from ours"
-        )
-    num_equal = sum(not record["edges_missing"] and not record["edges_added"] for record in done)
-    print(
-        f"import: {len(done)} done{kind}, {num_equal} of them with the very graph of their file, "
-        f"{len(records) - len(done)} failed; see {path}"
+def _describe_graphs(done: Sequence[Record]) -> Iterable[str]:
+    """Lines on how the graphs of the bags differ from those of the files."""
+    changed = [row for row in done if row.get("edges_missing") or row.get("edges_added")]
+    yield from shorten(
+        [
+            f"{row['slide_id']}: the graph lacks {row['edges_missing']} entries of edge_index and "
+            f"adds {row['edges_added']}; {row['moved']} tiles moved by up to "
+            f"{row['max_moved_px0']:g} px"
+            for row in changed
+        ]
     )
-    return int(len(done) < len(records))
+    if orphaned := sum((row.get("orphans") or 0) > 0 for row in done):
+        yield (
+            f"{orphaned} slide(s) have tiles without a parent: for these mil4wsi itself also reads "
+            "the last tile of the file in its coarse head, so its coarse logits differ from ours"
+        )
+    yield f"{len(done) - len(changed)} of {len(done)} graphs have exactly the edges of their file"
 
 
-def make_bag(graph: PreparedGraph, tile_px: int = 256) -> tuple[Bag, dict[str, Any]]:
-    """The bag of a slide, and what import.csv says of it.
+def make_bag(
+    graph: PreparedGraph, tile_px: int = 256, tiling: str = json.dumps(IMPORTED)
+) -> tuple[Bag, dict[str, Any]]:
+    """The bag of a slide, and its columns of import.csv.
 
-    A tile whose parent is not of the next coarser scale that the file holds (the tile between them
-    was left out as empty) becomes a tile without a parent.
+    A tile loses its parent if that is not of the next coarser scale in the file (mil4wsi left out
+    the tile between them as empty).
+
+    Parameters
+    ----------
+    tile_px: side of a tile as the extractors saw it.
+    tiling: for the header: JSON that identifies the import.
 
     Raises
     ------
     InputError
-        when the places of tiles, parents and neighbours contradict each other.
+        if the places of tiles, parents and neighbours contradict each other.
     """
-    levels = np.unique(graph.level)
-    scales = tuple(SCALES[level] for level in levels)
-    scale = np.searchsorted(levels, graph.level)
-    held = (graph.childof >= 0) & (scale[graph.childof] == scale - 1)
-    parent = np.where(held, graph.childof, -1)
+    scales = graph.scales
+    scale = np.searchsorted(np.unique(graph.level), graph.level)
+    in_next_scale = (graph.childof >= 0) & (scale[graph.childof] == scale - 1)
+    parent = np.where(in_next_scale, graph.childof, -1)
     ratios = np.array([round(s.mpp / scales[-1].mpp) for s in scales])
-    side_px0 = finest_side(graph.place, scale, parent, graph.edges, ratios, default=tile_px)
-    sides = ratios * side_px0
-    require_nested(graph.place, scale, parent, sides)
-    cells, moved = place_on_grid(graph.place, scale, parent, sides)
-
-    rows, parents = in_order_of_parents(scale, parent, len(scales))
-    dim = graph.features.shape[1]
-    finest = scale == len(scales) - 1
-    header = BagHeader(
-        slide_id=graph.slide_id,
-        scales=scales,
-        tile_px=TilePx(tile_px),
-        slide_mpp=Mpp(tile_px * scales[-1].mpp / side_px0),
-        size_px0=_extent_px0(cells, sides[scale]),
-        size_is_extent=True,
-        tiling=json.dumps(IMPORTED),
-        extractors={s.name: extractor_card(s.name, dim) for s in scales},
-        num_tiles=len(rows[-1]),
-        slide_digest=features_digest(graph.features.numpy()[finest], graph.place[finest]),
-    )
-    bag = Bag(
-        header,
-        features={s.name: graph.features[r] for s, r in zip(scales, rows, strict=True)},
-        grid={
-            s.name: torch.from_numpy(cells[r].astype(np.int32))
-            for s, r in zip(scales, rows, strict=True)
-        },
-        parent={s.name: torch.from_numpy(p) for s, p in zip(scales[1:], parents, strict=True)},
-    )
-    distance = np.abs(moved).max(1)
-    lacks, adds = _edge_differences(bag, np.concatenate(rows), graph.edges)
-    return bag, {
-        "kind": f"{'+'.join(bag.scales)}, {dim} features",
-        **{f"tiles/{name}": number for name, number in bag.num_tiles().items()},
-        "orphans": int(((scale > 0) & (parent < 0)).sum()),
-        "moved": int((distance > 0).sum()),
-        "max_moved_px0": int(distance.max()),
-        "edges_missing": lacks,
-        "edges_added": adds,
-    }
+    of_scale = [scale == number for number in range(len(scales))]
+    finest = graph.features.numpy()[of_scale[-1]], graph.place[of_scale[-1]]
+    try:
+        side_px0 = find_side_px0(graph.place, scale, parent, graph.edges, ratios, default=tile_px)
+        require_nested(graph.place, scale, parent, ratios * side_px0)
+        tiles = SlideTiles(
+            slide_id=graph.slide_id,
+            scales=scales,
+            tile_px=tile_px,
+            features=[graph.features[chosen] for chosen in of_scale],
+            place=graph.place,
+            scale=scale,
+            parent=parent,
+            sides=ratios * side_px0,
+            digest=features_digest(*finest),
+        )
+        cards = {s.name: extractor_card(s.name, graph.features.shape[1]) for s in scales}
+        bag, columns = assemble_bag(tiles, cards, tiling)
+    except InputError as error:
+        raise InputError(f"{graph.path}: {error}; prepare the graph again") from error
+    rows = np.concatenate(order_by_parents(scale, parent, len(scales))[0])
+    missing, added = _compare_edges(bag, rows, graph.edges)
+    return bag, {**columns, "rule": "keep", "edges_missing": missing, "edges_added": added}
 
 
-def in_order_of_parents(
-    scale: IntArray, parent: IntArray, num_scales: int
-) -> tuple[list[IntArray], list[npt.NDArray[np.int32]]]:
-    """Per scale the file's rows of its tiles; per scale but the coarsest their parents' rows."""
-    rows = [np.flatnonzero(scale == 0)]
-    parents = []
-    for number in range(1, num_scales):
-        own = np.full(len(scale) + 1, -1, dtype=np.int32)  # the last one is read by -1
-        own[rows[-1]] = np.arange(len(rows[-1]))
-        tiles = np.flatnonzero(scale == number)
-        order = np.argsort(own[parent[tiles]], kind="stable")
-        rows.append(tiles[order])
-        parents.append(own[parent[tiles[order]]])
-    return rows, parents
+def _compare_edges(bag: Bag, rows: IntArray, edges: IntArray) -> tuple[int, int]:
+    """The number of the file's edges that the bag's graph lacks, and of those that it adds.
 
-
-def _extent_px0(cells: IntArray, sides: IntArray) -> tuple[int, int]:
-    height, width = ((cells + 1) * sides[:, None]).max(0).tolist()
-    return width, height
-
-
-def _edge_differences(bag: Bag, rows: IntArray, edges: IntArray) -> tuple[int, int]:
-    """How many of the file's edges the bag's graph lacks, and how many it has beside them."""
+    Parameters
+    ----------
+    rows: of the file's tiles, in the order of the bag's.
+    edges: (2, E) of the file.
+    """
     graph = bag_graph(bag)
     assert graph.union is not None
     union = rows[graph.union.edge_index().numpy()]
-    ours, theirs = (np.unique(e[0] * len(rows) + e[1]) for e in (union, edges))
-    common = len(np.intersect1d(ours, theirs, assume_unique=True))
-    return len(theirs) - common, len(ours) - common
+    of_bag, of_file = (np.unique(e[0] * len(rows) + e[1]) for e in (union, edges))
+    common = len(np.intersect1d(of_bag, of_file, assume_unique=True))
+    return len(of_file) - common, len(of_bag) - common

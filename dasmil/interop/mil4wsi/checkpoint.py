@@ -1,7 +1,7 @@
-"""The kind ``mil4wsi-checkpoint`` of the verb ``import``: released weights → a checkpoint of ours.
+"""The kind ``mil4wsi-checkpoint`` of the verb ``import``: mil4wsi's weights → our checkpoint.
 
-mil4wsi (https://github.com/aimagelab/mil4wsi) releases bare state dicts. Theirs on the left, ours
-on the right, below ``network.``::
+mil4wsi (https://github.com/aimagelab/mil4wsi) releases bare state dicts. Its names are on the left,
+ours on the right, below ``network.``::
 
     gnn1.layers.0.*, glu1.mlp.mlp.*        pgnn.scale_gats.<coarse>.conv.*, .gate.mlp.*
     gnn2.layers.0.*, glu2.mlp.mlp.*        pgnn.scale_gats.<fine>.conv.*, .gate.mlp.*
@@ -9,7 +9,7 @@ on the right, below ``network.``::
     mil2.*, mil3.*                         heads.<coarse>.*, heads.<fine>.*
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from dasmil.bags import BagHeader
 from dasmil.config_files import configs_folder
 from dasmil.embedding.extractor import ExtractorSource, load_extractor
 from dasmil.embedding.restricted import is_state_dict, load_restricted, refuse_no_numbers
-from dasmil.errors import InputError, some_of
+from dasmil.embedding.weights import Misfit
+from dasmil.errors import InputError
 from dasmil.files import atomic_path
 from dasmil.interop.mil4wsi.bags import extractor_card
 from dasmil.methods import DASMIL
@@ -54,11 +55,11 @@ def mil4wsi_checkpoint(
     extractors: dict[str, str | ExtractorSource] | None = None,
     tile_px: int = 256,
 ) -> int:
-    """Weights that mil4wsi trained → a checkpoint for validate, test, predict and dasmil.load.
+    """Convert weights that mil4wsi trained for validate, test, predict and dasmil.load.
 
-    Its objective and optimisation are those of configs/preset/mil4wsi.yaml, or mil4wsi_lung.yaml
-    for a model with residuals. Which slides it was trained on is not known: validation reads the
-    test part, as in the release.
+    Objective and optimiser are those of configs/preset/mil4wsi.yaml, or mil4wsi_lung.yaml for a
+    model with residuals. The slides it was trained on are not known. Validation reads the test
+    slides, as in the release.
 
     Parameters
     ----------
@@ -67,50 +68,58 @@ def mil4wsi_checkpoint(
     out:
         checkpoint to write.
     classes:
-        names of the labels 0, 1, ...; for two classes the second is the positive one.
+        names of the labels 0, 1, ...; of two classes the second is the positive one.
     scales:
-        the coarse and the fine one; x5 and x20 for a model with residuals, else x10 and x20.
+        the coarse and the fine one; by default x5 and x20 for a model with residuals, else x10 and
+        x20.
     residual:
-        none, plain or glu. Weights with gates are glu; equal widths are taken for plain.
+        none, plain or glu. By default glu for weights with gates, plain for equal widths, else
+        none.
     extractors:
-        per scale the extractor whose features it is to read: one of `import dino-checkpoint`, or
-        whatever else `embed` takes. Without: the features that `import mil4wsi-bags` brings.
+        per scale the extractor whose features the model reads: one of `import dino-checkpoint`, or
+        any other that `embed` takes. By default the features of `import mil4wsi-bags`.
     tile_px:
         side of a tile as the extractors saw it.
 
     Raises
     ------
     InputError
-        when the file cannot be loaded safely, or its weights are not those of mil4wsi.
+        if the file cannot be loaded safely, or its weights are not those of mil4wsi.
     """
     if out.is_dir() or out.resolve() == file.resolve():
-        raise InputError(f"{out}: a folder or the imported file itself; name another file to write")
+        raise InputError(f"{out}: a folder or the imported file itself; give another file to write")
     weights = _read_weights(file)
     has_gates = residual == "glu" if residual else any(key.startswith("glu") for key in weights)
-    _require_keys(file, weights, released_names("coarse", "fine", has_gates).values())
+    known = released_names("coarse", "fine", has_gates).values()
+    if misfit := Misfit.of({key: weights.get(key, torch.empty(0)) for key in known}, weights):
+        raise InputError(
+            f"{file}: not a DAS-MIL model of mil4wsi with two scales ({misfit}); give such a model"
+        )
     widths = _widths(file, weights)
     if residual is None:
         residual = "glu" if has_gates else _guess_residual(file, widths)
     if residual != "none" and not _are_equal(widths):
         raise InputError(
-            f"{file}: with the widths {_describe(widths)} there are no residuals; give --residual "
-            "none"
+            f"{file}: a model with the widths {_describe(widths)} has no residuals; give "
+            "--residual none"
         )
     if scales is None:
         scales = ("x10", "x20") if residual == "none" else ("x5", "x20")
-        print(f"{file}: taken for a model of {' and '.join(scales)}; --scales says otherwise")
+        print(f"{file}: taken for a model of {' and '.join(scales)}; --scales changes that")
     preset = _preset(residual)
     _refuse_other_classes(file, widths, classes)
     bag_format = _bag_format(file, widths, parse_scales(scales), extractors, tile_px)
     val_part = preset["data"]["init_args"]["val_part"]
 
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # only shapes are needed
         model = DASMIL(**typed_options(DASMIL, _options(preset, widths, residual)))
         model.bind(ModelCard(tuple(classes), bag_format, val_part=val_part))
     coarse, fine = model.scales
     names = released_names(coarse, fine, has_gates)
-    state = {f"network.{ours}": weights[theirs] for ours, theirs in names.items()}
-    _require_shapes(file, model.state_dict(), state, names)
+    wanted = {names[k.removeprefix("network.")]: w for k, w in model.state_dict().items()}
+    if misfit := Misfit.of(wanted, weights):
+        raise InputError(f"{file}: its weights do not fit each other ({misfit}); is it damaged?")
+    state = {f"network.{own}": weights[released] for own, released in names.items()}
     model.load_state_dict(state, assign=True)
     content = {
         "state_dict": state,
@@ -129,72 +138,53 @@ def mil4wsi_checkpoint(
 
 
 def released_names(coarse: str, fine: str, has_gates: bool) -> dict[str, str]:
-    """Our name of each weight, in :class:`dasmil.methods.dasmil.DASMILNetwork`, and theirs."""
+    """Our name of each weight (:class:`dasmil.methods.dasmil.DASMILNetwork`) and mil4wsi's."""
     coarse, fine = module_key(coarse), module_key(fine)
     gats = (f"pgnn.scale_gats.{coarse}", f"pgnn.scale_gats.{fine}", "pgnn.union_gat")
     names: dict[str, str] = {}
-    for ours, gat, gate in zip(gats, GATS, GATES, strict=True):
-        names |= {f"{ours}.conv.{key}": f"{gat}.layers.0.{key}" for key in CONV_KEYS}
+    for own, gat, gate in zip(gats, GATS, GATES, strict=True):
+        names |= {f"{own}.conv.{key}": f"{gat}.layers.0.{key}" for key in CONV_KEYS}
         if has_gates:
-            names |= {f"{ours}.gate.mlp.{key}": f"{gate}.mlp.mlp.{key}" for key in GATE_KEYS}
+            names |= {f"{own}.gate.mlp.{key}": f"{gate}.mlp.mlp.{key}" for key in GATE_KEYS}
     for scale, head in ((coarse, "mil2"), (fine, "mil3")):
-        for ours, theirs in HEAD_KEYS.items():
+        for own, released in HEAD_KEYS.items():
             for kind in ("weight", "bias"):
-                names[f"heads.{scale}.{ours}.{kind}"] = f"{head}.{theirs}.{kind}"
+                names[f"heads.{scale}.{own}.{kind}"] = f"{head}.{released}.{kind}"
     return names
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
-    """The state dict under the names of today's torch_geometric, without what no one uses."""
+    """The state dict with the names of today's torch_geometric, without unused weights."""
     content = load_restricted(file, kind="state dict of mil4wsi")
     if not is_state_dict(content) or not all(w.is_floating_point() for w in content.values()):
-        raise InputError(f"{file}: no state dict (names of weights → tensors) of mil4wsi")
+        raise InputError(f"{file}: no state dict of mil4wsi; give names of weights → tensors")
     weights = {key.removeprefix("module."): value for key, value in content.items()}
     if len(weights) < len(content):
-        raise InputError(f"{file}: holds some weights twice, with and without the prefix module.")
+        raise InputError(
+            f"{file}: holds some weights twice, with and without the prefix module.; remove one set"
+        )
     weights = {k: w.float() for k, w in weights.items() if not k.startswith("millast.")}
     refuse_no_numbers(weights, file)
-    for gat in GATS:  # up to PyG 2.4 the one weight has two names
+    for gat in GATS:  # PyG up to 2.4 stores one weight under two names
         source, target = (f"{gat}.layers.0.{kind}.weight" for kind in ("lin_src", "lin_dst"))
         if source in weights and target in weights:
             if not torch.equal(weights[source], weights[target]):
                 raise InputError(
-                    f"{file}: {source} and {target} differ; a model of mil4wsi has one weight there"
+                    f"{file}: {source} and {target} differ, but are one weight in mil4wsi; give a "
+                    "model that mil4wsi trained"
                 )
             weights[f"{gat}.layers.0.lin.weight"] = weights.pop(source)
             del weights[target]
     return weights
 
 
-def _require_keys(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
-    missing = sorted(set(wanted) - set(found))
-    unknown = sorted(set(found) - set(wanted))
-    parts = [f"lacks {some_of(missing)}"] * bool(missing)
-    parts += [f"has the unknown {some_of(unknown)}"] * bool(unknown)
-    if parts:
-        raise InputError(
-            f"{file}: no DAS-MIL model of mil4wsi with two scales, it {', '.join(parts)}"
-        )
-
-
-def _require_shapes(
-    file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Mapping[str, str]
-) -> None:
-    wrong = [
-        f"{names[key.removeprefix('network.')]} is {tuple(found[key].shape)} instead of "
-        f"{tuple(tensor.shape)}"
-        for key, tensor in wanted.items()
-        if tensor.shape != found[key].shape
-    ]
-    if wrong:
-        raise InputError(f"{file}: its weights do not fit each other: {some_of(wrong)}")
-
-
 def _widths(file: Path, weights: Mapping[str, Tensor]) -> dict[str, int]:
     def size(key: str, axis: int, num_axes: int) -> int:
         shape = weights[key].shape
         if len(shape) != num_axes or 0 in shape:
-            raise InputError(f"{file}: {key} has the impossible shape {tuple(shape)}")
+            raise InputError(
+                f"{file}: {key} has the impossible shape {tuple(shape)}; is it damaged?"
+            )
         return shape[axis]
 
     return {
@@ -224,7 +214,7 @@ def _guess_residual(file: Path, widths: Mapping[str, int]) -> Residual:
         return "none"
     print(
         f"{file}: its widths are equal and it has no gates; taken for a model with plain "
-        "residuals, which the weights do not tell: --residual none is the other possibility"
+        "residuals, since the weights do not tell: --residual none is the other possibility"
     )
     return "plain"
 
@@ -233,21 +223,21 @@ def _refuse_other_classes(file: Path, widths: Mapping[str, int], classes: Sequen
     num_classes = max(2, widths["num_logits"])
     if len(classes) != num_classes or len(set(classes)) != num_classes:
         raise InputError(
-            f"--classes: names {', '.join(classes)}, but {file} tells {num_classes} classes apart; "
-            "name each of them once"
+            f"--classes: names {', '.join(classes)}, but {file} has {num_classes} classes; name "
+            "each of them once"
         )
 
 
 def _preset(residual: Residual) -> dict[str, Any]:
     name = "mil4wsi.yaml" if residual == "none" else "mil4wsi_lung.yaml"
-    found: dict[str, Any] = yaml.safe_load((configs_folder() / "preset" / name).read_text())
-    return found
+    preset: dict[str, Any] = yaml.safe_load((configs_folder() / "preset" / name).read_text())
+    return preset
 
 
 def _options(
     preset: Mapping[str, Any], widths: Mapping[str, int], residual: Residual
 ) -> dict[str, Any]:
-    """Of the model: the preset's, with the widths of the weights."""
+    """Options of the model: the preset's, with the widths of the weights."""
     options = preset["model"]["init_args"]
     of_weights = {name: widths[name] for name in ("hidden_dim", "out_dim", "heads", "query_dim")}
     network = {**options["network"], **of_weights, "residual": residual}
@@ -261,15 +251,15 @@ def _bag_format(
     sources: Mapping[str, str | ExtractorSource] | None,
     tile_px: int,
 ) -> dict[str, Any]:
-    """What the bags must hold that the model reads, as :meth:`BagHeader.bag_format` says it."""
+    """The format of the bags that the model reads, as :meth:`BagHeader.bag_format`."""
     if len(scales) != 2:
-        raise InputError(f"--scales: {file} is a model of two scales, {len(scales)} are named")
+        raise InputError(f"--scales: names {len(scales)}, but {file} has two; name two scales")
     names = [scale.name for scale in scales]
     sources = sources or {}
     if sources and set(sources) != set(names):
         raise InputError(
-            f"--extractors: given for {', '.join(sources)}, the model reads {', '.join(names)}; "
-            "give one for each of them"
+            f"--extractors: given for {', '.join(sources)}, but the model reads "
+            f"{', '.join(names)}; give one for each of them"
         )
     cards = {}
     for scale, dim in zip(scales, (widths["coarse_dim"], widths["fine_dim"]), strict=True):
@@ -278,8 +268,8 @@ def _bag_format(
             card = load_extractor(sources[scale.name], scale, tile_px).card
         if card.feature_dim != dim:
             raise InputError(
-                f"{card.name}: its features are {card.feature_dim} wide, {file} reads "
-                f"{dim} at {scale.name}; give the extractor that the model was trained with"
+                f"{card.name}: its features are {card.feature_dim} wide, but {file} reads {dim} at "
+                f"{scale.name}; give the extractor that the model was trained with"
             )
         cards[scale.name] = card
     header = BagHeader("", scales, TilePx(tile_px), Mpp(1.0), (0, 0), "", cards, 0)

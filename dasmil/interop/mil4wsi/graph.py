@@ -1,10 +1,11 @@
-"""A slide as mil4wsi keeps it, read and checked.
+"""Read and check a slide as mil4wsi stores it.
 
-mil4wsi (https://github.com/aimagelab/mil4wsi) pickles a torch_geometric ``Data`` for each slide, in
+mil4wsi (https://github.com/aimagelab/mil4wsi) pickles one torch_geometric ``Data`` per slide, in
 ``processed/{train,test}/data_*.pt``: the features of all tiles, their places in level-0 pixels,
 their parents and the edges between them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,20 @@ from torch_geometric.data.storage import GlobalStorage
 
 from dasmil.embedding.restricted import load_restricted
 from dasmil.errors import InputError
-from dasmil.interop.mil4wsi.grid import IntArray
+from dasmil.interop.features.common_grid import IntArray
 from dasmil.names import name_fault
 from dasmil.slides.cohort import MAX_ID_BYTES
 from dasmil.units import Scale
 
 SCALES = {1: Scale.parse("x5"), 2: Scale.parse("x10"), 3: Scale.parse("x20")}  # by their "level"
+KIND = "graph of torch_geometric"
 ALLOWED = (Data, DataEdgeAttr, DataTensorAttr, GlobalStorage)
 MAX_PX0 = 2**31
 
 
 @dataclass(frozen=True)
 class PreparedGraph:
-    """What one file says, in its own order and numbering of tiles.
+    """The content of one file, in its own order and numbering of tiles.
 
     Parameters
     ----------
@@ -41,6 +43,7 @@ class PreparedGraph:
     edges: (2, E) of all scales and between them.
     """
 
+    path: Path
     slide_id: str
     label: int
     features: Tensor
@@ -49,59 +52,98 @@ class PreparedGraph:
     place: IntArray
     edges: IntArray
 
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """Those that the file has, coarse to fine."""
+        return tuple(SCALES[level] for level in np.unique(self.level))
 
-def read_prepared(path: Path) -> PreparedGraph:
-    """A file of mil4wsi, checked.
+
+def read_name(path: Path) -> tuple[str, int]:
+    """slide_id and label of a file; its features are not read.
 
     Raises
     ------
     InputError
-        when it cannot be loaded safely, or is not what mil4wsi writes.
+        if it cannot be loaded safely, or has neither.
     """
+    return _Checked(path, copy=False).name()
 
-    def require(holds: bool, what: str) -> None:
-        if not holds:
-            raise InputError(f"{path}: {what}; it is no graph that mil4wsi prepared")
 
-    kind = "graph of torch_geometric"
-    data = load_restricted(path, ALLOWED, kind)
-    require(isinstance(data, Data), f"it holds no {kind}")
-    try:
-        values = dict(data.to_dict())
-    except Exception as error:  # what a graph is put together from may be of any kind
-        raise InputError(f"{path}: cannot be read as a {kind} ({error})") from error
-    name: Any = values.get("name")
-    x: Any = values.get("x")
-    edges: Any = values.get("edge_index")
-    is_name = isinstance(name, str) and name == name.strip() and not name_fault(name, MAX_ID_BYTES)
-    require(is_name, f"its name {str(name)[:300]} names no slide")
-    require(_is_dense(x) and x.ndim == 2 and len(x) > 0, "x is not (N, D)")
-    require(x.dtype in (torch.float16, torch.float32), "x is neither float16 nor float32")
-    require(bool(torch.isfinite(x).all()), "some features are not finite")
+def read_prepared(path: Path) -> PreparedGraph:
+    """Read and check a file of mil4wsi.
 
-    def whole(key: str, shape: tuple[int, ...], low: int, high: int) -> IntArray:
-        value: Any = values.get(key)
-        holds = _is_dense(value) and value.dtype in (torch.int32, torch.int64)
-        require(holds and value.shape == shape, f"{key} is not {shape} whole numbers")
-        array = value.numpy().astype(np.int64)
-        require(bool(((array >= low) & (array < high)).all()), f"{key} has impossible values")
-        return array
-
+    Raises
+    ------
+    InputError
+        if it cannot be loaded safely, or is not what mil4wsi writes.
+    """
+    checked = _Checked(path)
+    slide_id, label = checked.name()
+    x: Any = checked.values.get("x")
+    edges: Any = checked.values.get("edge_index")
+    checked.require(_is_dense(x) and x.ndim == 2 and len(x) > 0, "x is not (N, D)")
+    is_half_or_single = x.dtype in (torch.float16, torch.float32)
+    checked.require(is_half_or_single, "x is neither float16 nor float32")
+    checked.require(bool(torch.isfinite(x).all()), "some features are not finite")
     num_edges = edges.shape[-1] if _is_dense(edges) and edges.ndim == 2 else 0
-    xy = [whole(key, (len(x),), -MAX_PX0, MAX_PX0) for key in ("x_coord", "y_coord")]
+    integers = checked.integers
+    xy = [integers(key, (len(x),), -MAX_PX0, MAX_PX0) for key in ("x_coord", "y_coord")]
     return PreparedGraph(
-        slide_id=name,
-        label=int(whole("y", (1,), -MAX_PX0, MAX_PX0)[0]),
+        path=path,
+        slide_id=slide_id,
+        label=label,
         features=x.detach(),
-        level=whole("level", (len(x),), min(SCALES), max(SCALES) + 1),
-        childof=whole("childof", (len(x),), -1, len(x)),
+        level=integers("level", (len(x),), min(SCALES), max(SCALES) + 1),
+        childof=integers("childof", (len(x),), -1, len(x)),
         place=np.stack(xy, axis=1),
-        edges=whole("edge_index", (2, num_edges), 0, len(x)),
+        edges=integers("edge_index", (2, num_edges), 0, len(x)),
     )
 
 
+class _Checked:
+    """The values of a file, which are checked when they are taken.
+
+    Parameters
+    ----------
+    copy: as for :func:`load_restricted`.
+    """
+
+    def __init__(self, path: Path, copy: bool = True):
+        self.path = path
+        data = load_restricted(path, ALLOWED, KIND, copy=copy)
+        self.require(isinstance(data, Data), f"it holds no {KIND}")
+        try:
+            self.values: Mapping[str, Any] = dict(data.to_dict())
+        except Exception as error:  # of any class, by what the graph is made of
+            raise InputError(f"{path}: cannot be read as a {KIND} ({error})") from error
+
+    def require(self, holds: bool, fault: str) -> None:
+        if not holds:
+            raise InputError(
+                f"{self.path}: {fault}, so it is no graph of mil4wsi; prepare the graph again"
+            )
+
+    def name(self) -> tuple[str, int]:
+        """slide_id and label."""
+        name: Any = self.values.get("name")
+        is_name = isinstance(name, str) and name == name.strip()
+        is_name = is_name and not name_fault(name, MAX_ID_BYTES)
+        self.require(is_name, f"its name {str(name)[:300]} names no slide")
+        return name, int(self.integers("y", (1,), -MAX_PX0, MAX_PX0)[0])
+
+    def integers(self, key: str, shape: tuple[int, ...], low: int, high: int) -> IntArray:
+        """The integers of a key, of this shape and in [low, high)."""
+        value: Any = self.values.get(key)
+        is_integer = _is_dense(value) and value.dtype in (torch.int32, torch.int64)
+        self.require(is_integer and value.shape == shape, f"{key} is not {shape} whole numbers")
+        array: IntArray = value.numpy().astype(np.int64)
+        is_within = bool(((array >= low) & (array < high)).all())
+        self.require(is_within, f"{key} has impossible values")
+        return array
+
+
 def _is_dense(value: Any) -> bool:
-    """A tensor on the CPU with all its values in the file, not one value shown a billion times."""
+    """Whether all values of a CPU tensor are stored, not one value repeated a billion times."""
     is_tensor = isinstance(value, Tensor) and value.layout == torch.strided
     return (
         is_tensor

@@ -40,7 +40,7 @@ def test_a_released_slide_becomes_a_bag_with_the_very_same_graph(case, tmp_path,
     bag = read_bag(bag_path(tmp_path, graph.slide_id))
     assert bag.header.slide_mpp == 0.5
     assert bag.header.tile_px == 256
-    assert json.loads(bag.header.tiling) == {"imported": "mil4wsi"}
+    assert json.loads(bag.header.tiling)["imported"] == "mil4wsi"
     for level in np.unique(graph.level):
         scale, rows = SCALES[level].name, graph.level == level
         at = {place: row for row, place in enumerate(places(bag, scale))}
@@ -51,7 +51,7 @@ def test_a_released_slide_becomes_a_bag_with_the_very_same_graph(case, tmp_path,
     assert [row[name] for name in ("edges_missing", "edges_added", "moved")] == ["0"] * 3
     [slide] = read_cohort(tmp_path / "cohort.csv")
     assert (slide.slide_id, slide.label, slide.split) == (graph.slide_id, "1", "test")
-    assert "1 of them with the very graph of their file, 0 failed" in capsys.readouterr().out
+    assert "1 of 1 graphs have exactly the edges of their file" in capsys.readouterr().out
 
 
 def test_children_come_in_the_order_of_their_parents(tmp_path):
@@ -68,9 +68,9 @@ def test_children_come_in_the_order_of_their_parents(tmp_path):
 @pytest.mark.parametrize(("base", "slide_mpp"), [(2048, 0.5), (4096, 0.25)])
 def test_the_step_of_the_tiles_tells_the_resolution_of_the_slide(base, slide_mpp, tmp_path):
     tiles = blocks((0, 0), (base // 4, 0), base=base)
-    bag, figures = make_bag(make_prepared(tiles, tmp_path, base=base))
+    bag, columns = make_bag(make_prepared(tiles, tmp_path, base=base))
     assert bag.header.slide_mpp == slide_mpp
-    assert figures["edges_missing"] == figures["edges_added"] == 0
+    assert columns["edges_missing"] == columns["edges_added"] == 0
 
 
 def test_tiles_of_another_width_in_pixels_are_another_resolution(tmp_path):
@@ -82,73 +82,73 @@ def test_tiles_of_another_width_in_pixels_are_another_resolution(tmp_path):
 
 def test_three_levels_become_three_scales(tmp_path):
     tiles = [(1, 0, 0, -1), (2, 512, 512, 0), (3, 768, 512, 1), (3, 512, 768, 1), (1, 1024, 0, -1)]
-    bag, figures = make_bag(make_prepared(tiles, tmp_path))
+    bag, columns = make_bag(make_prepared(tiles, tmp_path))
     assert bag.scales == ("x5", "x10", "x20")
     assert bag.parent["x10"].tolist() == [0]
     assert bag.parent["x20"].tolist() == [0, 0]
-    assert figures["orphans"] == figures["edges_missing"] == figures["edges_added"] == 0
+    assert columns["orphans"] == columns["edges_missing"] == columns["edges_added"] == 0
 
 
 def test_one_level_becomes_one_scale(tmp_path):
     tiles = [(3, 256, 0, -1), (3, 512, 256, -1), (3, 1024, 1024, -1)]
-    bag, figures = make_bag(make_prepared(tiles, tmp_path))
+    bag, columns = make_bag(make_prepared(tiles, tmp_path))
     assert bag.scales == ("x20",)
     assert places(bag, "x20") == [(256, 0), (512, 256), (1024, 1024)]
-    assert (figures["tiles/x20"], figures["orphans"]) == (3, 0)
+    assert (columns["tiles/x20"], columns["orphans"]) == (3, 0)
 
 
 def test_a_fine_tile_without_parent_is_kept_and_comes_first(tmp_path):
     tiles = [*blocks((0, 0)), (3, 512, 0, -1), (3, 768, 0, -1)]
-    bag, figures = make_bag(make_prepared(tiles, tmp_path))
+    bag, columns = make_bag(make_prepared(tiles, tmp_path))
     assert bag.parent["x20"].tolist() == [-1, -1, 0, 0, 0, 0]
     assert places(bag, "x20")[:2] == [(512, 0), (768, 0)]
-    assert figures["orphans"] == 2
-    assert figures["edges_missing"] == figures["edges_added"] == 0
+    assert columns["orphans"] == 2
+    assert columns["edges_missing"] == columns["edges_added"] == 0
 
 
 def test_an_edge_that_skips_a_scale_is_lost_and_counted(tmp_path):
     """x20 inside x5 where the x10 tile between them is empty."""
     tiles = [(1, 0, 0, -1), (2, 0, 0, 0), (3, 0, 0, 1), (3, 512, 0, 0)]
-    bag, figures = make_bag(make_prepared(tiles, tmp_path))
+    bag, columns = make_bag(make_prepared(tiles, tmp_path))
     assert bag.parent["x20"].tolist() == [-1, 0]
-    assert figures["orphans"] == 1
-    assert (figures["edges_missing"], figures["edges_added"]) == (2, 0)
+    assert columns["orphans"] == 1
+    assert (columns["edges_missing"], columns["edges_added"]) == (2, 0)
 
 
 def test_pieces_of_tissue_with_grids_of_their_own_keep_their_graphs(tmp_path):
     tiles = blocks((0, 0), (512, 0), (512, 512), (1100, 70), (1612, 70))
-    bag, figures = make_bag(make_prepared(tiles, tmp_path))
-    assert (figures["edges_missing"], figures["edges_added"]) == (0, 0)
-    assert figures["moved"] == 10  # the two tiles of the smaller piece, and what is in them
-    assert figures["max_moved_px0"] == max(
+    bag, columns = make_bag(make_prepared(tiles, tmp_path))
+    assert (columns["edges_missing"], columns["edges_added"]) == (0, 0)
+    assert columns["moved"] == 10  # the two tiles of the smaller piece, and what is in them
+    assert columns["max_moved_px0"] == max(
         max(abs(x - x0), abs(y - y0)) for (x, y), x0, y0 in moved_places(bag, tiles)
     )
 
 
 def moved_places(bag, tiles):
-    """Places of the bag's tiles beside those of the file's; both hold whole blocks in order."""
+    """Places of the bag's tiles, and x, y in the file; both hold whole blocks in order."""
     for level, scale in ((2, "x10"), (3, "x20")):
-        theirs = [(x, y) for number, x, y, _ in tiles if number == level]
-        for ours, (x, y) in zip(places(bag, scale), theirs, strict=True):
-            yield ours, x, y
+        in_file = [(x, y) for number, x, y, _ in tiles if number == level]
+        for place, (x, y) in zip(places(bag, scale), in_file, strict=True):
+            yield place, x, y
 
 
 def test_edges_between_pieces_whose_grids_cannot_both_be_kept_are_counted(tmp_path):
     """The pieces are half a coarse tile askew: fine tiles are neighbours, coarse ones are not."""
     tiles = [(2, 0, 0, -1), (3, 256, 256, 0), (2, 256, 512, -1), (3, 256, 512, 2)]
-    bag, figures = make_bag(make_prepared(tiles, tmp_path))
+    bag, columns = make_bag(make_prepared(tiles, tmp_path))
     assert bag.num_tiles() == {"x10": 2, "x20": 2}
-    assert (figures["edges_missing"], figures["edges_added"]) == (2, 0)
+    assert (columns["edges_missing"], columns["edges_added"]) == (2, 0)
 
 
 def test_edges_that_the_file_does_not_have_are_counted(tmp_path):
     tiles = blocks((0, 0), (512, 0))
     edges = torch.tensor([[0, 1], [1, 0]])
-    _, figures = make_bag(make_prepared(tiles, tmp_path, edge_index=edges))
+    _, columns = make_bag(make_prepared(tiles, tmp_path, edge_index=edges))
     bag, complete = make_bag(make_prepared(tiles, tmp_path))
     assert complete["edges_added"] == 0
-    assert figures["edges_added"] == len(union_by_search(bag)) - 2
-    assert figures["edges_missing"] == 0
+    assert columns["edges_added"] == len(union_by_search(bag)) - 2
+    assert columns["edges_missing"] == 0
 
 
 def test_features_keep_their_precision(tmp_path):
@@ -200,8 +200,12 @@ def test_two_files_of_one_slide_are_refused(tmp_path, capsys):
 
 def test_bags_of_another_making_do_not_share_the_folder(tmp_path, capsys):
     write_bags(tmp_path / "BAGS", {"s9": "normal"})
+    write_data(tmp_path, "train", 0, make_data(blocks((0, 0)), "a"))
     assert import_bags(tmp_path, tmp_path / "BAGS") == 2
-    assert "a folder holds bags of one making" in capsys.readouterr().err
+    assert (
+        "the folder holds other bags than this import makes (`embed` wrote it)"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_folder_without_graphs_is_refused(tmp_path, capsys):
@@ -287,28 +291,49 @@ def test_a_slide_unlike_the_rest_fails(tmp_path):
     assert import_bags(tmp_path, tmp_path / "bags") == 1
     row = report(tmp_path / "bags")[0]
     assert row["state"] == "failed"
-    assert "it holds x20, 5 features, most files here x10+x20, 5 features" in row["message"]
+    assert "it has the scales x20, the other slides have x10, x20" in row["message"]
     assert not bag_path(tmp_path / "bags", "odd").exists()
 
 
-def test_a_slide_that_fails_now_leaves_no_bag_of_before(tmp_path):
+def test_a_slide_that_fails_now_leaves_no_bag_of_an_earlier_import(tmp_path):
     bags = tmp_path / "bags"
-    write_data(tmp_path, "test", 0, make_data(blocks((0, 0)), "slide"))
+    for number, slide_id in enumerate(("other", "slide")):
+        write_data(tmp_path, "test", number, make_data(blocks((0, 0)), slide_id))
     assert import_bags(tmp_path, bags) == 0
     bad = {"x_coord": torch.tensor([512, 0, 0, 256, 256])}
-    write_data(tmp_path, "test", 0, make_data(blocks((0, 0)), "slide", **bad))
+    write_data(tmp_path, "test", 1, make_data(blocks((0, 0)), "slide", **bad))
     assert import_bags(tmp_path, bags) == 1
-    assert not bag_path(bags, "slide").exists()
+    assert not bag_path(bags, "slide").exists() and bag_path(bags, "other").exists()
+
+
+def test_the_next_run_imports_what_is_missing_or_has_changed(tmp_path):
+    """A file that is repaired takes the name that it holds."""
+    bags = tmp_path / "bags"
+    for number, slide_id in enumerate(("same", "changed")):
+        write_data(tmp_path, "test", number, make_data(blocks((0, 0)), slide_id))
+    broken = write_data(tmp_path, "test", 2, {"x": torch.rand(3, 3)})
+    assert import_bags(tmp_path, bags) == 1
+    assert [row["slide_id"] for row in report(bags)] == ["same", "changed", "test_data_2"]
+    before = bag_path(bags, "same").stat().st_mtime_ns
+    write_data(tmp_path, "test", 1, make_data(blocks((0, 0), (512, 0)), "changed"))
+    torch.save(make_data(blocks((0, 0)), "repaired"), broken)
+    assert import_bags(tmp_path, bags) == 0
+    assert bag_path(bags, "same").stat().st_mtime_ns == before
+    assert read_bag(bag_path(bags, "changed")).num_tiles() == {"x10": 2, "x20": 8}
+    assert [row["slide_id"] for row in report(bags)] == ["same", "changed", "repaired"]
+    assert import_bags(tmp_path, bags, "--tile_px", "224") == 0
+    assert read_bag(bag_path(bags, "same")).header.tile_px == 224
 
 
 def test_many_differences_end_in_a_count(tmp_path, capsys):
-    for number in range(23):
-        edges = torch.tensor([[0, 1], [1, 0]])
+    edges = torch.tensor([[0, 1], [1, 0]])
+    for number in range(13):
         data = make_data(blocks((0, 0)), f"slide{number}", edge_index=edges)
         write_data(tmp_path, "test", number, data)
     assert import_bags(tmp_path, tmp_path / "bags") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 22
+    assert len(lines) == 13
     assert "lacks 0 entries of edge_index and adds 18" in lines[0]
-    assert lines[20] == "... and 3 more"
-    assert "23 done (x10+x20, 5 features), 0 of them with the very graph" in lines[21]
+    assert lines[10] == "... and 3 more"
+    assert lines[11] == "0 of 13 graphs have exactly the edges of their file"
+    assert lines[12].startswith("import mil4wsi: 13 done, 0 failed")

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from dasmil.errors import InputError
-from dasmil.interop.mil4wsi.grid import finest_side, place_on_grid, require_nested
+from dasmil.interop.features.common_grid import place_on_grid
+from dasmil.interop.mil4wsi.grid import find_side_px0, require_nested
 
 SIDES = np.array([512, 256])
 NO_EDGES = np.empty((2, 0), dtype=int)
@@ -21,7 +22,7 @@ def place_tiles(*tiles, sides=SIDES):
 def find_side(place, scale, parent=None, edges=(), ratios=(2, 1), default=300):
     parent = np.full(len(place), -1) if parent is None else np.array(parent)
     edges = np.array(edges).T if edges else NO_EDGES
-    return finest_side(
+    return find_side_px0(
         np.array(place), np.array(scale), parent, edges, np.array(ratios), default=default
     )
 

@@ -1,0 +1,126 @@
+"""The tiles of one slide, as a tool placed them, and the bag they become."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dasmil.bags import Bag, BagHeader, ExtractorCard
+from dasmil.interop.features.common_grid import IntArray, place_on_grid
+from dasmil.units import Mpp, Scale, TilePx
+
+
+@dataclass(frozen=True)
+class SlideTiles:
+    """The tiles of one slide with their features; scales run from coarse to fine.
+
+    Parameters
+    ----------
+    tile_px: side of a tile as the extractors saw it.
+    features: per scale (N_s, D_s) float16 or float32, in the order of the rows of that scale.
+    place: (N, 2) x, y of the top left corner of each tile, in units of ``unit_px0``.
+    scale: (N,) number of the scale, 0 is the coarsest.
+    parent: (N,) row of the parent, in the next coarser scale; -1 for none.
+    sides: (M,) side of each scale's tiles, in units of ``unit_px0``.
+    digest: of the features (:func:`~dasmil.interop.features.digest.features_digest`).
+    unit_px0: level-0 pixels per unit.
+    size_px0: width and height of the slide; None if they are not known.
+    mpp_is_known: as in :class:`~dasmil.bags.BagHeader`.
+    """
+
+    slide_id: str
+    scales: tuple[Scale, ...]
+    tile_px: int
+    features: Sequence[Tensor]
+    place: IntArray
+    scale: IntArray
+    parent: IntArray
+    sides: IntArray
+    digest: str
+    unit_px0: float = 1.0
+    size_px0: tuple[int, int] | None = None
+    mpp_is_known: bool = True
+
+
+def assemble_bag(
+    slide: SlideTiles, cards: Mapping[str, ExtractorCard], tiling: str
+) -> tuple[Bag, dict[str, Any]]:
+    """The bag of a slide, and its columns of import.csv.
+
+    Parameters
+    ----------
+    cards: of the extractors, per scale.
+    tiling: for the header: JSON that identifies the import.
+    """
+    cells, moved = place_on_grid(slide.place, slide.scale, slide.parent, slide.sides)
+    rows, parents = order_by_parents(slide.scale, slide.parent, len(slide.scales))
+    names = [scale.name for scale in slide.scales]
+    side_px0 = float(slide.sides[-1] * slide.unit_px0)
+    ends = ((cells + 1) * slide.sides[slide.scale, None]).max(0, initial=0)
+    height, width = np.maximum(1, np.ceil(ends * slide.unit_px0)).astype(int).tolist()
+    header = BagHeader(
+        slide_id=slide.slide_id,
+        scales=slide.scales,
+        tile_px=TilePx(slide.tile_px),
+        slide_mpp=Mpp(slide.tile_px * slide.scales[-1].mpp / side_px0),
+        size_px0=slide.size_px0 or (width, height),
+        size_is_extent=slide.size_px0 is None,
+        mpp_is_known=slide.mpp_is_known,
+        tiling=tiling,
+        extractors=dict(cards),
+        num_tiles=len(rows[-1]),
+        slide_digest=slide.digest,
+    )
+    own = [np.flatnonzero(slide.scale == number) for number in range(len(names))]
+    bag = Bag(
+        header,
+        features={
+            name: features[np.searchsorted(of_scale, ordered)]
+            for name, features, of_scale, ordered in zip(names, slide.features, own, rows)
+        },
+        grid={n: torch.from_numpy(cells[r].astype(np.int32)) for n, r in zip(names, rows)},
+        parent={n: torch.from_numpy(p) for n, p in zip(names[1:], parents, strict=True)},
+    )
+    distance_px0 = np.abs(moved).max(1, initial=0) * slide.unit_px0
+    return bag, {
+        **{f"tiles/{name}": number for name, number in bag.num_tiles().items()},
+        **count_unrelated(slide.scale, slide.parent, len(names)),
+        "moved": int((distance_px0 > 0).sum()),
+        "max_moved_px0": round(float(distance_px0.max(initial=0)), 1),
+    }
+
+
+def order_by_parents(
+    scale: IntArray, parent: IntArray, num_scales: int
+) -> tuple[list[IntArray], list[npt.NDArray[np.int32]]]:
+    """Sort the tiles of each scale by their parents.
+
+    Returns
+    -------
+    Per scale the rows of its tiles; per scale but the coarsest the position of each one's parent
+    among the tiles of the next coarser scale.
+    """
+    rows = [np.flatnonzero(scale == 0)]
+    parents = []
+    for number in range(1, num_scales):
+        position = np.full(len(scale) + 1, -1, dtype=np.int32)  # the last entry is read by -1
+        position[rows[-1]] = np.arange(len(rows[-1]))
+        tiles = np.flatnonzero(scale == number)
+        order = np.argsort(position[parent[tiles]], kind="stable")
+        rows.append(tiles[order])
+        parents.append(position[parent[tiles[order]]])
+    return rows, parents
+
+
+def count_unrelated(scale: IntArray, parent: IntArray, num_scales: int) -> dict[str, int]:
+    """The number of tiles without a parent (orphans), and of coarser ones without a child."""
+    has_child = np.zeros(len(scale) + 1, dtype=bool)  # the last entry is written by -1
+    has_child[parent] = True
+    return {
+        "orphans": int(((scale > 0) & (parent < 0)).sum()),
+        "childless": int(((scale < num_scales - 1) & ~has_child[:-1]).sum()),
+    }
