@@ -1,19 +1,42 @@
-"""A folder of bags as far as their headers say; nothing here needs torch, which takes seconds."""
+"""A folder of bags, as far as the headers describe it, without torch: its import takes seconds."""
 
 from functools import lru_cache, partial
 from pathlib import Path
 
-from dasmil.headers import Header, Kind, read_header_of, refusing
+from dasmil.headers import (
+    KNOWN,
+    SHARED,
+    TEXT,
+    Entry,
+    FileKind,
+    Header,
+    read_header_of,
+    refusing,
+)
 from dasmil.json_text import parse_json, read_json_object
 from dasmil.names import path_inside
+from dasmil.plain import whole
 from dasmil.slides.cohort import read_cohort
 from dasmil.work.status import Status
 
-BAG = Kind(
+COUNT = whole(0, 2**40)
+BAG = FileKind(
     format="dasmil-bag-2",
     unreadable="cannot be read as a bag ({}); delete it and embed again",
     other="its format is {!r}, this version reads {!r}; embed the slide again",
     missing="no such bag file",
+    entries={
+        **{name: SHARED[name] for name in ("slide_id", "slide_mpp", "size_px0", "tile_px")},
+        "scales": Entry(TEXT, is_text=True),  # parsed once for all bags of a folder
+        "tiling": SHARED["tiling"],
+        "num_tiles": Entry(COUNT),
+        "reader": Entry(TEXT, is_text=True),
+        "bounds_px0": SHARED["bounds_px0"],
+        **KNOWN,
+        "slide_digest": SHARED["slide_digest"],
+        "num_damaged": Entry(COUNT, "0"),
+        "extractors": Entry(TEXT, is_text=True),  # as scales
+    },
 )
 EXTRACTORS = "extractors.json"
 
@@ -23,20 +46,20 @@ def bag_path(folder: Path, slide_id: str) -> Path:
 
 
 def read_num_tiles(path: Path) -> dict[str, int]:
-    """Tiles per scale; from the file's header, no tensor is read."""
+    """Tiles per scale, from the header of a bag file."""
     header = read_header_of(path, BAG)
     with refusing(path, BAG):
         return _num_tiles(header)
 
 
 def _num_tiles(header: Header) -> dict[str, int]:
-    names = _scale_names(header.text("scales"))
+    names = _scale_names(BAG.unpack(header, ["scales"])["scales"])
     return {name: header.tensors[f"grid/{name}"].shape[0] for name in names}
 
 
 @lru_cache(maxsize=16)
 def _scale_names(text: str) -> tuple[str, ...]:
-    """All bags of a folder say the same."""
+    """All bags of a folder have the same text."""
     return tuple(parse_json(text))
 
 
@@ -53,27 +76,27 @@ def bag_status(folder: Path) -> Status:
 
 
 def describe_bag(path: Path) -> dict[str, str | int]:
-    """The row of a slide from its bag file; no tensor is read."""
+    """The status row of a slide, from the header of its bag file."""
     header = read_header_of(path, BAG)
     with refusing(path, BAG):
-        return status_row(_num_tiles(header), header.whole("num_damaged", 0, 2**40, "0"))
+        return status_row(_num_tiles(header), **BAG.unpack(header, ["num_damaged"]))
 
 
 def status_row(
-    num_tiles: dict[str, int], damaged: int = 0, first: str = ""
+    num_tiles: dict[str, int], num_damaged: int = 0, first: str = ""
 ) -> dict[str, str | int]:
-    """The row of a slide whose bag has been written.
+    """The status row of a slide whose bag has been written.
 
     Parameters
     ----------
-    damaged: finest tiles that were left out.
-    first: what is wrong with the first of them, if that is known.
+    num_damaged: finest tiles that were left out.
+    first: what is wrong with the first of them; "" if it is not known.
     """
     state = "done" if any(num_tiles.values()) else "empty"
-    message = f"{damaged} damaged tiles left out" if damaged else ""
+    message = f"{num_damaged} damaged tiles left out" if num_damaged else ""
     return {
         "state": state,
         **{f"tiles/{scale}": number for scale, number in num_tiles.items()},
-        "damaged": damaged,
+        "damaged": num_damaged,
         "message": f"{message}; the first: {first}" if first else message,
     }

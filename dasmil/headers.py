@@ -1,63 +1,73 @@
-"""Headers of tile tables and bags: read without the tensors behind them, and checked.
+"""Headers of tile tables and bags: one codec for both, which reads no tensor.
 
-A file may be damaged, or of a stranger: whatever is wrong with it becomes one sentence, before
+A file may be damaged, or come from anyone. Whatever is wrong with it becomes one sentence, before
 memory is taken for it.
 """
 
+import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 
 from dasmil.errors import InputError
+from dasmil.geometry import Extent, Tiles, TilesHeader
 from dasmil.json_text import parse_json, unpack_metadata
 from dasmil.names import name_fault
-from dasmil.units import MAX_PX, Mpp, PyramidGrid, Scale, TilePx
+from dasmil.plain import SWITCH, Kind, describe_fault, number, several, whole
+from dasmil.units import MAX_PX, MPPS, Mpp, Scale, TilePx
 
 FIRST_READ = 2**14  # bytes; most headers are shorter
 MAX_HEADER = 2**20
 MAX_REASON = 200  # characters
-MAX_PARAMETERS = 2**16  # of tiling or import, as JSON
+MAX_PARAMETERS = 2**16  # characters, of tiling or import
 ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2}
 ITEM_BYTES |= {"F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+FILE_NAME = Kind("a name that a file can have", lambda value: not name_fault(value))
+PARAMETERS = Kind(
+    f"an object of at most {MAX_PARAMETERS} characters",
+    lambda text: len(text) <= MAX_PARAMETERS and isinstance(parse_json(text), dict),
+)
+SHAPE = several(whole(0, 2**48), 0, 8)
+
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of file.
+class Entry:
+    """One entry of a header.
 
     Parameters
     ----------
-    format: the version that this version of dasmil reads and writes.
-    unreadable: sentence on a damaged file, with a place for the reason.
-    other: sentence on a file of another version, with places for that and for ours.
-    missing: what is said of a file that is not there.
+    kind: which values it can have.
+    default: its text in older files, which lack it; None if every file has it.
+    is_text: whether the text is the value; else it is the value's JSON.
     """
 
-    format: str
-    unreadable: str
-    other: str
-    missing: str
+    kind: Kind
+    default: str | None = None
+    is_text: bool = False
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor; its dtype by the name that safetensors gives it."""
+    """A tensor as a header describes it; its dtype has the name that safetensors gives it."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
 class Header:
-    """The entries of a file's header; each is checked when it is asked for.
-
-    All methods raise ``ValueError`` where an entry is missing or impossible; see :func:`refusing`.
+    """The header of a file, not yet checked.
 
     Parameters
     ----------
@@ -65,75 +75,126 @@ class Header:
     tensors: of the file, by name.
     """
 
-    def __init__(self, entries: Mapping[str, str], tensors: Mapping[str, TensorInfo]):
-        self.entries = entries
-        self.tensors = tensors
-
-    def text(self, name: str, default: str | None = None) -> str:
-        found = self.entries.get(name, default)
-        if found is None:
-            raise ValueError(f"{name} is missing")
-        return found
-
-    def json(self, name: str, default: str | None = None) -> Any:
-        return parse_json(self.text(name, default))
-
-    def whole(self, name: str, low: int, high: int, default: str | None = None) -> int:
-        return _whole(int(self.text(name, default)), name, low, high)
-
-    def number(self, name: str, low: float, high: float) -> float:
-        found = float(self.text(name))
-        if not low <= found <= high:
-            raise ValueError(f"{name} is {found:g}")
-        return found
-
-    def flag(self, name: str, default: str) -> bool:
-        found = self.json(name, default)
-        if not isinstance(found, bool):
-            raise ValueError(f"{name} is {found!r}")
-        return found
-
-    def pair(self, name: str, low: int, high: int, default: str | None = None) -> tuple[int, int]:
-        found = self.json(name, default)
-        if not isinstance(found, list) or len(found) != 2:
-            raise ValueError(f"{name} is {found!r}")
-        first, second = (_whole(value, name, low, high) for value in found)
-        return first, second
-
-    def slide_id(self) -> str:
-        if fault := name_fault(found := self.text("slide_id")):
-            raise ValueError(f"its slide_id {fault}")
-        return found
-
-    def size_px0(self) -> tuple[int, int]:
-        """Width and height; older imports of a slide without tiles say that it has none."""
-        width, height = self.pair("size_px0", 0, MAX_PX)
-        return max(1, width), max(1, height)
-
-    def bounds_px0(self) -> tuple[int, int]:
-        return self.pair("bounds_px0", -MAX_PX, MAX_PX, "[0, 0]")
-
-    def parameters(self) -> str:
-        """Those of tiling or import, JSON; that of an object."""
-        text = self.text("tiling")
-        if len(text) > MAX_PARAMETERS or not isinstance(parse_json(text), dict):
-            raise ValueError("its parameters are no object, or too many")
-        return text
-
-    def geometry(self, scales: Sequence[Scale]) -> PyramidGrid:
-        """Where tiles of these scales lie in the slide."""
-        tile_px, mpp = TilePx(self.whole("tile_px", 1, MAX_PX)), Mpp(float(self.text("slide_mpp")))
-        return PyramidGrid(tuple(scales), tile_px, mpp)
+    entries: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
 
 
-def _whole(value: Any, name: str, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}")
-    return value
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of file, and the codec of its header.
+
+    Parameters
+    ----------
+    format: the version that this version of dasmil reads and writes.
+    unreadable: sentence on a damaged file, with a place for the reason.
+    other: sentence on a file of another version, with places for that and for ours.
+    missing: sentence on a file that does not exist.
+    entries: of the header, by name.
+    """
+
+    format: str
+    unreadable: str
+    other: str
+    missing: str
+    entries: Mapping[str, Entry]
+
+    def pack(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """The entries of these values, with the format; ``ValueError`` if one is impossible."""
+        self._check(values, required=self.entries)
+        return {"format": self.format} | {
+            name: values[name] if entry.is_text else json.dumps(values[name])
+            for name, entry in self.entries.items()
+        }
+
+    def unpack(self, header: Header, names: Collection[str] = ()) -> dict[str, Any]:
+        """The values of a header; ``ValueError`` if one is missing or impossible.
+
+        Parameters
+        ----------
+        names: of the entries that are needed; all if empty.
+        """
+        values = {}
+        for name in names or self.entries:
+            entry = self.entries[name]
+            text = header.entries.get(name, entry.default)
+            if text is not None:
+                values[name] = text if entry.is_text else parse_json(text)
+        self._check(values, required=names or self.entries)
+        return values
+
+    def _check(self, values: Mapping[str, Any], required: Collection[str]) -> None:
+        kinds = {name: entry.kind for name, entry in self.entries.items()}
+        if fault := describe_fault(values, kinds, required):
+            raise ValueError(fault)
 
 
-def read_header_of(path: Path, kind: Kind) -> Header:
-    """The header of a file of this kind; no tensor is read.
+#: Entries that tile tables and bags share, see :class:`dasmil.geometry.TilesHeader`.
+SHARED = {
+    "slide_id": Entry(FILE_NAME, is_text=True),
+    "slide_mpp": Entry(number(*MPPS)),
+    "size_px0": Entry(several(whole(0, MAX_PX), 2, 2)),
+    "tile_px": Entry(whole(1, MAX_PX)),
+    "tiling": Entry(PARAMETERS, is_text=True),
+    "bounds_px0": Entry(several(whole(-MAX_PX, MAX_PX), 2, 2), "[0, 0]"),
+    "slide_digest": Entry(TEXT, "", is_text=True),
+}
+#: Entries of bags alone: only imported slides lack a size or a resolution.
+KNOWN = {"size_is_extent": Entry(SWITCH, "false"), "mpp_is_known": Entry(SWITCH, "true")}
+
+
+def values_of(header: TilesHeader) -> dict[str, Any]:
+    """The values of the shared entries."""
+    extent = header.extent
+    return {
+        "slide_id": header.slide_id,
+        "slide_mpp": float(extent.mpp),
+        "size_px0": extent.size_px0,
+        "tile_px": int(header.tile_px),
+        "tiling": header.tiling,
+        "bounds_px0": extent.bounds_px0,
+        "slide_digest": header.slide_digest,
+    }
+
+
+def fields_of(values: Mapping[str, Any], scales: Sequence[Scale]) -> dict[str, Any]:
+    """The inverse of :func:`values_of`: the fields of a :class:`TilesHeader`.
+
+    Raises
+    ------
+    InputError
+        if there can be no such grid of tiles.
+    """
+    width, height = (max(1, side) for side in values["size_px0"])  # older imports without tiles: 0
+    left, top = values["bounds_px0"]
+    header = TilesHeader(
+        slide_id=values["slide_id"],
+        extent=Extent(
+            size_px0=(width, height),
+            mpp=Mpp(float(values["slide_mpp"])),
+            bounds_px0=(left, top),
+            size_is_known=not values.get("size_is_extent", False),
+            mpp_is_known=values.get("mpp_is_known", True),
+        ),
+        scales=tuple(scales),
+        tile_px=TilePx(values["tile_px"]),
+        tiling=values["tiling"],
+        slide_digest=values["slide_digest"],
+    )
+    header.geometry  # noqa: B018 - refuses an impossible one
+    return header.header_fields()
+
+
+def tile_arrays(tiles: Tiles) -> dict[str, npt.NDArray[np.int32]]:
+    """The arrays of both kinds of file: ``grid/<scale>`` and ``parent/<scale>``."""
+    return {
+        f"{kind}/{scale}": np.ascontiguousarray(rows)
+        for kind, per_scale in (("grid", tiles.grid), ("parent", tiles.parent))
+        for scale, rows in per_scale.items()
+    }
+
+
+def read_header_of(path: Path, kind: FileKind) -> Header:
+    """The header of a file of this kind.
 
     Raises
     ------
@@ -144,27 +205,28 @@ def read_header_of(path: Path, kind: Kind) -> Header:
         try:
             file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for ever
         except FileNotFoundError:
-            raise _Said(f"{path}: {kind.missing}") from None
+            raise _Sentence(f"{path}: {kind.missing}") from None
         try:
             header = _parse(*_header_bytes(file))
         finally:
             os.close(file)
-        if header.entries.get("format") != kind.format:
-            found = header.entries.get("format")
-            raise _Said(f"{path}: {kind.other.format(found and _short(found), kind.format)}")
+        if (version := header.entries.get("format")) != kind.format:
+            raise _Sentence(
+                f"{path}: {kind.other.format(version and _short(version), kind.format)}"
+            )
         return header
 
 
-class _Said(InputError):
+class _Sentence(InputError):
     """A whole sentence, to which nothing is added."""
 
 
 @contextmanager
-def refusing(path: Path, kind: Kind) -> Iterator[None]:
-    """Tell what is wrong with a file in one sentence, whatever went wrong with it."""
+def refusing(path: Path, kind: FileKind) -> Iterator[None]:
+    """Turn every error that a damaged file can cause into one sentence."""
     try:
         yield
-    except _Said as error:
+    except _Sentence as error:
         raise InputError(str(error)) from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: {kind.unreadable.format(_short(error))}") from error
@@ -199,17 +261,14 @@ def _parse(text: bytes, size: int) -> Header:
     if not isinstance(metadata, dict) or not isinstance(metadata.get("dasmil", ""), str):
         raise ValueError("its header is no text")
     tensors, end = {}, 0
-    for name, told in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
-        shape = tuple(_whole(n, f"the shape of {name}", 0, 2**48) for n in told["shape"])
-        start, stop = told["data_offsets"]
-        if start != end or stop - start != math.prod(shape) * ITEM_BYTES[told["dtype"]]:
+    for name, record in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (start, stop) = record["dtype"], record["shape"], record["data_offsets"]
+        if not SHAPE.holds(shape):
+            raise ValueError(f"the shape of {name} is {shape!r}")
+        if start != end or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
             raise ValueError(f"{name} is not where its header says")
         end = stop
-        tensors[name] = TensorInfo(told["dtype"], shape)
+        tensors[name] = TensorInfo(dtype, tuple(shape))
     if end != size:
         raise ValueError(f"it has {size} bytes of tensors, not {end}")
-    return Header(_entries(metadata.get("dasmil", "{}")), tensors)
-
-
-def _entries(text: str) -> dict[str, str]:
-    return unpack_metadata({"dasmil": text})
+    return Header(unpack_metadata(metadata), tensors)

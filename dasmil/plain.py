@@ -108,25 +108,40 @@ def refuse_other(
 
     Parameters
     ----------
-    values: what should be a dictionary.
-    kinds: of each value that there may be.
+    values, kinds, required: as for :func:`describe_fault`.
     where: the file and which part of it, as the begin of a sentence.
-    required: names of values that must be there.
 
     Raises
     ------
     InputError
-        naming the first value that is missing, has no kind, or is of another one.
+        naming the first value that is missing, unknown or of another kind.
+    """
+    if fault := describe_fault(values, kinds, required):
+        raise InputError(f"{where}: {fault}")
+
+
+def describe_fault(values: Any, kinds: Mapping[str, Kind], required: Collection[str] = ()) -> str:
+    """The first value that is missing, unknown or of another kind; "" if none is.
+
+    Parameters
+    ----------
+    values: what should be a dictionary.
+    kinds: of each value that is allowed.
+    required: names of values that must be there.
+
+    Returns
+    -------
+    The end of a sentence.
     """
     if not isinstance(values, Mapping):
-        raise InputError(f"{where}: {_show(values)} is no dictionary of {', '.join(kinds)}")
+        return f"{_show(values)} is no dictionary of {', '.join(kinds)}"
     for name, value in values.items():
         if name not in kinds:
-            raise InputError(f"{where}: {_show(name)} cannot be set{_near(str(name), kinds)}")
+            return f"{_show(name)} cannot be set{_near(str(name), kinds)}"
         if not kinds[name].holds(value):
-            raise InputError(f"{where}: {name} {_show(value)} is not {kinds[name].words}")
-    if missing := [name for name in required if name not in values]:
-        raise InputError(f"{where}: {', '.join(missing)} is missing")
+            return f"{name} {_show(value)} is not {kinds[name].words}"
+    missing = [name for name in required if name not in values]
+    return f"{', '.join(missing)} is missing" if missing else ""
 
 
 def _show(value: Any) -> str:

@@ -2,9 +2,10 @@
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +14,13 @@ from torch import Tensor
 from dasmil.bags import (
     Bag,
     BagGraph,
-    BagHeader,
     ExtractorCard,
     Neighbours,
     bag_graph,
     bag_path,
     write_bag,
 )
+from dasmil.geometry import Extent, Int32Array, Tiles
 from dasmil.units import Mpp, Scale, TilePx
 
 CLASSES = ["normal", "tumour"]
@@ -49,32 +50,51 @@ def make_bag(
     drawn = rng.choice(side * side, num_tiles, replace=False)
     lines = sorted(_ancestry(divmod(int(cell), side), kinds) for cell in drawn)
 
-    grid: dict[str, Tensor] = {}
-    parent: dict[str, Tensor] = {}
+    grid: dict[str, Int32Array] = {}
+    parent: dict[str, Int32Array] = {}
     features: dict[str, Tensor] = {}
     rows_above: dict[tuple, int] = {}
     for number, scale in enumerate(kinds):
         tiles = list(dict.fromkeys(line[: number + 1] for line in lines))
         cells = [tile[-1] for tile in tiles]
-        grid[scale.name] = torch.tensor(cells, dtype=torch.int32).reshape(-1, 2)
+        grid[scale.name] = np.array(cells, dtype=np.int32).reshape(-1, 2)
         values = rng.standard_normal((len(tiles), widths[scale.name]))
         features[scale.name] = torch.from_numpy(values.astype(np.float16))
         if number > 0:
             above = [rows_above[tile[:-1]] for tile in tiles]
-            parent[scale.name] = torch.tensor(above, dtype=torch.int32)
+            parent[scale.name] = np.array(above, dtype=np.int32)
         rows_above = {tile: row for row, tile in enumerate(tiles)}
 
-    header = BagHeader(
+    tiles = Tiles(
         slide_id=slide_id,
+        extent=Extent((20_000, 10_000), Mpp(0.25)),
         scales=kinds,
         tile_px=TilePx(tile_px),
-        slide_mpp=Mpp(0.25),
-        size_px0=(20_000, 10_000),
         tiling='{"min_tissue": 0.25}',
-        extractors={name: make_card(width, fingerprint) for name, width in widths.items()},
-        num_tiles=num_tiles,
+        grid=grid,
+        parent=parent,
     )
-    return Bag(header, features, grid, parent)
+    cards = {name: make_card(width, fingerprint) for name, width in widths.items()}
+    return Bag(tiles, features, cards)
+
+
+def with_changes(bag: Bag, **changes: Any) -> Bag:
+    """The bag with other values of its fields, of its tiles' or of their extent's.
+
+    Parameters
+    ----------
+    changes: by name of the field; ``grid`` and ``parent`` as tensors.
+    """
+
+    def taken(kind: type) -> dict[str, Any]:
+        names = {each.name for each in fields(kind)} & changes.keys()
+        return {name: changes.pop(name) for name in names}
+
+    for name in {"grid", "parent"} & changes.keys():
+        changes[name] = {scale: rows.numpy() for scale, rows in changes[name].items()}
+    extent = replace(bag.tiles.extent, **taken(Extent))
+    tiles = replace(bag.tiles, extent=extent, **taken(Tiles))
+    return replace(bag, tiles=tiles, **changes)
 
 
 def make_card(feature_dim: int = 6, fingerprint: str = "f" * 64) -> ExtractorCard:
@@ -126,8 +146,8 @@ def write_bags(
             continue
         num_tiles = 0 if slide_id in set(empty) else 8
         made = make_bag(slide_id, num_tiles=num_tiles, seed=seed, **bag)  # type: ignore[arg-type]
-        header = replace(made.header, slide_digest=(digests or {}).get(slide_id, ""))
-        write_bag(bag_path(folder, slide_id), replace(made, header=header))
+        digest = (digests or {}).get(slide_id, "")
+        write_bag(bag_path(folder, slide_id), with_changes(made, slide_digest=digest))
     return folder
 
 

@@ -22,7 +22,7 @@ import dasmil.embedding.embed  # here, since each forked run would take seconds 
 import dasmil.slides.tile
 from dasmil.bags import store
 from dasmil.cli import main
-from dasmil.slides import tiling
+from dasmil.slides import tile_table
 
 torch.set_num_threads(1)
 
@@ -62,7 +62,7 @@ class Points:
     def watch(self) -> None:
         for name in CHANGES:
             setattr(os, name, self._watched(getattr(os, name)))
-        for module in (store, tiling):
+        for module in (store, tile_table):
             module.save_file = self._watched_save(module.save_file)
 
     def _watched(self, function):

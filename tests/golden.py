@@ -30,6 +30,7 @@ from torch_geometric.data import Data
 
 from dasmil.bags import BagGraph, BagHeader
 from dasmil.bags.graph import BagHeaders
+from dasmil.geometry import Extent
 from dasmil.modules import MILModule, ModelCard
 from dasmil.units import Mpp, Scale, TilePx
 
@@ -130,7 +131,12 @@ class Case:
         scale = Scale("x20", Mpp(0.5))
         card = make_card(features.shape[1])
         header = BagHeader(
-            *("slide", (scale,), TilePx(8), Mpp(0.5), (8, 8), "", {"x20": card}, len(features))
+            slide_id="slide",
+            extent=Extent((8, 8), Mpp(0.5)),
+            scales=(scale,),
+            tile_px=TilePx(8),
+            extractors={"x20": card},
+            num_tiles=len(features),
         )
         return BagGraph(
             features={"x20": features},

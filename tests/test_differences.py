@@ -29,6 +29,7 @@ from torch_geometric.nn import GATConv
 
 import dasmil
 from dasmil.bags import bag_graph, bag_path, join_graphs, read_bag, write_bag
+from dasmil.bags.output import ScaleOutput
 from dasmil.callbacks import BestCheckpoint
 from dasmil.cli import main
 from dasmil.data import BagDataModule, TileDataModule
@@ -36,17 +37,17 @@ from dasmil.data.bags import DRAWING
 from dasmil.demo.slides import write_pyramid
 from dasmil.embedding.extractor import Extractor
 from dasmil.errors import InputError
+from dasmil.geometry import PyramidGrid
 from dasmil.losses import bag_loss, criticality_loss, distillation_loss
 from dasmil.methods.dasmil import DASMIL, ObjectiveOptions, objective
 from dasmil.metrics import slide_metrics
 from dasmil.modules import MILModule
 from dasmil.modules.options import nested_options
 from dasmil.nn import GAT
-from dasmil.output import ScaleOutput
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.reader import Slide
 from dasmil.slides.splits import split_cohort
-from dasmil.units import PyramidGrid, TilePx, parse_scales
+from dasmil.units import TilePx, parse_scales
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 

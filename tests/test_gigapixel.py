@@ -17,9 +17,10 @@ from gigapixel import CELL_PX0, peak_bytes, write_gigapixel
 
 from dasmil.embedding.dataset import ChunkDataset
 from dasmil.slides.cohort import SlideRow
+from dasmil.slides.pyramid import TilingParameters
 from dasmil.slides.reader import READ_BLOCK_PX, Slide
 from dasmil.slides.tile_slide import tile_slide
-from dasmil.slides.tiling import TilingParameters, read_tiles, tiles_path
+from dasmil.slides.tile_table import read_tiles, tiles_path
 from dasmil.slides.tissue import TissueParameters
 
 GB = 1e9

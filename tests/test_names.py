@@ -10,7 +10,7 @@ from dasmil.bags import bag_path
 from dasmil.errors import InputError, say_error, shown, some_of
 from dasmil.names import name_fault, path_inside
 from dasmil.slides.tile_slide import qc_path
-from dasmil.slides.tiling import tiles_path
+from dasmil.slides.tile_table import tiles_path
 from dasmil.tables import read_csv, write_csv
 
 LEAVING = ["/x/y", "/../../x", "..", ".", "", "../x", "a/b", ".hidden", "a\0b", "a\nb", "a\x1b[2J"]

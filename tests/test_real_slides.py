@@ -55,9 +55,9 @@ def test_every_slide_arrives(atlas):
         bag = read_bag(bag_path(atlas / "bags", row.slide_id))
         assert bag.num_tiles()["x5"] > 0
         boxes_px0 = bag.boxes_px0("x5")
-        assert (boxes_px0[:, 0] < bag.header.size_px0[0]).all()
-        assert (boxes_px0[:, 1] < bag.header.size_px0[1]).all()
-        expected_px0 = 256 * 2.0 / bag.header.slide_mpp
+        assert (boxes_px0[:, 0] < bag.header.extent.size_px0[0]).all()
+        assert (boxes_px0[:, 1] < bag.header.extent.size_px0[1]).all()
+        expected_px0 = 256 * 2.0 / bag.header.extent.mpp
         assert ((boxes_px0[:, 2] - boxes_px0[:, 0]) - expected_px0).abs().max() <= 1
 
 
@@ -88,7 +88,7 @@ def test_the_overlay_lies_on_tissue(atlas):
         slide.draft("RGB", (slide.width // 8, slide.height // 8))
         saturation = np.asarray(slide.convert("HSV").resize((512, 512)))[..., 1]
         under = np.zeros((512, 512), dtype=bool)
-        to_picture = 512 / np.array(bag.header.size_px0 * 2)
+        to_picture = 512 / np.array(bag.header.extent.size_px0 * 2)
         for left, top, right, bottom in (bag.boxes_px0("x5").numpy() * to_picture).astype(int):
             under[top:bottom, left:right] = True
         assert saturation[under].mean() > 2 * saturation[~under].mean(), row.slide_id

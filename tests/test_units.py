@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dasmil.errors import InputError
-from dasmil.units import Mpp, PyramidGrid, Scale, TilePx, parse_scales
+from dasmil.geometry import PyramidGrid
+from dasmil.units import Mpp, Scale, TilePx, parse_scales
 
 AWKWARD_MPPS = ["0.2425", "0.499", "0.526036", "0.55"]
 PYRAMIDS = [("x10", "x20"), ("x5", "x20"), ("x5", "x10", "x20"), ("x1.25", "x5", "x10")]

@@ -1,17 +1,17 @@
 """Vectors → graph: bags, their files, and the graph over their tiles."""
 
 from dasmil.bag_folder import bag_path
-from dasmil.bags.bag import (
-    Bag,
+from dasmil.bags.bag import Bag, all_finite, ancestor_rows
+from dasmil.bags.graph import UNKNOWN, BagGraph, bag_graph, join_graphs
+from dasmil.bags.header import (
     BagHeader,
     ExtractorCard,
-    all_finite,
-    ancestor_rows,
+    bag_format,
     describe_difference,
     describe_other_bag,
 )
-from dasmil.bags.graph import UNKNOWN, BagGraph, bag_graph, join_graphs
 from dasmil.bags.neighbours import Neighbours, grid_neighbours
+from dasmil.bags.output import ScaleOutput
 from dasmil.bags.store import read_bag, read_header, read_headers, write_bag
 
 __all__ = [
@@ -21,8 +21,10 @@ __all__ = [
     "BagHeader",
     "ExtractorCard",
     "Neighbours",
+    "ScaleOutput",
     "all_finite",
     "ancestor_rows",
+    "bag_format",
     "bag_graph",
     "bag_path",
     "describe_difference",

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dasmil.bags.bag import Bag, BagHeader
+from dasmil.bags.bag import Bag
+from dasmil.bags.header import BagHeader
 from dasmil.bags.neighbours import Neighbours, grid_neighbours, join_neighbours, union_neighbours
 
 UNKNOWN = -1  # the label of a slide without one
@@ -105,7 +106,7 @@ class BagGraph:
         for coarse, fine in pairwise(self.scales):
             above = self.parent[fine][rows[fine]].cpu()
             parent[fine] = torch.where(above < 0, above, above - rows[coarse].start).int()
-        return Bag(
+        return Bag.from_header(
             header,
             {name: self.features[name][rows[name]] for name in self.scales},
             {name: self.grid[name][rows[name]] for name in self.scales},

@@ -1,17 +1,19 @@
-"""Bag files: safetensors on disk, written whole or not at all, never unpickled."""
+"""Bag files: safetensors, written whole or not at all, never unpickled."""
 
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dasmil.bag_folder import BAG
-from dasmil.bags.bag import Bag, BagHeader, header_from_metadata, header_to_metadata
+from dasmil.bags.bag import Bag
+from dasmil.bags.header import BagHeader
 from dasmil.errors import InputError
 from dasmil.files import atomic_path
-from dasmil.headers import ITEM_BYTES, Header, read_header_of, refusing
+from dasmil.headers import ITEM_BYTES, Header, read_header_of, refusing, tile_arrays
 from dasmil.json_text import pack_metadata
 
 TILE_BYTES = 184  # of a graph, beside a tile's features: neighbours, parent and children
@@ -25,24 +27,29 @@ def write_bag(path: Path, bag: Bag) -> None:
     InputError
         if a promise of the format does not hold: what could not be read again is not written.
     """
-    entries = {"format": BAG.format, **header_to_metadata(bag.header)}
+    bag.validate()
     try:
-        header_from_metadata(Header(entries, {}))
+        entries = bag.header.pack()
+        BagHeader.unpack(Header(entries, {}))
     except ValueError as error:
         raise InputError(f"bag {bag.slide_id}: {error}; it cannot be written") from error
-    bag.validate()
     tensors = {f"features/{n}": t.contiguous() for n, t in bag.features.items()}
-    tensors |= {f"grid/{n}": t.contiguous() for n, t in bag.grid.items()}
-    tensors |= {f"parent/{n}": t.contiguous() for n, t in bag.parent.items()}
+    tensors |= {name: torch.from_numpy(rows) for name, rows in tile_arrays(bag.tiles).items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, pack_metadata(entries))
 
 
 def read_header(path: Path) -> BagHeader:
-    """The header alone; no tensor is read."""
+    """The header of a bag file; no tensor is read.
+
+    Raises
+    ------
+    InputError
+        if the file is missing, damaged, or of another format version.
+    """
     header = read_header_of(path, BAG)
     with refusing(path, BAG):
-        return header_from_metadata(header)
+        return BagHeader.unpack(header)
 
 
 def read_headers(folder: Path) -> dict[str, BagHeader | InputError]:
@@ -60,18 +67,18 @@ def read_headers(folder: Path) -> dict[str, BagHeader | InputError]:
 def read_bag(path: Path, scales: Collection[str] | None = None) -> Bag:
     """Read and validate a bag file.
 
-    Its tensors lie in the file and are read where they are looked at, by all processes from the
-    same pages of memory; a file that is replaced meanwhile stays what it was for who has read it.
+    Tensors are memory-mapped: read on access, and shared between processes. Replacing the file does
+    not affect bags that were read before.
 
     Parameters
     ----------
-    scales: those wanted, as by :meth:`Bag.select`; features of the others are not looked at. All
-        where None.
+    scales: names of those to read, as by :meth:`Bag.select`; features of the others are not read.
+        None for all.
 
     Raises
     ------
     InputError
-        when the file is missing, truncated, of another format version, or breaks a promise.
+        if the file is missing, damaged, of another format version, or breaks a promise.
     """
     header = read_header(path)
     with refusing(path, BAG), safe_open(path, framework="pt") as file:
@@ -81,8 +88,13 @@ def read_bag(path: Path, scales: Collection[str] | None = None) -> Bag:
     def under(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-    bag = Bag(header, under("features/"), under("grid/"), under("parent/"))
+    bag = Bag.from_header(header, under("features/"), under("grid/"), under("parent/"))
     bag.validate_structure()
+    if bag.header.num_tiles != header.num_tiles:
+        raise InputError(
+            f"bag {bag.slide_id}: it has {bag.header.num_tiles} tiles, its header says "
+            f"{header.num_tiles}; embed the slide again"
+        )
     if scales is not None:
         bag = bag.select(scales)
     bag.validate_features()
@@ -90,11 +102,11 @@ def read_bag(path: Path, scales: Collection[str] | None = None) -> Bag:
 
 
 def graph_bytes(path: Path, scales: Collection[str] | None = None) -> int:
-    """Memory that the graph of a bag takes at most; from the file's header, no tensor is read."""
+    """Memory that the graph of a bag takes at most, from the file's header."""
     header = read_header_of(path, BAG)
     total = 0
     with refusing(path, BAG):
-        for scale in header_from_metadata(header).scales:
+        for scale in BagHeader.unpack(header).scales:
             if scales is None or scale.name in scales:
                 features = header.tensors[f"features/{scale.name}"]
                 num_tiles, width = features.shape

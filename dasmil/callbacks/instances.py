@@ -263,17 +263,17 @@ class InstanceTruth(Callback):
             scale: torch.from_numpy(annotation.positive(found, self.min_share))
             for scale, found in overlap.items()
         }
-        lesions = self._lesions(annotation, bag.header.slide_mpp) if self._has_froc else None
+        lesions = self._lesions(annotation, bag.tiles.extent.mpp) if self._has_froc else None
         return Marked(overlap, truth, lesions)
 
     def _judge(self, bag: Bag, scores: Mapping[str, Tensor], marked: Marked) -> SlideTruth:
         self._write_tiles(bag, marked.overlap, marked.truth, scores)
         hits = {}
         if self._has_froc:
-            radius_px0 = NMS_RADIUS_UM / bag.header.slide_mpp
+            radius_px0 = NMS_RADIUS_UM / bag.tiles.extent.mpp
             for scale in scores:
                 boxes_px0 = bag.boxes_px0(scale).numpy()
-                on_slide = np.clip(boxes_px0, 0, bag.header.size_px0 * 2)
+                on_slide = np.clip(boxes_px0, 0, bag.tiles.extent.size_px0 * 2)
                 found = detections(scores[scale].numpy(), on_slide, radius_px0)
                 hits[scale] = slide_hits(found, marked.lesions)
                 self._write_detections(scale, bag.slide_id, found)
@@ -281,18 +281,16 @@ class InstanceTruth(Callback):
 
     def _annotation(self, bag: Bag) -> Points | Areas:
         """Nothing marked on a negative slide; what its file says of any other."""
-        path, header = self._files.get(bag.slide_id), bag.header
+        path, extent = self._files.get(bag.slide_id), bag.tiles.extent
         if path is None:
-            return Polygons(header.size_px0)
-        if not header.mpp_is_known:
+            return Polygons(extent.size_px0)
+        if not extent.mpp_is_known:
             raise InputError(
                 f"{path}: the tiles of {bag.slide_id} have no place in level-0 pixels, since it "
                 "was imported without its mpp; give --cohort of `import stamp` a table with the "
                 "column mpp"
             )
-        annotation = read_annotation(
-            path, header.size_px0, self.classes, header.bounds_px0, header.size_is_extent
-        )
+        annotation = read_annotation(path, extent, self.classes)
         if bag.slide_id in self._negative and not annotation.is_empty:
             raise InputError(
                 f"{path}: it marks something on a slide of the negative class; correct the label, "

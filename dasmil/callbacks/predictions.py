@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dasmil.bags import Bag, BagGraph
+from dasmil.bags.output import ScaleOutput
 from dasmil.callbacks.evaluation import checkpoint_of
 from dasmil.data.bags import BagDataModule, UnreadBag
 from dasmil.distributed import gather_lists
@@ -20,7 +21,6 @@ from dasmil.json_text import parse_json
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.evaluated_slides import YOUDEN
 from dasmil.names import path_inside
-from dasmil.output import ScaleOutput
 from dasmil.reports.evaluation_files import CHECKPOINT, SHORT_HASH
 from dasmil.reports.heatmap import draw_heatmap, relative_attention, slide_canvas
 from dasmil.slides.cohort import SlideRow

@@ -24,7 +24,7 @@ from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.reader import DamagedError, RgbArray, Slide
 from dasmil.slides.splits import placed, split_cohort
 from dasmil.slides.study import SlideRecord
-from dasmil.slides.tiling import read_tiles, slide_changed, tiles_path
+from dasmil.slides.tile_table import read_tiles, slide_changed, tiles_path
 
 EVALUATED = ("val", "test")
 # parameters of TileDataModule that decide the course of a training beside the slides' parts

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, get_worker_info
 
+from dasmil.geometry import Tiles
 from dasmil.slides.cohort import SlideRow
-from dasmil.slides.cutting import TileCutter, rows_inside
+from dasmil.slides.cutting import TileCutter
 from dasmil.slides.reader import READ_BLOCK_PX, Slide
-from dasmil.slides.tiling import TilePyramid
 from dasmil.work.worker import Worker
 
 # Decoded parts of the file that the next chunk reads again, at its upper edge: a strip of tiles
@@ -76,7 +76,7 @@ class ChunkDataset(Dataset[TileChunk]):
     def __init__(
         self,
         rows: Sequence[SlideRow],
-        tables: Sequence[TilePyramid],
+        tables: Sequence[Tiles],
         max_roots: int,
         timeout: float = READ_TIMEOUT_S,
     ):
@@ -97,7 +97,7 @@ class ChunkDataset(Dataset[TileChunk]):
                 self.chunks.append((number, 0, 0))
             self.chunks_of.append(range(first, len(self.chunks)))
             self.num_tiles.append(table.num_tiles())
-        self._open: tuple[int, Slide, TilePyramid, TileCutter] | None = None
+        self._open: tuple[int, Slide, Tiles, TileCutter] | None = None
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -115,7 +115,7 @@ class ChunkDataset(Dataset[TileChunk]):
                 cut = cutter.cut(start, stop)
         except Exception as error:  # becomes the slide's row in status.csv; the cohort goes on
             return TileChunk(number, error=str(error) or repr(error))
-        rows = rows_inside(tiles, start, stop)
+        rows = tiles.rows_inside(start, stop)
         return TileChunk(
             number,
             {tiles.scales[scale].name: first for scale, (first, _) in rows.items()},
@@ -124,7 +124,7 @@ class ChunkDataset(Dataset[TileChunk]):
             cut.reason,
         )
 
-    def _cutter(self, number: int) -> tuple[TilePyramid, TileCutter]:
+    def _cutter(self, number: int) -> tuple[Tiles, TileCutter]:
         """The open slide; only the last one is kept open, in the process that reads it."""
         if self._open is None or self._open[0] != number:
             if self._open is not None:

@@ -38,9 +38,10 @@ from dasmil.embedding.weights import say
 from dasmil.embedding.writer import BagWriter, Embedded, bag_header
 from dasmil.errors import InputError, some_of
 from dasmil.files import map_files, must_exist, write_text
+from dasmil.geometry import Tiles
 from dasmil.reading import reader_options, say_lost
 from dasmil.slides.cohort import SlideRow, describe_leaving, read_cohort, write_cohort
-from dasmil.slides.tiling import TilePyramid, read_tiles, slide_changed, tiles_path
+from dasmil.slides.tile_table import read_tiles, slide_changed, tiles_path
 from dasmil.work.worker import STALE_AFTER_S, Worker
 
 
@@ -310,7 +311,7 @@ def _take_bar(trainer: Trainer) -> bool:
 
 def _read_tables(
     cohort: Sequence[SlideRow], folder: Path
-) -> tuple[dict[str, TilePyramid], dict[str, str]]:
+) -> tuple[dict[str, Tiles], dict[str, str]]:
     """Tile tables by slide_id, and why others have none."""
     tables, missing = {}, {}
     for row in cohort:
@@ -326,7 +327,7 @@ def _read_tables(
 
 
 def _load_extractors(
-    sources: Mapping[str, str | ExtractorSource], tiles: TilePyramid, precision: str
+    sources: Mapping[str, str | ExtractorSource], tiles: Tiles, precision: str
 ) -> dict[str, Extractor]:
     names = [scale.name for scale in tiles.scales]
     if set(sources) != set(names):
@@ -345,7 +346,7 @@ def _load_extractors(
 
 
 def _is_done(
-    tiles: TilePyramid, output: Path, cards: Mapping[str, ExtractorCard], max_damaged: float
+    tiles: Tiles, output: Path, cards: Mapping[str, ExtractorCard], max_damaged: float
 ) -> bool:
     """Whether the slide's bag is there, made of these tiles by these extractors."""
     try:
@@ -390,9 +391,7 @@ def _why_to_do(
     return "the slide was tiled again"
 
 
-def _changed_slides(
-    cohort: Sequence[SlideRow], tables: Mapping[str, TilePyramid]
-) -> dict[str, str]:
+def _changed_slides(cohort: Sequence[SlideRow], tables: Mapping[str, Tiles]) -> dict[str, str]:
     """Slides whose file has changed since it was tiled, and what to do. Others may be gone."""
 
     def changed(row: SlideRow) -> bool:
@@ -438,7 +437,7 @@ def _note_what_is_known(
     worker: Worker,
     not_tiled: Mapping[str, str],
     changed: Mapping[str, str],
-    tables: Mapping[str, TilePyramid],
+    tables: Mapping[str, Tiles],
     todo: Sequence[SlideRow],
 ) -> None:
     """What has changed since it was last written down, by `tile` or by a worker that was killed."""

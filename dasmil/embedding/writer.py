@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -17,30 +16,20 @@ from dasmil.bags import Bag, BagHeader, ExtractorCard, all_finite, bag_path, wri
 from dasmil.embedding.dataset import WAIT, TileChunk
 from dasmil.endings import end_on_sigterm
 from dasmil.errors import DiskFullError, InputError, some_of
+from dasmil.geometry import BoolArray, Tiles
 from dasmil.progress import Watchdog, progress
-from dasmil.slides.tiling import TilePyramid, kept_rows, select_rows
 from dasmil.work.worker import Worker
 
-BoolArray = npt.NDArray[np.bool_]
 READER = "2"  # changes whenever the same tile is read with other pixels
 
 
-def bag_header(
-    tiles: TilePyramid, cards: Mapping[str, ExtractorCard], num_damaged: int = 0
-) -> BagHeader:
+def bag_header(tiles: Tiles, cards: Mapping[str, ExtractorCard], num_damaged: int = 0) -> BagHeader:
     """The header of the bag that these extractors make of these tiles."""
     return BagHeader(
-        slide_id=tiles.slide_id,
-        scales=tiles.scales,
-        tile_px=tiles.tile_px,
-        slide_mpp=tiles.slide_mpp,
-        size_px0=tiles.size_px0,
-        tiling=tiles.tiling,
+        **tiles.header_fields(),
         extractors=dict(cards),
         num_tiles=tiles.num_tiles()[tiles.scales[-1].name],
         reader=READER,
-        bounds_px0=tiles.bounds_px0,
-        slide_digest=tiles.slide_digest,
         num_damaged=num_damaged,
     )
 
@@ -77,7 +66,7 @@ class BagWriter(Callback):
 
     def __init__(
         self,
-        tables: Sequence[TilePyramid],
+        tables: Sequence[Tiles],
         output: Path,
         cards: Mapping[str, ExtractorCard],
         worker: Worker,
@@ -143,7 +132,7 @@ class BagWriter(Callback):
             damaged[name][start : start + len(found)] = found.numpy()
         reason = self._reasons.setdefault(chunk.slide, chunk.reason)
         finest = tiles.scales[-1].name
-        kept = kept_rows(tiles, damaged)[finest]
+        kept = tiles.kept_rows(damaged)[finest]
         lost = len(kept) - int(kept.sum())
         if lost <= self.max_damaged * len(kept):
             return None
@@ -227,16 +216,11 @@ class BagWriter(Callback):
             )
             return
         if damaged := self._damaged.get(number):
-            kept = kept_rows(tiles, damaged)
+            kept = tiles.kept_rows(damaged)
             features = {name: rows[torch.from_numpy(kept[name])] for name, rows in features.items()}
             num_damaged = int((~kept[tiles.scales[-1].name]).sum())
-            tiles = select_rows(tiles, kept)
-        bag = Bag(
-            header=bag_header(tiles, self.cards, num_damaged),
-            features=features,
-            grid={name: torch.from_numpy(grid) for name, grid in tiles.grid.items()},
-            parent={name: torch.from_numpy(parent) for name, parent in tiles.parent.items()},
-        )
+            tiles = tiles.select_rows(kept)
+        bag = Bag(tiles, features, self.cards, READER, num_damaged)
         try:
             write_bag(bag_path(self.output, tiles.slide_id), bag)
         except DiskFullError:

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from dasmil.bags import BagGraph
+from dasmil.bags.output import ScaleOutput
 from dasmil.modules.mil import SingleScaleModule
 from dasmil.modules.options import OptimizerOptions
 from dasmil.nn.attention import AttentionScores, attention_pool
-from dasmil.output import ScaleOutput
 from dasmil.tensors import bag_rows, precisely
 
 # as released, but for the cosine schedule

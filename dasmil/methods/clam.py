@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dasmil.bags import BagGraph
+from dasmil.bags.output import ScaleOutput
 from dasmil.losses import bag_loss
 from dasmil.modules.mil import SingleScaleModule
 from dasmil.modules.options import OptimizerOptions
 from dasmil.nn.attention import AttentionScores, attention_pool
-from dasmil.output import ScaleOutput
 from dasmil.tensors import bag_rows, precisely
 
 # as released, but for the cosine schedule

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dasmil.bags import BagGraph, ancestor_rows
+from dasmil.bags.output import ScaleOutput
 from dasmil.errors import InputError
 from dasmil.losses import bag_loss, criticality_loss, distillation_loss, max_instance_loss
 from dasmil.losses.criticality import ChildrenPooling, Reduction
@@ -21,7 +22,6 @@ from dasmil.modules.mil import MILModule
 from dasmil.nn import PGNN, MILHead, PoolingHead
 from dasmil.nn.gat import Residual
 from dasmil.nn.pgnn import module_key
-from dasmil.output import ScaleOutput
 
 
 @dataclass(frozen=True)

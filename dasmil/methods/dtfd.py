@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from dasmil.bags import BagGraph
+from dasmil.bags.output import ScaleOutput
 from dasmil.errors import InputError
 from dasmil.losses import bag_loss
 from dasmil.modules.mil import SingleScaleModule
 from dasmil.modules.options import OptimizerOptions
 from dasmil.nn.attention import AttentionScores, attention_pool
-from dasmil.output import ScaleOutput
 from dasmil.tensors import bag_rows, precisely
 
 # as released, but for the cosine schedule

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dasmil.bags import BagGraph
+from dasmil.bags.output import ScaleOutput
 from dasmil.distributed import gather_lists
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.evaluated_slides import Evaluation
-from dasmil.output import ScaleOutput
 
 CONSTANT = 1e-3  # bag logits that differ by less are one
 

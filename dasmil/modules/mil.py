@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from dasmil.bags import BagGraph, describe_difference
+from dasmil.bags.output import ScaleOutput
 from dasmil.data.bags import BagDataModule, UnreadBag
 from dasmil.embedding.weights import refuse_other_keys
 from dasmil.errors import InputError, some_of
@@ -43,7 +44,6 @@ from dasmil.modules.options import (
     plain_options,
 )
 from dasmil.nn.standardize import Standardize
-from dasmil.output import ScaleOutput
 from dasmil.seeds import seed_step, training_seed
 from dasmil.slides.study import (
     Study,

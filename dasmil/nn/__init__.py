@@ -3,11 +3,11 @@
 They import neither Lightning nor losses and read no files. D numbers: .github/docs/paper.md.
 """
 
+from dasmil.bags.output import ScaleOutput
 from dasmil.nn.gat import GAT
 from dasmil.nn.mil_head import MILHead
 from dasmil.nn.pgnn import PGNN
 from dasmil.nn.pooling_head import PoolingHead
 from dasmil.nn.standardize import Standardize
-from dasmil.output import ScaleOutput
 
 __all__ = ["GAT", "PGNN", "MILHead", "PoolingHead", "ScaleOutput", "Standardize"]

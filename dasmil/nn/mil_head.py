@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dasmil.output import ScaleOutput
+from dasmil.bags.output import ScaleOutput
 from dasmil.tensors import (
     at_least_float32,
     bag_rows,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.utils import segment
 
-from dasmil.output import ScaleOutput
+from dasmil.bags.output import ScaleOutput
 from dasmil.tensors import bag_rows, by_rows, first_argmax, precisely
 
 

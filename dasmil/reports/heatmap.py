@@ -28,11 +28,11 @@ def slide_canvas(row: SlideRow, bag: Bag) -> tuple[RgbArray, str]:
     -------
     (H, W, 3) uint8 RGB, and the reason ("" when the picture is the slide's).
     """
-    width_px0, height_px0 = bag.header.size_px0
+    width_px0, height_px0 = bag.tiles.extent.size_px0
     factor = CANVAS_PX / max(width_px0, height_px0)
     size = (max(1, round(width_px0 * factor)), max(1, round(height_px0 * factor)))
     try:
-        if bag.header.reader and bag.header.slide_digest not in ("", sample_digest(row.path)):
+        if bag.reader and bag.tiles.slide_digest not in ("", sample_digest(row.path)):
             raise InputError(
                 f"{row.path}: another slide file than the bag was made of; tile and embed it again"
             )
@@ -66,7 +66,7 @@ def draw_heatmap(
     (height, width, 3) uint8 RGB.
     """
     height, width = canvas.shape[:2]
-    to_canvas = np.array([width, height, width, height]) / np.array(bag.header.size_px0 * 2)
+    to_canvas = np.array([width, height, width, height]) / np.array(bag.tiles.extent.size_px0 * 2)
     boxes = (bag.boxes_px0(scale).numpy() * to_canvas).round().astype(int)
     panels = [caption(canvas, title)]
     for text, values in scores.items():

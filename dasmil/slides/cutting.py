@@ -9,14 +9,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from dasmil.geometry import BoolArray, Rows, Tiles
 from dasmil.slides.reader import DamagedError, RgbArray, Slide, resize
-from dasmil.slides.tiling import TilePyramid
 
 MAX_SIDE_PX = 4096  # of a read; what is larger OpenSlide splits, and rounds where it does
 SUBPIXEL = 1 / 256  # a shift that OpenSlide, too, takes for none
-
-BoolArray = npt.NDArray[np.bool_]
-Rows = tuple[int, int]  # the first and the end
 
 
 @dataclass(frozen=True)
@@ -35,19 +32,6 @@ class Cut:
     reason: str = ""
 
 
-def rows_inside(tiles: TilePyramid, start: int, stop: int, coarsest: int = 0) -> dict[int, Rows]:
-    """Rows of the tiles [start, stop) of scale number ``coarsest`` and of all tiles inside them.
-
-    Children are contiguous, so they are one range for each number of a scale.
-    """
-    rows = {coarsest: (start, stop)}
-    for number in range(coarsest + 1, len(tiles.scales)):
-        parent = tiles.parent[tiles.scales[number].name]
-        start, stop = np.searchsorted(parent, (start, stop)).tolist()
-        rows[number] = (start, stop)
-    return rows
-
-
 class TileCutter:
     """Cuts tiles from an open slide; their pixels are those of :meth:`Slide.read`.
 
@@ -61,11 +45,11 @@ class TileCutter:
     tiles: its tiles.
     """
 
-    def __init__(self, slide: Slide, tiles: TilePyramid):
+    def __init__(self, slide: Slide, tiles: Tiles):
         self.slide = slide
         self.tiles = tiles
         self.boxes_px0 = [tiles.boxes_px0(scale.name) for scale in tiles.scales]
-        wanted = (slide.level_for(scale.mpp / tiles.slide_mpp) for scale in tiles.scales)
+        wanted = (slide.level_for(scale.mpp / tiles.extent.mpp) for scale in tiles.scales)
         levels = enumerate(wanted)
         #: (level, numbers of the scales that are read from it, coarse to fine)
         self.reads = [
@@ -76,7 +60,7 @@ class TileCutter:
     def cut(self, start: int, stop: int) -> Cut:
         """The coarsest tiles [start, stop) and all tiles inside them; damaged ones are white."""
         side = self.tiles.tile_px
-        rows = rows_inside(self.tiles, start, stop)
+        rows = self.tiles.rows_inside(start, stop)
         pixels = {n: np.empty((b - a, side, side, 3), np.uint8) for n, (a, b) in rows.items()}
         names = {n: self.tiles.scales[n].name for n in rows}
         try:
@@ -135,7 +119,7 @@ class TileCutter:
             left, top = left // stored * stored, top // stored * stored  # a pixel of the level
             size_px = (math.ceil((right - left) / stored), math.ceil((bottom - top) / stored))
             region = self.slide.region((left, top), level, size_px)
-            inside = rows_inside(self.tiles, first, end, coarsest)
+            inside = self.tiles.rows_inside(first, end, coarsest)
             for number in numbers:
                 boxes_px = (
                     self.boxes_px0[number][slice(*inside[number])] - [left, top] * 2

@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from dasmil.geometry import Tiles
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.reader import RgbArray, Slide
-from dasmil.slides.tiling import TilePyramid
 
 RUN_TILES = 16  # tiles side by side that are read at once: up to 32 MB of a slide at 0.25 µm/px
 SIGMAS_PX = (0.7, 1.4, 2.8)  # between them lie the two bands that are compared
@@ -41,7 +41,7 @@ def detail(strip: RgbArray, num_tiles: int) -> npt.NDArray[np.float64]:
 
 
 def blurred_tiles(
-    slide: Slide, tiles: TilePyramid, parameters: ArtefactParameters
+    slide: Slide, tiles: Tiles, parameters: ArtefactParameters
 ) -> npt.NDArray[np.bool_]:
     """(N,) bool over the tiles of the finest scale, True where one has too little detail."""
     finest = tiles.scales[-1]

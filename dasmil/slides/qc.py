@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dasmil.files import atomic_path
-from dasmil.slides.tiling import TilePyramid
+from dasmil.geometry import Tiles
 from dasmil.slides.tissue import MaskArray
 
 PANEL_PX = 640  # longer side of one panel
@@ -32,7 +32,7 @@ def shrink(thumbnail: RgbArray, side_px: int = PANEL_PX) -> RgbArray:
 def draw_qc(
     picture: RgbArray,
     mask: MaskArray,
-    tiles: TilePyramid,
+    tiles: Tiles,
     artefacts: Mapping[str, MaskArray] | None = None,
     blurred_px0: npt.NDArray[np.int64] | None = None,
 ) -> RgbArray:
@@ -53,13 +53,13 @@ def draw_qc(
     size = picture.shape[1::-1]
     areas = {name: _at_size(found, size) for name, found in (artefacts or {}).items()}
     if blurred_px0 is not None:
-        areas["blur"] = _boxes_mask(blurred_px0, size, tiles.size_px0)
+        areas["blur"] = _boxes_mask(blurred_px0, size, tiles.extent.size_px0)
     outlined = picture.copy()
     for name, area in areas.items():
         outlined[area] = outlined[area] // 2 + np.array(ARTEFACTS[name], np.uint8) // 2
         _draw_outline(outlined, area, ARTEFACTS[name])
     _draw_outline(outlined, _at_size(mask, size), OUTLINE)
-    text = f"{tiles.slide_id}  tissue {mask.mean():.1%}, {tiles.tissue_mm2:.1f} mm2"
+    text = f"{tiles.slide_id}  tissue {mask.mean():.1%}, {tiles.tissue.mm2:.1f} mm2"
     panels = [caption(outlined, text)]
     for number, scale in enumerate(tiles.scales):
         panel = picture.copy()
@@ -67,8 +67,8 @@ def draw_qc(
         panel[inside] = (panel[inside] * 0.65 + np.array(TILE) * 0.35).round().astype(np.uint8)
         panel[lines] = TILE
         text = f"{scale.name} ({scale.mpp:g} um/px): {len(tiles.grid[scale.name])} tiles"
-        if scale == tiles.scales[-1] and tiles.tissue_mm2:
-            text += f", {tiles.covered:.1%} of the tissue"
+        if scale == tiles.scales[-1] and tiles.tissue.mm2:
+            text += f", {tiles.tissue.covered:.1%} of the tissue"
         panels.append(caption(panel, text))
     row = np.concatenate(panels, axis=1)
     return np.concatenate([row, _legend(tiles, row.shape[1])]) if areas else row
@@ -100,15 +100,13 @@ def _boxes_mask(
     return area
 
 
-def _tile_areas(
-    tiles: TilePyramid, number: int, size: tuple[int, int]
-) -> tuple[MaskArray, MaskArray]:
+def _tile_areas(tiles: Tiles, number: int, size: tuple[int, int]) -> tuple[MaskArray, MaskArray]:
     """Pixels of a panel inside kept tiles, and those on their outlines.
 
     Looked up pixel by pixel, which takes as long for 100,000 tiles as for 10.
     """
     geometry = tiles.geometry
-    num_rows, num_columns = geometry.shape(number, tiles.size_px0)
+    num_rows, num_columns = geometry.shape(number, tiles.extent.size_px0)
     kept = np.zeros((num_rows, num_columns), bool)
     kept[tuple(tiles.grid[tiles.scales[number].name].T)] = True
     column, row = (
@@ -119,24 +117,24 @@ def _tile_areas(
         )
         - 1
         for count, length_px, length_px0 in zip(
-            (num_columns, num_rows), size, tiles.size_px0, strict=True
+            (num_columns, num_rows), size, tiles.extent.size_px0, strict=True
         )
     )
     inside = kept[row[:, None], column]
     padded = np.pad(inside, 1).astype(np.uint8)  # else a tile at the border had no line there
     lines = inside & ~cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1].astype(bool)
     tile_px0 = int(geometry.edges_px0(number, np.array(1)))
-    if tile_px0 * size[0] / tiles.size_px0[0] >= MIN_TILE_PX:
+    if tile_px0 * size[0] / tiles.extent.size_px0[0] >= MIN_TILE_PX:
         lines |= inside & (
             (np.diff(row, prepend=-1) > 0)[:, None] | (np.diff(column, prepend=-1) > 0)
         )
     return inside, lines
 
 
-def _legend(tiles: TilePyramid, width_px: int) -> RgbArray:
+def _legend(tiles: Tiles, width_px: int) -> RgbArray:
     """What the colours mean, and how much was left out."""
-    strip = np.full((CAPTION_PX * len(tiles.excluded), width_px, 3), 255, np.uint8)
-    for number, (name, share) in enumerate(tiles.excluded.items()):
+    strip = np.full((CAPTION_PX * len(tiles.tissue.excluded), width_px, 3), 255, np.uint8)
+    for number, (name, share) in enumerate(tiles.tissue.excluded.items()):
         y = number * CAPTION_PX
         cv2.rectangle(strip, (6, y + 6), (20, y + 20), ARTEFACTS[name], -1)
         text = f"{name} {share:.2%} of the {'tiles' if name == 'blur' else 'slide'}"

@@ -14,6 +14,7 @@ from PIL import UnidentifiedImageError
 
 from dasmil.errors import InputError
 from dasmil.files import must_be_file
+from dasmil.geometry import Extent
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.pictures import TO_A_PYRAMID, open_picture
 from dasmil.slides.tiff import VENDORS as JPEG_VENDORS
@@ -83,12 +84,12 @@ class Slide:
         self._jpegs: dict[int, JpegLevel | None] = {}
         self._lock = Lock()
         self.size_px0: tuple[int, int] = self._handle.dimensions
-        self.bounds_px0 = _bounds_px0(self._handle.properties)
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
         self._level_sizes: tuple[tuple[int, int], ...] = tuple(self._handle.level_dimensions)
         _refuse_giant_tiles(row.path, self._handle)
         self.physical_scale = _physical_scale(row, self._handle.properties)
         self.mpp = self.physical_scale.mpp
+        self.extent = Extent(self.size_px0, self.mpp, _bounds_px0(self._handle.properties))
 
     def close(self) -> None:
         self._handle.close()

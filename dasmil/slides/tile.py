@@ -27,14 +27,10 @@ from dasmil.slides.cohort import (
     slides_digest,
     write_cohort,
 )
+from dasmil.slides.pyramid import TilingParameters
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile_slide import StatusRow, qc_path, summary, tile_slide, what_changed
-from dasmil.slides.tiling import (
-    TilingParameters,
-    read_parameters,
-    read_tiles,
-    tiles_path,
-)
+from dasmil.slides.tile_table import read_parameters, read_tiles, tiles_path
 from dasmil.slides.tissue import TissueParameters
 from dasmil.units import parse_scales
 from dasmil.work.process import ChildProcess

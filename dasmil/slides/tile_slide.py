@@ -7,23 +7,21 @@ from pathlib import Path
 import numpy as np
 
 from dasmil.errors import InputError
+from dasmil.geometry import Tiles
 from dasmil.names import path_inside
 from dasmil.slides.artefacts import ArtefactParameters, artefact_masks, exclude
 from dasmil.slides.digest import file_state, sample_digest
 from dasmil.slides.focus import blurred_tiles
+from dasmil.slides.pyramid import (
+    TilingParameters,
+    covered_share,
+    lay_tiles,
+    without_blurred,
+)
 from dasmil.slides.qc import PANEL_PX, RgbArray, draw_qc, shrink, write_png
 from dasmil.slides.reader import PhysicalScale, Slide
 from dasmil.slides.tiff import bits_per_sample
-from dasmil.slides.tiling import (
-    TilePyramid,
-    TilingParameters,
-    covered_share,
-    slide_changed,
-    tile_pyramid,
-    tiles_path,
-    without_blurred,
-    write_tiles,
-)
+from dasmil.slides.tile_table import slide_changed, tiles_path, write_tiles
 from dasmil.slides.tissue import (
     MaskArray,
     TissueParameters,
@@ -106,9 +104,7 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
     state, digest = file_state(path), sample_digest(path)
     look = look_at(slide, parameters.tissue.mpp, parameters.artefacts)
     mask = look.find_tissue(parameters.tissue)
-    tiles = tile_pyramid(
-        slide_id, mask, slide.size_px0, slide.mpp, parameters, look.artefacts, slide.bounds_px0
-    )
+    tiles = lay_tiles(slide_id, mask, slide.extent, parameters, look.artefacts)
 
     blurred_px0 = None
     if parameters.artefacts.blur:
@@ -116,7 +112,8 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
         blurred_px0 = tiles.boxes_px0(tiles.scales[-1].name)[blurred]
         tiles = without_blurred(tiles, blurred)
     covered = covered_share(mask, tiles)
-    tiles = replace(tiles, covered=covered, slide_digest=digest, slide_state=state)
+    tissue = replace(tiles.tissue, covered=covered)
+    tiles = replace(tiles, tissue=tissue, slide_digest=digest, slide_state=state)
     write_png(
         qc_path(output, slide_id), draw_qc(look.picture, mask, tiles, look.artefacts, blurred_px0)
     )
@@ -124,15 +121,15 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
     return summary(tiles, slide.physical_scale)
 
 
-def what_changed(slide: Slide, tiles: TilePyramid) -> str:
+def what_changed(slide: Slide, tiles: Tiles) -> str:
     """How a slide differs from the one that was tiled before, in words; "" where it does not."""
     words = []
     if slide_changed(slide.row.path, tiles):
         words.append("its file was replaced")
     for what, old, new, unit in (
-        ("size", tiles.size_px0, slide.size_px0, "px"),
-        ("resolution", tiles.slide_mpp, slide.mpp, "µm/px"),
-        ("origin", tiles.bounds_px0, slide.bounds_px0, "px"),
+        ("size", tiles.extent.size_px0, slide.extent.size_px0, "px"),
+        ("resolution", tiles.extent.mpp, slide.extent.mpp, "µm/px"),
+        ("origin", tiles.extent.bounds_px0, slide.extent.bounds_px0, "px"),
     ):
         if old != new:
             words.append(f"its {what} changed from {_shown(old)} to {_shown(new)} {unit}")
@@ -143,7 +140,7 @@ def _shown(value: float | tuple[int, int]) -> str:
     return f"{value[0]} x {value[1]}" if isinstance(value, tuple) else f"{value:g}"
 
 
-def summary(tiles: TilePyramid, scale: PhysicalScale | None = None) -> StatusRow:
+def summary(tiles: Tiles, scale: PhysicalScale | None = None) -> StatusRow:
     """What the status table says of a slide that has been tiled.
 
     Parameters
@@ -154,23 +151,23 @@ def summary(tiles: TilePyramid, scale: PhysicalScale | None = None) -> StatusRow
     warning = scale.warning if scale else ""
     if any(num_tiles.values()):
         message = ""
-    elif tiles.excluded.get("blur"):
+    elif tiles.tissue.excluded.get("blur"):
         message = "every tile is blurred"
-    elif not tiles.tissue_mm2:
+    elif not tiles.tissue.mm2:
         message = "no tissue found"
     else:
         message = "tissue, but no tile holds enough"
     excluded = ", ".join(
         f"{name} {share:.2%}" + (" of the tiles" if name == "blur" else "")
-        for name, share in tiles.excluded.items()
+        for name, share in tiles.tissue.excluded.items()
         if share
     )
     return {
         "state": "done" if any(num_tiles.values()) else "empty",
         **{f"tiles/{name}": count for name, count in num_tiles.items()},
-        "tissue_mm2": round(tiles.tissue_mm2, 3),
-        "covered": round(tiles.covered, 4) if tiles.tissue_mm2 else "",
-        "mpp": tiles.slide_mpp,
+        "tissue_mm2": round(tiles.tissue.mm2, 3),
+        "covered": round(tiles.tissue.covered, 4) if tiles.tissue.mm2 else "",
+        "mpp": tiles.extent.mpp,
         "mpp_source": scale.source if scale else "",
         "message": "; ".join(
             filter(None, [message, warning, excluded and f"left out: {excluded}"])

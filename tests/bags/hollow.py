@@ -8,8 +8,6 @@ from typing import Any
 
 from bag_factory import make_bag
 
-from dasmil.bag_folder import BAG
-from dasmil.bags.bag import header_to_metadata
 from dasmil.json_text import pack_metadata
 
 
@@ -28,7 +26,7 @@ def write_hollow(path: Path, num_tiles: int = 3000, width: int = 384) -> None:
     rows = sizes["x20"]
     start, end = end, end + rows * 4
     entries["parent/x20"] = {"dtype": "I32", "shape": [rows], "data_offsets": [start, end]}
-    entries["__metadata__"] = pack_metadata({"format": BAG.format, **header_to_metadata(head)})
+    entries["__metadata__"] = pack_metadata(head.pack())
     text = json.dumps(entries).encode()
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

@@ -1,6 +1,6 @@
 """Bags with orphans, as other tools' grids give them."""
 
-from dataclasses import replace
+from bag_factory import with_changes
 
 from dasmil.bags import Bag
 
@@ -11,7 +11,7 @@ def without_first(bag: Bag, scale: str, count: int) -> Bag:
     parent = {name: rows[count:] if name == scale else rows for name, rows in bag.parent.items()}
     rows = bag.parent[finer]
     parent[finer] = (rows - count).clamp(min=-1)
-    return replace(
+    return with_changes(
         bag,
         features={n: t[count:] if n == scale else t for n, t in bag.features.items()},
         grid={n: t[count:] if n == scale else t for n, t in bag.grid.items()},

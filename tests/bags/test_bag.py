@@ -6,23 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bag_factory import make_bag, make_card
+from bag_factory import make_bag, make_card, with_changes
 from bags.orphans import without_first
 from torch import Tensor
 
-from dasmil.bags import Bag, ExtractorCard, describe_difference, describe_other_bag
-from dasmil.bags.bag import header_from_metadata, header_to_metadata
+from dasmil.bags import Bag, BagHeader, ExtractorCard, describe_difference, describe_other_bag
 from dasmil.errors import InputError
+from dasmil.geometry import Extent
 from dasmil.headers import Header
 from dasmil.units import Mpp, Scale, TilePx
 
 
 def with_tensor(bag: Bag, kind: str, scale: str, tensor: Tensor) -> Bag:
-    return replace(bag, **{kind: {**getattr(bag, kind), scale: tensor}})
+    return with_changes(bag, **{kind: {**getattr(bag, kind), scale: tensor}})
 
 
 def without(bag: Bag, kind: str, scale: str) -> Bag:
-    return replace(bag, **{kind: {n: t for n, t in getattr(bag, kind).items() if n != scale}})
+    return with_changes(bag, **{kind: {n: t for n, t in getattr(bag, kind).items() if n != scale}})
 
 
 def changed(bag: Bag, kind: str, scale: str, index: object, value: object) -> Bag:
@@ -58,34 +58,29 @@ def test_a_whole_bag_is_accepted(scales: tuple[str, ...], num_tiles: int) -> Non
 
 
 BROKEN: list[tuple[str, Callable[[Bag], Bag], str]] = [
-    ("no features", lambda b: without(b, "features", "x10"), "features or grid .*x10.* missing"),
-    ("no grid", lambda b: without(b, "grid", "x20"), "features or grid .*x20.* missing"),
+    ("no features", lambda b: without(b, "features", "x10"), "features of one of .*x10.* missing"),
+    ("no grid", lambda b: without(b, "grid", "x20"), "grid of one of .*x20.* missing"),
     ("no parents", lambda b: without(b, "parent", "x20"), "needs parents"),
     ("parents above all", lambda b: with_tensor(b, "parent", "x5", b.parent["x10"]), "coarsest"),
     (
-        "other count",
-        lambda b: replace(b, header=replace(b.header, num_tiles=7)),
-        "number of tiles is not the header's",
-    ),
-    (
         "no extractor",
-        lambda b: replace(b, header=replace(b.header, extractors={"x5": make_card()})),
+        lambda b: replace(b, extractors={"x5": make_card()}),
         "extractors of x5, x10, x20",
     ),
     (
         "rows",
         lambda b: with_tensor(b, "features", "x10", b.features["x10"][1:]),
-        r"x10: features \(\d+, 6\) for grid \(\d+, 2\)",
+        r"x10: features \(\d+, 6\) for \d+ tiles",
     ),
     (
         "flat features",
         lambda b: with_tensor(b, "features", "x5", b.features["x5"][:, 0]),
-        r"x5: features \(\d+,\) for grid",
+        r"x5: features \(\d+,\) for \d+ tiles",
     ),
     (
         "three columns",
         lambda b: with_tensor(b, "grid", "x5", b.grid["x5"][:, [0, 1, 1]]),
-        r"x5: .* for grid \(\d+, 3\)",
+        "x5: the grid must be non-negative int32",
     ),
     (
         "width",
@@ -125,7 +120,7 @@ BROKEN: list[tuple[str, Callable[[Bag], Bag], str]] = [
     (
         "an orphan after a child",
         lambda b: changed(b, "parent", "x20", 5, -1),
-        "x20: tiles do not lie in the order of their parents",
+        "x20: tiles are not in the order of their parents",
     ),
     (
         "double features",
@@ -137,23 +132,23 @@ BROKEN: list[tuple[str, Callable[[Bag], Bag], str]] = [
         lambda b: with_tensor(b, "features", "x10", b.features["x10"].int()),
         r"x10: features must be float16 or float32, not torch\.int32",
     ),
-    ("order", lambda b: reordered(b, "x20"), "x20: tiles do not lie in the order of their parents"),
+    ("order", lambda b: reordered(b, "x20"), "x20: tiles are not in the order of their parents"),
     (
         "outside the parent",
         lambda b: with_tensor(b, "grid", "x20", b.grid["x20"] + 2),
-        "x20: a tile does not lie inside its parent",
+        "x20: a tile is not inside its parent",
     ),
     (
         "one tile outside its parent",
         lambda b: changed(b, "grid", "x10", (3, 0), b.grid["x10"][3, 0] + 2),
-        "x10: a tile does not lie inside its parent",
+        "x10: a tile is not inside its parent",
     ),
     (
         "a child of the first tile outside it",
         lambda b: changed(b, "grid", "x20", (0, 1), b.grid["x20"][0, 1] + 2),
-        "x20: a tile does not lie inside its parent",
+        "x20: a tile is not inside its parent",
     ),
-    ("one place twice", lambda b: twice(b, "x20"), "x20: two tiles lie in the same place"),
+    ("one place twice", lambda b: twice(b, "x20"), "x20: two tiles have the same place"),
     (
         "nan",
         lambda b: changed(b, "features", "x10", (2, 3), float("nan")),
@@ -213,7 +208,7 @@ def test_an_orphan_may_lie_anywhere_but_a_child_only_in_its_parent() -> None:
     bag = without_first(make_bag(scales=("x10", "x20"), num_tiles=40), "x10", 2)
     moved = changed(bag, "grid", "x20", 0, torch.tensor([900, 900]))
     moved.validate()
-    with pytest.raises(InputError, match="x20: a tile does not lie inside its parent"):
+    with pytest.raises(InputError, match="x20: a tile is not inside its parent"):
         changed(bag, "grid", "x20", -1, torch.tensor([900, 900])).validate()
 
 
@@ -237,13 +232,12 @@ def test_boxes_follow_from_the_grid() -> None:
 def test_the_header_survives_its_metadata() -> None:
     scales = (Scale("x10", Mpp(0.92)), Scale("x20", Mpp(0.46)))
     header = make_bag(scales=scales, dims={"x10": 4, "x20": 5}).header
-    metadata = header_to_metadata(header)
+    metadata = header.pack()
     assert all(isinstance(value, str) for value in metadata.values())
-    assert header_from_metadata(Header(metadata, {})) == header
-    odd = replace(
-        header, bounds_px0=(1000, 2000), size_is_extent=True, mpp_is_known=False, slide_digest="ab"
-    )
-    assert header_from_metadata(Header(header_to_metadata(odd), {})) == odd
+    assert BagHeader.unpack(Header(metadata, {})) == header
+    extent = Extent((20_000, 10_000), Mpp(0.25), (1000, 2000), False, False)
+    odd = replace(header, extent=extent, slide_digest="ab")
+    assert BagHeader.unpack(Header(odd.pack(), {})) == odd
     for name in (
         "bounds_px0",
         "size_is_extent",
@@ -251,7 +245,7 @@ def test_the_header_survives_its_metadata() -> None:
         "slide_digest",
     ):  # of an older file
         del metadata[name]
-    assert header_from_metadata(Header(metadata, {})) == header
+    assert BagHeader.unpack(Header(metadata, {})) == header
 
 
 def test_the_bag_format_is_made_of_plain_values() -> None:

@@ -141,7 +141,7 @@ def test_a_file_that_breaks_a_promise_is_refused(written: Path) -> None:
         written,
         pack_metadata(metadata_of(written)),
     )
-    with pytest.raises(InputError, match="bag slide: x20: a tile does not lie inside its parent"):
+    with pytest.raises(InputError, match="bag slide: x20: a tile is not inside its parent"):
         read_bag(written)
 
 
@@ -149,7 +149,7 @@ def test_a_file_without_one_of_its_scales_is_refused(written: Path) -> None:
     tensors = load_file(written)
     del tensors["features/x5"]
     save_file(tensors, written, pack_metadata(metadata_of(written)))
-    with pytest.raises(InputError, match="bag slide: features or grid of the scales x5, x20"):
+    with pytest.raises(InputError, match="bag slide: features of one of the scales x5, x20"):
         read_bag(written)
 
 

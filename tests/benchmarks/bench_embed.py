@@ -28,13 +28,14 @@ from dasmil.demo.slides import write_cohort
 from dasmil.embedding.dataset import CACHE_BYTES, ChunkDataset
 from dasmil.embedding.embed import embed
 from dasmil.embedding.extractor import Extractor, load_extractor
+from dasmil.geometry import Tiles
 from dasmil.quiet import hush
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.cohort import write_cohort as write_table
 from dasmil.slides.cutting import TileCutter
 from dasmil.slides.reader import RgbArray, Slide
 from dasmil.slides.tile import tile
-from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path
+from dasmil.slides.tile_table import read_tiles, tiles_path
 from dasmil.units import Scale
 
 SLIDES = Path(__file__).resolve().parents[3] / "shared" / "data" / "slides" / "atlas_x20"
@@ -48,7 +49,7 @@ WORKERS = 2
 class TileByTile(Dataset[Tensor]):
     """The usual way: every tile of a scale is read and resized on its own."""
 
-    def __init__(self, rows: Sequence[SlideRow], tables: Sequence[TilePyramid], scale: str):
+    def __init__(self, rows: Sequence[SlideRow], tables: Sequence[Tiles], scale: str):
         self.side = tables[0].tile_px
         self.tiles = [
             (row.path, box)
@@ -84,20 +85,20 @@ class RecordingSlide(Slide):
         return super().region(origin_px0, level, size_px)
 
 
-def prepare(row: SlideRow, table: TilePyramid) -> None:
+def prepare(row: SlideRow, table: Tiles) -> None:
     dataset = ChunkDataset([row], [table], BATCH_SIZE)
     for number in range(len(dataset)):
         assert dataset[number].error is None
 
 
-def prepare_tile_by_tile(row: SlideRow, table: TilePyramid) -> None:
+def prepare_tile_by_tile(row: SlideRow, table: Tiles) -> None:
     for scale in SCALES:
         dataset = TileByTile([row], [table], scale)
         for number in range(len(dataset)):
             dataset[number]
 
 
-def regions_of(row: SlideRow, table: TilePyramid) -> list[tuple[tuple[int, int], int, tuple]]:
+def regions_of(row: SlideRow, table: Tiles) -> list[tuple[tuple[int, int], int, tuple]]:
     with RecordingSlide(row) as slide:
         slide.regions = []
         TileCutter(slide, table).cut(0, len(table.grid[SCALES[0]]))
@@ -142,7 +143,7 @@ def embed_all(tiles: Path, bags: Path, kind: str) -> None:
         assert embed(tiles, bags, extractors, trainer, BATCH_SIZE, WORKERS) == 0
 
 
-def embed_tile_by_tile(rows: Sequence[SlideRow], tables: Sequence[TilePyramid], kind: str) -> None:
+def embed_tile_by_tile(rows: Sequence[SlideRow], tables: Sequence[Tiles], kind: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for scale in tables[0].scales:
         network = make_network(kind, scale, tables[0].tile_px).to(device)
@@ -151,7 +152,7 @@ def embed_tile_by_tile(rows: Sequence[SlideRow], tables: Sequence[TilePyramid], 
             torch.cat([network(tiles.to(device)).half().cpu() for tiles in loader])
 
 
-def network_alone(tables: Sequence[TilePyramid], kind: str) -> None:
+def network_alone(tables: Sequence[Tiles], kind: str) -> None:
     """As many tiles of noise, without reading any."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side, batch = tables[0].tile_px, BATCH_SIZE

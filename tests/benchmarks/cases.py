@@ -13,7 +13,8 @@ from models import make_network, with_gatconv
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from dasmil.bags import Bag, BagGraph, BagHeader, bag_graph
+from dasmil.bags import Bag, BagGraph, bag_graph
+from dasmil.geometry import Extent, Tiles
 from dasmil.methods.dasmil import DASMILNetwork, ObjectiveOptions, objective
 from dasmil.nn.gat import GAT
 from dasmil.units import Mpp, TilePx, parse_scales
@@ -37,21 +38,19 @@ def make_bag(num_tiles: int, width: int = WIDTH, slide_id: str = "slide") -> Bag
     """About ``num_tiles`` x20 tiles, without a hole, and a fourth as many of x10; float16."""
     generator = torch.Generator().manual_seed(0)
     coarse, fine, parent = grids(num_tiles)
-    header = BagHeader(
+    tiles = Tiles(
         slide_id=slide_id,
+        extent=Extent((200_000, 200_000), Mpp(0.5)),
         scales=parse_scales(["x10", "x20"]),
         tile_px=TilePx(256),
-        slide_mpp=Mpp(0.5),
-        size_px0=(200_000, 200_000),
-        tiling="{}",
-        extractors={scale: make_card(width) for scale in ("x10", "x20")},
-        num_tiles=len(fine),
+        grid={"x10": coarse.numpy(), "x20": fine.numpy()},
+        parent={"x20": parent.numpy()},
     )
     features = {
         "x10": torch.randn(len(coarse), width, generator=generator).half(),
         "x20": torch.randn(len(fine), width, generator=generator).half(),
     }
-    return Bag(header, features, {"x10": coarse, "x20": fine}, {"x20": parent})
+    return Bag(tiles, features, {scale: make_card(width) for scale in ("x10", "x20")})
 
 
 def make_graph(num_tiles: int, label: int = 1) -> BagGraph:

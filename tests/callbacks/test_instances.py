@@ -4,21 +4,21 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from bag_factory import CLASSES, write_bags
+from bag_factory import CLASSES, with_changes, write_bags
 from lightning.pytorch import LightningModule, Trainer
 from models import make_module
 from PIL import Image
 from road import CONFIGS, fit_dasmil
 from torch.utils.data import DataLoader
 
-from dasmil.bags import Bag, BagHeader, bag_path, join_graphs, read_bag, write_bag
+from dasmil.bags import bag_path, join_graphs, read_bag, write_bag
+from dasmil.bags.output import ScaleOutput
 from dasmil.callbacks import instances
 from dasmil.callbacks.instances import InstanceTruth
 from dasmil.callbacks.predictions import PredictionWriter
@@ -27,9 +27,10 @@ from dasmil.data import BagDataModule
 from dasmil.demo.slides import TRUTH_DOWNSAMPLE, write_cohort
 from dasmil.errors import InputError
 from dasmil.files import write_text
+from dasmil.geometry import Extent
 from dasmil.metrics.froc import FALSE_POSITIVES
-from dasmil.output import ScaleOutput
 from dasmil.slides.cohort import read_cohort
+from dasmil.units import Mpp
 
 SIZE_PX0 = (4096, 4096)  # 8 x 8 tiles of x20, 512 px wide
 
@@ -65,8 +66,8 @@ def set_logits(folder: Path, slide_id: str, logit) -> None:
         grid[scale] = torch.tensor(cells).int()
         values = torch.tensor([float(logit(scale, r, c)) for r, c in cells])
         features[scale] = values[:, None].expand(-1, 6).half().contiguous()
-    header = BagHeader(**{**vars(old.header), "size_px0": SIZE_PX0, "num_tiles": 64})
-    write_bag(bag_path(folder, slide_id), Bag(header, features, grid, parent))
+    bag = with_changes(old, size_px0=SIZE_PX0, features=features, grid=grid, parent=parent)
+    write_bag(bag_path(folder, slide_id), bag)
 
 
 def box_xml(left, top, right, bottom) -> str:
@@ -357,8 +358,7 @@ def test_points_of_geojson_have_no_froc(bags, tmp_path):
 
 def set_header(folder: Path, slide_id: str, **changes) -> None:
     bag = read_bag(bag_path(folder, slide_id))
-    header = replace(bag.header, **changes)
-    write_bag(bag_path(folder, slide_id), replace(bag, header=header))
+    write_bag(bag_path(folder, slide_id), with_changes(bag, **changes))
 
 
 def geojson(left, top, right, bottom) -> str:
@@ -411,7 +411,7 @@ def test_lesions_beyond_the_tiles_of_a_slide_whose_size_is_not_known(bags, tmp_p
     (truth / "t1.xml").write_text(box_xml(6000, 6000, 8000, 8000))
     assert "lies outside the slide of 4096 x 4096 px" in refusal(bags, "t1")
     for slide_id in ("t1", "t2"):
-        set_header(bags, slide_id, size_is_extent=True)
+        set_header(bags, slide_id, size_is_known=False)
     callback = InstanceTruth(truth)
     run(bags, callback)
     assert callback.curves["x20"].sensitivity.max() == 0.5  # of two lesions t1's is never found
@@ -431,7 +431,7 @@ def test_lesions_beyond_the_tiles_of_a_slide_whose_size_is_not_known(bags, tmp_p
 def test_a_mask_of_a_slide_whose_size_is_not_known_is_refused_with_the_reason(bags, tmp_path):
     (tmp_path / "truth" / "t1.xml").unlink()
     Image.fromarray(np.ones((100, 150), np.uint8)).save(tmp_path / "truth" / "t1.png")
-    set_header(bags, "t1", size_is_extent=True)
+    set_header(bags, "t1", size_is_known=False)
     said = refusal(bags, "t1")
     assert "t1.png: " in said and "imported without its size; give polygons" in said
 
@@ -613,7 +613,7 @@ def test_the_truth_of_the_demo(tmp_path):
     counted = 0
     for row in read_cohort(table):
         path = tmp_path / "truth" / f"{row.slide_id}.png"
-        annotation = instances.read_annotation(path, (1024, 1024))
+        annotation = instances.read_annotation(path, Extent((1024, 1024), Mpp(0.5)))
         corners = np.array(list(product(range(0, 1024, 64), repeat=2)))
         positive = annotation.positive(
             annotation.overlap(np.concatenate([corners, corners + 64], axis=1))

@@ -33,7 +33,7 @@ def replace_card(path: Path, scale: str, **changes: Any) -> None:
     bag = read_bag(path)
     cards = {**bag.header.extractors}
     cards[scale] = replace(cards[scale], **changes)
-    write_bag(path, replace(bag, header=replace(bag.header, extractors=cards)))
+    write_bag(path, replace(bag, extractors=cards))
 
 
 @pytest.fixture(scope="module")

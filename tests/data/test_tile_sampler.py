@@ -16,9 +16,10 @@ from dasmil.data import BagDataModule, TileDataModule
 from dasmil.data.augment import PilViews, TensorViews
 from dasmil.data.tiles import EvenSlideSampler, TileDataset
 from dasmil.errors import InputError
+from dasmil.geometry import Extent, Tiles
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.digest import file_state, sample_digest
-from dasmil.slides.tiling import TilePyramid, read_tiles, tiles_path, write_tiles
+from dasmil.slides.tile_table import read_tiles, tiles_path, write_tiles
 from dasmil.units import Mpp, TilePx, parse_scales
 
 Draw = tuple[int, int]  # number of the slide, row of the tile
@@ -123,14 +124,13 @@ def write_tile_table(
     }
     write_tiles(
         tiles_path(folder, slide_id),
-        TilePyramid(
-            slide_id,
-            parsed,
-            TilePx(8),
-            Mpp(0.5),
-            (1000, 1000),
-            grid,
-            {fine.name: columns for _, fine in pairwise(parsed)},
+        Tiles(
+            slide_id=slide_id,
+            extent=Extent((1000, 1000), Mpp(0.5)),
+            scales=parsed,
+            tile_px=TilePx(8),
+            grid=grid,
+            parent={fine.name: columns for _, fine in pairwise(parsed)},
         ),
     )
 

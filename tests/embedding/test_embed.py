@@ -25,8 +25,9 @@ from dasmil.embedding.extractor import Extractor, load_extractor
 from dasmil.slides.cohort import SlideRow, read_cohort, write_cohort
 from dasmil.slides.cutting import TileCutter
 from dasmil.slides.digest import file_state, sample_digest
+from dasmil.slides.pyramid import TilingParameters, lay_tiles
 from dasmil.slides.reader import Slide
-from dasmil.slides.tiling import TilingParameters, read_tiles, tile_pyramid, tiles_path, write_tiles
+from dasmil.slides.tile_table import read_tiles, tiles_path, write_tiles
 from dasmil.units import Scale
 from dasmil.work.worker import Worker
 
@@ -348,9 +349,7 @@ def test_features_are_those_of_the_usual_way(shared_data, file, mpp, interpolate
     extractor = load_extractor("random:test_vit", Scale.parse("x20"), 256)
     with Slide(SlideRow("a", shared_data / "slides" / file, mpp=mpp)) as slide:
         mask = slide.thumbnail(32.0).std(axis=2) > 12
-        tiles = tile_pyramid(
-            "a", mask, slide.size_px0, slide.mpp, TilingParameters(("x5", "x10", "x20"))
-        )
+        tiles = lay_tiles("a", mask, slide.extent, TilingParameters(("x5", "x10", "x20")))
         pixels = TileCutter(slide, tiles).cut(0, min(6, len(tiles.grid["x5"]))).pixels
         for name, ours in pixels.items():
             ours = ours[:20]

@@ -12,7 +12,7 @@ from dasmil.bags import read_bag
 from dasmil.cli import main
 from dasmil.embedding.dataset import ChunkDataset
 from dasmil.slides.cohort import read_cohort
-from dasmil.slides.tiling import read_tiles, tiles_path
+from dasmil.slides.tile_table import read_tiles, tiles_path
 
 SIZE = 64  # px; the road's tiles have 32
 OPTIONS = {"init_values": 1e-5, "dynamic_img_size": True, "mlp_layer": "SwiGLUPacked"}

@@ -24,16 +24,18 @@ from dasmil.demo.slides import write_pyramid
 from dasmil.embedding.extractor import load_extractor
 from dasmil.embedding.networks import vit_backbone
 from dasmil.errors import InputError
+from dasmil.geometry import Extent
 from dasmil.interop.features.trident import trident
 from dasmil.methods import load
 from dasmil.slides.annotation import class_names, marks_points, read_annotation
 from dasmil.slides.annotation.points import Points
 from dasmil.slides.cohort import SlideRow, read_cohort
 from dasmil.slides.cutting import TileCutter
+from dasmil.slides.pyramid import TilingParameters, lay_tiles
 from dasmil.slides.reader import Slide
 from dasmil.slides.splits import read_split_table
 from dasmil.slides.tile_slide import tile_slide
-from dasmil.slides.tiling import TilingParameters, read_tiles, tile_pyramid, write_tiles
+from dasmil.slides.tile_table import read_tiles, write_tiles
 from dasmil.slides.tissue import TissueParameters
 from dasmil.units import Mpp, Scale
 from dasmil.work.status import Status
@@ -48,6 +50,7 @@ from fuzz.mutations import (
 )
 
 SIZE_PX0 = (512, 384)
+EXTENT = Extent(SIZE_PX0, Mpp(0.5))
 PARAMETERS = TilingParameters(("x10", "x20"), tile_px=32, tissue=TissueParameters(mpp=4.0))
 
 
@@ -104,7 +107,7 @@ def _read_slide(path: Path, output: Path) -> None:
     with Slide(row) as slide:
         tile_slide(slide, output, PARAMETERS)
         mask = np.ones((4, 4), bool)
-        tiles = tile_pyramid("slide", mask, slide.size_px0, slide.mpp, PARAMETERS)
+        tiles = lay_tiles("slide", mask, slide.extent, PARAMETERS)
         TileCutter(slide, tiles).cut(0, min(8, len(tiles.grid["x10"])))
 
 
@@ -138,7 +141,7 @@ def _read_dicom(path: Path, output: Path) -> None:
 
 def _tile_table(folder: Path) -> list[Path]:
     mask = np.random.default_rng(0).random((12, 16)) < 0.5
-    write_tiles(folder / "a.safetensors", tile_pyramid("a", mask, SIZE_PX0, Mpp(0.5), PARAMETERS))
+    write_tiles(folder / "a.safetensors", lay_tiles("a", mask, EXTENT, PARAMETERS))
     return [folder / "a.safetensors"]
 
 
@@ -400,7 +403,7 @@ def _masks(folder: Path) -> list[Path]:
 def _read_truth(path: Path, output: Path) -> None:
     marks_points(path)
     class_names(path)
-    marked = read_annotation(path, SIZE_PX0)
+    marked = read_annotation(path, EXTENT)
     if not isinstance(marked, Points):
         assert marked.mask(4.0).shape == (96, 128)
         marked.is_empty  # noqa: B018
@@ -419,7 +422,7 @@ def _read_csv(path: Path, output: Path) -> None:
     for read in (
         read_cohort,
         read_split_table,
-        lambda table: read_annotation(table, SIZE_PX0),
+        lambda table: read_annotation(table, EXTENT),
     ):
         try:
             read(path)

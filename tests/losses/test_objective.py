@@ -11,10 +11,10 @@ import torch
 from losses.numeric import slope
 from torch import Tensor
 
+from dasmil.bags.output import ScaleOutput
 from dasmil.errors import InputError
 from dasmil.losses import balanced_weights
 from dasmil.methods.dasmil import ObjectiveOptions, objective
-from dasmil.output import ScaleOutput
 
 # Three bags, the second without tiles. -1 are orphans; row 2 of x5 and row 3 of x10 have no
 # children; row 1 of x5 has a child at x10 and, with that, none at x20.

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch_geometric.utils import segment
 
 from dasmil.bags import BagGraph
+from dasmil.bags.output import ScaleOutput
 from dasmil.modules import SingleScaleModule
-from dasmil.output import ScaleOutput
 from dasmil.tensors import bag_rows
 
 

@@ -1,5 +1,5 @@
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import product
 
 import pytest
@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from models import make_module
 
 import dasmil
-from dasmil.bags import Bag, bag_graph, bag_path, join_graphs, read_bag, write_bag
+from dasmil.bags import bag_graph, bag_path, join_graphs, read_bag, write_bag
 from dasmil.data import BagDataModule
 from dasmil.errors import InputError
 from dasmil.lightning_cli import _evaluation_defaults
@@ -94,7 +94,7 @@ def separable_bags(folder):
         features = {name: values.clone() for name, values in bag.features.items()}
         if label:
             features["x20"][-1] = 5.0
-        write_bag(bag_path(folder, bag.slide_id), Bag(bag.header, features, bag.grid, bag.parent))
+        write_bag(bag_path(folder, bag.slide_id), replace(bag, features=features))
         rows.append(f"s{number},{bag.slide_id}.svs,{['normal', 'tumour'][label]},{part}")
     (folder / "cohort.csv").write_text("\n".join(rows))
     return folder

@@ -1,10 +1,9 @@
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from bag_factory import make_bag
+from bag_factory import make_bag, with_changes
 
 from dasmil.demo.slides import write_pyramid
 from dasmil.reports.heatmap import OPACITY, draw_heatmap, relative_attention, slide_canvas
@@ -26,7 +25,7 @@ def turbo(value):
 
 
 def test_a_tile_has_its_score_s_colour_where_it_lies_and_nowhere_else(bag):
-    width_px0, height_px0 = bag.header.size_px0
+    width_px0, height_px0 = bag.header.extent.size_px0
     canvas = np.full((height_px0 // 16, width_px0 // 16, 3), 200, np.uint8)
     values = np.linspace(0, 1, bag.num_tiles()["x20"])
     picture = draw_heatmap(canvas, bag, "x20", {"score": values}, "slide").astype(int)
@@ -53,7 +52,7 @@ def test_attention_that_singles_no_tile_out_is_drawn_flat_and_not_as_the_largest
 
 def test_a_tile_that_reaches_over_the_border_is_drawn_as_far_as_the_slide_goes(bag):
     right, bottom = (int(edge) - 16 for edge in bag.boxes_px0("x20")[:, 2:].max(0).values)
-    cut = replace(bag, header=replace(bag.header, size_px0=(right, bottom)))
+    cut = with_changes(bag, size_px0=(right, bottom))
     canvas = np.full((bottom // 4, right // 4, 3), 200, np.uint8)
     values = np.linspace(0, 1, bag.num_tiles()["x20"])
     picture = draw_heatmap(canvas, cut, "x20", {"score": values}, "slide").astype(int)
@@ -65,7 +64,7 @@ def test_a_tile_that_reaches_over_the_border_is_drawn_as_far_as_the_slide_goes(b
 
 
 def test_the_canvas_is_the_slide_or_says_why_not(bag, tmp_path):
-    width_px0, height_px0 = bag.header.size_px0
+    width_px0, height_px0 = bag.header.extent.size_px0
     missing = SlideRow("slide", Path("nowhere.svs"))
     canvas, reason = slide_canvas(missing, bag)
     assert (canvas == 255).all() and "nowhere.svs: no such file" in reason
@@ -89,6 +88,6 @@ def test_scores_are_never_drawn_over_another_slide(bag, tmp_path):
         ("2", "of another", False),
         ("", "of features", True),
     ):
-        header = replace(bag.header, reader=reader, slide_digest=digest)
-        canvas, reason = slide_canvas(row, replace(bag, header=header))
+        changed = with_changes(bag, reader=reader, slide_digest=digest)
+        canvas, reason = slide_canvas(row, changed)
         assert ("another slide file" not in reason) == drawn == (canvas.max() < 255)

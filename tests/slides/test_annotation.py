@@ -7,6 +7,7 @@ from PIL import Image
 from skimage.draw import polygon
 
 from dasmil.errors import InputError
+from dasmil.geometry import Extent
 from dasmil.slides.annotation import (
     Points,
     Polygons,
@@ -21,8 +22,10 @@ from dasmil.slides.annotation import (
 from dasmil.slides.annotation import (
     mask as mask_module,
 )
+from dasmil.units import Mpp
 
 SIZE = (1000, 800)  # width and height of the slide
+EXTENT = Extent(SIZE, Mpp(0.5))
 
 
 def asap(*annotations: tuple[str, list[tuple[float, float]]], kind: str = "Polygon") -> str:
@@ -49,7 +52,7 @@ def tiles(side: int, *cells: tuple[int, int]) -> np.ndarray:
 def read_xml(tmp_path, *annotations, **kind):
     path = tmp_path / "a.xml"
     path.write_text(asap(*annotations, **kind))
-    return read_annotation(path, SIZE)
+    return read_annotation(path, EXTENT)
 
 
 class TestPolygons:
@@ -75,11 +78,11 @@ class TestPolygons:
             ("_2", box(0, 0, 50, 100)),
         )
         (tmp_path / "a.xml").write_text(text)
-        areas = read_annotation(tmp_path / "a.xml", SIZE, ["gland"])
+        areas = read_annotation(tmp_path / "a.xml", EXTENT, ["gland"])
         assert areas.overlap(tiles(100, (0, 0), (0, 1))).tolist() == [0.5, 0]
         assert class_names(tmp_path / "a.xml") == {"Gland", "_0", "_2"}
         (tmp_path / "b.xml").write_text(asap(("_0", [(5, 5)]), kind="Dot"))
-        assert read_annotation(tmp_path / "b.xml", SIZE, ["gland"]).is_empty
+        assert read_annotation(tmp_path / "b.xml", EXTENT, ["gland"]).is_empty
 
     def test_overlapping_lesions_count_once(self, tmp_path):
         areas = read_xml(tmp_path, ("_0", box(0, 0, 100, 100)), ("_0", box(50, 0, 150, 100)))
@@ -145,7 +148,7 @@ class TestPolygons:
     def test_files_that_are_not_ours_are_refused(self, tmp_path, text, message):
         (tmp_path / "a.xml").write_text(text)
         with pytest.raises(InputError, match=message):
-            read_annotation(tmp_path / "a.xml", SIZE)
+            read_annotation(tmp_path / "a.xml", EXTENT)
 
 
 def write_pyramid(path, mask: np.ndarray, downsamples=(1, 2, 4), values=1, **options) -> None:
@@ -168,7 +171,7 @@ class TestMasks:
         mask = np.zeros((200, 250), dtype=np.uint8)
         mask[:25, :25] = 255
         Image.fromarray(mask).save(tmp_path / "a.png")
-        areas = read_annotation(tmp_path / "a.png", SIZE)
+        areas = read_annotation(tmp_path / "a.png", EXTENT)
         boxes = np.array([[0, 0, 100, 100], [50, 0, 150, 100], [99, 0, 103, 8], [200, 0, 300, 99]])
         assert areas.overlap(boxes) == pytest.approx([1, 0.5, 0.25, 0])
 
@@ -176,7 +179,7 @@ class TestMasks:
         mask = np.zeros((3, 4), dtype=np.uint8)
         mask[:, 2:] = 1
         Image.fromarray(mask).save(tmp_path / "a.png")
-        areas = read_annotation(tmp_path / "a.png", (1001, 802))
+        areas = read_annotation(tmp_path / "a.png", Extent((1001, 802), Mpp(0.5)))
         assert areas.overlap(np.array([[500, 0, 501, 802]])) == pytest.approx([0.5])
 
     @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
@@ -192,7 +195,7 @@ class TestMasks:
         else:
             picture = Image.fromarray(mask).convert(mode)
         picture.save(tmp_path / "a.png")
-        areas = read_annotation(tmp_path / "a.png", SIZE)
+        areas = read_annotation(tmp_path / "a.png", EXTENT)
         assert areas.overlap(tiles(100, (0, 4), (0, 5))).tolist() == [0, 1]
 
     @pytest.mark.parametrize("value", [1, 255])
@@ -203,7 +206,7 @@ class TestMasks:
         mask[401:403, 401:403] = 1  # between
         mask[600, 600] = 1
         write_pyramid(tmp_path / "a.tif", mask, values=value)
-        areas = read_annotation(tmp_path / "a.tif", SIZE)
+        areas = read_annotation(tmp_path / "a.tif", EXTENT)
         assert areas.overlap(tiles(100, (0, 0), (4, 4), (6, 6))).tolist() == [0.5, 4e-4, 1e-4]
         assert (areas.mask(4) == (mask[::4, ::4] > 0)).all()
         assert areas.mask(8).shape == (100, 125)  # not stored
@@ -213,7 +216,7 @@ class TestMasks:
         mask = np.zeros((80, 100), dtype=np.uint8)
         mask[:, 50:] = 1
         tifffile.imwrite(tmp_path / "a.tiff", mask)
-        areas = read_annotation(tmp_path / "a.tiff", SIZE)
+        areas = read_annotation(tmp_path / "a.tiff", EXTENT)
         assert areas.overlap(tiles(100, (0, 4), (0, 5))).tolist() == [0, 1]
 
     @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -225,21 +228,21 @@ class TestMasks:
             Image.fromarray(mask).save(path)
         else:
             write_pyramid(path, mask, downsamples=[1])
-        assert (read_annotation(path, (1001, 797)).finest == (mask > 0)).all()
+        assert (read_annotation(path, Extent((1001, 797), Mpp(0.5))).finest == (mask > 0)).all()
         monkeypatch.setattr(mask_module, "READ_BLOCK_PX", 128)
         monkeypatch.setattr(mask_module, "STRIP_PX", 10_000)
-        assert (read_annotation(path, (1001, 797)).finest == (mask > 0)).all()
+        assert (read_annotation(path, Extent((1001, 797), Mpp(0.5))).finest == (mask > 0)).all()
         monkeypatch.setattr(areas_module, "MAX_MASK_PX", 797 * 1001 - 1)
         with pytest.raises(InputError, match="1001 x 797 px without a smaller level; at most"):
-            read_annotation(path, (1001, 797))
+            read_annotation(path, Extent((1001, 797), Mpp(0.5)))
 
     def test_the_finest_level_that_memory_holds(self, tmp_path, monkeypatch):
         mask = np.zeros((800, 1000), dtype=np.uint8)
         mask[::2, ::2] = 1  # a quarter at level 0, all of it at level 1
         write_pyramid(tmp_path / "a.tif", mask)
-        assert read_annotation(tmp_path / "a.tif", SIZE).finest.mean() == 0.25
+        assert read_annotation(tmp_path / "a.tif", EXTENT).finest.mean() == 0.25
         monkeypatch.setattr(areas_module, "MAX_MASK_PX", 500 * 400)
-        areas = read_annotation(tmp_path / "a.tif", SIZE)
+        areas = read_annotation(tmp_path / "a.tif", EXTENT)
         assert areas.finest.shape == (400, 500) and areas.finest.all()
 
     @pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16])
@@ -252,10 +255,10 @@ class TestMasks:
         for photometric in ("minisblack", "miniswhite"):
             path = tmp_path / f"{photometric}.tif"
             tifffile.imwrite(path, mask, photometric=photometric, compression=compression)
-            assert (read_annotation(path, SIZE).finest == mask.astype(bool)).all()
+            assert (read_annotation(path, EXTENT).finest == mask.astype(bool)).all()
         tifffile.imwrite(path, (mask == 0).astype(dtype), photometric="miniswhite")
         with pytest.warns(UserWarning, match="most of it is marked, by its stored values"):
-            read_annotation(path, SIZE)
+            read_annotation(path, EXTENT)
 
     @pytest.mark.parametrize("mode", ["LA", "PA", "P", "RGBA", "1"])
     @pytest.mark.parametrize("colour", [0, 255], ids=["black", "white"])
@@ -280,14 +283,14 @@ class TestMasks:
             picture = Image.new(mode, (100, 80), (colour,) * len(mode))
             picture.putalpha(alpha)
         picture.save(path, **options)
-        assert (read_annotation(path, SIZE).finest == mask).all()
+        assert (read_annotation(path, EXTENT).finest == mask).all()
 
     @pytest.mark.parametrize("suffix", [".tif", ".tiff"])
     def test_a_mask_of_fractions_is_refused_by_name(self, tmp_path, suffix):
         path = tmp_path / f"a{suffix}"
         tifffile.imwrite(path, np.full((80, 100), 0.5, np.float32))
         with pytest.raises(InputError, match="its pixels are float32; save it as 8-bit grey"):
-            read_annotation(path, SIZE)
+            read_annotation(path, EXTENT)
 
     def test_a_pyramid_with_alpha_is_refused_by_name(self, tmp_path):
         path = tmp_path / "a.tif"
@@ -296,14 +299,14 @@ class TestMasks:
             path, pixels, tile=(256, 256), photometric="rgb", extrasamples=["unassalpha"]
         )
         with pytest.raises(InputError, match="with alpha"):
-            read_annotation(path, SIZE)
+            read_annotation(path, EXTENT)
 
     def test_a_mask_of_another_shape_is_refused(self, tmp_path):
         Image.new("L", (100, 81)).save(tmp_path / "a.png")  # within a pixel
-        read_annotation(tmp_path / "a.png", SIZE)
+        read_annotation(tmp_path / "a.png", EXTENT)
         Image.new("L", (80, 100)).save(tmp_path / "a.png")
         with pytest.raises(InputError, match="80 x 100 px does not have the shape of the slide"):
-            read_annotation(tmp_path / "a.png", SIZE)
+            read_annotation(tmp_path / "a.png", EXTENT)
 
     def test_a_mask_that_tells_more_than_lesions_is_refused(self, tmp_path):
         """Camelyon17's masks hold tissue too; which value is the lesions' nobody says."""
@@ -311,26 +314,26 @@ class TestMasks:
         mask[:100], mask[300:400] = 1, 2
         write_pyramid(tmp_path / "a.tif", mask)
         with pytest.raises(InputError, match="holds the values 1, 2; a mask has one value beside"):
-            _ = read_annotation(tmp_path / "a.tif", SIZE).finest
+            _ = read_annotation(tmp_path / "a.tif", EXTENT).finest
 
     def test_pixels_whose_values_would_change_are_refused(self, tmp_path):
         """Of 16 bits OpenSlide shows the upper 8: a lesion of value 1 would vanish."""
         mask = np.ones((800, 1000), dtype=np.uint16)
         write_pyramid(tmp_path / "a.tif", mask)
         with pytest.raises(InputError, match=r"pixels are 16 bits \(MINISBLACK\)"):
-            read_annotation(tmp_path / "a.tif", SIZE)
+            read_annotation(tmp_path / "a.tif", EXTENT)
         write_pyramid(tmp_path / "a.tif", mask.astype(np.uint8), photometric="miniswhite")
         with pytest.raises(InputError, match=r"pixels are 8 bits \(MINISWHITE\)"):
-            read_annotation(tmp_path / "a.tif", SIZE)
+            read_annotation(tmp_path / "a.tif", EXTENT)
         Image.fromarray(np.full((80, 100), 256, dtype=np.uint16)).save(tmp_path / "a.png")
         with pytest.raises(InputError, match="holds the value 256; save it as 8-bit grey"):
-            read_annotation(tmp_path / "a.png", SIZE)
+            read_annotation(tmp_path / "a.png", EXTENT)
 
     @pytest.mark.parametrize("name", ["a.png", "a.tif"])
     def test_no_picture_at_all(self, tmp_path, name):
         (tmp_path / name).write_bytes(b"no picture")
         with pytest.raises(InputError, match=f"{name}: cannot be read as PNG or TIFF"):
-            read_annotation(tmp_path / name, SIZE)
+            read_annotation(tmp_path / name, EXTENT)
 
 
 class TestPoints:
@@ -342,12 +345,12 @@ class TestPoints:
 
     def test_columns_beside_x_and_y_are_not_read(self, tmp_path):
         (tmp_path / "a.csv").write_text("type,y,x\nepithelial,20,10\n,800,1000\n")
-        points = read_annotation(tmp_path / "a.csv", SIZE)
+        points = read_annotation(tmp_path / "a.csv", EXTENT)
         assert points.xy_px0.tolist() == [[10, 20], [1000, 800]] and not points.is_empty
 
     def test_an_empty_table_says_that_there_is_nothing(self, tmp_path):
         (tmp_path / "a.csv").write_text("x,y\n")
-        points = read_annotation(tmp_path / "a.csv", SIZE)
+        points = read_annotation(tmp_path / "a.csv", EXTENT)
         assert points.is_empty
         assert points.positive(points.overlap(tiles(100, (0, 0)))).tolist() == [False]
 
@@ -364,7 +367,7 @@ class TestPoints:
     def test_tables_that_are_not_points_of_the_slide(self, tmp_path, text, message):
         (tmp_path / "a.csv").write_text(text)
         with pytest.raises(InputError, match=message):
-            read_annotation(tmp_path / "a.csv", SIZE)
+            read_annotation(tmp_path / "a.csv", EXTENT)
 
 
 @pytest.mark.parametrize(
@@ -404,6 +407,6 @@ def test_suffixes_in_capitals_are_found_and_read(tmp_path, name):
         text = {".XML": asap(), ".CSV": "x;y\n1,5;2\n", ".GEOJSON": empty}
         path.write_text(text[path.suffix])
     assert find_truths(tmp_path, ["a"]) == {"a": path}
-    assert read_annotation(path, SIZE).is_empty == (not name.endswith("CSV"))
+    assert read_annotation(path, EXTENT).is_empty == (not name.endswith("CSV"))
     assert marks_points(path) == name.endswith("CSV")
     assert class_names(path) == set()

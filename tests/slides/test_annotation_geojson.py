@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dasmil.errors import InputError
+from dasmil.geometry import Extent
 from dasmil.slides.annotation import (
     Points,
     Polygons,
@@ -16,8 +17,9 @@ from dasmil.slides.annotation import (
     marks_points,
     read_annotation,
 )
+from dasmil.units import Mpp
 
-SIZE = (1000, 800)  # width and height of the slide
+EXTENT = Extent((1000, 800), Mpp(0.5))
 
 
 def ring(left, top, right, bottom):
@@ -50,7 +52,7 @@ def read(tmp_path, content, name="a.geojson", **options):
     path = tmp_path / name
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    return read_annotation(path, SIZE, **options)
+    return read_annotation(path, EXTENT, **options)
 
 
 def share(found, *boxes):
@@ -200,7 +202,7 @@ class TestForms:
     def test_a_file_that_is_not_compressed(self, tmp_path):
         (tmp_path / "a.geojson.gz").write_text(json.dumps(collection()))
         with pytest.raises(InputError, match=r"a\.geojson\.gz: cannot be read \(Not a gzipped"):
-            read_annotation(tmp_path / "a.geojson.gz", SIZE)
+            read_annotation(tmp_path / "a.geojson.gz", EXTENT)
 
 
 class TestClasses:

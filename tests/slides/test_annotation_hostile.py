@@ -5,6 +5,7 @@ import json
 import os
 import tracemalloc
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from slides.hostile_annotations import mutate, seeds
 
 from dasmil.errors import InputError
+from dasmil.geometry import Extent
 from dasmil.slides.annotation import (
     areas,
     class_names,
@@ -24,8 +26,10 @@ from dasmil.slides.annotation import (
 from dasmil.slides.annotation import (
     mask as mask_module,
 )
+from dasmil.units import Mpp
 
 SIZE = (1000, 800)  # width and height of the slide
+EXTENT = Extent(SIZE, Mpp(0.5))
 
 
 def feature(coordinates, kind="Polygon"):
@@ -33,10 +37,10 @@ def feature(coordinates, kind="Polygon"):
     return {"type": "Feature", "geometry": geometry, "properties": {"classification": "Tumor"}}
 
 
-def read(tmp_path, content, name="a.geojson", size=SIZE, **options):
+def read(tmp_path, content, name="a.geojson", extent=EXTENT):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    return read_annotation(path, size, **options)
+    return read_annotation(path, extent)
 
 
 def fill_at_once(mask, rings, value):
@@ -105,7 +109,7 @@ class TestFilling:
         mask = read(tmp_path, feature([[corners[0], corners[1], corners[2]]])).finest
         assert (mask == np.triu(np.ones(mask.shape, bool))).all()
         with pytest.raises(InputError, match=r"'annotation 1' reaches to .* further than any"):
-            read(tmp_path, feature([corners]), size_is_extent=True)
+            read(tmp_path, feature([corners]), extent=replace(EXTENT, size_is_known=False))
 
     def test_very_many_far_corners_are_refused(self, tmp_path):
         corners = [[1e300, number] for number in range(200_001)]
@@ -115,7 +119,7 @@ class TestFilling:
     def test_a_zigzag_that_takes_minutes_is_refused(self, tmp_path):
         corners = [[number, number % 2 * 100_000] for number in range(10_000)]
         with pytest.raises(InputError, match=r"cross 1\d\d,\d{3},\d{3} rows of pixels, and 20,0"):
-            read(tmp_path, feature([corners]), size=(100_000, 100_000))
+            read(tmp_path, feature([corners]), extent=Extent((100_000, 100_000), Mpp(0.5)))
 
 
 class TestGeoJson:
@@ -246,7 +250,7 @@ class TestMasks:
         for name in ("a.png", "a.tif"):
             Image.new("1", (1000, 80)).save(tmp_path / name)
             with pytest.raises(InputError, match=rf"{name}: a picture of 1000 x 80 px without til"):
-                read_annotation(tmp_path / name, (1000, 80))
+                read_annotation(tmp_path / name, Extent((1000, 80), Mpp(0.5)))
 
     @pytest.mark.parametrize("kind", ["EPS", "BMP", "GIF", "JPEG", "PPM", "WEBP"])
     def test_other_formats_are_refused_whatever_the_name_says(self, tmp_path, kind):
@@ -254,14 +258,14 @@ class TestMasks:
             with open(tmp_path / name, "wb") as file:
                 Image.new("L", (100, 80)).convert("RGB").save(file, format=kind)
             with pytest.raises(InputError, match=f"{name}: cannot be read as PNG or TIFF"):
-                read_annotation(tmp_path / name, SIZE)
+                read_annotation(tmp_path / name, EXTENT)
 
     def test_giant_tiles_are_not_decoded(self, tmp_path, monkeypatch):
         monkeypatch.setattr(mask_module, "MAX_TILE_PX", 256 * 256 - 1)
         mask = np.zeros((800, 1000), dtype=np.uint8)
         tifffile.imwrite(tmp_path / "a.tif", mask, tile=(256, 256), compression="zlib")
         with pytest.raises(InputError, match=r"a\.tif: stored in tiles of 256 x 256 px"):
-            read_annotation(tmp_path / "a.tif", SIZE)
+            read_annotation(tmp_path / "a.tif", EXTENT)
 
 
 class TestPoints:
@@ -280,7 +284,7 @@ class TestPoints:
 def test_what_is_no_regular_file_is_refused_by_name(tmp_path, name):
     os.mkfifo(tmp_path / name)
     assert find_truths(tmp_path, ["a"]) == {"a": tmp_path / name}
-    for open_file in (lambda path: read_annotation(path, SIZE), marks_points, class_names):
+    for open_file in (lambda path: read_annotation(path, EXTENT), marks_points, class_names):
         for path in (tmp_path / name, tmp_path, tmp_path / f"{'n' * 300}{name}"):
             with pytest.raises(InputError, match="give an annotation of a slide"):
                 open_file(path)
@@ -294,7 +298,7 @@ def test_mutated_files_are_read_or_refused(tmp_path, kind):
     rng, samples = np.random.default_rng(0), seeds(kind)
     for name, data in samples:
         (tmp_path / name).write_bytes(data)
-        assert not read_annotation(tmp_path / name, SIZE).is_empty
+        assert not read_annotation(tmp_path / name, EXTENT).is_empty
     refused = 0
     for number in range(300):
         name, data = samples[number % len(samples)]
@@ -305,7 +309,7 @@ def test_mutated_files_are_read_or_refused(tmp_path, kind):
             try:
                 marks_points(path)
                 class_names(path)
-                found = read_annotation(path, SIZE)
+                found = read_annotation(path, EXTENT)
                 assert found.is_empty or found.overlap(np.array([[0, 0, *SIZE]])).min() >= 0
             except InputError as error:
                 refused += 1

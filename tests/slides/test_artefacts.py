@@ -11,19 +11,14 @@ import pytest
 from dasmil.cli import main
 from dasmil.demo.slides import write_pyramid
 from dasmil.errors import InputError
+from dasmil.geometry import Extent, Tiles
 from dasmil.slides.artefacts import INKS, MPP, ArtefactParameters, artefact_masks, exclude
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.focus import blurred_tiles
+from dasmil.slides.pyramid import TilingParameters, lay_tiles, without_blurred
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile_slide import qc_path, summary, tile_slide
-from dasmil.slides.tiling import (
-    TilePyramid,
-    TilingParameters,
-    read_tiles,
-    tile_pyramid,
-    tiles_path,
-    without_blurred,
-)
+from dasmil.slides.tile_table import read_tiles, tiles_path
 from dasmil.slides.tissue import TissueParameters, tissue_mask
 from dasmil.units import Mpp
 
@@ -205,13 +200,13 @@ def test_senseless_parameters_are_refused(change: dict[str, object], words: str)
         ArtefactParameters(**change)
 
 
-def pyramid(max_share: float, artefacts: dict[str, np.ndarray] | None) -> TilePyramid:
+def pyramid(max_share: float, artefacts: dict[str, np.ndarray] | None) -> Tiles:
     """8 x 8 tiles of x10 and 4 x 4 of x5, all tissue, 64 px each; a mask pixel is 16 µm."""
     parameters = TilingParameters(
         ("x5", "x10"), 64, artefacts=ArtefactParameters(max_share=max_share)
     )
     mask = np.ones((32, 32), bool)
-    return tile_pyramid("s1", mask, (1024, 1024), Mpp(0.5), parameters, artefacts)
+    return lay_tiles("s1", mask, Extent((1024, 1024), Mpp(0.5)), parameters, artefacts)
 
 
 def test_a_tile_with_too_much_artefact_is_left_out() -> None:
@@ -228,7 +223,7 @@ def test_a_tile_with_too_much_artefact_is_left_out() -> None:
         tiles = pyramid(max_share, {"pen": pen, "black": black})
         kept = set(map(tuple, tiles.grid["x10"].tolist()))
         assert {(row, col) for row in range(8) for col in range(8)} - kept == lost
-    assert tiles.excluded == {"pen": pen.mean(), "black": black.mean()}
+    assert tiles.tissue.excluded == {"pen": pen.mean(), "black": black.mean()}
     assert pyramid(0, None).num_tiles() == {"x5": 16, "x10": 64}
 
 
@@ -236,8 +231,8 @@ def test_the_area_of_the_tissue_is_in_square_millimetres() -> None:
     parameters = TilingParameters(("x20",), 64)
     mask = np.zeros((30, 50), bool)
     mask[:10] = True
-    tiles = tile_pyramid("s1", mask, (5000, 3000), Mpp(0.25), parameters)
-    assert tiles.tissue_mm2 == pytest.approx(1.25 * 0.25)
+    tiles = lay_tiles("s1", mask, Extent((5000, 3000), Mpp(0.25)), parameters)
+    assert tiles.tissue.mm2 == pytest.approx(1.25 * 0.25)
     assert summary(tiles)["tissue_mm2"] == 0.312
 
 
@@ -253,8 +248,8 @@ def test_a_coarse_tile_goes_with_its_last_child() -> None:
     parents = kept.grid["x5"][kept.parent["x10"]]
     np.testing.assert_array_equal(parents, kept.grid["x10"] // 2)
     assert (np.diff(kept.parent["x10"]) >= 0).all()
-    assert kept.excluded == {"blur": 5 / 64}
-    assert kept.tissue_mm2 == tiles.tissue_mm2
+    assert kept.tissue.excluded == {"blur": 5 / 64}
+    assert kept.tissue.mm2 == tiles.tissue.mm2
     none = without_blurred(kept, np.ones(59, bool))
     assert none.num_tiles() == {"x5": 0, "x10": 0}
     assert without_blurred(none, np.zeros(0, bool)).excluded == {"blur": 0.0}
@@ -354,7 +349,7 @@ def test_the_command_takes_the_rules_and_refuses_a_folder_made_with_others(
     assert main([*command, *rules]) == 0
     tiles = read_tiles(tiles_path(tmp_path / "out", "s1"))
     assert json.loads(tiles.tiling)["artefacts"]["pen"] == ["blue", "black"]
-    assert set(tiles.excluded) == {"pen", "blur"}
+    assert set(tiles.tissue.excluded) == {"pen", "blur"}
     assert main(command) == 2
     assert "made with other parameters than asked for now" in capsys.readouterr().err
 
@@ -376,5 +371,5 @@ def test_real_slides_without_pen_lose_next_to_nothing(shared_data: Path) -> None
             after = tissue_mask(thumbnail, thumbnail_mpp, TissueParameters()) & ~painted
             assert (before & ~after).sum() < 0.001 * before.sum(), path
             parameters = TilingParameters((finest,), artefacts=ALL)
-            tiles = tile_pyramid("s1", after, slide.size_px0, slide.mpp, parameters, masks)
+            tiles = lay_tiles("s1", after, slide.extent, parameters, masks)
             assert blurred_tiles(slide, tiles, ALL).mean() <= 0.01, path

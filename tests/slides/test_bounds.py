@@ -11,15 +11,14 @@ from bag_factory import make_card
 from dasmil.demo.slides import write_pyramid
 from dasmil.embedding.writer import bag_header
 from dasmil.errors import InputError
+from dasmil.geometry import Extent
 from dasmil.slides.annotation import read_annotation
 from dasmil.slides.cohort import SlideRow
+from dasmil.slides.pyramid import TilingParameters
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile_slide import tile_slide
-from dasmil.slides.tiling import (
-    TilingParameters,
-    read_tiles,
-    tiles_path,
-)
+from dasmil.slides.tile_table import read_tiles, tiles_path
+from dasmil.units import Mpp
 
 ORIGIN = (1000, 2000)
 GLASS_PX0, SCANNED_PX0 = 4096, 512
@@ -71,10 +70,10 @@ def test_what_qupath_marks_on_a_scan_lies_on_the_tiles_of_the_scan(tmp_path: Pat
         assert slide.size_px0 == (GLASS_PX0, GLASS_PX0)
         tile_slide(slide, tmp_path, TilingParameters(("x20",), tile_px=64))
     tiles = read_tiles(tiles_path(tmp_path, "s1"))
-    assert tiles.bounds_px0 == ORIGIN
+    assert tiles.extent.bounds_px0 == ORIGIN
     header = bag_header(tiles, {"x20": make_card()})
     (tmp_path / "s1.geojson").write_text(json.dumps(outline(0, 0, 256, 512)))  # the left half
-    found = read_annotation(tmp_path / "s1.geojson", header.size_px0, bounds_px0=header.bounds_px0)
+    found = read_annotation(tmp_path / "s1.geojson", header.extent)
     boxes = tiles.boxes_px0("x20")
     right_of_middle = boxes[:, 0] >= 1000 + 256
     assert len(boxes) >= 49 and right_of_middle.any()
@@ -86,7 +85,7 @@ def test_what_qupath_marks_on_a_scan_lies_on_the_tiles_of_the_scan(tmp_path: Pat
 def test_other_slides_begin_at_0_0(tmp_path: Path) -> None:
     write_pyramid(tmp_path / "s1.tiff", np.full((300, 300, 3), 200, np.uint8), 0.5, (1,))
     with Slide(SlideRow("s1", tmp_path / "s1.tiff")) as slide:
-        assert slide.bounds_px0 == (0, 0)
+        assert slide.extent.bounds_px0 == (0, 0)
 
 
 def test_only_geojson_is_counted_from_the_bounds(tmp_path: Path) -> None:
@@ -95,7 +94,7 @@ def test_only_geojson_is_counted_from_the_bounds(tmp_path: Path) -> None:
         return where(tmp_path / name)
 
     def where(path: Path) -> list[bool]:
-        found = read_annotation(path, (4000, 4000), bounds_px0=ORIGIN)
+        found = read_annotation(path, Extent((4000, 4000), Mpp(0.5), ORIGIN))
         boxes = np.array([[0, 0, 20, 20], [1000, 2000, 1020, 2020]])
         return (found.overlap(boxes) > 0).tolist()
 
@@ -120,7 +119,7 @@ def test_a_shape_that_fits_the_scan_alone_is_not_outside_the_slide(tmp_path: Pat
     """And one that lies on the glass only without the origin is."""
     path = tmp_path / "a.geojson"
     path.write_text(json.dumps(outline(-500, -500, -400, -400)))
-    assert not read_annotation(path, (4000, 4000), bounds_px0=ORIGIN).is_empty
+    assert not read_annotation(path, Extent((4000, 4000), Mpp(0.5), ORIGIN)).is_empty
     path.write_text(json.dumps(outline(3500, 0, 3600, 100)))
     with pytest.raises(InputError, match="lies outside the slide"):
-        read_annotation(path, (4000, 4000), bounds_px0=ORIGIN)
+        read_annotation(path, Extent((4000, 4000), Mpp(0.5), ORIGIN))

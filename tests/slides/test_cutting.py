@@ -9,11 +9,12 @@ import pytest
 from jpegs import damage, write_jpeg_pyramid
 
 from dasmil.demo.slides import write_pyramid
+from dasmil.geometry import Tiles
 from dasmil.slides import cutting
 from dasmil.slides.cohort import SlideRow
-from dasmil.slides.cutting import TileCutter, rows_inside
+from dasmil.slides.cutting import TileCutter
+from dasmil.slides.pyramid import TilingParameters, lay_tiles
 from dasmil.slides.reader import Slide
-from dasmil.slides.tiling import TilePyramid, TilingParameters, tile_pyramid
 
 SCALES = ("x5", "x10", "x20")
 
@@ -26,17 +27,17 @@ def texture(width: int, height: int) -> np.ndarray:
 
 def tiles_of(
     slide: Slide, mask: np.ndarray, scales: Sequence[str] = SCALES, tile_px: int = 64
-) -> TilePyramid:
+) -> Tiles:
     parameters = TilingParameters(tuple(scales), tile_px)
-    return tile_pyramid(slide.row.slide_id, mask, slide.size_px0, slide.mpp, parameters)
+    return lay_tiles(slide.row.slide_id, mask, slide.extent, parameters)
 
 
-def one_by_one(slide: Slide, tiles: TilePyramid, scale: str) -> np.ndarray:
+def one_by_one(slide: Slide, tiles: Tiles, scale: str) -> np.ndarray:
     side = (tiles.tile_px, tiles.tile_px)
     return np.stack([slide.read(box, side) for box in tiles.boxes_px0(scale)])
 
 
-def check(slide: Slide, tiles: TilePyramid, *, chunk: int, tolerance: int = 0) -> None:
+def check(slide: Slide, tiles: Tiles, *, chunk: int, tolerance: int = 0) -> None:
     """Cut all tiles in chunks; every row is there, in order, with the pixels of its box."""
     cutter = TileCutter(slide, tiles)
     count = len(tiles.grid[tiles.scales[0].name])
@@ -130,7 +131,7 @@ def test_rows_inside_are_the_children_and_theirs(tmp_path: Path) -> None:
     with Slide(SlideRow("a", tmp_path / "a.tiff")) as slide:
         tiles = tiles_of(slide, np.random.default_rng(2).random((16, 16)) < 0.4, tile_px=32)
     for start, stop in [(0, 1), (2, 5), (0, len(tiles.grid["x5"])), (3, 3)]:
-        rows = rows_inside(tiles, start, stop)
+        rows = tiles.rows_inside(start, stop)
         wanted = set(range(start, stop))
         for number, name in enumerate(SCALES):
             if number:

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from dasmil.demo.slides import write_pyramid
+from dasmil.geometry import Extent
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.focus import RUN_TILES, blurred_tiles, detail
+from dasmil.slides.pyramid import TilingParameters, lay_tiles
 from dasmil.slides.reader import Slide
-from dasmil.slides.tiling import TilingParameters, tile_pyramid
 from dasmil.units import Mpp
 
 BLUR = ArtefactParameters(blur=True)
@@ -78,7 +79,7 @@ def test_blurred_tiles_of_a_slide_are_told_by_their_place(tmp_path: Path, mpp: f
     tissue[2, 5:9] = False
     parameters = TilingParameters(("x5", "x10"), side_um, artefacts=BLUR)
     with Slide(SlideRow("s", tmp_path / "s.tiff", mpp=mpp)) as slide:
-        tiles = tile_pyramid("s", tissue, slide.size_px0, Mpp(mpp), parameters)
+        tiles = lay_tiles("s", tissue, Extent(slide.size_px0, Mpp(mpp)), parameters)
         found = blurred_tiles(slide, tiles, BLUR)
     assert len(found) > 200
     np.testing.assert_array_equal(found, blurred[tuple(tiles.grid["x10"].T)])
@@ -92,7 +93,7 @@ def test_the_edge_to_the_outside_of_a_slide_is_no_detail(tmp_path: Path) -> None
     for pixels, blurred in ((sharp, False), (soft, True)):
         write_pyramid(tmp_path / "s.tiff", pixels, 1.0)
         with Slide(SlideRow("s", tmp_path / "s.tiff")) as slide:
-            tiles = tile_pyramid("s", np.ones((9, 9), bool), slide.size_px0, slide.mpp, parameters)
+            tiles = lay_tiles("s", np.ones((9, 9), bool), slide.extent, parameters)
             assert tiles.num_tiles() == {"x10": 3 * 4}
             assert blurred_tiles(slide, tiles, BLUR).tolist() == [blurred] * 12
 
@@ -101,7 +102,7 @@ def test_a_slide_without_tiles_has_no_blurred_ones(tmp_path: Path) -> None:
     write_pyramid(tmp_path / "s.tiff", texture(256, 256), 1.0)
     parameters = TilingParameters(("x10",), 64)
     with Slide(SlideRow("s", tmp_path / "s.tiff")) as slide:
-        tiles = tile_pyramid("s", np.zeros((4, 4), bool), slide.size_px0, slide.mpp, parameters)
+        tiles = lay_tiles("s", np.zeros((4, 4), bool), slide.extent, parameters)
         assert blurred_tiles(slide, tiles, BLUR).shape == (0,)
 
 

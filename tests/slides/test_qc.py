@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
+from dasmil.geometry import Extent, Tiles
+from dasmil.slides.pyramid import TilingParameters, lay_tiles, without_blurred
 from dasmil.slides.qc import (
     ARTEFACTS,
     CAPTION_PX,
@@ -16,16 +18,15 @@ from dasmil.slides.qc import (
     shrink,
     write_png,
 )
-from dasmil.slides.tiling import TilePyramid, TilingParameters, tile_pyramid, without_blurred
 from dasmil.units import Mpp
 
 FRAME_PX = 4
 SIZE_PX0 = (8000, 6400)
 
 
-def lay(mask: np.ndarray, scales: tuple[str, ...], tile_px: int, **artefacts) -> TilePyramid:
+def lay(mask: np.ndarray, scales: tuple[str, ...], tile_px: int, **artefacts) -> Tiles:
     parameters = TilingParameters(scales, tile_px, min_tissue=0.5)
-    return tile_pyramid("s1", mask, SIZE_PX0, Mpp(0.5), parameters, artefacts)
+    return lay_tiles("s1", mask, Extent(SIZE_PX0, Mpp(0.5)), parameters, artefacts)
 
 
 def panels(picture: np.ndarray, number: int, height: int) -> list[np.ndarray]:

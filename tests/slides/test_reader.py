@@ -16,10 +16,11 @@ from PIL import Image
 
 from dasmil.demo.slides import write_pyramid
 from dasmil.errors import InputError
+from dasmil.geometry import PyramidGrid
 from dasmil.slides import reader
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.reader import Slide
-from dasmil.units import Mpp, PyramidGrid, TilePx, parse_scales
+from dasmil.units import Mpp, TilePx, parse_scales
 
 RED, GREEN, BLUE = (200, 30, 30), (30, 200, 30), (30, 30, 200)
 

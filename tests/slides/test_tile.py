@@ -17,10 +17,12 @@ from faults import InThisProcess
 from dasmil.cli import main
 from dasmil.demo.slides import write_pyramid
 from dasmil.errors import InputError
+from dasmil.geometry import Tiles
 from dasmil.slides.cohort import SlideRow, read_cohort, slides_digest
+from dasmil.slides.pyramid import TilingParameters
 from dasmil.slides.reader import Slide
 from dasmil.slides.tile import tile
-from dasmil.slides.tiling import TABLE, TilePyramid, TilingParameters, read_tiles, tiles_path
+from dasmil.slides.tile_table import TABLE, read_tiles, tiles_path
 from dasmil.slides.tissue import TissueParameters
 from dasmil.work.worker import Worker
 
@@ -40,7 +42,7 @@ class Run:
         with open(self.output / "status.csv", newline="", encoding="utf-8") as file:
             return {row["slide_id"]: row for row in csv.DictReader(file)}
 
-    def tiles(self, slide_id: str) -> TilePyramid:
+    def tiles(self, slide_id: str) -> Tiles:
         return read_tiles(self.output / "tiles" / f"{slide_id}.safetensors")
 
 
@@ -208,8 +210,8 @@ def test_tiles_lie_where_the_tissue_was_drawn(first_run: Run) -> None:
     assert {tuple(place) for place in tiles.grid["x20"].tolist()} == expected
     assert tiles.grid["x5"].tolist() == [[0, 1], [1, 1]]
     assert tiles.parent["x20"].tolist() == [0] * 16 + [1] * 16
-    assert (tiles.slide_id, tiles.tile_px, tiles.slide_mpp) == ("good", 64, 0.5)
-    assert tiles.size_px0 == (1100, 600)
+    assert (tiles.slide_id, tiles.tile_px, tiles.extent.mpp) == ("good", 64, 0.5)
+    assert tiles.extent.size_px0 == (1100, 600)
     assert tiles.tiling == TilingParameters(SCALES, 64).as_json()
 
 
@@ -296,7 +298,7 @@ def test_a_changed_mpp_in_the_table_means_tiling_anew(
     assert f"warning: good: {again}; {words}" in capsys.readouterr().out.splitlines()
     # tissue is 2 columns by 4 rows of x20 tiles of 128 px0, all in one of x5
     assert (good["tiles/x5"], good["tiles/x20"]) == ("1", "8")
-    assert run.tiles("good").slide_mpp == 0.25
+    assert run.tiles("good").extent.mpp == 0.25
     assert blank["message"] == "no tissue found"
     tile(two_slides, output, SCALES, tile_px=64, tissue=tissue, workers=1)  # nothing is done again,
     assert run.status["good"]["message"] == words  # but it is said again
@@ -548,13 +550,13 @@ def test_a_folder_of_slides_needs_no_table(tmp_path: Path) -> None:
 # Real slides
 
 
-def check_pyramid(tiles: TilePyramid) -> None:
+def check_pyramid(tiles: Tiles) -> None:
     """On the slide; nested; no orphan in either direction."""
     names = list(tiles.num_tiles())
     for name in names:
         boxes = tiles.boxes_px0(name)
         assert (boxes[:, :2] >= 0).all()
-        assert (boxes[:, :2] < tiles.size_px0).all()
+        assert (boxes[:, :2] < tiles.extent.size_px0).all()
     for coarse, fine in pairwise(names):
         parents = tiles.boxes_px0(coarse)[tiles.parent[fine]]
         children = tiles.boxes_px0(fine)
@@ -563,7 +565,7 @@ def check_pyramid(tiles: TilePyramid) -> None:
         assert set(tiles.parent[fine].tolist()) == set(range(len(tiles.grid[coarse])))
 
 
-def check_pixels(row: SlideRow, tiles: TilePyramid, *, num: int = 3) -> None:
+def check_pixels(row: SlideRow, tiles: Tiles, *, num: int = 3) -> None:
     """A few tiles of every scale have their size and show something."""
     size = (tiles.tile_px, tiles.tile_px)
     with Slide(row) as slide:
@@ -607,7 +609,7 @@ def test_real_slides_at_x20_are_tiled_at_three_scales(shared_data: Path, tmp_pat
         ("erosion", (6598, 8433), 0.5),
     ]:
         tiles = run.tiles(slide_id)
-        assert tiles.size_px0 == (width, height)
+        assert tiles.extent.size_px0 == (width, height)
         count = tiles.num_tiles()
         assert 20 < count["x5"] < count["x10"] < count["x20"]
         assert count["x20"] <= 16 * count["x5"]

@@ -13,7 +13,7 @@ from road import embed_command
 
 from dasmil.bags import bag_path
 from dasmil.slides.cohort import read_cohort
-from dasmil.slides.tiling import tiles_path
+from dasmil.slides.tile_table import tiles_path
 from dasmil.tables import read_csv
 
 WITHOUT_HASTE = Path(__file__).with_name("without_haste.py")

@@ -47,7 +47,7 @@ def export(bags: Path, output: Path, dtype: Dtype = "float32") -> int:
         try:
             bag = read_bag(bag_path(bags, row.slide_id))
             features = {name: _convert(bag, name, dtype) for name in bag.scales}
-            for scale in bag.header.scales:
+            for scale in bag.tiles.scales:
                 _write_scale(bag, scale, output, features[scale.name])
             done.append(row)
         except DiskFullError:
@@ -86,9 +86,8 @@ def _convert(bag: Bag, scale: str, dtype: Dtype) -> Tensor:
 
 
 def _write_scale(bag: Bag, scale: Scale, output: Path, features: Tensor) -> None:
-    header = bag.header
-    folder = output / f"{_round(10 / scale.mpp):g}x_{header.tile_px}px_0px_overlap"
-    extractor = header.extractors[scale.name].name.replace("/", "_")
+    folder = output / f"{_round(10 / scale.mpp):g}x_{bag.tiles.tile_px}px_0px_overlap"
+    extractor = bag.extractors[scale.name].name.replace("/", "_")
     corners = bag.boxes_px0(scale.name)[:, :2].numpy().astype(np.int64)
     for path, has_features in (
         (path_inside(folder, f"features_{extractor}", f"{bag.slide_id}.h5"), True),
@@ -102,12 +101,12 @@ def _write_scale(bag: Bag, scale: Scale, output: Path, features: Tensor) -> None
 
 
 def _attributes(bag: Bag, scale: Scale) -> dict[str, int | float | str]:
-    header = bag.header
-    size = () if header.size_is_extent else header.size_px0
+    tile_px, extent = int(bag.tiles.tile_px), bag.tiles.extent
+    size = extent.size_px0 if extent.size_is_known else ()
     return {
-        "patch_size": int(header.tile_px),
-        "patch_size_level0": _round(float(header.tile_px * scale.mpp / header.slide_mpp)),
-        "level0_magnification": _round(10 / header.slide_mpp),
+        "patch_size": tile_px,
+        "patch_size_level0": _round(float(tile_px * scale.mpp / extent.mpp)),
+        "level0_magnification": _round(10 / extent.mpp),
         "target_magnification": _round(10 / scale.mpp),
         "overlap": 0,
         "name": bag.slide_id,

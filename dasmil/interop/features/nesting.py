@@ -63,7 +63,7 @@ class SlideFeatures:
     files: one per scale.
     slide_mpp: µm per level-0 pixel.
     size_px0: width and height; None if the files do not tell them.
-    mpp_is_known: as in :class:`~dasmil.bags.BagHeader`.
+    mpp_is_known: as in :class:`~dasmil.geometry.Extent`.
     """
 
     slide_id: str

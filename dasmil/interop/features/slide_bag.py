@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from dasmil.bags import Bag, BagHeader, ExtractorCard
+from dasmil.bags import Bag, ExtractorCard
+from dasmil.geometry import Extent, Tiles
 from dasmil.interop.features.common_grid import IntArray, place_on_grid
 from dasmil.units import Mpp, Scale, TilePx
 
@@ -29,7 +29,7 @@ class SlideTiles:
     digest: of the features (:func:`~dasmil.interop.features.digest.features_digest`).
     unit_px0: level-0 pixels per unit.
     size_px0: width and height of the slide; None if they are not known.
-    mpp_is_known: as in :class:`~dasmil.bags.BagHeader`.
+    mpp_is_known: as in :class:`~dasmil.geometry.Extent`.
     """
 
     slide_id: str
@@ -62,29 +62,27 @@ def assemble_bag(
     side_px0 = float(slide.sides[-1] * slide.unit_px0)
     ends = ((cells + 1) * slide.sides[slide.scale, None]).max(0, initial=0)
     height, width = np.maximum(1, np.ceil(ends * slide.unit_px0)).astype(int).tolist()
-    header = BagHeader(
+    tiles = Tiles(
         slide_id=slide.slide_id,
+        extent=Extent(
+            size_px0=slide.size_px0 or (width, height),
+            mpp=Mpp(slide.tile_px * slide.scales[-1].mpp / side_px0),
+            size_is_known=slide.size_px0 is not None,
+            mpp_is_known=slide.mpp_is_known,
+        ),
         scales=slide.scales,
         tile_px=TilePx(slide.tile_px),
-        slide_mpp=Mpp(slide.tile_px * slide.scales[-1].mpp / side_px0),
-        size_px0=slide.size_px0 or (width, height),
-        size_is_extent=slide.size_px0 is None,
-        mpp_is_known=slide.mpp_is_known,
         tiling=tiling,
-        extractors=dict(cards),
-        num_tiles=len(rows[-1]),
         slide_digest=slide.digest,
+        grid={n: cells[r].astype(np.int32) for n, r in zip(names, rows, strict=True)},
+        parent=dict(zip(names[1:], parents, strict=True)),
     )
     own = [np.flatnonzero(slide.scale == number) for number in range(len(names))]
-    bag = Bag(
-        header,
-        features={
-            name: features[np.searchsorted(of_scale, ordered)]
-            for name, features, of_scale, ordered in zip(names, slide.features, own, rows)
-        },
-        grid={n: torch.from_numpy(cells[r].astype(np.int32)) for n, r in zip(names, rows)},
-        parent={n: torch.from_numpy(p) for n, p in zip(names[1:], parents, strict=True)},
-    )
+    features = {
+        name: rows_of_scale[np.searchsorted(of_scale, ordered)]
+        for name, rows_of_scale, of_scale, ordered in zip(names, slide.features, own, rows)
+    }
+    bag = Bag(tiles, features, dict(cards))
     distance_px0 = np.abs(moved).max(1, initial=0) * slide.unit_px0
     return bag, {
         **{f"tiles/{name}": number for name, number in bag.num_tiles().items()},

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from dasmil.bags import BagHeader
+from dasmil.bags import bag_format
 from dasmil.config_files import configs_folder
 from dasmil.embedding.extractor import ExtractorSource, load_extractor
 from dasmil.embedding.restricted import is_state_dict, load_restricted, refuse_no_numbers
@@ -31,7 +31,7 @@ from dasmil.modules import ModelCard
 from dasmil.modules.options import typed_options
 from dasmil.nn.gat import Residual
 from dasmil.nn.pgnn import module_key
-from dasmil.units import Mpp, Scale, TilePx, parse_scales
+from dasmil.units import Scale, TilePx, parse_scales
 
 GATS = ("gnn1", "gnn2", "GNNlast")
 GATES = ("glu1", "glu2", "glulast")
@@ -251,7 +251,7 @@ def _bag_format(
     sources: Mapping[str, str | ExtractorSource] | None,
     tile_px: int,
 ) -> dict[str, Any]:
-    """The format of the bags that the model reads, as :meth:`BagHeader.bag_format`."""
+    """The format of the bags that the model reads, see :func:`dasmil.bags.bag_format`."""
     if len(scales) != 2:
         raise InputError(f"--scales: names {len(scales)}, but {file} has two; name two scales")
     names = [scale.name for scale in scales]
@@ -272,5 +272,4 @@ def _bag_format(
                 f"{scale.name}; give the extractor that the model was trained with"
             )
         cards[scale.name] = card
-    header = BagHeader("", scales, TilePx(tile_px), Mpp(1.0), (0, 0), "", cards, 0)
-    return header.bag_format()
+    return bag_format(TilePx(tile_px), scales, cards)

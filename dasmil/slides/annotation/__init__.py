@@ -28,6 +28,7 @@ from pathlib import Path
 
 from dasmil.errors import InputError
 from dasmil.files import must_be_file
+from dasmil.geometry import Extent
 from dasmil.slides.annotation import asap, geojson
 from dasmil.slides.annotation.areas import MAX_COST, Areas, Polygons
 from dasmil.slides.annotation.limits import ADVICE
@@ -82,59 +83,47 @@ def find_truths(folder: Path, slide_ids: Iterable[str]) -> dict[str, Path]:
 
 def read_annotation(
     path: Path,
-    size_px0: tuple[int, int],
+    extent: Extent,
     lesions: Collection[str] | None = None,
-    bounds_px0: tuple[int, int] = (0, 0),
-    size_is_extent: bool = False,
 ) -> Points | Areas:
     """What a file marks on a slide.
 
     Parameters
     ----------
-    size_px0: width and height of the slide.
-    lesions: the classes, or groups of ASAP, that are positive; those that the format's module
-        names where None. Masks and tables of points have no classes.
-    bounds_px0: where what QuPath shows of the slide begins; all other files count from 0, 0.
-    size_is_extent: the slide's size is not known, ``size_px0`` is how far its tiles reach.
+    extent: of the slide.
+    lesions: the classes, or groups of ASAP, that are positive; None for those that the format's
+        module names. Masks and tables of points have no classes.
 
     Raises
     ------
     InputError
-        when the file is not readable as what its name says, does not fit the slide, or would take
+        if the file is not of the kind that its name says, does not fit the slide, or would take
         more than the limits above.
     """
     must_be_file(path, "give an annotation of a slide")
-    found = _read(path, size_px0, lesions, bounds_px0, size_is_extent)
-    if isinstance(found, Polygons) and (cost := found.cost) > MAX_COST:
+    marked = _read(path, extent, lesions)
+    if isinstance(marked, Polygons) and (cost := marked.cost) > MAX_COST:
         raise InputError(
             f"{path}: its outlines cross {cost:,} rows of pixels, and "
             f"{MAX_COST:,} are the limit; {ADVICE}"
         )
-    return found
+    return marked
 
 
-def _read(
-    path: Path,
-    size_px0: tuple[int, int],
-    lesions: Collection[str] | None,
-    bounds_px0: tuple[int, int],
-    size_is_extent: bool,
-) -> Points | Areas:
+def _read(path: Path, extent: Extent, lesions: Collection[str] | None) -> Points | Areas:
     name = path.name.lower()
     if name.endswith(".csv"):
-        return read_points(path, size_px0, size_is_extent)
+        return read_points(path, extent)
     if name.endswith(".xml"):
-        groups = asap.GROUPS.with_lesions(lesions)
-        return asap.read_asap(path, size_px0, groups, size_is_extent)
+        return asap.read_asap(path, extent, asap.GROUPS.with_lesions(lesions))
     if name.endswith(GEOJSON_SUFFIXES):
-        classes = geojson.CLASSES.with_lesions(lesions)
-        return geojson.read_geojson(path, size_px0, classes, bounds_px0, size_is_extent)
-    if size_is_extent:
+        return geojson.read_geojson(path, extent, geojson.CLASSES.with_lesions(lesions))
+    if not extent.size_is_known:
         raise InputError(
             f"{path}: a mask covers the whole slide, but the slide's bag was imported without its "
             "size; give polygons or points, or embed the slide with dasmil"
         )
-    return read_mask(path, size_px0)
+    return read_mask(path, extent.size_px0)
 
 
 def marks_points(path: Path, lesions: Collection[str] | None = None) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dasmil.errors import InputError
+from dasmil.geometry import Extent
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -93,7 +94,6 @@ class Polygons(Areas):
     ----------
     lesions: polygons; each its outline and then its holes, (V, 2) x, y in level-0 pixels.
     excluded: polygons that are cut out of all lesions.
-    size_is_extent: the slide's size is not known: it reaches at least as far as the lesions.
     """
 
     def __init__(
@@ -101,12 +101,7 @@ class Polygons(Areas):
         size_px0: tuple[int, int],
         lesions: Sequence[Rings] = (),
         excluded: Sequence[Rings] = (),
-        size_is_extent: bool = False,
     ):
-        if size_is_extent:
-            corners = np.concatenate([np.array([size_px0]), *(rings[0] for rings in lesions)])
-            width, height = np.ceil(corners.max(axis=0)).astype(int).tolist()
-            size_px0 = width, height
         super().__init__(size_px0)
         self.lesions = lesions
         self.excluded = excluded
@@ -247,18 +242,26 @@ def _clipped(ring: FloatArray) -> FloatArray:
     return ring
 
 
-def refuse_other_slide(
-    path: Path, what: str, xy_px0: FloatArray, size_px0: tuple[int, int], size_is_extent: bool
-) -> None:
+def polygons_on(extent: Extent, lesions: Sequence[Rings], excluded: Sequence[Rings]) -> Polygons:
+    """Polygons on a slide; one of unknown size reaches at least as far as the lesions."""
+    size_px0 = extent.size_px0
+    if not extent.size_is_known:
+        corners = np.concatenate([np.array([size_px0]), *(rings[0] for rings in lesions)])
+        width, height = np.ceil(corners.max(axis=0)).astype(int).tolist()
+        size_px0 = width, height
+    return Polygons(size_px0, lesions, excluded)
+
+
+def refuse_other_slide(path: Path, what: str, xy_px0: FloatArray, extent: Extent) -> None:
     """A shape (V, 2) must at least touch the slide, as far as its size is known."""
-    if size_is_extent and xy_px0.max() > MAX_EXTENT_PX0:
+    if not extent.size_is_known and xy_px0.max() > MAX_EXTENT_PX0:
         raise InputError(
             f"{path}: {what} reaches to {xy_px0.max():g} px, further than any slide; "
             "coordinates are level-0 pixels"
         )
-    beyond = (xy_px0.min(axis=0) > size_px0).any() and not size_is_extent
+    beyond = extent.size_is_known and (xy_px0.min(axis=0) > extent.size_px0).any()
     if beyond or (xy_px0.max(axis=0) < 0).any():
         raise InputError(
-            f"{path}: {what} lies outside the slide of {size_px0[0]} x {size_px0[1]} px; "
-            "is it of another slide?"
+            f"{path}: {what} lies outside the slide of {extent.size_px0[0]} x "
+            f"{extent.size_px0[1]} px; is it of another slide?"
         )

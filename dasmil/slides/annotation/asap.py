@@ -9,7 +9,14 @@ from xml.parsers import expat
 import numpy as np
 
 from dasmil.errors import InputError
-from dasmil.slides.annotation.areas import FloatArray, Polygons, Rings, refuse_other_slide
+from dasmil.geometry import Extent
+from dasmil.slides.annotation.areas import (
+    FloatArray,
+    Polygons,
+    Rings,
+    polygons_on,
+    refuse_other_slide,
+)
 from dasmil.slides.annotation.classes import Classes
 from dasmil.slides.annotation.limits import ADVICE, read_file, refuse_many, shorten
 
@@ -110,12 +117,7 @@ def _add_corner(mark: Mark, attributes: dict[str, str]) -> None:
         mark.corners.extend((order, x, y))
 
 
-def read_asap(
-    path: Path,
-    size_px0: tuple[int, int],
-    groups: Classes = GROUPS,
-    size_is_extent: bool = False,
-) -> Polygons:
+def read_asap(path: Path, extent: Extent, groups: Classes = GROUPS) -> Polygons:
     """Annotations of ASAP.
 
     Groups _0, _1, Tumor, Metastases and None are lesions; _2, Exclusion and Normal are cut out of
@@ -136,9 +138,9 @@ def read_asap(
             raise InputError(f"{path}: the corners of {what} are not all numbers ({mark.wrong})")
         xy = mark.xy_px0
         if len(xy) >= 3:
-            refuse_other_slide(path, what, xy, size_px0, size_is_extent)
+            refuse_other_slide(path, what, xy, extent)
             polygons[meaning].append([xy])
-    return Polygons(size_px0, polygons["lesion"], polygons["excluded"], size_is_extent)
+    return polygons_on(extent, polygons["lesion"], polygons["excluded"])
 
 
 def asap_groups(path: Path) -> set[str]:

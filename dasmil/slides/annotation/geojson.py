@@ -20,7 +20,14 @@ from typing import Any
 import numpy as np
 
 from dasmil.errors import InputError
-from dasmil.slides.annotation.areas import FloatArray, Polygons, Rings, refuse_other_slide
+from dasmil.geometry import Extent
+from dasmil.slides.annotation.areas import (
+    FloatArray,
+    Polygons,
+    Rings,
+    polygons_on,
+    refuse_other_slide,
+)
 from dasmil.slides.annotation.classes import Classes, Meaning
 from dasmil.slides.annotation.limits import (
     JSON_BYTES,
@@ -85,22 +92,12 @@ class Mark:
         return classes.meaning(path, self.what, self.names[-1], self.names[0])
 
 
-def read_geojson(
-    path: Path,
-    size_px0: tuple[int, int],
-    classes: Classes = CLASSES,
-    bounds_px0: tuple[int, int] = (0, 0),
-    size_is_extent: bool = False,
-) -> Polygons | Points:
+def read_geojson(path: Path, extent: Extent, classes: Classes = CLASSES) -> Polygons | Points:
     """Polygons or points of an export of QuPath.
 
     Classes are told by their name: those of ``CLASSES.lesions`` are positive, of a derived class
     (Tumor: Positive) the base says so. An annotation without a class is refused: QuPath outlines
     tissue so. What has less than three corners has no area, and is left out.
-
-    Parameters
-    ----------
-    bounds_px0, size_is_extent: of the slide, as a bag's header has them.
 
     Raises
     ------
@@ -120,22 +117,22 @@ def read_geojson(
                 raise InputError(f"{path}: {mark.what} is a line, without an area; draw a polygon")
             if kind.endswith("Polygon"):
                 for lists in coordinates if kind == "MultiPolygon" else [coordinates]:
-                    rings = _arrays(path, mark, lists, bounds_px0)
+                    rings = _arrays(path, mark, lists, extent.bounds_px0)
                     num_rings += len(rings)
                     num_corners += sum(map(len, rings))
                     refuse_many(path, num_rings, num_corners)
                     if rings and len(rings[0]) >= 3:
-                        refuse_other_slide(path, mark.what, rings[0], size_px0, size_is_extent)
+                        refuse_other_slide(path, mark.what, rings[0], extent)
                         polygons[meaning].append([xy for xy in rings if len(xy) >= 3])
             elif meaning == "lesion":
                 positions = coordinates if kind == "MultiPoint" else [coordinates]
-                points += _arrays(path, mark, [positions], bounds_px0)
+                points += _arrays(path, mark, [positions], extent.bounds_px0)
                 refuse_many(path, len(points), 0)
     if points and polygons["lesion"]:
         raise InputError(f"{path}: it marks lesions by points and by areas; keep one of the two")
     if points:
-        return points_of(path, np.concatenate(points), size_px0, size_is_extent)
-    return Polygons(size_px0, polygons["lesion"], polygons["excluded"], size_is_extent)
+        return points_of(path, np.concatenate(points), extent)
+    return polygons_on(extent, polygons["lesion"], polygons["excluded"])
 
 
 def marks_points(path: Path, classes: Classes = CLASSES) -> bool:

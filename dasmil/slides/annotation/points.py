@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dasmil.errors import InputError
+from dasmil.geometry import Extent
 from dasmil.slides.annotation.limits import TABLE_BYTES, read_file, refuse_costly_text, shorten
 from dasmil.tables import read_csv, to_number
 
@@ -45,7 +46,7 @@ class Points:
         return overlap > 0
 
 
-def read_points(path: Path, size_px0: tuple[int, int], size_is_extent: bool = False) -> Points:
+def read_points(path: Path, extent: Extent) -> Points:
     """A table with the columns x and y; others are not read."""
     refuse_costly_text(path, read_file(path).decode("latin-1"), TABLE_BYTES)
     columns, rows = read_csv(path)
@@ -55,19 +56,17 @@ def read_points(path: Path, size_px0: tuple[int, int], size_is_extent: bool = Fa
         xy = np.array([(to_number(row["x"]), to_number(row["y"])) for row in rows]).reshape(-1, 2)
     except ValueError as error:
         raise InputError(f"{path}: {shorten(error)}; x and y are level-0 pixels") from None
-    return points_of(path, xy, size_px0, size_is_extent)
+    return points_of(path, xy, extent)
 
 
-def points_of(
-    path: Path, xy_px0: FloatArray, size_px0: tuple[int, int], size_is_extent: bool
-) -> Points:
+def points_of(path: Path, xy_px0: FloatArray, extent: Extent) -> Points:
     """The points (P, 2) that a file marks; all must lie on the slide, as far as that is known."""
-    limit = np.full(2, np.inf) if size_is_extent else np.array(size_px0)
+    limit = np.array(extent.size_px0) if extent.size_is_known else np.full(2, np.inf)
     outside = ~((xy_px0 >= 0) & (xy_px0 <= limit)).all(axis=1)
     if outside.any():
         x, y = xy_px0[outside][0]
         raise InputError(
-            f"{path}: the point {x:g},{y:g} lies outside the slide of {size_px0[0]} x "
-            f"{size_px0[1]} px; x and y are level-0 pixels"
+            f"{path}: the point {x:g},{y:g} lies outside the slide of {extent.size_px0[0]} x "
+            f"{extent.size_px0[1]} px; x and y are level-0 pixels"
         )
     return Points(xy_px0)

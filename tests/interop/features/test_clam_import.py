@@ -83,7 +83,7 @@ def test_tiles_may_have_been_resized_for_the_network(tmp_path):
     options = ("--cohort", table, "--tile_px", 256)
     assert run_clam(tmp_path / "BAGS", features, patches, *options) == 0
     bag = bag_of(tmp_path / "BAGS")
-    assert (bag.header.tile_px, bag.header.slide_mpp) == (256, pytest.approx(0.25))
+    assert (bag.header.tile_px, bag.header.extent.mpp) == (256, pytest.approx(0.25))
     assert (bag.parent["x20"] >= 0).all() and bag.num_tiles() == {"x10": 24, "x20": 96}
     boxes = bag.boxes_px0("x20")
     assert set((boxes[:, 2] - boxes[:, 0]).tolist()) == {512}
@@ -103,7 +103,7 @@ def test_downsamples_are_not_quite_whole(tmp_path, width):
     assert run_clam(tmp_path / "BAGS", features, patches) == 0
     bag = bag_of(tmp_path / "BAGS")
     assert (bag.parent["x10"] >= 0).all() and bag.num_tiles() == {"x2.5": 6, "x10": 96}
-    assert bag.header.size_px0 == (width, width)
+    assert bag.header.extent.size_px0 == (width, width)
 
 
 def test_tiles_that_overlap_since_clam_rounds_are_refused(tmp_path, capsys):

@@ -371,7 +371,7 @@ def test_an_mpp_that_is_no_number_costs_a_slide_of_stamp_but_not_of_trident(
     assert (rows["s1"]["state"], rows["s2"]["state"]) == ("done", "failed")
     assert f"cohort.csv line 3: mpp {text!r} is no positive number" in rows["s2"]["message"]
     assert not bag_path(tmp_path / "BAGS", "s2").exists()
-    assert header_of(tmp_path / "BAGS", "s1").slide_mpp == 0.25
+    assert header_of(tmp_path / "BAGS", "s1").extent.mpp == 0.25
 
 
 def test_features_in_linked_folders_and_under_names_with_blanks_are_found(tmp_path):

@@ -33,15 +33,15 @@ def test_micrometres_become_pixels_of_the_slide(tmp_path, mpp):
     assert bag.header.scales[0].mpp == pytest.approx(128 / 224)
     side = math.ceil(128 / mpp)
     assert corners(bag, "x20") == sorted((c * side, r * side) for c, r in BLOCK)
-    assert bag.header.slide_mpp == pytest.approx(mpp, rel=1 / side)
+    assert bag.header.extent.mpp == pytest.approx(mpp, rel=1 / side)
     assert rows_by_slide(tmp_path / "BAGS" / "import.csv")["s1"]["moved"] == "0"
-    assert bag.header.mpp_is_known and bag.header.size_is_extent
+    assert bag.header.extent.mpp_is_known and not bag.header.extent.size_is_known
 
     assert run_import("stamp", tmp_path / "PLAIN", folders) == 0
     plain = bag_of(tmp_path / "PLAIN")
     assert torch.equal(plain.grid["x20"], bag.grid["x20"])
     assert torch.equal(plain.features["x20"], bag.features["x20"])
-    assert not plain.header.mpp_is_known and plain.header.size_is_extent
+    assert not plain.header.extent.mpp_is_known and not plain.header.extent.size_is_known
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_bag_is_created_again_if_the_mpp_has_changed(tmp_path):
     assert run_import("stamp", tmp_path / "BAGS", folders) == 0
     table = write_table(tmp_path / "cohort.csv", 0.25)
     assert run_import("stamp", tmp_path / "BAGS", folders, "--cohort", table) == 0
-    assert header_of(tmp_path / "BAGS").slide_mpp == pytest.approx(0.25)
+    assert header_of(tmp_path / "BAGS").extent.mpp == pytest.approx(0.25)
 
 
 def test_slides_keep_the_dots_of_their_names(tmp_path):
@@ -135,5 +135,5 @@ def test_slides_keep_the_dots_of_their_names(tmp_path):
     table = tmp_path / "cohort.csv"
     table.write_text("slide_id,path,mpp\n16,16.svs,0.25\n16.1,16.1.svs,0.5\n17.SVS,17.SVS,0.25\n")
     assert run_import("stamp", tmp_path / "BAGS", {"x20": folder}, "--cohort", table) == 0
-    mpps = {s: header_of(tmp_path / "BAGS", s).slide_mpp for s in ("16", "16.1", "17")}
+    mpps = {s: header_of(tmp_path / "BAGS", s).extent.mpp for s in ("16", "16.1", "17")}
     assert mpps == {"16": 0.25, "16.1": 0.5, "17": 0.25}

@@ -33,8 +33,8 @@ def test_tiles_keep_place_features_and_parents(tmp_path, level0, scales):
         for xy, of_tile in zip(places, bag.features[scale], strict=True):
             assert np.array_equal(of_tile.numpy(), features[tuple(xy)])
     assert all((bag.parent[scale] >= 0).all() for scale in scales[1:])  # read_bag checks where
-    assert bag.header.size_px0 == (40_000, 30_000) and not bag.header.size_is_extent
-    assert bag.header.slide_mpp == pytest.approx(10 / level0)
+    assert bag.header.extent.size_px0 == (40_000, 30_000) and bag.header.extent.size_is_known
+    assert bag.header.extent.mpp == pytest.approx(10 / level0)
 
 
 def test_widths_and_dtypes_are_kept_per_scale(tmp_path):

@@ -38,7 +38,7 @@ def test_a_released_slide_becomes_a_bag_with_the_very_same_graph(case, tmp_path,
     assert import_bags(source, tmp_path) == 0
     graph = read_prepared(source / "processed" / "test" / "data_0.pt")
     bag = read_bag(bag_path(tmp_path, graph.slide_id))
-    assert bag.header.slide_mpp == 0.5
+    assert bag.header.extent.mpp == 0.5
     assert bag.header.tile_px == 256
     assert json.loads(bag.header.tiling)["imported"] == "mil4wsi"
     for level in np.unique(graph.level):
@@ -62,21 +62,21 @@ def test_children_come_in_the_order_of_their_parents(tmp_path):
     assert places(bag, "x20") == [(768, 0), (512, 256), (256, 0)]
     assert bag.parent["x20"].tolist() == [0, 0, 1]
     assert torch.equal(bag.features["x20"], graph.features[[0, 4, 1]])
-    assert bag.header.size_px0 == (1024, 512) and bag.header.size_is_extent
+    assert bag.header.extent.size_px0 == (1024, 512) and not bag.header.extent.size_is_known
 
 
 @pytest.mark.parametrize(("base", "slide_mpp"), [(2048, 0.5), (4096, 0.25)])
 def test_the_step_of_the_tiles_tells_the_resolution_of_the_slide(base, slide_mpp, tmp_path):
     tiles = blocks((0, 0), (base // 4, 0), base=base)
     bag, columns = make_bag(make_prepared(tiles, tmp_path, base=base))
-    assert bag.header.slide_mpp == slide_mpp
+    assert bag.header.extent.mpp == slide_mpp
     assert columns["edges_missing"] == columns["edges_added"] == 0
 
 
 def test_tiles_of_another_width_in_pixels_are_another_resolution(tmp_path):
     graph = make_prepared(blocks(*SQUARE), tmp_path)
     bag, _ = make_bag(graph, tile_px=224)
-    assert bag.header.slide_mpp == 0.5 * 224 / 256
+    assert bag.header.extent.mpp == 0.5 * 224 / 256
     assert places(bag, "x10") == list(SQUARE)
 
 
