@@ -1,7 +1,7 @@
-"""Files of ``torch.save`` from anywhere, read without running anything that is in them.
+"""Read files of ``torch.save`` from untrusted sources without running code in them.
 
-The names that a pickle asks for are looked at before torch sees it, and the memory that a file
-takes is bounded by its size: its parts are not compressed, and each tensor lies in it.
+The names that a pickle asks for are checked before torch loads it. The size of the file bounds the
+memory it takes: its members must not be compressed, and each tensor must be stored in it.
 """
 
 import _compat_pickle
@@ -25,13 +25,13 @@ from dasmil.files import must_be_file
 
 ZIP_MAGIC = b"PK\x03\x04"
 GZIP_MAGIC = b"\x1f\x8b"
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file that is no zip
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file that is not a zip
 LEGACY_PICKLES = 5  # magic, version, byte order, content, names of the storages
 MAX_UNPACKED_BYTES = 16 * 2**30
-MAX_RATIO = 20  # of gzip: weights hardly become smaller, zeros a thousandfold
+MAX_RATIO = 20  # of gzip: weights hardly shrink, zeros shrink a thousandfold
 ALWAYS_UNPACKED_BYTES = 64 * 2**20
-MAX_PICKLE_BYTES = 256 * 2**20  # what a checkpoint says beside its tensors
-MAX_SHARED = 4  # tensors may share memory: tied weights do
+MAX_PICKLE_BYTES = 256 * 2**20  # of a checkpoint, without its tensors
+MAX_SHARED = 4  # tensors may share memory, as tied weights do
 BLOCK_BYTES = 2**20
 TYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 PLAIN = frozenset(
@@ -44,7 +44,7 @@ PLAIN = frozenset(
         "builtins.set",
     }
 )
-UNUSED = frozenset(  # ways to ask for a name that torch.save never takes
+UNUSED = frozenset(  # opcodes that ask for a name and that torch.save never writes
     ["STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"]
 )
 
@@ -54,21 +54,20 @@ Allowed = type | tuple[Any, str]
 def load_restricted(
     path: Path, allowed: Iterable[Allowed] = (), kind: str = "torch file", copy: bool = True
 ) -> Any:
-    """The content of a file that ``torch.save`` wrote, on the CPU; gzip-compressed or not.
+    """Load a file that ``torch.save`` wrote onto the CPU; gzip-compressed or not.
 
     Parameters
     ----------
-    path: the file.
-    allowed: classes it may hold beside tensors and plain values; ``(stand_in, "module.name")``
-        puts a class of ours in the place of a named one.
-    kind: what the file should be, for the messages.
+    allowed: classes it may hold besides tensors and plain values; ``(replacement, "module.name")``
+        loads our own class instead of the named one.
+    kind: what the file should be, for messages.
     copy: whether tensors are copied into memory and checked against the size of the file; without,
         they are mapped, for files of which only a few small values are read.
 
     Raises
     ------
     InputError
-        if it is no such file, asks for anything else, or takes more memory than disk.
+        if it is not such a file, asks for other names, or needs more memory than disk.
     """
     must_be_file(path, f"give the file of a {kind}")
     allowed = list(allowed)
@@ -78,21 +77,21 @@ def load_restricted(
             tempfile.NamedTemporaryFile() as unpacked,
             warnings.catch_warnings(action="ignore"),
         ):
-            whole = _unpacked(file, unpacked)
+            plain = _unpacked(file, unpacked)
             names = PLAIN | {_name_of(entry) for entry in allowed}
-            for name in _names_asked_for(whole):
+            for name in _names_asked_for(plain):
                 if name not in names:
                     raise InputError(
-                        f"{path}: is not loaded: it asks for {name!r}, which no {kind} needs "
-                        "and which could run foreign code; give one of tensors and plain values"
+                        f"{path}: is not loaded: it asks for {name!r}, which no {kind} needs and "
+                        "which could run foreign code; give a file of tensors and plain values"
                     )
-            content = _loaded(whole, allowed)
+            content = _loaded(plain, allowed)
             return (
-                _Copies(MAX_SHARED * whole.seek(0, io.SEEK_END)).own(content) if copy else content
+                _Copies(MAX_SHARED * plain.seek(0, io.SEEK_END)).own(content) if copy else content
             )
     except InputError:
         raise
-    except Exception as error:  # torch and gzip raise many kinds for a file that is none of theirs
+    except Exception as error:  # torch and gzip raise errors of many classes for other files
         raise InputError(
             f"{path}: damaged or cut short, or no {kind} at all ({_reason(error)})"
         ) from error
@@ -101,12 +100,12 @@ def load_restricted(
 def load_checkpoint(
     path: Path, allowed: Iterable[Allowed] = (), kind: str = "checkpoint"
 ) -> dict[str, Any]:
-    """The content of a file that ``torch.save`` wrote, by name.
+    """Load a dictionary that ``torch.save`` wrote; see :func:`load_restricted`.
 
     Raises
     ------
     InputError
-        as :func:`load_restricted`, and if the file holds anything else than named values.
+        also if the file holds anything but named values.
     """
     content = load_restricted(path, allowed, kind)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -115,7 +114,7 @@ def load_checkpoint(
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether it is tensors by name."""
+    """Whether the value is a mapping from names to tensors."""
     if not isinstance(value, Mapping) or not value:
         return False
     return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
@@ -141,20 +140,20 @@ def refuse_no_numbers(weights: Mapping[str, Tensor], where: object) -> None:
 
 
 def _unpacked(file: IO[bytes], unpacked: IO[bytes]) -> IO[bytes]:
-    """``file`` itself, or where it is gzip-compressed its content, written to ``unpacked``."""
+    """``file`` itself, or ``unpacked`` with its content if it is gzip-compressed."""
     is_compressed = file.read(2) == GZIP_MAGIC
     packed_bytes = file.seek(0, io.SEEK_END)
     file.seek(0)
     if not is_compressed:
         return file
-    most = min(MAX_UNPACKED_BYTES, max(ALWAYS_UNPACKED_BYTES, MAX_RATIO * packed_bytes))
+    max_bytes = min(MAX_UNPACKED_BYTES, max(ALWAYS_UNPACKED_BYTES, MAX_RATIO * packed_bytes))
     with gzip.open(file) as content:
         while block := content.read(BLOCK_BYTES):
             unpacked.write(block)
-            if unpacked.tell() > most:
+            if unpacked.tell() > max_bytes:
                 raise InputError(
-                    f"{file.name}: {packed_bytes:,} bytes unpack to more than {most:,}, which no "
-                    "weights do; unpack it by hand if you trust it"
+                    f"{file.name}: {packed_bytes:,} bytes unpack to more than {max_bytes:,}, which "
+                    "weights never do; unpack it by hand if you trust it"
                 )
     unpacked.flush()
     unpacked.seek(0)
@@ -162,13 +161,13 @@ def _unpacked(file: IO[bytes], unpacked: IO[bytes]) -> IO[bytes]:
 
 
 def _names_asked_for(file: IO[bytes]) -> Iterator[str]:
-    """Names of all classes and functions that a file asks for; none of them is looked up."""
+    """Names of all classes and functions that a file asks for; none of them is imported."""
     if _is_zip(file):
         yield from _names_in(io.BytesIO(_pickle_in(file)))
         return
     magic = next((value for op, value, _ in pickletools.genops(file) if op.name == "LONG1"), None)
     if magic != LEGACY_MAGIC:
-        raise ValueError("it does not begin as torch.save begins a file")
+        raise ValueError("it does not begin like a file of torch.save")
     file.seek(0)
     for _ in range(LEGACY_PICKLES):
         yield from _names_in(file)
@@ -187,20 +186,20 @@ def _names_in(pickle: IO[bytes]) -> Iterator[str]:
 
 
 def _pickle_in(file: IO[bytes]) -> bytes:
-    """The one pickle of a zip file, all of whose members lie in it as they are."""
+    """The one pickle of a zip file whose members are not compressed."""
     num_bytes = file.seek(0, io.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
         pickles = [member for member in members if member.filename.endswith("/data.pkl")]
         if len(pickles) != 1 or len(set(names)) < len(names):
-            raise ValueError("a zip file, but not of torch.save")
+            raise ValueError("it is a zip file, but not of torch.save")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("its parts are compressed, which torch.save never does")
+            raise ValueError("its members are compressed, which torch.save never does")
         if sum(member.file_size for member in members) > num_bytes:
-            raise ValueError("its parts are larger than the file")
+            raise ValueError("its members are larger than the file")
         if pickles[0].file_size > MAX_PICKLE_BYTES:
-            raise ValueError(f"it says {pickles[0].file_size:,} bytes beside its tensors")
+            raise ValueError(f"it holds {pickles[0].file_size:,} bytes besides its tensors")
         return archive.read(pickles[0])
 
 
@@ -212,26 +211,26 @@ def _is_zip(file: IO[bytes]) -> bool:
 
 
 def _loaded(file: IO[bytes], allowed: list[Allowed]) -> Any:
-    is_zip = _is_zip(file)  # whose tensors are then mapped: their sizes cannot lie
+    is_zip = _is_zip(file)  # its tensors are mapped, so a false size is an error
     with _only(allowed):
         source: Any = str(file.name) if is_zip else file
         return torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 class _Copies:
-    """Tensors of a file taken into memory, so that the file may change.
+    """Copies the tensors of a file into memory, so that the file may change.
 
     Parameters
     ----------
-    most_bytes: that they may take. A tensor may repeat a few bytes of a file without end.
+    max_bytes: limit of the copies; a tensor may repeat a few bytes of a file without end.
     """
 
-    def __init__(self, most_bytes: int):
-        self._bytes_left = most_bytes
-        self._done: dict[int, Any] = {}  # by identity, of what the content holds
+    def __init__(self, max_bytes: int):
+        self._bytes_left = max_bytes
+        self._done: dict[int, Any] = {}  # id of an object in the content → its replacement
 
     def own(self, value: Any) -> Any:
-        """The same content; dictionaries and lists are changed in place."""
+        """The content with copied tensors; dictionaries and lists are changed in place."""
         if id(value) in self._done:
             return self._done[id(value)]
         self._done[id(value)] = value
@@ -263,7 +262,7 @@ def _name_of(entry: Allowed) -> str:
 
 @contextmanager
 def _only(allowed: Iterable[Allowed]) -> Iterator[None]:
-    """Allow these classes, and none that other libraries have allowed in this process."""
+    """Allow torch to load these classes, and none that other libraries have allowed."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(list(allowed))
@@ -275,7 +274,7 @@ def _only(allowed: Iterable[Allowed]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The sentence of another library's message that says what is wrong, without its advice."""
+    """The first sentence of another library's message, without its advice."""
     message = str(error).rsplit("WeightsUnpickler error: ", 1)[-1].strip()
     sentence = message.split("\n")[0].split(". ")[0][:200]
     return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__

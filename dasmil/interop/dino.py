@@ -1,4 +1,4 @@
-"""Weights of facebookresearch/dino (Caron et al. 2021) in, an extractor checkpoint out."""
+"""The kind ``dino-checkpoint`` of the verb ``import``: DINO's weights → our checkpoint."""
 
 import math
 from argparse import Namespace
@@ -20,7 +20,7 @@ from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path
 from dasmil.units import Scale
 
-NAMES = {  # by width; timm's ViT has the original's keys
+NAMES = {  # by width; timm's ViT has the keys of the original
     192: "vit_tiny_patch16_224",
     384: "vit_small_patch16_224",
     768: "vit_base_patch16_224",
@@ -28,7 +28,7 @@ NAMES = {  # by width; timm's ViT has the original's keys
 
 
 class NumpyScalar:
-    """Stands in for NumPy's: the optimizer's rates are such, and nothing here needs them."""
+    """Replace NumPy's scalars: the optimizer's rates are such, and nothing here needs them."""
 
     def __init__(self, *args: Any):
         pass
@@ -55,41 +55,50 @@ def dino_checkpoint(
     scale: str | None = None,
     tile_px: int | None = None,
 ) -> int:
-    """Turn a checkpoint of facebookresearch/dino into an extractor checkpoint for `embed`.
+    """Convert a checkpoint of facebookresearch/dino into an extractor checkpoint for `embed`.
+
+    The format is that of Caron et al., "Emerging Properties in Self-Supervised Vision
+    Transformers", ICCV 2021.
 
     Parameters
     ----------
     file:
-        checkpoint of a ViT-T, ViT-S or ViT-B, or its backbone alone; gzip-compressed or not.
+        checkpoint of a ViT-T, ViT-S or ViT-B, or only its backbone; gzip-compressed or not.
     out:
         the checkpoint to write.
     network:
-        which of the two to take; DINO itself is evaluated by its teacher.
+        which network to take; DINO itself is evaluated by its teacher.
     image_size:
-        side in pixels at which tiles are to be embedded, a multiple of the ViT's patch;
-        the position embedding is resampled to it here, in the original's way.
+        side in pixels at which tiles are embedded, a multiple of the ViT's patch; the position
+        embedding is resampled to it as in the original.
     normalize:
-        ImageNet's mean and std before the network, as DINO was trained; false for features
-        like the released ones of mil4wsi, which were made without (D19).
+        whether to apply ImageNet's mean and std, as in DINO's training; false for features like
+        those that mil4wsi released, which were extracted without.
     scale:
-        the scale of the tiles the weights were trained on, for example x20; if not given, tiles
+        the scale of the tiles that the weights were trained on, for example x20; by default tiles
         of any scale are embedded.
     tile_px:
-        side in pixels of the tiles the weights were trained on; likewise.
+        side in pixels of the tiles that the weights were trained on; by default tiles of any size
+        are embedded.
 
     Returns
     -------
     The exit code, 0.
+
+    Raises
+    ------
+    InputError
+        if the file cannot be loaded safely, or its weights are not those of such a ViT.
     """
     if out.is_dir() or out.resolve() == file.resolve():
-        raise InputError(f"{out}: a folder or the imported file itself; name another file to write")
+        raise InputError(f"{out}: a folder or the imported file itself; give another file to write")
     mpp = None if scale is None else Scale.parse(scale).mpp
     content = load_restricted(file, ALLOWED, "checkpoint of DINO")
     weights = _backbone_weights(content, network, file)
     name, patch = _architecture(weights, file)
     if image_size < patch or image_size % patch:
         raise InputError(
-            f"image_size: {image_size} is not a multiple of {patch}, the patch of {file}"
+            f"image_size: {image_size} is not a multiple of {patch}, the patch of {file}; give one"
         )
     if "pos_embed" in weights:
         weights["pos_embed"] = _resample(weights["pos_embed"].float(), image_size // patch)
@@ -97,7 +106,9 @@ def dino_checkpoint(
     with torch.device("meta"):
         wanted = vit_backbone(name, image_size, options).state_dict()
     if misfit := Misfit.of(wanted, weights):
-        raise InputError(f"{file}: its weights do not fit {name} with patch {patch} ({misfit})")
+        raise InputError(
+            f"{file}: its weights do not fit {name} with patch {patch} ({misfit}); is it damaged?"
+        )
 
     record = ExtractorRecord(
         name=name,
@@ -115,8 +126,8 @@ def dino_checkpoint(
         torch.save({"extractor": asdict(record), "state_dict": state}, temporary)
 
     print(
-        "which slides these weights have seen is not known: `fit` cannot tell whether held-out "
-        "slides are among them, and will say so"
+        "the slides that these weights were trained on are not known: `fit` will warn that "
+        "held-out slides may be among them"
     )
     epoch = f", epoch {content['epoch']}" if isinstance(content.get("epoch"), int) else ""
     print(
@@ -133,11 +144,11 @@ def _backbone_weights(content: Any, network: str, file: Path) -> dict[str, Tenso
     content = content if isinstance(content, dict) else {}
     weights = content.get(network)
     if network == "teacher" and is_state_dict(content):
-        weights = content  # the backbone alone, as DINO's authors publish it: the teacher's
+        weights = content  # only the teacher's backbone, as DINO's authors publish it
     if not is_state_dict(weights):
         raise InputError(
-            f"{file}: not a checkpoint of DINO with a {network}; "
-            f"it holds {some_of(list(map(str, content))) or 'no keys'}"
+            f"{file}: not a checkpoint of DINO with a {network}; it holds "
+            f"{some_of(list(map(str, content))) or 'no keys'}"
         )
     named = {
         str(key).removeprefix("module.").removeprefix("backbone."): weight
@@ -149,7 +160,7 @@ def _backbone_weights(content: Any, network: str, file: Path) -> dict[str, Tenso
 
 
 def _architecture(weights: Mapping[str, Tensor], file: Path) -> tuple[str, int]:
-    """Timm name and side of the ViT's patch in pixels."""
+    """timm's name of the ViT, and the side of its patch in pixels."""
     patches = weights.get("patch_embed.proj.weight", torch.empty(0))
     if patches.ndim != 4 or len(patches) not in NAMES:
         raise InputError(
@@ -160,10 +171,10 @@ def _architecture(weights: Mapping[str, Tensor], file: Path) -> tuple[str, int]:
 
 
 def _resample(position: Tensor, size: int) -> Tensor:
-    """Position embedding (1, 1 + g², D) → (1, 1 + size², D), as DINO does in every forward pass.
+    """Position embedding (1, 1 + g², D) → (1, 1 + size², D), as DINO does in each forward pass.
 
-    The 0.1 is the original's: the scale factor, not the size, sets where the grid is sampled.
-    What is no square grid stays as it is.
+    The 0.1 is from the original: the scale factor, not the size, sets where the grid is sampled.
+    An embedding of another shape is returned unchanged.
     """
     grid = math.isqrt(max(0, position.shape[1] - 1)) if position.ndim == 3 else 0
     if grid in (0, size) or position.shape[1] != 1 + grid**2:

@@ -141,7 +141,7 @@ def test_only_known_tiles_are_checked(checkpoint, tmp_path, capsys):
 def test_what_was_imported_is_said(checkpoint, tmp_path, capsys):
     import_to(tmp_path / "out.ckpt", checkpoint, "--scale", "x20")
     not_known, imported = capsys.readouterr().out.splitlines()
-    assert not_known.startswith("which slides these weights have seen is not known")
+    assert not_known.startswith("the slides that these weights were trained on are not known")
     for words in (TINY, "patch 16", "teacher of", "epoch 7", "256 px", "with ImageNet's"):
         assert words in imported
     assert imported.endswith(f"embed --extractors.x20 {tmp_path / 'out.ckpt'}")

@@ -1,6 +1,8 @@
 """The kind ``clam`` of the verb ``import``: CLAM's feature files and patches → bag files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +12,18 @@ import torch
 
 from dasmil.embedding.restricted import load_restricted
 from dasmil.errors import InputError
-from dasmil.interop.features.hdf5 import (
-    FAR,
-    open_h5,
-    read_attribute,
-    read_pixels,
-    read_places,
-    read_tiles,
-    to_features,
-)
+from dasmil.interop.features import hdf5
 from dasmil.interop.features.importer import import_slides
-from dasmil.interop.features.nesting import (
-    Dtype,
-    Orphans,
-    ScaleFeatures,
-    SlideFeatures,
+from dasmil.interop.features.nesting import Dtype, Orphans, ScaleFeatures, SlideFeatures
+from dasmil.interop.features.sources import (
+    FilesBySlide,
+    feature_source,
+    list_files,
     require_mpp,
+    require_same,
 )
-from dasmil.interop.features.sources import feature_source, list_files, parse_folders
-from dasmil.units import Scale
+from dasmil.slides.cohort import SlideRow
+from dasmil.units import Scale, parse_scales
 
 
 def clam(
@@ -74,37 +69,28 @@ def clam(
     -------
     The exit code: 1 if a slide failed, else 0.
     """
-    scales, folders = parse_folders(features)
     if set(patches) != set(features):
         raise InputError(
             f"patches: given for {', '.join(sorted(patches))}, features for "
             f"{', '.join(sorted(features))}; give both for each scale"
         )
-    files = [_list_features(folder) for folder in folders]
-    grids = [_inner(Path(patches[scale.name]), "patches") for scale in scales]
+    grids = [_inner(Path(patches[scale.name]), "patches") for scale in parse_scales(features)]
 
-    def patches_of(slide_id: str) -> list[Path]:
+    def list_patches(slide_id: str, files: Sequence[FilesBySlide]) -> list[Path]:
         """The files with the same names as those of the features."""
         names = [paths[slide_id].stem if slide_id in paths else slide_id for paths in files]
         return [grid / f"{name}.h5" for grid, name in zip(grids, names, strict=True)]
 
     source = feature_source(
         "clam",
-        scales,
-        files,
-        lambda row, paths: read_slide(
-            row.slide_id,
-            scales,
-            list(zip(paths, patches_of(row.slide_id), strict=True)),
-            encoder,
-            tile_px,
-            row.mpp,
-        ),
+        features,
+        partial(read_slide, encoder=encoder, seen_px=tile_px),
         cohort,
         orphans,
         dtype,
+        list_files=_list_features,
         needs_mpp=True,
-        other_files=patches_of,
+        other_files=list_patches,
     )
     return import_slides(dest, source)
 
@@ -145,21 +131,23 @@ class Patches:
 
 def read_patches(path: Path) -> Patches:
     """Read CLAM's ``patches/<slide_id>.h5``; its downsample may be one number or two."""
-    with open_h5(path) as file:
-        place = np.rint(read_places(file)).astype(np.int64)
+    with hdf5.open_h5(path) as file:
+        place = np.rint(hdf5.read_places(file)).astype(np.int64)
         coords = file["coords"]
-        tile_px = read_pixels(coords, "patch_size")
+        tile_px = hdf5.read_pixels(coords, "patch_size")
         try:
-            downsample = np.broadcast_to(np.asarray(read_attribute(coords, "downsample"), float), 2)
-            size = np.asarray(read_attribute(coords, "level_dim"), float) * downsample
+            downsample = np.broadcast_to(
+                np.asarray(hdf5.read_attribute(coords, "downsample"), float), 2
+            )
+            size = np.asarray(hdf5.read_attribute(coords, "level_dim"), float) * downsample
             custom = float(coords.attrs.get("custom_downsample", 1))
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"{path}: its attributes are no numbers ({error}); cut the patches again"
             ) from error
-        if not ((downsample > 0) & (downsample < FAR)).all() or not 0 < custom < FAR:
+        if not ((downsample > 0) & (downsample < hdf5.FAR)).all() or not 0 < custom < hdf5.FAR:
             raise InputError(f"{path}: its downsample is {downsample[0]:g}; cut the patches again")
-        if size.shape != (2,) or not ((size >= 1) & (size < FAR)).all():
+        if size.shape != (2,) or not ((size >= 1) & (size < hdf5.FAR)).all():
             raise InputError(
                 f"{path}: its level_dim is not the size of a slide; cut the patches again"
             )
@@ -174,23 +162,21 @@ def read_patches(path: Path) -> Patches:
 
 
 def read_slide(
-    slide_id: str,
+    row: SlideRow,
     scales: tuple[Scale, ...],
-    paths: list[tuple[Path, Path]],
+    paths: list[Path],
     encoder: str,
     seen_px: int | None,
-    mpp: float | None,
 ) -> SlideFeatures:
     """Read one slide from CLAM's files, coarse to fine.
 
     Parameters
     ----------
-    paths: of features and of patches.
+    paths: of features, then of patches.
     seen_px: side of a tile as the network saw it; None if CLAM did not resize tiles.
-    mpp: of the slide, if it is known.
     """
     files, tile_px, sizes = [], [], []
-    for scale, (path, grid) in zip(scales, paths, strict=True):
+    for scale, path, grid in zip(scales, paths, paths[len(scales) :]):
         patches = read_patches(grid)
         values, place = _read_features(path)
         if place is None:
@@ -206,17 +192,13 @@ def read_slide(
                 "features were extracted"
             )
         tile_px.append(seen_px or patches.tile_px)
-        if mpp is not None:
-            require_mpp(path, scale, mpp * patches.side_px0 / tile_px[-1])
+        if row.mpp is not None:
+            require_mpp(path, scale, row.mpp * patches.side_px0 / tile_px[-1])
         files.append(ScaleFeatures(path, encoder, values, place, patches.side_px0))
         sizes.append(patches.size_px0)
-    if len(set(tile_px)) > 1:
-        raise InputError(
-            f"{paths[-1][1]}: the tile size differs between scales ({tile_px[0]}, {tile_px[-1]} "
-            "px); if all tiles were resized for the network, give that size by --tile_px"
-        )
+    require_same(tile_px, "the tile size", paths[-1], "or give --tile_px if CLAM resized tiles")
     return SlideFeatures(
-        slide_id=slide_id,
+        slide_id=row.slide_id,
         scales=scales,
         tile_px=tile_px[-1],
         files=tuple(files),
@@ -229,8 +211,8 @@ def _read_features(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] 
     """Features, and their places unless the file is a tensor alone."""
     if path.suffix == ".pt":
         return _load_tensor(path), None
-    with open_h5(path) as file:
-        values, place = read_tiles(file, "features")
+    with hdf5.open_h5(path) as file:
+        values, place = hdf5.read_tiles(file, "features")
     return values, np.rint(place).astype(np.int64)
 
 
@@ -240,7 +222,7 @@ def _load_tensor(path: Path) -> npt.NDArray[Any]:
         raise InputError(f"{path}: not a tensor of (tiles, features); extract the features again")
     if values.dtype == torch.bfloat16:  # NumPy lacks it
         values = values.float()
-    return to_features(path, values.detach().numpy())
+    return hdf5.to_features(path, values.detach().numpy())
 
 
 def _are_same_places(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> bool:

@@ -1,4 +1,4 @@
-"""By what a slide is recognised if only its features are at hand."""
+"""Recognise a slide by its features."""
 
 import hashlib
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-MAX_ROWS = 256  # of the features; the coordinates are read as a whole
+MAX_ROWS = 256  # of the features that are read; all places are
 
 
 def features_digest(features: npt.NDArray[Any], place: npt.NDArray[Any]) -> str:
-    """Hex digest of a slide's tiles; empty if there are none, since all such slides are alike.
+    """Hex digest of a slide's tiles; "" without tiles, since such slides cannot be told apart.
 
     Equal features have the same digest, whether they are stored as float16 or float32.
 

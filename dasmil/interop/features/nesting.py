@@ -250,18 +250,3 @@ def _to_dtype(file: ScaleFeatures, dtype: Dtype, width: int) -> torch.Tensor:
         name = str(stored.dtype).removeprefix("torch.")
         raise InputError(f"{file.path}: some features are too large for {name}; {advice}")
     return stored
-
-
-def require_mpp(path: Path, scale: Scale, mpp: float, tolerance: float = 0.1) -> None:
-    """Refuse tiles of another magnification than the scale's.
-
-    Parameters
-    ----------
-    mpp: of the tiles, in µm per pixel.
-    tolerance: relative; scanners of one magnification differ by less.
-    """
-    if abs(mpp / scale.mpp - 1) > tolerance:
-        raise InputError(
-            f"{path}: its tiles have {mpp:.3g} µm/px, {scale.name} is {scale.mpp:g}; give the "
-            "folder of that magnification, or the scale that these tiles have"
-        )

@@ -27,14 +27,6 @@ CLAM_COLUMNS = ("case_id", "slide_id", "label", "patient_id", "mpp")
 FilesBySlide = Mapping[str, Path]
 
 
-def parse_folders(folders: Mapping[str, Path]) -> tuple[tuple[Scale, ...], list[Path]]:
-    """Scales from coarse to fine, and the folder of each."""
-    if not folders:
-        raise InputError("features: give the folder of each scale, as --features.x20 FOLDER")
-    scales = parse_scales(folders)
-    return scales, [Path(folders[scale.name]) for scale in scales]
-
-
 def list_files(folder: Path, suffix: str = ".h5", below: bool = False) -> dict[str, Path]:
     """List the files of a folder by slide.
 
@@ -74,37 +66,44 @@ def _is_by_dsmil(path: Path) -> bool:
 
 def feature_source(
     tool: str,
-    scales: Sequence[Scale],
-    files: Sequence[FilesBySlide],
-    read: Callable[[SlideRow, list[Path]], SlideFeatures],
+    folders: Mapping[str, Path],
+    read: Callable[[SlideRow, tuple[Scale, ...], list[Path]], SlideFeatures],
     cohort: Path | None,
     orphans: Orphans,
     dtype: Dtype,
     *,
+    list_files: Callable[[Path], FilesBySlide] = list_files,
     needs_mpp: bool = False,
-    other_files: Callable[[str], list[Path]] = lambda slide_id: [],
+    other_files: Callable[[str, Sequence[FilesBySlide]], list[Path]] = lambda slide_id, files: [],
 ) -> Source:
     """What the importer needs to know of a tool's feature files.
 
     Parameters
     ----------
-    files: per scale the files by slide.
-    read: a slide from the paths of its feature files, coarse to fine.
+    folders: per scale the folder of its files.
+    read: a slide from its scales and the paths of its feature files, coarse to fine, and of its
+        other files.
     cohort: table with the labels, ours or CLAM's; without it slides have no labels.
-    other_files: paths of other files that a slide's bag is made of.
+    list_files: the files of a folder by slide.
+    needs_mpp: whether bags depend on the mpp of the table.
+    other_files: of a slide, of which its bag is made; given the feature files per scale.
     """
+    if not folders:
+        raise InputError("features: give the folder of each scale, as --features.x20 FOLDER")
+    scales = parse_scales(folders)
+    files = [list_files(Path(folders[scale.name])) for scale in scales]
     rows, left_out = _read_rows(cohort, files)
 
     def list_of(row: SlideRow) -> list[Path]:
         paths = [of_scale[row.slide_id] for of_scale in files if row.slide_id in of_scale]
-        return paths + other_files(row.slide_id)
+        return paths + other_files(row.slide_id, files)
 
     def read_row(row: SlideRow) -> SlideFiles:
         if missing := [s.name for s, f in zip(scales, files) if row.slide_id not in f]:
             raise InputError(
                 f"{row.slide_id}: no feature file at {', '.join(missing)}; extract the features"
             )
-        slide = read(row, [of_scale[row.slide_id] for of_scale in files])
+        slide = read(row, scales, list_of(row))
         cards = {}
         for scale, file in zip(scales, slide.files, strict=True):
             fingerprint = f"{tool} {file.encoder} {scale.name} {slide.tile_px}px"
@@ -177,11 +176,26 @@ def _read_table(path: Path, files: FilesBySlide) -> list[SlideRow]:
     return rows
 
 
-def require_same(values: Sequence[Any], what: str, path: Path) -> Any:
+def require_mpp(path: Path, scale: Scale, mpp: float, tolerance: float = 0.1) -> None:
+    """Refuse tiles of another magnification than the scale's.
+
+    Parameters
+    ----------
+    mpp: of the tiles, in µm per pixel.
+    tolerance: relative; scanners of one magnification differ by less.
+    """
+    if abs(mpp / scale.mpp - 1) > tolerance:
+        raise InputError(
+            f"{path}: its tiles have {mpp:.3g} µm/px, {scale.name} is {scale.mpp:g}; give the "
+            "folder of that magnification, or the scale that these tiles have"
+        )
+
+
+def require_same(values: Sequence[Any], what: str, path: Path, advice: str = "") -> Any:
     """The one value that all files of a slide share; refused if they differ."""
     if len(set(values)) > 1:
         raise InputError(
             f"{path}: {what} differs between scales ({', '.join(map(str, values))}); extract all "
-            "with the same"
+            f"with the same {advice}".rstrip()
         )
     return values[0]

@@ -2,32 +2,17 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dasmil.errors import InputError
-from dasmil.interop.features.hdf5 import (
-    open_h5,
-    read_pixels,
-    read_positive,
-    read_text,
-    read_tiles,
-)
+from dasmil.interop.features import hdf5
 from dasmil.interop.features.importer import import_slides
-from dasmil.interop.features.nesting import (
-    Dtype,
-    Orphans,
-    ScaleFeatures,
-    SlideFeatures,
-    require_mpp,
-)
-from dasmil.interop.features.sources import (
-    feature_source,
-    list_files,
-    parse_folders,
-    require_same,
-)
+from dasmil.interop.features.nesting import Dtype, Orphans, ScaleFeatures, SlideFeatures
+from dasmil.interop.features.sources import feature_source, list_files, require_mpp, require_same
+from dasmil.slides.cohort import SlideRow
 from dasmil.units import Mpp, Scale
 
 MICROMETRE = frozenset(["um", "µm", "μm"])
@@ -72,16 +57,14 @@ def stamp(
     -------
     The exit code: 1 if a slide failed, else 0.
     """
-    scales, folders = parse_folders(features)
-    files = [list_files(folder, below=True) for folder in folders]  # as the slides lay
     source = feature_source(
         "stamp",
-        scales,
-        files,
-        lambda row, paths: read_slide(row.slide_id, scales, paths, row.mpp),
+        features,
+        read_slide,
         cohort,
         orphans,
         dtype,
+        list_files=partial(list_files, below=True),  # STAMP keeps the folders of the slides
         needs_mpp=True,
     )
     code = import_slides(dest, source)
@@ -95,22 +78,21 @@ def stamp(
     return code
 
 
-def read_slide(
-    slide_id: str, scales: tuple[Scale, ...], paths: list[Path], mpp: float | None
-) -> SlideFeatures:
+def read_slide(row: SlideRow, scales: tuple[Scale, ...], paths: list[Path]) -> SlideFeatures:
     """Read one slide from STAMP's files, coarse to fine."""
+    mpp = row.mpp
     files, tile_px, true_scales = [], [], []
     for scale, path in zip(scales, paths, strict=True):
-        with open_h5(path) as file:
-            values, place_um = read_tiles(file, "feats", "features")
-            unit = read_text(file, "unit")
+        with hdf5.open_h5(path) as file:
+            values, place_um = hdf5.read_tiles(file, "feats", "features")
+            unit = hdf5.read_text(file, "unit")
             if unit not in MICROMETRE:
                 raise InputError(
                     f"{path}: its coords are in {unit!r}, not in um; extract the features again"
                 )
-            side_um = read_positive(file, "tile_size_um")
-            tile_px.append(read_pixels(file, "tile_size_px"))
-            encoder = read_text(file, "extractor")
+            side_um = hdf5.read_positive(file, "tile_size_um")
+            tile_px.append(hdf5.read_pixels(file, "tile_size_px"))
+            encoder = hdf5.read_text(file, "extractor")
         true_mpp = side_um / tile_px[-1]
         require_mpp(path, scale, true_mpp, tolerance=0.2)
         true_scales.append(replace(scale, mpp=Mpp(true_mpp)))
@@ -131,7 +113,7 @@ def read_slide(
             "grids do not nest; import one magnification, or cut with dasmil tile"
         )
     return SlideFeatures(
-        slide_id=slide_id,
+        slide_id=row.slide_id,
         scales=tuple(true_scales),
         tile_px=require_same(tile_px, "the tile size", paths[-1]),
         files=tuple(files),

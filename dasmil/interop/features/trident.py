@@ -6,27 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from dasmil.errors import InputError
-from dasmil.interop.features.hdf5 import (
-    open_h5,
-    read_attribute,
-    read_pixels,
-    read_positive,
-    read_tiles,
-)
+from dasmil.interop.features import hdf5
 from dasmil.interop.features.importer import import_slides
-from dasmil.interop.features.nesting import (
-    Dtype,
-    Orphans,
-    ScaleFeatures,
-    SlideFeatures,
-    require_mpp,
-)
-from dasmil.interop.features.sources import (
-    feature_source,
-    list_files,
-    parse_folders,
-    require_same,
-)
+from dasmil.interop.features.nesting import Dtype, Orphans, ScaleFeatures, SlideFeatures
+from dasmil.interop.features.sources import feature_source, require_mpp, require_same
+from dasmil.slides.cohort import SlideRow
 from dasmil.units import Scale
 
 
@@ -62,40 +46,31 @@ def trident(
     -------
     The exit code: 1 if a slide failed, else 0.
     """
-    scales, folders = parse_folders(features)
-    files = [list_files(folder) for folder in folders]
-    source = feature_source(
-        "trident",
-        scales,
-        files,
-        lambda row, paths: read_slide(row.slide_id, scales, paths),
-        cohort,
-        orphans,
-        dtype,
+    return import_slides(
+        dest, feature_source("trident", features, read_slide, cohort, orphans, dtype)
     )
-    return import_slides(dest, source)
 
 
-def read_slide(slide_id: str, scales: tuple[Scale, ...], paths: list[Path]) -> SlideFeatures:
+def read_slide(row: SlideRow, scales: tuple[Scale, ...], paths: list[Path]) -> SlideFeatures:
     """Read one slide from TRIDENT's files, coarse to fine."""
     files, tile_px, slide_mpp, sizes = [], [], [], []
     for scale, path in zip(scales, paths, strict=True):
-        with open_h5(path) as file:
-            values, place = read_tiles(file, "features")
+        with hdf5.open_h5(path) as file:
+            values, place = hdf5.read_tiles(file, "features")
             coords = file["coords"]
-            overlap = read_attribute(coords, "overlap")
+            overlap = hdf5.read_attribute(coords, "overlap")
             if overlap != 0:
                 raise InputError(
                     f"{path}: its tiles overlap by {overlap} px, so one lies in several coarser "
                     "ones; extract the features again with --overlap 0"
                 )
-            tile_px.append(read_pixels(coords, "patch_size"))
-            side = read_positive(coords, "patch_size_level0")
-            slide_mpp.append(10 / read_positive(coords, "level0_magnification"))
-            target_mpp = 10 / read_positive(coords, "target_magnification")
+            tile_px.append(hdf5.read_pixels(coords, "patch_size"))
+            side = hdf5.read_positive(coords, "patch_size_level0")
+            slide_mpp.append(10 / hdf5.read_positive(coords, "level0_magnification"))
+            target_mpp = 10 / hdf5.read_positive(coords, "target_magnification")
             if "level0_width" in coords.attrs:
-                width = read_pixels(coords, "level0_width")
-                sizes.append((width, read_pixels(coords, "level0_height")))
+                width = hdf5.read_pixels(coords, "level0_width")
+                sizes.append((width, hdf5.read_pixels(coords, "level0_height")))
         require_mpp(path, scale, target_mpp)
         require_mpp(path, scale, slide_mpp[-1] * side / tile_px[-1])
         sides = (round(side), round(tile_px[-1] * target_mpp / slide_mpp[-1]), side)
@@ -104,7 +79,7 @@ def read_slide(slide_id: str, scales: tuple[Scale, ...], paths: list[Path]) -> S
     require_same(slide_mpp, "the magnification of level 0", paths[-1])
     shared_px = require_same(tile_px, "the tile size", paths[-1])
     return SlideFeatures(
-        slide_id=slide_id,
+        slide_id=row.slide_id,
         scales=scales,
         tile_px=shared_px,
         files=tuple(files),

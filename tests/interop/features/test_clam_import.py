@@ -68,7 +68,7 @@ def test_scales_of_different_tile_sizes_are_refused(tmp_path, capsys):
     options = {"level": 1, "downsample": 2, "patch_size": 512}
     write_clam(tmp_path / "x10", "s1", clam_coords(256, 4), **options)
     assert run_clam(tmp_path / "BAGS", features, patches) == 2
-    assert "tile size differs between scales (512, 256 px)" in capsys.readouterr().err
+    assert "tile size differs between scales (512, 256)" in capsys.readouterr().err
 
 
 def test_tiles_may_have_been_resized_for_the_network(tmp_path):

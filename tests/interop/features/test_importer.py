@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import h5py
 import numpy as np
@@ -23,12 +24,11 @@ from feature_files import (
     write_trident,
 )
 from mil4wsi_cases import blocks, make_data, write_data
-from road import CONF, CONFIGS
+from road import CONF, CONFIGS, REPOSITORY
 
 from dasmil.bags import bag_path, write_bag
 from dasmil.cli import main
-from dasmil.interop.features import importer
-from dasmil.interop.features import trident as trident_module
+from dasmil.interop.features import hdf5, importer
 
 # bad files
 
@@ -63,14 +63,14 @@ def test_one_bad_file_costs_one_row(tmp_path, capsys):
 def test_an_error_of_a_library_costs_one_slide(tmp_path, monkeypatch):
     for slide_id in ("s1", "s2"):
         folder = write_trident(tmp_path, slide_id, 20, CELLS)
-    read_tiles = trident_module.read_tiles
+    read_tiles = hdf5.read_tiles
 
     def fail_once(file, *names):
         if "s1" in file.filename:
             raise ZeroDivisionError("as libraries do")
         return read_tiles(file, *names)
 
-    monkeypatch.setattr(trident_module, "read_tiles", fail_once)
+    monkeypatch.setattr(hdf5, "read_tiles", fail_once)
     assert run_import("trident", tmp_path / "BAGS", {"x20": folder}) == 1
     rows = rows_by_slide(tmp_path / "BAGS" / "import.csv")
     assert rows["s1"]["message"] == "ZeroDivisionError: as libraries do"
@@ -319,6 +319,23 @@ def test_tiles_that_overlap_are_refused(tmp_path, capsys):
     write_trident(tmp_path, "s2", 20, CELLS)
     assert run_import("trident", tmp_path / "BAGS", {"x20": folder}) == 1
     assert "overlap each other" in capsys.readouterr().out
+
+
+# the recipe
+
+
+def test_the_importer_of_the_contributing_page_works(tmp_path):
+    page = (REPOSITORY / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(# dasmil/interop/.*?)```", page, re.DOTALL)
+    module: dict = {}
+    exec(code, module)
+    folders = trident_folders(tmp_path)
+    assert module["mytool"](tmp_path / "BAGS", folders) == 0
+    assert run_import("trident", tmp_path / "TRIDENT", folders) == 0
+    bag, expected = bag_of(tmp_path / "BAGS"), bag_of(tmp_path / "TRIDENT")
+    for scale in expected.scales:
+        assert torch.equal(bag.boxes_px0(scale), expected.boxes_px0(scale))
+        assert torch.equal(bag.features[scale], expected.features[scale])
 
 
 # the table
