@@ -20,9 +20,9 @@ OTHERS = {
     *("demo/run.py", "demo/slides.py", "reports/evaluation_files.py", "reports/figures.py"),
     *(
         "callbacks/evaluation.py",
-        "sweep/runs.py",
-        "sweep/steps.py",
-        "sweep/sweep.py",
+        "experiments/sweep/runs.py",
+        "experiments/sweep/steps.py",
+        "experiments/sweep/sweep.py",
         "lightning_cli.py",
     ),
     *("work/worker.py", "interop/features/export.py", "interop/features/clam.py"),
