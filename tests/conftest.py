@@ -4,9 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from road import Road, make_road
 
 torch.set_num_threads(1)  # on tiny tensors threads only wait for each other
+DRAW = Figure.draw
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Save figures blank unless the test is marked ``draws``: drawing takes half of a short fit."""
+    draws = item.get_closest_marker("draws") is not None
+    Figure.draw = DRAW if draws else lambda self, renderer: None  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="session")

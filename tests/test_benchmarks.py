@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "benchmarks"
-NAMES = sorted(path.stem for path in FOLDER.glob("bench_*.py"))
+QUICK = ("bench_batches", "bench_dino", "bench_edges")
+NAMES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in sorted(path.stem for path in FOLDER.glob("bench_*.py"))
+]
 
 
 @pytest.fixture(autouse=True)

@@ -271,6 +271,7 @@ def test_predict_draws_every_slide_and_scale(road, predicted):
     assert {path.name for path in (predicted / "overlays").iterdir()} == expected
 
 
+@pytest.mark.draws
 def test_test_and_validate_take_the_same_arguments(road, trained, predicted, tmp_path):
     rows = {row["slide_id"]: row for row in read_rows(predicted / "predictions.csv")}
     for verb, part, stage in (("test", "test", "test"), ("validate", "val", "val")):
@@ -300,7 +301,8 @@ def test_another_checkpoint_never_replaces_what_a_folder_holds(
         assert main(command) == 0
         said = f"{verb}: {2 + (verb == 'test')} slides are {verb.removesuffix('e')}ed, "
         assert said in capsys.readouterr().out
-        assert main(command) == 0  # the same checkpoint may
+        if verb == "test":
+            assert main(command) == 0  # the same checkpoint may
         command = [verb, *evaluation(road, other), "--output", str(tmp_path / verb)]
         assert main(command) == 2
         hashes = [file_sha256(path)[:12] for path in (trained, other)]

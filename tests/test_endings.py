@@ -77,7 +77,17 @@ def test_embed(road, tmp_path, ending, capsys):
     assert states(tmp_path) <= {"done", "waiting"}
 
 
-@pytest.mark.parametrize("name", ["dasmil", "dino_x20"])
+@pytest.mark.parametrize(
+    ("ending", "name"),
+    [
+        (signal.SIGTERM, "dasmil"),
+        *(
+            pytest.param(number, name, marks=pytest.mark.slow)
+            for number, name in [(signal.SIGINT, "dasmil"), *((n, "dino_x20") for n in BY)]
+        ),
+    ],
+    indirect=["ending"],
+)
 def test_fit(road, tmp_path, ending, capsys, name):
     command = fit_dino(road.tiles, "x20", tmp_path)
     command = fit_dasmil(road.bags, tmp_path) if name == "dasmil" else command
@@ -126,6 +136,7 @@ def test_a_refused_fit_leaves_the_folder_of_a_run_as_it_is(road, tmp_path):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_predict(road, tmp_path, ending, capsys):
     assert main([*fit_dasmil(road.bags, tmp_path), "--trainer.max_epochs", "1"]) == 0
     number = ending(PredictionWriter, "on_predict_batch_end")
@@ -136,6 +147,7 @@ def test_predict(road, tmp_path, ending, capsys):
     assert_said(number, capsys, "predict", "run the same command again")
 
 
+@pytest.mark.slow
 def test_test(road, tmp_path, ending, capsys):
     assert main([*fit_dasmil(road.bags, tmp_path), "--trainer.max_epochs", "1"]) == 0
     number = ending(MILModule, "test_step")
@@ -160,6 +172,7 @@ def test_import(tmp_path, ending, capsys):
     assert states(tmp_path / "bags") == {"done"}
 
 
+@pytest.mark.slow
 def test_demo(road, tmp_path, ending, capsys, monkeypatch):
     """Ended in a fit, which names ``fit --resume`` if it is called by itself."""
     fit = [*fit_dasmil(road.bags, tmp_path / "runs"), "--trainer.max_epochs", "3"]

@@ -34,8 +34,21 @@ def bags(road, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("verb", ["tile", "embed"])
-@pytest.mark.parametrize("room", [3, 12, 21], ids=lambda room: f"room for {room} files")
+SLOW_EMBED = pytest.param("embed", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("room", "verb"),
+    [
+        (12, "tile"),
+        (3, "embed"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(3, "tile"), (21, "tile"), (12, "embed"), (21, "embed")]
+        ),
+    ],
+    ids=str,
+)
 def test_the_first_file_that_does_not_fit_ends_the_run(
     road, bags, tmp_path, monkeypatch, capsys, verb, room
 ) -> None:
@@ -73,6 +86,7 @@ def test_the_first_file_that_does_not_fit_ends_the_run(
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["tile", "embed"])
 def test_a_disk_that_is_really_full(road, bags, tmp_path, capsys, verb) -> None:
     disk = tmp_path / "disk"
@@ -98,7 +112,7 @@ def test_a_disk_that_is_really_full(road, bags, tmp_path, capsys, verb) -> None:
         subprocess.run(["umount", str(disk)], capture_output=True, check=True)
 
 
-@pytest.mark.parametrize("verb", ["tile", "embed"])
+@pytest.mark.parametrize("verb", ["tile", SLOW_EMBED])
 @pytest.mark.parametrize("what", ["mkdir", "link"])
 def test_a_disk_without_room_for_a_folder_or_a_claim(
     road, tmp_path, monkeypatch, capsys, verb, what

@@ -11,6 +11,7 @@ from road import embed_command
 from dasmil.cli import main
 from dasmil.demo.slides import write_cohort
 
+pytestmark = pytest.mark.slow
 FAULTS = Path(__file__).parent / "faults.py"
 EXTRACTORS: dict[str, Path | str] = {"x10": "random:test_vit", "x20": "random:test_vit"}
 

@@ -128,7 +128,10 @@ def refusal(command, capsys):
     return said
 
 
-@pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
+@pytest.mark.parametrize(
+    "kind",
+    ["a file", *(pytest.param(k, marks=pytest.mark.slow) for k in ("below a file", "read-only"))],
+)
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_output_that_cannot_be_written_is_said(road, run, tmp_path, capsys, verb, kind):
     file = tmp_path / "file"
@@ -139,6 +142,7 @@ def test_an_output_that_cannot_be_written_is_said(road, run, tmp_path, capsys, v
     assert file.read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "status"])
 def test_an_output_on_a_read_only_disk_is_said(road, run, tmp_path, capsys, verb):
     with read_only_disk(tmp_path / "disk") as disk:
@@ -174,7 +178,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("verb", ["tile", "embed"])
+@pytest.mark.parametrize("verb", ["tile", pytest.param("embed", marks=pytest.mark.slow)])
 def test_an_output_that_is_removed_after_the_first_slide_is_said(road, run, tmp_path, verb):
     out = tmp_path / "out"
     command = commands(road, run, out)[verb]

@@ -13,6 +13,7 @@ from dasmil.cli import main
 from dasmil.slides.cohort import read_cohort
 from dasmil.slides.splits import split_cohort
 
+pytestmark = pytest.mark.slow
 RANDOM = "random:test_vit"
 
 X5_MPP = 2.0  # where the file records none; the others lie at 2.02 to 2.1

@@ -79,6 +79,7 @@ def test_a_training_that_goes_on_ends_with_the_weights_of_one_that_was_not_broke
 
 
 @pytest.mark.parametrize("name", ["CLAM", "DTFD"])
+@pytest.mark.slow
 def test_a_method_of_resting_weights_or_two_optimisers_trains_in_two_processes(
     name: str, tmp_path: Path
 ) -> None:
@@ -94,7 +95,9 @@ def test_a_method_of_resting_weights_or_two_optimisers_trains_in_two_processes(
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "DASMIL"])
+@pytest.mark.parametrize(
+    "name", ["ABMIL", *(pytest.param(name, marks=pytest.mark.slow) for name in ("CLAM", "DTFD"))]
+)
 def test_a_method_goes_through_every_verb_by_its_name_alone(
     name: str, road: Road, tmp_path: Path
 ) -> None:
@@ -123,6 +126,7 @@ def test_a_method_goes_through_every_verb_by_its_name_alone(
     assert float(rows[0]["logit/x20/tumour"]) == pytest.approx(float(logits[-1]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_methods_are_compared_and_swept(road: Road, tmp_path: Path) -> None:
     """A row names its method; runs of several methods stand in one table."""
     table = tmp_path / "table.yaml"

@@ -61,6 +61,7 @@ def test_figures_are_the_same_to_the_last_digit(bags, checkpoint, tmp_path):
     assert (tmp_path / "one" / "test_slides.csv").read_text().count("\n") == 1 + PARTS["test"]
 
 
+@pytest.mark.slow
 def test_fewer_slides_than_processes(bags, checkpoint, tmp_path):
     """One test slide: one of two processes has nothing of its own to do."""
     few = tmp_path / "bags"

@@ -66,6 +66,7 @@ def tests_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(TESTS))
 
 
+@pytest.mark.slow
 def test_dasmil_killed_three_times_ends_as_if_never_killed(road, tmp_path):
     """Before the first checkpoint, in the middle of an epoch, and while it is validated.
 
@@ -91,6 +92,7 @@ def test_dasmil_killed_three_times_ends_as_if_never_killed(road, tmp_path):
         assert (run / name).is_file()
 
 
+@pytest.mark.slow
 def test_dino_killed_goes_on_with_the_same_crops(road, tmp_path):
     options = ["--trainer.max_epochs", "3", "--data.num_workers", "1"]
     options += ["--model.drop_path", "0.3"]

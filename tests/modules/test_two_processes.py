@@ -44,12 +44,14 @@ def checkpoint(road):
     return runs / "dasmil" / "checkpoints" / "best.ckpt"
 
 
+@pytest.mark.slow
 def test_dasmil_fits_one_step(checkpoint):
     state = torch.load(checkpoint, weights_only=True)
     assert state["global_step"] == 1
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_an_error_of_both_processes_is_said_once(road, tmp_path):
     said = run(
         [*fit_dasmil(road.bags, tmp_path), "--model.optimizer.learning_rate", "1e38"], code=2
@@ -57,6 +59,7 @@ def test_an_error_of_both_processes_is_said_once(road, tmp_path):
     assert said.count("error: fit: the loss of step 1 is not finite") == 1
 
 
+@pytest.mark.slow
 def test_dino_fits_one_step(road):
     runs = road.root / "runs_ddp"
     run([*fit_dino(road.tiles, "x20", runs), "--trainer.limit_train_batches", "1"])
@@ -65,6 +68,7 @@ def test_dino_fits_one_step(road):
     assert state["extractor"]["scale"] == "x20"
 
 
+@pytest.mark.slow
 def test_embed_gives_the_same_bags(road):
     bags = road.root / "bags_ddp"
     printed = run(embed_command(road.tiles, bags, road.dino))
@@ -86,6 +90,7 @@ def test_embed_with_one_slide_left_for_two_processes(road):
     assert left.exists()
 
 
+@pytest.mark.slow
 def test_predict_writes_every_slide_once(road, checkpoint):
     output = road.root / "predictions_ddp"
     run(["predict", "--ckpt_path", checkpoint, "--bags", road.bags, "--output", output])

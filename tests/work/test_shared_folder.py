@@ -20,6 +20,9 @@ WITHOUT_HASTE = Path(__file__).with_name("without_haste.py")
 RANDOM: dict[str, Path | str] = {"x10": "random:test_vit", "x20": "random:test_vit"}
 
 
+VERBS = ["tile", pytest.param("embed", marks=pytest.mark.slow)]
+
+
 class Command:
     """A command in a process of its own, that notes every slide it writes.
 
@@ -64,7 +67,7 @@ def slide_ids(road) -> list[str]:
     return [row.slide_id for row in read_cohort(road.cohort)]
 
 
-@pytest.mark.parametrize("verb", ["tile", "embed"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_two_commands_share_a_cohort(road, tmp_path, verb) -> None:
     output = tmp_path / "output"
     args = (
@@ -80,7 +83,7 @@ def test_two_commands_share_a_cohort(road, tmp_path, verb) -> None:
     assert {row["state"] for row in rows} == {"done"}
 
 
-@pytest.mark.parametrize("verb", ["tile", "embed"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_killed_command_loses_nothing(road, tmp_path, verb) -> None:
     output, whole = tmp_path / "output", tmp_path / "whole"
     if verb == "tile":
@@ -103,6 +106,7 @@ def test_a_killed_command_loses_nothing(road, tmp_path, verb) -> None:
     assert sorted(p.name for p in (output / "work").iterdir()) == ["claims", "log.jsonl"]
 
 
+@pytest.mark.slow
 def test_sigterm_gives_the_slides_back_at_once(road, tmp_path) -> None:
     for verb, args in (
         ("tile", tile_command(road, tmp_path / "tiles")),
@@ -154,6 +158,7 @@ def two_nodes(road, tmp_path: Path, launcher: str) -> list[Command]:
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "torchrun"])
+@pytest.mark.slow
 def test_two_nodes_share_a_cohort(road, tmp_path, launcher) -> None:
     commands = two_nodes(road, tmp_path, launcher)
     printed = [command.end() for command in commands]
