@@ -56,6 +56,7 @@ def train(folder, max_epochs, ckpt_path=None, **options):
     return folder / "run"
 
 
+@pytest.mark.draws
 def test_a_row_an_epoch_with_every_figure(tmp_path):
     run = train(tmp_path, 3)
     columns, rows = read_csv(run / "history.csv")
@@ -183,6 +184,7 @@ def test_a_model_that_logs_nothing_has_an_empty_picture():
     assert not any(axes.get_visible() for axes in curves_figure([{"epoch": 0, "step": 1}]).axes)
 
 
+@pytest.mark.draws
 def test_very_many_terms_scales_and_epochs_make_no_larger_picture():
     """24 panels, 12 curves in each, 2,000 points of a curve; the last epoch is among them."""
     rows = [

@@ -145,6 +145,7 @@ def test_figures_of_areas(bags, tmp_path):
     assert logged == pytest.approx({f"test/{name}": v for name, v in callback.metrics.items()})
 
 
+@pytest.mark.draws
 def test_froc_of_areas(bags, tmp_path):
     """Scores in order: 3 false (t2), 2 hit (t1), 1.5 false (n1), 1 hit (t2), and many of -1 false.
 

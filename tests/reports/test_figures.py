@@ -23,6 +23,7 @@ from dasmil.reports.figures import (
 )
 from dasmil.reports.roc_figures import GRID, precision_recall_figure, roc_figure
 
+pytestmark = pytest.mark.draws
 SCORES = [0.12, 0.42, 0.36, 0.83]  # three of the four pairs are in order
 LABELS = [0, 0, 1, 1]
 

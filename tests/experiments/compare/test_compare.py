@@ -213,6 +213,7 @@ def test_slides_in_another_order_are_the_same_slides(tmp_path: Path) -> None:
     assert results([one, other], "auroc")[1].difference == 0
 
 
+@pytest.mark.draws
 def test_the_verb_prints_the_table_and_writes_three_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,6 +378,7 @@ def test_the_command_line_says_a_refusal_in_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.draws
 def test_a_picture_of_very_many_methods_and_metrics_has_a_limit(tmp_path: Path) -> None:
     method = read_methods([write_run(tmp_path / "a", [0.1, 0.6, 0.4, 0.9])])[0]
     result = Result((0.5,), 0.5, (0.4, 0.6), None, None, None)
