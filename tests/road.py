@@ -36,7 +36,7 @@ def fit_dasmil(bags: Path, runs: Path, name: str = "dasmil") -> list[str]:
 
 
 def make_road(root: Path) -> Road:
-    cohort = write_cohort(root / "cohort", num_slides=NUM_SLIDES, seed=1, size_px0=(384, 384))
+    cohort = write_cohort(root / "cohort", num_slides=NUM_SLIDES, seed=1, size_px0=(448, 448))
     tiles, bags, runs = root / "tiles", root / "bags", root / "runs"
     assert main(tile_command(cohort, tiles)) == 0
     dino = {}

@@ -452,14 +452,14 @@ def test_fit_has_no_option_for_annotations(option, tmp_path, capsys):
 
 
 def test_by_command(road, tmp_path, capsys):
-    """The upper half of every tumour slide, of a class that only the command knows."""
+    """The upper part of every tumour slide, of a class that only the command knows."""
     assert main(fit_dasmil(road.bags, tmp_path / "runs")) == 0
     checkpoint = tmp_path / "runs" / "dasmil" / "checkpoints" / "best.ckpt"
     tested = [row for row in read_cohort(road.bags / "cohort.csv") if row.split == "test"]
-    half = [[0, 0], [640, 0], [640, 320], [0, 320], [0, 0]]
+    upper_part = [[0, 0], [448, 0], [448, 192], [0, 192], [0, 0]]
     feature = {
         "type": "Feature",
-        "geometry": {"type": "Polygon", "coordinates": [half]},
+        "geometry": {"type": "Polygon", "coordinates": [upper_part]},
         "properties": {"classification": {"name": "Gland"}},
     }
     for row in tested:
@@ -479,7 +479,7 @@ def test_by_command(road, tmp_path, capsys):
     assert main([*command, *classes, "--truth", str(tmp_path / "truth")]) == 0
     for row in tested:
         for tile in tile_rows(tmp_path, row.slide_id):
-            upper = int(tile["y0_px0"]) + int(tile["size_px0"]) <= 320
+            upper = int(tile["y0_px0"]) + int(tile["size_px0"]) <= 192
             assert float(tile["overlap"]) == (upper and row.label == "tumour")
     metrics = (tmp_path / "out" / "test_metrics.csv").read_text()
     assert "x20,instance,instance_auroc," in metrics

@@ -31,11 +31,21 @@ from dasmil.slides.tile_table import read_tiles, tiles_path, write_tiles
 from dasmil.units import Scale
 from dasmil.work.worker import Worker
 
+FEW = 3
 RANDOM = {"x10": "random:test_vit", "x20": "random:test_vit"}
 
 
 def slide_ids(road):
     return [row.slide_id for row in read_cohort(road.cohort)]
+
+
+@pytest.fixture(scope="module")
+def few(road, tmp_path_factory):
+    """The tiles of the first slides alone."""
+    tiles = shutil.copytree(road.tiles, tmp_path_factory.mktemp("few") / "tiles")
+    header, *rows = (tiles / "cohort.csv").read_text().splitlines()
+    (tiles / "cohort.csv").write_text("\n".join([header, *rows[:FEW]]) + "\n")
+    return tiles
 
 
 def states(folder):
@@ -221,7 +231,7 @@ def test_processes_share_slides_whole_and_by_tiles(road, tmp_path, world):
 
 @pytest.mark.parametrize("added", [float("nan"), 1e6])
 def test_features_that_float16_cannot_hold_are_float32_and_those_not_finite_cost_one_slide(
-    road, tmp_path, monkeypatch, added
+    few, tmp_path, monkeypatch, added
 ):
     """Those of the first slide that is read; the others arrive in float16."""
     real, seen = Extractor.forward, []
@@ -231,7 +241,7 @@ def test_features_that_float16_cannot_hold_are_float32_and_those_not_finite_cost
         return real(self, tiles) + (added if len(seen) == 1 else 0.0)
 
     monkeypatch.setattr(Extractor, "forward", overflowing)
-    code = main(embed_command(road.tiles, tmp_path, RANDOM))
+    code = main(embed_command(few, tmp_path, RANDOM))
     found = states(tmp_path)
     failed = [slide_id for slide_id, (state, _) in found.items() if state == "failed"]
     kinds = [
@@ -254,29 +264,29 @@ def test_one_batch_is_one_and_what_was_not_reached_says_so(road, tmp_path):
     assert {state for state, _ in states(tmp_path).values()} == {"waiting"}
 
 
-def test_the_networks_see_full_batches_of_one_slide(road, tmp_path, monkeypatch):
+def test_the_networks_see_full_batches_of_one_slide(road, few, tmp_path, monkeypatch):
     """Of one scale of one slide all batches but the last are full."""
     real, sizes = Extractor.forward, []
     monkeypatch.setattr(
         Extractor, "forward", lambda self, tiles: sizes.append(len(tiles)) or real(self, tiles)
     )
-    assert main([*embed_command(road.tiles, tmp_path, RANDOM), "--batch_size", "8"]) == 0
+    assert main([*embed_command(few, tmp_path, RANDOM), "--batch_size", "8"]) == 0
     counts = [
         count
-        for slide_id in slide_ids(road)
+        for slide_id in slide_ids(road)[:FEW]
         for count in read_tiles(tiles_path(road.tiles, slide_id)).num_tiles().values()
     ]
     expected = [size for count in counts for size in [8] * (count // 8) + [count % 8] if size]
     assert max(counts) > 64 and sorted(sizes) == sorted(expected)
 
 
-@pytest.mark.parametrize("workers", ["1", "3"])
-def test_workers_change_not_a_byte(road, tmp_path, workers):
-    command = embed_command(road.tiles, tmp_path, road.dino)
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "3"])
+def test_workers_change_not_a_byte(road, few, tmp_path, workers):
+    command = embed_command(few, tmp_path, road.dino)
     assert main([*command, "--num_workers", workers, "--batch_size", "16"]) == 0
-    plain = [*embed_command(road.tiles, tmp_path / "plain", road.dino), "--batch_size", "16"]
+    plain = [*embed_command(few, tmp_path / "plain", road.dino), "--batch_size", "16"]
     assert main(plain) == 0
-    for slide_id in slide_ids(road):
+    for slide_id in slide_ids(road)[:FEW]:
         ours, theirs = (bag_path(bags, slide_id) for bags in (tmp_path, tmp_path / "plain"))
         assert ours.read_bytes() == theirs.read_bytes()
 
@@ -292,10 +302,12 @@ def test_workers_read_neighbours_one_after_the_other(road, tmp_path):
         assert steps.count(1) >= len(steps) - len(dataset.rows)
 
 
-def test_lower_precision_gives_nearly_the_same_features_which_never_mix(road, tmp_path, capsys):
-    command = embed_command(road.tiles, tmp_path, road.dino)
+def test_lower_precision_gives_nearly_the_same_features_which_never_mix(
+    road, few, tmp_path, capsys
+):
+    command = embed_command(few, tmp_path, road.dino)
     assert main([*command, "--trainer.precision", "bf16-mixed"]) == 0
-    for slide_id in slide_ids(road)[:3]:
+    for slide_id in slide_ids(road)[:FEW]:
         ours, exact = (read_bag(bag_path(bags, slide_id)) for bags in (tmp_path, road.bags))
         for name, features in exact.features.items():
             found, wanted = ours.features[name].float(), features.float()
@@ -307,11 +319,11 @@ def test_lower_precision_gives_nearly_the_same_features_which_never_mix(road, tm
     assert record["precision"] == "bf16-mixed"
 
 
-def test_the_speed_is_told(road, tmp_path, capsys):
-    assert main(embed_command(road.tiles, tmp_path, RANDOM)) == 0
+def test_the_speed_is_told(road, few, tmp_path, capsys):
+    assert main(embed_command(few, tmp_path, RANDOM)) == 0
     total = sum(
         sum(read_tiles(tiles_path(road.tiles, slide_id)).num_tiles().values())
-        for slide_id in slide_ids(road)
+        for slide_id in slide_ids(road)[:FEW]
     )
     line = capsys.readouterr().out.splitlines()[-2]
     assert re.fullmatch(

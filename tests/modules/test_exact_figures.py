@@ -51,6 +51,7 @@ def test_two_processes_learn_what_one_learns_from_two_slides_a_step(bags, checkp
         torch.testing.assert_close(weights, two["state_dict"][name], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_to_the_last_digit(bags, checkpoint, tmp_path):
     arguments = ["test", "--ckpt_path", str(checkpoint), "--bags", str(bags)]
     assert main([*arguments, "--data.batch_size", "4", "--output", str(tmp_path / "one")]) == 0

@@ -1,10 +1,14 @@
-"""Two processes on the CPU (gloo), started as a user starts them."""
+"""Two processes on the CPU (gloo), started as a user starts them.
+
+Each command has a port of its own: Lightning looks for a free one, and another test may take it first.
+"""
 
 import csv
 import os
 import shutil
 import subprocess
 import sys
+from itertools import count
 
 import pytest
 import torch
@@ -13,12 +17,13 @@ from road import embed_command, fit_dasmil, fit_dino
 from dasmil.bags import bag_path, read_bag
 from dasmil.slides.cohort import read_cohort
 
+PORTS = count(10_000 + 37 * (os.getpid() % 500))  # below those that systems hand out
 TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
 def run(arguments, code=0):
     """A command with two processes; its output is shown when it ends with another code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(next(PORTS))}
     command = [sys.executable, "-m", "dasmil", *map(str, arguments), *TWO]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == code, done.stdout + done.stderr
