@@ -350,7 +350,8 @@ def test_slides_without_bag_are_left_out_and_named(tmp_path: Path) -> None:
 def test_a_whole_folder_is_not_warned_about(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make_data(write_bags(tmp_path, LABELS, SPLIT))
+        data = make_data(write_bags(tmp_path, LABELS, SPLIT))
+    assert len(data.rows) == len(LABELS)
 
 
 def test_a_folder_without_any_bag_is_refused(tmp_path: Path) -> None:

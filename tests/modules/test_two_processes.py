@@ -1,6 +1,6 @@
 """Two processes on the CPU (gloo), started as a user starts them.
 
-Each command has a port of its own: Lightning looks for a free one, and another test may take it first.
+Each command has a port of its own: another test may take one that Lightning finds free.
 """
 
 import csv
