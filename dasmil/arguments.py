@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 from dasmil.config_files import find_config
 from dasmil.errors import InputError, input_error_in, near
 from dasmil.files import must_be_file
+from dasmil.help import D_NUMBER, PAPER_PAGE, HelpFormatter, arrange
 
 CONFIG = "--config"
 PER_SCALE = re.compile(  # options that hold one value or several settings per scale
@@ -38,13 +39,37 @@ UNSAID = re.compile(r"Does not validate|Subtypes: |Errors:|Given value type: |Ex
 
 
 class SentenceParser(ArgumentParser):
-    """An ``ArgumentParser`` without abbreviations, whose errors are sentences."""
+    """An ``ArgumentParser`` without abbreviations, whose errors are sentences.
+
+    Attributes
+    ----------
+    needed: options that --help shows first although the parser can do without them.
+    """
+
+    needed: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        defaults = {
+            "allow_abbrev": False,
+            "formatter_class": HelpFormatter,
+            "prog": "python -m dasmil",
+        }
+        super().__init__(*args, **{**defaults, **kwargs})
+
+    def format_help(self, *args: Any) -> str:
+        groups = self._action_groups
+        required = (action.dest for action in self._actions if action.required)
+        self._action_groups = arrange(groups, [*self.needed, *required])
+        try:
+            text = super().format_help(*args)
+        finally:
+            self._action_groups = groups
+        return text + (f"\nD numbers: {PAPER_PAGE}\n" if D_NUMBER.search(text) else "")
 
     def parse_args(self, args: Any = None, namespace: Any = None, **options: Any) -> Any:  # type: ignore[override]
         """Parse arguments whose labels are text, also those that YAML takes for other values."""
+        # jsonargparse forgets what is required while it parses, --help included
+        self.needed = [*self.needed, *(a.dest for a in self._actions if a.required)]
         with _labels_as_text():
             given = None if args is None else with_labels(args)
             return super().parse_args(given, namespace, **options)

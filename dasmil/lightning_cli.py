@@ -1,50 +1,48 @@
 """LightningCLI as dasmil uses it: ``fit`` from YAML, evaluation from a checkpoint alone."""
 
-import argparse
 import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import ActionConfigFile
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from dasmil.arguments import SentenceParser, read_config, said_of_trainer, with_configs
+from dasmil.arguments import SentenceParser, said_of_trainer, with_configs
 from dasmil.callbacks.evaluation import EvaluationWriter, say_not_finite
 from dasmil.callbacks.history import History
 from dasmil.callbacks.hparams import HyperParameters
 from dasmil.callbacks.instances import InstanceTruth
 from dasmil.callbacks.log_lines import LogLines
 from dasmil.callbacks.predictions import PredictionWriter
-from dasmil.callbacks.run_folder import (
-    CHECKPOINTS,
-    LAST,
-    RunFolder,
-    Trace,
-    run_folder,
-    run_folder_of,
-)
+from dasmil.callbacks.run_folder import CHECKPOINTS, RunFolder, Trace, run_folder, run_folder_of
 from dasmil.data import BagDataModule
 from dasmil.embedding.restricted import load_checkpoint
 from dasmil.endings import end_on_sigterm, signal_of
 from dasmil.errors import InputError, some_of
-from dasmil.files import must_exist
-from dasmil.methods.load import known_methods, read_checkpoint
+from dasmil.help import hide_training
+from dasmil.lightning_arguments import (
+    ABOUT,
+    CLASSES,
+    HELP,
+    NEEDED,
+    OPTIONS,
+    evaluation_defaults,
+    log_into_output,
+    refuse_arguments,
+    with_resume,
+)
 from dasmil.modules import MILModule
-from dasmil.modules.card import ModelCard
 from dasmil.modules.going_on import refuse_other_settings, training_settings
 from dasmil.restoring import RestrictedIO, said_of_restoring
 
 PARTS = {"fit": "val", "validate": "val", "test": "test"}  # which split each verb evaluates
-LOGGERS = "lightning.pytorch.loggers."
-WITH_FOLDERS = ("TensorBoardLogger", "CSVLogger")  # loggers that make folders by name and version
 
 
 def run(verb: str, args: Sequence[str]) -> int:
@@ -63,7 +61,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class EndOnSigterm(Callback):
-    """Take SIGTERM back from Lightning, whose own handler is in place when these begin."""
+    """Restore dasmil's SIGTERM handler, which Lightning has replaced when these begin."""
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         end_on_sigterm()
@@ -72,14 +70,14 @@ class EndOnSigterm(Callback):
 
 
 class LightningSentenceParser(SentenceParser, LightningArgumentParser):
-    """LightningCLI's parser, with our errors."""
+    """LightningCLI's parser, with the errors and help texts of :class:`SentenceParser`."""
 
 
 class DasmilCLI(LightningCLI):
-    """LightningCLI with ``--bags`` and ``--output`` for evaluation, where ``--ckpt_path`` suffices.
+    """LightningCLI with ``--output`` and, for evaluation, ``--bags`` and ``--ckpt_path`` alone.
 
-    The checkpoint says which model it is and what its classes and split are; what stands in a
-    config file or on the command line comes on top.
+    The checkpoint names the model, its classes and its split. Config files and the command line
+    override them.
     """
 
     def __init__(self, verb: str, args: list[str]):
@@ -89,16 +87,14 @@ class DasmilCLI(LightningCLI):
         self.resume_from: Path | None = None
         self.run: RunFolder | None = None
         if verb == "fit":
-            args, self.resume_from = _with_resume(args)
+            args, self.resume_from = with_resume(args)
             if self.resume_from is not None:
                 warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
-        else:  # evaluation saves no checkpoints, wherever the one it reads has been saved
+        else:  # evaluation saves no checkpoints, wherever the one it reads was saved
             warnings.filterwarnings("ignore", "The dirpath has changed from")
         args = with_configs(args)
-        _refuse_old_names(args)
-        _refuse_unknown_method(args)
-        _refuse_too_little(verb, args)
-        self.defaults, self.card = ({}, None) if verb == "fit" else _evaluation_defaults(args)
+        refuse_arguments(verb, args)
+        self.defaults, self.card = ({}, None) if verb == "fit" else evaluation_defaults(args)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -112,7 +108,7 @@ class DasmilCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """One whose errors are sentences."""
+        """A parser whose errors are sentences."""
         parser = LightningSentenceParser(**kwargs)
         parser.add_argument(
             "-c", "--config", action=ActionConfigFile, help="file of options, in YAML"
@@ -133,38 +129,34 @@ class DasmilCLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser.add_argument("--output", type=str | None, help="folder for all that is written")
-        if subcommand == "fit":
-            parser.add_argument(
-                "--resume",
-                type=str | None,
-                help="folder of a fit that was broken off: go on there, with its config.yaml",
-            )
-        else:
-            parser.add_argument("--bags", type=str | None, help="folder of bags (as --data.bags)")
-            parser.set_defaults({"trainer.logger": False, **self.defaults})
+        parser = super()._prepare_subcommand_parser(
+            klass, subcommand, **{**kwargs, "description": ABOUT[subcommand]}
+        )
+        assert isinstance(parser, LightningSentenceParser)
+        for name, explanation in OPTIONS[subcommand].items():
+            parser.add_argument(f"--{name}", type=str | None, metavar="PATH", help=explanation)
         if subcommand in ("validate", "test"):
-            parser.add_argument(
-                "--truth",
-                type=str | None,
-                help="folder of annotations, one file per slide: judge instances and lesions too",
-            )
-            parser.add_argument(
-                "--truth_classes",
-                type=list[str] | None,
-                help="classes (QuPath) or groups (ASAP) of the annotations that are lesions; one "
-                "with a colon stands in quotes: '[\"Tumor: Positive\"]'",
-            )
+            kind = list[str] | None
+            parser.add_argument("--truth_classes", type=kind, metavar="[NAME,...]", help=CLASSES)
+        parser.needed = NEEDED[subcommand]
+        parser.usage = " ".join(
+            [f"python -m dasmil {subcommand}", *(f"--{name} PATH" for name in parser.needed)]
+        )
+        for action in parser._actions:
+            if action.dest in HELP:
+                action.metavar, action.help = HELP[action.dest]
+        parser.set_defaults({"trainer.enable_model_summary": False})
+        if subcommand != "fit":
+            parser.set_defaults({"trainer.logger": False, **self.defaults})
+            hide_training(parser)
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
         if subcommand in ("validate", "test"):  # Lightning's table has a row per metric and scale
             parser.set_defaults({"verbose": False})
-        parser.set_defaults({"trainer.enable_model_summary": False})
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Without Lightning's warning that ``sys.argv`` is set too."""
+        """Parse without Lightning's warning that ``sys.argv`` is set too."""
         self.config = parser.parse_args(args)
         given = self.config[self.verb]
         if "://" in str(given.get("ckpt_path")):
@@ -180,9 +172,8 @@ class DasmilCLI(LightningCLI):
                 f"{self.verb}: give --bags together with --ckpt_path on the command line; "
                 "a config file names them data.bags and model"
             )
-
         if self.verb == "fit":
-            _log_into(given)
+            log_into_output(given)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -324,149 +315,3 @@ class DasmilCLI(LightningCLI):
             f": epoch {epoch} of 0 to {self.trainer.current_epoch - 1}, chosen by {keeper.monitor} "
             f"{float(score):.4f} of {sum(counts.values())} {data.val_part} slides ({slides})"
         )
-
-
-def _evaluation_defaults(args: Sequence[str]) -> tuple[dict[str, Any], ModelCard | None]:
-    """Defaults of the verb's parser that checkpoint and bags determine, and the model's card."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--ckpt_path", "--bags", "--model", "--model.class_path"):
-        parser.add_argument(name)
-    given, _ = parser.parse_known_args(list(args))
-    if given.ckpt_path is None:
-        return {}, None
-    method = getattr(given, "model.class_path") or given.model
-    _, found, cls = read_checkpoint(
-        Path(given.ckpt_path), None if method is None else _import_method(method)
-    )
-    data = {
-        "classes": list(found.card.classes),
-        "scales": list(found.card.scales),
-        "val_part": found.card.val_part,
-    }
-    if given.bags is not None:
-        data["bags"] = given.bags
-    path = f"{cls.__module__}.{cls.__qualname__}"
-    defaults = {
-        "model": {"class_path": path, "init_args": found.options},
-        "data": {"class_path": "dasmil.data.BagDataModule", "init_args": data},
-    }
-    return defaults, found.card
-
-
-def _import_method(name: str) -> type[MILModule] | None:
-    """The class that the user names; None if it is one of ours, which the checkpoint names too."""
-    module, _, attribute = name.rpartition(".")
-    if not module or module.split(".")[0] == "dasmil":
-        return None
-    try:
-        cls = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"--model: {name} cannot be imported ({error})") from error
-    if not (isinstance(cls, type) and issubclass(cls, MILModule)):
-        raise InputError(f"--model: {name} is no MILModule")
-    return cls
-
-
-def _with_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Arguments of a ``fit`` that goes on in the folder that ``--resume`` names.
-
-    Its ``config.yaml`` comes first, so that what is on the command line still comes on top.
-
-    Returns
-    -------
-    The arguments, and the checkpoint to go on from; None if there is none (yet): ``fit`` then
-    starts from the beginning, and draws what it drew before.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    given, rest = parser.parse_known_args(list(args))
-    if given.resume is None:
-        return list(args), None
-    folder = Path(given.resume)
-    config = folder / "config.yaml"
-    must_exist(folder, "give --resume the folder of a fit")
-    if not config.is_file():
-        raise InputError(f"{folder}: holds no config.yaml; give --resume the folder of a fit")
-    _refuse_no_fit(config)
-    last = folder / CHECKPOINTS / LAST
-    arguments = ["--config", str(config), "--output", str(folder), *rest]
-    return arguments, last if last.is_file() else None
-
-
-def _refuse_no_fit(config: Path) -> None:
-    """Check as much of the config of a run as this module reads itself."""
-    values = read_config(config)
-    parts = [values.get(name) for name in ("model", "data", "trainer")]
-    logger = parts[2].get("logger") if isinstance(parts[2], dict) else None
-    path = logger.get("class_path") if isinstance(logger, dict) else ""
-    is_logger = isinstance(logger, dict | bool | None) and isinstance(path, str)
-    if not all(isinstance(part, dict) for part in parts) or not is_logger:
-        raise InputError(f"{config}: not the config of a fit, of model, data and trainer")
-
-
-def _log_into(given: Any) -> None:
-    """Make ``--output`` the folder of the logger.
-
-    Parameters
-    ----------
-    given: parsed options of ``fit``.
-    """
-    folder, logger = given.get("output"), given.trainer.get("logger")
-    if folder is None:
-        if logger in (None, True):
-            raise InputError("fit: give --output, the folder of the run")
-        return
-    if logger in (None, True):
-        arguments = Namespace(save_dir=folder, name="", version="", default_hp_metric=False)
-        path = f"{LOGGERS}TensorBoardLogger"
-        given.trainer.logger = Namespace(class_path=path, init_args=arguments)
-    elif isinstance(logger, Namespace):
-        logger.init_args.save_dir = folder
-        if logger.class_path.rsplit(".", 1)[-1] in WITH_FOLDERS:
-            logger.init_args.name, logger.init_args.version = "", ""
-
-
-def _refuse_old_names(args: Sequence[str]) -> None:
-    """Say what the class of before 0.2 is called now; its options stood all side by side."""
-    old = "DASMILModule"
-    for option, value in _given(args, "--model", "--model.class_path", "--config", "-c"):
-        is_file = option in ("--config", "-c") and not value.startswith("{")
-        if old in (Path(value).read_text(encoding="utf-8") if is_file else value):
-            raise InputError(
-                f"{value}: {old} is DASMIL now, and its options stand in the groups network, "
-                "objective and optimizer; .github/docs/changes.md lists them"
-            )
-
-
-def _refuse_unknown_method(args: Sequence[str]) -> None:
-    """Say which methods there are; the parser would speak of import paths."""
-    known = (*known_methods(), "DINOModule")
-    for option, name in _given(args, "--model", "--model.class_path"):
-        if name.isidentifier() and name not in known:
-            raise InputError(f"{option}: no method {name!r}; there are {', '.join(known)}")
-
-
-def _given(args: Sequence[str], *options: str) -> Iterator[tuple[str, str]]:
-    """These options and their values, as ``--option value`` or ``--option=value``."""
-    for word, following in zip(args, [*args[1:], ""]):
-        option, equals, value = word.partition("=")
-        if option in options:
-            yield option, value if equals else following
-
-
-def _refuse_too_little(verb: str, args: Sequence[str]) -> None:
-    """Say what a verb cannot do without; the parser would name Python classes."""
-    names = {word.split("=")[0] for word in args}
-    if names & {"-h", "--help", "--model.help", "--data.help", "-c", "--config", "--model"}:
-        return
-    if verb == "fit":
-        raise InputError(
-            "fit: give --config configs/mil.yaml (a method on bags) or --config configs/dino.yaml "
-            "(an extractor)"
-        )
-    for option, what in (
-        ("--ckpt_path", "the checkpoint that fit wrote"),
-        ("--bags", "the folder that embed wrote"),
-    ):
-        if not names & {option, f"--data.{option[2:]}"}:
-            raise InputError(f"{verb}: give {option}, {what}")

@@ -82,7 +82,7 @@ MISTAKES = [  # command, what its sentence says
     ("demo", "give --output"),
     ("sweep --output OUT --seeds [a]", "--seeds: 'a' is not a whole number"),
     ("sweep --output OUT --rows [{labl:a}]", "--rows"),
-    ("import tridnet", "no kind 'tridnet'; did you mean trident?"),
+    ("import tridnet", "no verb 'import tridnet'; did you mean import trident?"),
     (TRIDENT, "give --features"),
     (f"{TRIDENT} --features.x10 NOWHERE", "NOWHERE: no such folder"),
     (f"{TRIDENT} --features.x10 F --dtype float8", "--dtype: 'float8' is not one of keep, float16"),

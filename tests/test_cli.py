@@ -1,6 +1,5 @@
 import csv
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dasmil
 from dasmil.bags import bag_path, read_bag
-from dasmil.cli import LIGHTNING_VERBS, main
+from dasmil.cli import main
 from dasmil.files import file_sha256
 from dasmil.slides.cohort import read_cohort
 
-VERBS = (
-    *("tile", "embed", "status", "contact-sheet", "export", "compare", "sweep", "demo"),
-    *LIGHTNING_VERBS,
-)
-KINDS = (*("clam", "dino-checkpoint", "mil4wsi-bags", "mil4wsi-checkpoint", "stamp", "trident"),)
+LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 YAMLS = [
     *sorted(CONFIGS.rglob("*.yaml")),
     *(path for folder in (CONF, COLON) for path in sorted(folder.glob("*.yaml"))),
@@ -111,20 +106,6 @@ def test_a_typing_mistake_in_a_yaml_is_named(path, tmp_path, capsys):
     assert "num_haeds: no such option" in capsys.readouterr().err
 
 
-def test_help_lists_every_verb(capsys):
-    assert main(["--help"]) == 0
-    printed = capsys.readouterr().out
-    assert all(f"  {verb} " in printed for verb in VERBS)
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
-    assert stop.value.code == 0
-    assert "--config" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "command",
     [
@@ -157,26 +138,6 @@ def modules_after(command):
         [sys.executable, "-c", program, *command], check=True, capture_output=True, text=True
     )
     return done.stdout.rsplit("modules:", 1)[1].split()
-
-
-@pytest.mark.parametrize(
-    "question",
-    [
-        *(f"{verb} --help" for verb in ("tile", "embed", "sweep", "demo")),
-        *(f"import {kind} --help" for kind in KINDS),
-        *(f"fit --model.help {name}" for name in ("ABMIL", "CLAM", "DASMIL", "DTFD", "DINOModule")),
-        *(f"fit --data.help {name}" for name in ("BagDataModule", "TileDataModule")),
-    ],
-)
-def test_help_explains_every_option_of_ours(question, capsys):
-    with pytest.raises(SystemExit):
-        main(question.split())
-    options = re.split(r"\n  (?=--)", capsys.readouterr().out.split("\n\n", 1)[1])[1:]
-    ours = [text for text in options if not text.startswith(("--trainer", "--print_config"))]
-    for text in ours:
-        words = re.sub(r"\(?(required, )?type:.*", "", " ".join(text.split()))
-        explanation = re.sub(r"^(-\S+ *(\{\S+\}|\[\S+\]|[A-Z][A-Z0-9_.]*)?,? *)+", "", words)
-        assert len(explanation) > 8, text
 
 
 def test_a_fit_that_is_ended_from_outside_has_not_ended_well(monkeypatch, capsys):

@@ -72,23 +72,25 @@ def test_a_warning_is_one_sentence_without_a_place_in_the_code(road, trained):
 
 
 def test_of_many_processes_the_first_one_warns(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    quiet.hush()
     where = str(Path(quiet.__file__).parent / "data" / "bags.py")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert quiet._sentence("few slides", UserWarning, where, 3) == ""
-    assert quiet._sentence("no such kernel", UserWarning, "torch.py", 3) != ""
+    assert warnings.formatwarning("few slides", UserWarning, where, 3) == ""
+    assert warnings.formatwarning("no such kernel", UserWarning, "torch.py", 3) != ""
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert quiet._sentence("few slides", UserWarning, where, 3) == "warning: few slides\n"
+    assert warnings.formatwarning("few slides", UserWarning, where, 3) == "warning: few slides\n"
 
 
-def test_of_many_processes_the_first_one_says_an_error(monkeypatch, capsys):
-    """The others wait to be ended by it; an error of theirs alone is said after that."""
+def test_of_many_processes_the_first_one_prints_an_error(monkeypatch, capsys):
+    """The others wait to be ended by it, and print an error of their own after that."""
     waited = []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     for name in ("LOCAL_RANK", "NODE_RANK"):
         with monkeypatch.context() as environment:
             environment.setenv(name, "1")
             assert main(["trian"]) == 2
-    assert waited == [cli.FIRST_SAYS_S] * 2
+    assert waited == [cli.FIRST_PRINTS_S] * 2
     assert main(["trian"]) == 2
     assert len(waited) == 2 and capsys.readouterr().err.count("error: no verb 'trian'") == 3
 

@@ -13,7 +13,7 @@ import dasmil
 from dasmil.bags import bag_graph, bag_path, join_graphs, read_bag, write_bag
 from dasmil.data import BagDataModule
 from dasmil.errors import InputError
-from dasmil.lightning_cli import _evaluation_defaults
+from dasmil.lightning_arguments import evaluation_defaults
 from dasmil.methods.dasmil import DASMIL, NetworkOptions, ObjectiveOptions
 from dasmil.modules import ModelCard
 from dasmil.slides.study import SlideRecord, plain_records
@@ -334,7 +334,7 @@ def test_a_checkpoint_knows_on_which_part_it_was_chosen_and_which_scales_it_read
     tmp_path, val_part
 ):
     _, _, path = fit_once(pyramid_bags(tmp_path), ["x5", "x20"], val_part)
-    arguments = _evaluation_defaults(["--ckpt_path", path])[0]["data"]["init_args"]
+    arguments = evaluation_defaults(["--ckpt_path", path])[0]["data"]["init_args"]
     assert arguments["val_part"] == val_part
     assert arguments["scales"] == ["x5", "x20"]
     data = BagDataModule(tmp_path, num_workers=0, **arguments)
@@ -354,7 +354,7 @@ def test_predictions_of_a_checkpoint_of_before_the_switches_have_their_defaults(
     again = dasmil.load(tmp_path / "old.ckpt")
     assert again.objective_options == ObjectiveOptions()
     assert again.network_options == module.network_options and again.card.split == []
-    arguments, _ = _evaluation_defaults(["--ckpt_path", str(tmp_path / "old.ckpt")])
+    arguments, _ = evaluation_defaults(["--ckpt_path", str(tmp_path / "old.ckpt")])
     assert arguments["data"]["init_args"]["val_part"] == "val"
 
 
