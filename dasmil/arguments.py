@@ -1,9 +1,9 @@
-"""Command lines: parsers that answer a mistake with one sentence, and options per scale."""
+"""Command lines: parsers that report a mistake in one sentence, and options per scale."""
 
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -35,7 +35,9 @@ TYPES = {  # jsonargparse's names of types
     "<class 'dict'>": "a dictionary such as {a: 1}",
     "<class 'NoneType'>": "null",
 }
-UNSAID = re.compile(r"Does not validate|Subtypes: |Errors:|Given value type: |Expected a path but ")
+IGNORED = re.compile(
+    r"Does not validate|Subtypes: |Errors:|Given value type: |Expected a path but "
+)
 
 
 class SentenceParser(ArgumentParser):
@@ -67,23 +69,23 @@ class SentenceParser(ArgumentParser):
         return text + (f"\nD numbers: {PAPER_PAGE}\n" if D_NUMBER.search(text) else "")
 
     def parse_args(self, args: Any = None, namespace: Any = None, **options: Any) -> Any:  # type: ignore[override]
-        """Parse arguments whose labels are text, also those that YAML takes for other values."""
+        """Parse arguments; class labels such as ``no`` stay text."""
         # jsonargparse forgets what is required while it parses, --help included
         self.needed = [*self.needed, *(a.dest for a in self._actions if a.required)]
         with _labels_as_text():
-            given = None if args is None else with_labels(args)
-            return super().parse_args(given, namespace, **options)
+            quoted = None if args is None else quote_labels(args)
+            return super().parse_args(quoted, namespace, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise :class:`InputError`; a parser inside another one leaves that to the outer one."""
+        """Raise :class:`InputError`; an inner parser leaves that to the outer one."""
         if not self.exit_on_error:
             super().error(message, ex)
-        raise InputError(input_error_in(ex) or sentence(message, self)) from ex
+        raise InputError(input_error_in(ex) or shorten_error(message, self)) from ex
 
 
 @contextmanager
-def said_of_trainer() -> Iterator[None]:
-    """Say in one sentence what Lightning's Trainer refuses while it is made."""
+def trainer_errors() -> Iterator[None]:
+    """Turn what Lightning's Trainer raises when it is created into :class:`InputError`."""
     try:
         yield
     except InputError:
@@ -99,29 +101,29 @@ def first_sentence(error: BaseException) -> str:
     return re.split(r"(?<=[.!?])\s", " ".join(str(error).split()))[0]
 
 
-def sentence(message: str, parser: ArgumentParser) -> str:
-    """Shorten jsonargparse's report of a mistake to what is wrong with which option.
+def shorten_error(message: str, parser: ArgumentParser) -> str:
+    """Shorten jsonargparse's report of a mistake to one sentence about one option.
 
-    jsonargparse lists every type that an option may have and all values that it was given. Only
-    the most specific of its complaints is kept.
+    jsonargparse lists every type that an option may have and every value that was given. Only the
+    most specific complaint is kept.
 
     Parameters
     ----------
     message: of ``ArgumentParser.error``.
-    parser: whose options it is about.
+    parser: the parser that reports the mistake.
     """
     options = [name for action in parser._actions for name in action.option_strings]
-    if found := re.match(r"unrecognized arguments: (.*)", message):
-        words = found[1].split()
+    if match := re.match(r"unrecognized arguments: (.*)", message):
+        words = match[1].split()
         word = next((word for word in words if word.startswith("-")), words[0])
         name = word.split("=")[0]
         return f"{name}: no such option{near(name, options)}"
-    if found := re.match(
+    if match := re.match(
         r"argument (?:-\w/)?(\S+): expected (?:one|at least one) argument", message
     ):
-        return f"{found[1]}: its value is missing"
-    if found := re.match(r"the following arguments are required: (.*)", message):
-        return f"give {_required(found[1].split(', '), parser)}"
+        return f"{match[1]}: its value is missing"
+    if match := re.match(r"the following arguments are required: (.*)", message):
+        return f"give {_required(match[1].split(', '), parser)}"
     complaints = list(_complaints(message))
     if not complaints:
         return " ".join(message.split())
@@ -134,25 +136,25 @@ def sentence(message: str, parser: ArgumentParser) -> str:
             types.insert(0, f"one of {', '.join(choices)}")
         value = "it" if best.value is None else repr(best.value)
         return f"--{option}: {value} is not {' or '.join(dict.fromkeys(types))}"
-    if found := re.match(r"unrecognized arguments: --([^\s=]+)", best.text):
-        name = f"{option}.{found[1]}".strip(".")
+    if match := re.match(r"unrecognized arguments: --([^\s=]+)", best.text):
+        name = f"{option}.{match[1]}".strip(".")
         options = [f"--{option}.{key}" for key in _parameters(best.class_path)]
         return f"--{name}: no such option{near(f'--{name}', options)}"
-    if found := re.match(r"Option '(.*)' is not accepted", best.text):
-        name = ".".join([option, found[1]]).strip(".")
+    if match := re.match(r"Option '(.*)' is not accepted", best.text):
+        name = ".".join([option, match[1]]).strip(".")
         if option:
             options = [f"--{option}.{key}" for key in _parameters(best.class_path)]
         moved = [
-            known for known in options if known.count(".") > 1 and known.endswith(f".{found[1]}")
+            known for known in options if known.count(".") > 1 and known.endswith(f".{match[1]}")
         ]
         if len(moved) == 1:
             return f"--{name}: its name is {moved[0]}"
         return f"--{name}: no such option{near(f'--{name}', options)}"
-    if found := re.match(r"the following arguments are required: (.*)", best.text):
-        names = (f"--{option}.{name}" for name in found[1].split(", "))
-        return f"give {_in_words(names)}"
-    if found := re.match(r"File does not exist: '(.*)'", best.text):
-        return f"--{option}: {found[1]} does not exist"
+    if match := re.match(r"the following arguments are required: (.*)", best.text):
+        names = (f"--{option}.{name}" for name in match[1].split(", "))
+        return f"give {' and '.join(names)}"
+    if match := re.match(r"File does not exist: '(.*)'", best.text):
+        return f"--{option}: {match[1]} does not exist"
     return f"--{option}: {best.text}" if option else best.text
 
 
@@ -161,11 +163,12 @@ class _Complaint:
 
     Parameters
     ----------
-    path: the option's keys from the outside in.
-    class_path: of the class whose option it is; "" if none.
+    text: the line.
+    path: keys of the option, outermost first.
+    class_path: of the class that has the option; "" if none.
     """
 
-    SPECIFIC, OTHER, TYPE = range(3)  # ranks: the lowest is kept
+    SPECIFIC, OTHER, TYPE = range(3)  # ranks; the lowest is kept
 
     def __init__(self, text: str, path: tuple[str, ...], class_path: str):
         self.path = path
@@ -175,17 +178,17 @@ class _Complaint:
         self.choices: list[str] = []
         if re.match(r"Option '|the following arguments|File does not exist", text):
             self.rank = self.SPECIFIC
-        elif found := re.match(r"Expected a (.*?)(?:\. Got value: (.*))?$", text):
-            self.rank, self.value = self.TYPE, found[2]
-            if choices := re.match(r"typing\.Literal\[(.*)\]", found[1]):
+        elif match := re.match(r"Expected a (.*?)(?:\. Got value: (.*))?$", text):
+            self.rank, self.value = self.TYPE, match[2]
+            if choices := re.match(r"typing\.Literal\[(.*)\]", match[1]):
                 self.choices = [word.strip(" '") for word in choices[1].split(",")]
             else:
-                self.text = TYPES.get(found[1], found[1].split("'")[-2:][0])
+                self.text = TYPES.get(match[1], match[1].split("'")[-2:][0])
 
 
 def _complaints(message: str) -> Iterator[_Complaint]:
-    """The lines of a report that complain, each with the option that it is about."""
-    keys: list[tuple[int, str]] = []  # indentation and key, from the outside in
+    """The complaints of a report, each with its option."""
+    keys: list[tuple[int, str]] = []  # indentation and key, outermost first
     classes: list[tuple[int, str]] = []
     open_complaints: list[_Complaint] = []
     for line in message.splitlines():
@@ -199,13 +202,13 @@ def _complaints(message: str) -> Iterator[_Complaint]:
             continue
         keys = [(place, key) for place, key in keys if place < indent]
         classes = [(place, name) for place, name in classes if place < indent]
-        if found := re.match(r'Parser key "(.*?)":\s*', text):
-            keys.append((indent, found[1].removeprefix("fit.")))
-            text = text[found.end() :]
-        if found := re.match(r"Problem with given class_path '(.*)':\s*", text):
-            classes.append((indent, found[1]))
-            text = text[found.end() :]
-        if not text or UNSAID.match(text):
+        if match := re.match(r'Parser key "(.*?)":\s*', text):
+            keys.append((indent, match[1].removeprefix("fit.")))
+            text = text[match.end() :]
+        if match := re.match(r"Problem with given class_path '(.*)':\s*", text):
+            classes.append((indent, match[1]))
+            text = text[match.end() :]
+        if not text or IGNORED.match(text):
             continue
         class_path = classes[-1][1] if classes else ""
         path = tuple(part for _, key in keys for part in key.split("."))
@@ -214,51 +217,59 @@ def _complaints(message: str) -> Iterator[_Complaint]:
 
 
 def _required(names: Sequence[str], parser: ArgumentParser) -> str:
-    """Missing arguments as a user writes them."""
+    """Join missing arguments as a user writes them."""
     positional = {
         a.dest: a.metavar or a.dest.upper() for a in parser._actions if not a.option_strings
     }
-    return _in_words(str(positional.get(name, f"--{name}")) for name in names)
-
-
-def _in_words(names: Iterable[str]) -> str:
-    return " and ".join(names)
+    return " and ".join(str(positional.get(name, f"--{name}")) for name in names)
 
 
 def _parameters(class_path: str) -> list[str]:
     """The options of a class and its bases, and the fields of those that are dataclasses."""
     module, _, name = class_path.rpartition(".")
-    found: list[str] = []
+    names: list[str] = []
     try:
         for cls in getattr(import_module(module), name).__mro__[:-1]:
             types = get_type_hints(cls.__init__)
             for option in inspect.signature(cls.__init__).parameters:
                 kind = types.get(option)
                 inner = fields(kind) if is_dataclass(kind) else ()
-                found += [option, *(f"{option}.{field.name}" for field in inner)]
+                names += [option, *(f"{option}.{field.name}" for field in inner)]
     except (ImportError, AttributeError, TypeError, ValueError, NameError):
-        return found
-    return found
+        return names
+    return names
 
 
-def with_configs(args: Sequence[str]) -> list[str]:
-    """Arguments in which every ``--config`` names a file that is there.
+def find_configs(args: Sequence[str]) -> list[str]:
+    """Replace the value of every ``--config`` by the path of an existing file.
 
     A config that is not found from the current folder is looked for in dasmil's own ``configs/``.
+
+    Raises
+    ------
+    InputError
+        if there is no such file, or it is not YAML.
     """
-    found: list[str] = []
+    return _map_values(args, re.compile(f"{CONFIG}|-c"), _find_config)
+
+
+def _map_values(
+    args: Sequence[str], options: re.Pattern[str], change: Callable[[str], str]
+) -> list[str]:
+    """Change the values of some options, as ``--option value`` or ``--option=value``."""
+    changed: list[str] = []
     for word in args:
         option, equals, value = word.partition("=")
-        if found and found[-1] in (CONFIG, "-c"):
-            word = _config(word)
-        elif option in (CONFIG, "-c") and equals:
-            word = f"{option}={_config(value)}"
-        found.append(word)
-    return found
+        if changed and options.fullmatch(changed[-1]):
+            word = change(word)
+        elif equals and options.fullmatch(option):
+            word = f"{option}={change(value)}"
+        changed.append(word)
+    return changed
 
 
-def _config(value: str) -> str:
-    """The path of a config, or a config itself."""
+def _find_config(value: str) -> str:
+    """The path of a config, or the config itself if it is given inline."""
     if value.startswith("{"):
         return value
     path = find_config(value)
@@ -267,12 +278,12 @@ def _config(value: str) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a YAML file by name, as plain values: tags make nothing.
+    """Read a YAML file as plain values by name; YAML tags create no objects.
 
     Raises
     ------
     InputError
-        if it is no file of that kind.
+        if there is no such file, or it is not YAML with keys in UTF-8.
     """
     must_be_file(path, "give a file of options in YAML")
     try:
@@ -282,43 +293,31 @@ def read_config(path: Path) -> dict[str, Any]:
     return _mapping(text, str(path))
 
 
-def with_labels(args: Sequence[str]) -> list[str]:
-    """Arguments in which the labels of lists such as ``[no,yes]`` or ``[0,1]`` are quoted."""
-    found: list[str] = []
-    for word in args:
-        option, equals, value = word.partition("=")
-        if found and LABELS.fullmatch(found[-1]):
-            word = _quoted(word)
-        elif equals and LABELS.fullmatch(option):
-            word = f"{option}={_quoted(value)}"
-        found.append(word)
-    return found
-
-
-def _quoted(value: str) -> str:
+def quote_labels(args: Sequence[str]) -> list[str]:
+    """Quote the labels in lists such as ``[no,yes]`` or ``[0,1]``."""
     key = "classes: "
-    return _labels_quoted(key + value).removeprefix(key)
+    return _map_values(args, LABELS, lambda value: _quote_labels(key + value).removeprefix(key))
 
 
 @contextmanager
 def _labels_as_text() -> Iterator[None]:
-    """Read labels in YAML files as they stand; YAML takes ``no`` for false and ``01`` for 1."""
+    """Keep labels in YAML files as text; YAML would read ``no`` as false and ``01`` as 1."""
     load = get_loader("yaml")
-    set_loader("yaml", lambda text: load(_labels_quoted(text)), (yaml.YAMLError,))
+    set_loader("yaml", lambda text: load(_quote_labels(text)), (yaml.YAMLError,))
     try:
         yield
     finally:
         set_loader("yaml", load, (yaml.YAMLError,))
 
 
-def _labels_quoted(text: str) -> str:
-    """YAML in which the items of lists of labels are quoted."""
+def _quote_labels(text: str) -> str:
+    """Quote the items of lists of labels in YAML."""
     if not TEXTS.search(text):
         return text
     try:
         nodes = [yaml.compose(text, yaml.SafeLoader)]
     except (yaml.YAMLError, RecursionError):
-        return text  # whoever loads it says what is wrong
+        return text  # the loader reports the error
     labels: list[yaml.ScalarNode] = []
     while nodes:
         node = nodes.pop()
@@ -336,24 +335,29 @@ def _labels_quoted(text: str) -> str:
     return text
 
 
-def with_scales_together(args: Sequence[str]) -> list[str]:
-    """Arguments in which the options of all scales are one option of JSON.
+def join_scales(args: Sequence[str]) -> list[str]:
+    """Join the options of all scales into one config in JSON.
 
-    ``--extractors.x2.5.model NAME`` cannot be parsed as it is, because for jsonargparse every dot
-    is a level; and of several settings of a scale it keeps only some. What the config files say of
-    other scales and settings is kept.
+    jsonargparse cannot parse ``--extractors.x2.5.model NAME``, because every dot is a level to it,
+    and it keeps only some of several settings per scale. Other scales and settings in the config
+    files are kept.
+
+    Raises
+    ------
+    InputError
+        if a value is missing or is not YAML with keys.
     """
     rest: list[str] = []
     given: dict[str, dict[str, Any]] = {}
     words = iter(args)
     for word in words:
-        found = PER_SCALE.fullmatch(word)
-        if found is None:
+        match = PER_SCALE.fullmatch(word)
+        if match is None:
             rest.append(word)
             continue
-        name, scale, setting, value = found.groups()
+        name, scale, setting, value = match.groups()
         value = next(words, None) if value is None else value
-        values = given.setdefault(name, _of_configs(args, name))
+        values = given.setdefault(name, _values_in_configs(args, name))
         if value is None:
             raise InputError(f"{word}: its value is missing")
         if scale is None:
@@ -366,29 +370,29 @@ def with_scales_together(args: Sequence[str]) -> list[str]:
             values[scale] = {**before, setting: value}
     if not given:
         return rest
-    # As a config, which refuses an unknown setting; as an option it would be taken for text. It
-    # follows the files, which it completes, and precedes --print_config, which ends the parsing.
+    # A config, because an option's unknown setting would be taken for text. It follows the files,
+    # which it completes, and precedes --print_config, which ends the parsing.
     last = max((n for n, word in enumerate(rest) if word.startswith(CONFIG)), default=-1)
     place = last + 1 + ("=" not in rest[last]) if last >= 0 else 0
     return [*rest[:place], CONFIG, json.dumps(given), *rest[place:]]
 
 
-def _of_configs(args: Sequence[str], name: str) -> dict[str, Any]:
-    """What the config files of a command say of an option per scale; later ones win."""
+def _values_in_configs(args: Sequence[str], name: str) -> dict[str, Any]:
+    """Values per scale of an option in the config files of a command; later files win."""
     values: dict[str, Any] = {}
     for option, value in zip(args, [*args[1:], ""]):
         if option.startswith(f"{CONFIG}="):
             value = option.removeprefix(f"{CONFIG}=")
         elif option != CONFIG:
             continue
-        found = _mapping(value, value) if value.startswith("{") else read_config(Path(value))
-        values |= found.get(name) or {}
+        config = _mapping(value, value) if value.startswith("{") else read_config(Path(value))
+        values |= config.get(name) or {}
     return values
 
 
 def _mapping(text: str, where: str) -> dict[str, Any]:
-    """YAML with keys, as a dictionary."""
+    """Load YAML with keys as a dictionary."""
     try:
         return dict(get_loader("yaml")(text) or {})
-    except Exception as error:  # of whatever YAML library jsonargparse uses
+    except Exception as error:  # jsonargparse chooses the YAML library
         raise InputError(f"{where}: not YAML with keys ({' '.join(str(error).split())})") from error

@@ -132,8 +132,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if number is None:
             raise
         if is_first_process():
-            how = f"{args[0]} was ended by {ENDED[number]}"
-            print(f"{how}; {_advice(args, stop)}", file=sys.stderr)
+            name = _name(args)
+            how = f"{name} was ended by {ENDED[number]}"
+            print(f"{how}; {_advice(name, stop)}", file=sys.stderr)
         return 128 + number
     except BrokenPipeError:
         if not _output_is_closed():
@@ -170,10 +171,12 @@ def _output_is_closed() -> bool:
     return bool(output.poll(0))
 
 
-def _advice(args: Sequence[str], stop: BaseException) -> str:
+def _advice(name: str, stop: BaseException) -> str:
     """How to go on with a verb that was ended."""
     again = "run the same command again"
-    if VERBS[_name(args)].resumes:  # also if it was ended in a fit: the demo runs its fits itself
+    if (
+        name in VERBS and VERBS[name].resumes
+    ):  # also if it was ended in a fit: the demo runs its fits itself
         return f"{again}, what is done is kept"
     return " ".join(getattr(stop, "__notes__", ())) or again
 
@@ -203,7 +206,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def _name(args: Sequence[str]) -> str:
-    """The row of the table that a command line asks for."""
+    """The name of the verb that a command line asks for."""
     if args[0] == "import":
         return " ".join(args[:2])
     return "tile --preview" if args[0] == "tile" and "--preview" in args else args[0]
@@ -226,9 +229,9 @@ def _call(function: Callable[..., int], verb: Verb, name: str, args: Sequence[st
 
     from dasmil.arguments import (
         SentenceParser,
-        said_of_trainer,
-        with_configs,
-        with_scales_together,
+        find_configs,
+        join_scales,
+        trainer_errors,
     )
 
     document = inspect.getdoc(function) or ""
@@ -249,8 +252,8 @@ def _call(function: Callable[..., int], verb: Verb, name: str, args: Sequence[st
     parser.add_function_arguments(function, skip={*verb.by_place, *HANDED}, sub_configs=True)
     if "trainer" in parameters:
         _add_trainer(parser)
-    parsed = parser.parse_args(with_scales_together(with_configs(args)))
-    with said_of_trainer() if "trainer" in parameters else nullcontext():
+    parsed = parser.parse_args(join_scales(find_configs(args)))
+    with trainer_errors() if "trainer" in parameters else nullcontext():
         values = parser.instantiate(parsed).as_dict()
     values.pop("config", None)
     if "run_verb" in parameters:  # the demo cannot import this module, it would be a circle

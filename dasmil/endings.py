@@ -1,8 +1,7 @@
-"""SIGTERM and Ctrl-C end a run: they are never the fault of the slide that is being read.
+"""SIGTERM and Ctrl-C end a run; they are no failure of the slide that is being read.
 
-A scheduler ends a job by SIGTERM to all of its processes, and a terminal sends Ctrl-C to all of
-them, too. Only the main process acts on it; processes that work for it leave it alone until the
-main process ends them.
+A scheduler sends SIGTERM to all processes of a job, and a terminal sends Ctrl-C to all of them.
+Only the main process acts on it. Its child processes ignore it until the main process ends them.
 """
 
 import signal
@@ -13,25 +12,25 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ENDING_S = 10.0  # in which a run that was told to end is not told again
+ENDING_S = 10.0  # in which further signals are ignored, so that the run can end in order
 
-_told = float("-inf")  # when
+_last_signal_s = float("-inf")
 
 
 def end_on_sigterm() -> None:
     """Let SIGTERM raise ``SystemExit(143)`` in the main thread.
 
-    Lightning replaces the handler while a Trainer runs, by one that waits for all processes in the
-    middle of their work and may hang; so callbacks call this again.
+    Lightning replaces the handler while a Trainer runs. Its own handler waits for all processes in
+    the middle of their work and may hang, so a callback calls this function again.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    global _told
-    if time.monotonic() - _told > ENDING_S:
-        _told = time.monotonic()
+    global _last_signal_s
+    if time.monotonic() - _last_signal_s > ENDING_S:
+        _last_signal_s = time.monotonic()
         raise SystemExit(128 + number)
 
 
@@ -48,14 +47,14 @@ def ending_on_sigterm() -> Iterator[None]:
 
 
 def leave_signals_to_parent(*_: object) -> None:
-    """For the start of a process that works for another one."""
+    """Ignore the signals; called when a child process starts."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back signals in a block; a process that is started in it never gets them."""
+    """Block the signals; a process that is started within the block never gets them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -64,7 +63,7 @@ def signals_held() -> Iterator[None]:
 
 
 def signal_of(error: BaseException) -> signal.Signals | None:
-    """The signal that ended a run; None if it was something else."""
+    """The signal that ended a run; None if it ended by something else."""
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
         return signal.SIGINT  # Lightning raises SystemExit(1) for it
     by_lightning = type(error).__name__ == "SIGTERMException"

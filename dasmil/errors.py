@@ -1,4 +1,4 @@
-"""The one exception that means "your input is wrong", as opposed to "our code is wrong"."""
+"""Errors in the user's input, as opposed to errors in the code, and their messages."""
 
 import errno
 import re
@@ -10,19 +10,19 @@ MAX_NAMED = 5
 NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # controls but line ends and tabs
+UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all controls except \n and \t
 
 
 def shown(text: str) -> str:
-    """A text for a terminal: control characters, which may be a stranger's, as ``\\x1b``."""
-    return UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], text)
+    """Escape control characters for a terminal, as in ``\\x1b``; file names may hold them."""
+    return UNSHOWN.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class InputError(ValueError):
-    """Bad input, said in one sentence: which file, what is wrong, what to do.
+    """Bad input, in one sentence: which file, what is wrong, what to do.
 
-    The command line prints the sentence without a traceback and exits with code 2. It may name
-    files of strangers, so control characters are shown as text.
+    The command line prints the sentence without a traceback and exits with code 2. Control
+    characters are escaped, because the sentence may name files from unknown sources.
     """
 
     def __str__(self) -> str:
@@ -30,53 +30,53 @@ class InputError(ValueError):
 
 
 class DiskFullError(InputError):
-    """Nothing more can be written; no fault of the slide that was being worked on."""
+    """The disk is full; no failure of the slide that was being processed."""
 
 
 def say_error(error: Exception) -> str:
-    """What a row of a table says of an error: its sentence, or that of a library with its kind."""
+    """The text of an error for a table: its sentence, for other libraries with its type."""
     is_sentence = isinstance(error, InputError)
     return shown(str(error) if is_sentence else f"{type(error).__name__}: {error}")
 
 
 def some_of(texts: Collection[object]) -> str:
-    """The first few, and how many more there are; for sentences about slides or keys of a file."""
+    """Join the first few items and count the rest, for error messages."""
     named = shown(", ".join(list(map(str, texts))[:MAX_NAMED]))
     return named + (f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else "")
 
 
 def near(name: str, options: Iterable[str]) -> str:
-    """The option that looks like a mistyped one, as the end of a sentence."""
-    found = get_close_matches(name, list(options), n=1, cutoff=0.7)
-    return f"; did you mean {found[0]}?" if found else ", see --help"
+    """Suggest the option closest to a mistyped one, as the end of a sentence."""
+    matches = get_close_matches(name, list(options), n=1, cutoff=0.7)
+    return f"; did you mean {matches[0]}?" if matches else ", see --help"
 
 
 def input_error_in(error: BaseException | None) -> str:
-    """The sentence of the :class:`InputError` that caused an error; "" if none did."""
+    """The message of the :class:`InputError` that caused an error; "" if none did."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__
     return str(error or "")
 
 
 def os_error_in(error: BaseException | None) -> str:
-    """What the system refused, as a sentence with the file; "" if no :class:`OSError` is a cause.
+    """A sentence with the file if an :class:`OSError` caused an error; "" if none did.
 
-    A disk that is read-only, or a folder that was removed, is no fault of our code.
+    A read-only disk or a removed folder is no error in the code.
     """
     while error is not None and not (isinstance(error, OSError) and error.filename):
         error = error.__cause__
     if error is None:
         return ""
     path = Path(str(error.filename2 or error.filename))
-    if re.match(r"\..*\.tmp", path.name):  # of a file that was being written
+    if re.match(r"\..*\.tmp", path.name):  # temporary name of a file being written
         path = path.parent
     advice = "run the same command again"
     if error.errno in NO_FOLDER:
-        advice = "name another place: a file lies where a folder is needed, or the reverse"
+        advice = "name another place: there is a file where a folder is needed, or the reverse"
     elif error.errno in CLOSED:
-        advice = "name another place, or let it be read and written"
+        advice = "name another place, or allow reading and writing there"
     elif error.errno in FULL:
         advice = "free some space and run the same command again"
     elif error.errno == errno.ENOENT:
-        advice = "name another place, or if its folder was removed meanwhile, run it again"
+        advice = "name another place, or run it again if its folder was removed meanwhile"
     return f"{path}: {error.strerror}; {advice}"

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from dasmil.arguments import SentenceParser, said_of_trainer, with_configs
+from dasmil.arguments import SentenceParser, find_configs, trainer_errors
 from dasmil.callbacks.evaluation import EvaluationWriter, say_not_finite
 from dasmil.callbacks.history import History
 from dasmil.callbacks.hparams import HyperParameters
@@ -92,7 +92,7 @@ class DasmilCLI(LightningCLI):
                 warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
         else:  # evaluation saves no checkpoints, wherever the one it reads was saved
             warnings.filterwarnings("ignore", "The dirpath has changed from")
-        args = with_configs(args)
+        args = find_configs(args)
         refuse_arguments(verb, args)
         self.defaults, self.card = ({}, None) if verb == "fit" else evaluation_defaults(args)
         super().__init__(
@@ -116,7 +116,7 @@ class DasmilCLI(LightningCLI):
         return parser
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        with said_of_trainer():
+        with trainer_errors():
             trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = RestrictedIO()

@@ -1,4 +1,4 @@
-"""How far a long work is: a bar on a terminal, and now and then a line in a log."""
+"""Progress of a long task: a bar on a terminal, a line every two minutes in a log."""
 
 import math
 import sys
@@ -9,12 +9,12 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_S = 120.0  # between two lines
-SILENCE_S = 60.0  # after which a watchdog speaks
-tqdm.monitor_interval = 0  # no thread that ends while DataLoader forks: see files.map_files
+SILENCE_S = 60.0  # after which a watchdog prints a line
+tqdm.monitor_interval = 0  # no monitor thread that could end while DataLoader forks
 
 
 class Lines(tqdm):
-    """A ``tqdm`` that prints a line every two minutes, and nothing of what takes less."""
+    """A ``tqdm`` that prints a line every two minutes, and nothing for a shorter task."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         form = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} to go{postfix}"
@@ -33,22 +33,23 @@ class Lines(tqdm):
 
 
 def progress(items: Iterable[Any] | None = None, desc: str = "", **options: Any) -> Any:
-    """A ``tqdm`` that suits where standard error goes.
+    """A ``tqdm`` bar if standard error is a terminal, else :class:`Lines`.
 
     Parameters
     ----------
-    items: to go through; None if ``update`` is called instead.
+    items: iterable to wrap; None if ``update`` is called instead.
+    desc: text before the numbers.
     options: of ``tqdm``.
     """
     return (tqdm if sys.stderr.isatty() else Lines)(items, desc, **options)
 
 
 class Watchdog:
-    """Prints what is waited for whenever nothing has happened for a minute.
+    """Print what the run waits for whenever nothing has happened for a minute.
 
     Parameters
     ----------
-    describe: what is waited for now.
+    describe: returns what the run waits for now.
     """
 
     def __init__(self, describe: Callable[[], str]):
@@ -61,13 +62,13 @@ class Watchdog:
         self._thread.start()
 
     def touch(self) -> None:
-        """Something has happened."""
+        """Report that something has happened."""
         self._moved.set()
 
     def stop(self) -> None:
         self._ended = True
         self._moved.set()
-        if self._thread.is_alive():  # a run may end before it has started
+        if self._thread.is_alive():  # a run may end before the thread has started
             self._thread.join()
 
     def _watch(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a run came from: each start of it, in ``provenance.json`` of its folder."""
+"""Provenance of a run: every start is recorded in ``provenance.json`` of its folder."""
 
 import json
 import os
@@ -23,13 +23,19 @@ PACKAGES = (
 
 
 def record_start(folder: Path, seed: int | None, command: Sequence[str], world_size: int) -> None:
-    """Add a start to the folder's list; a run that was broken off and goes on has several.
+    """Append a start to the folder's list; a resumed run has several.
 
     Parameters
     ----------
+    folder: of the run.
     seed: of ``seed_everything``.
-    command: verb and arguments, as they were typed.
+    command: verb and arguments as the user typed them.
     world_size: number of processes.
+
+    Raises
+    ------
+    InputError
+        if the file that is there is not such a list.
     """
     path = folder / FILE
     start = {
@@ -41,11 +47,11 @@ def record_start(folder: Path, seed: int | None, command: Sequence[str], world_s
         "versions": versions(),
         "devices": _devices(),
     }
-    write_text(path, json.dumps([*_starts(path), start], indent=2) + "\n")
+    write_text(path, json.dumps([*_read_starts(path), start], indent=2) + "\n")
 
 
-def _starts(path: Path) -> list[Any]:
-    """So far; none where there is no file yet."""
+def _read_starts(path: Path) -> list[Any]:
+    """The starts so far; an empty list if there is no file yet."""
     if not path.is_file():
         return []
     try:
@@ -58,9 +64,9 @@ def _starts(path: Path) -> list[Any]:
 
 
 def git_revision() -> str | None:
-    """Of dasmil's source, with ``-dirty`` where tracked files differ; None where nothing tells.
+    """Git revision of dasmil's source, with ``-dirty`` if tracked files differ.
 
-    An installed package tells it when it was installed from a git address.
+    An installed package has one if it was installed from a git address; otherwise it is None.
     """
     package = Path(__file__).parent
     tracked = _git(package, "ls-files", "--error-unmatch", Path(__file__).name)
@@ -77,10 +83,10 @@ def git_revision() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says of a folder; None where there is no git or no repository.
+    """Output of git in a folder; None if there is no git or no repository.
 
-    Of that folder also where a git hook has set ``GIT_DIR``; and without the lock that ``status``
-    takes, since many runs may start at once.
+    Ignores ``GIT_*`` variables set by hooks, and takes no index lock, because many runs may start
+    at once.
     """
     environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
@@ -92,18 +98,18 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of what computes; None for a package that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Versions of Python and of the packages that compute; None for one that is not installed."""
+    numbers: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            numbers[name] = None
+    return numbers
 
 
 def _devices() -> dict[str, Any]:
-    """Processor and GPUs; GPUs only where torch is there already."""
+    """Processor and GPUs; GPUs only if torch has been imported already."""
     torch = sys.modules.get("torch")
     gpus = [] if torch is None else range(torch.cuda.device_count())
     return {

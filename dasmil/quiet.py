@@ -1,4 +1,4 @@
-"""Silence notices of other libraries that users of dasmil can do nothing about."""
+"""Silence third-party warnings that dasmil's users can do nothing about."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ WARNINGS = (
     r".*does not have many workers.*",
     r".*is smaller than the logging interval.*",  # history.csv has a row per epoch
 )
-NOTICES = re.compile(  # Lightning's; that a GPU is there and not used is a warning
+NOTICES = re.compile(  # of Lightning; an unused GPU is a warning and not among them
     r"(GPU|TPU|HPU) available|.*Tip: |(\[rank: \d+\] )?Seed set to|Detected KeyboardInterrupt|"
     r"Restoring states from|Loaded model weights|"
     r"`Trainer.fit` stopped|LOCAL_RANK: |Initializing distributed|-{20,}\s+distributed_backend",
@@ -37,9 +37,9 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # of torchrun, Ligh
 def hush() -> None:
     """Silence these notices, and print every other warning as one sentence.
 
-    To be called again once Lightning is imported, which sets a format of its own.
+    Call it again after importing Lightning, which sets its own format.
     """
-    warnings.formatwarning = _sentence
+    warnings.formatwarning = _format_warning
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message)
     for name in LOGGERS:
@@ -49,20 +49,20 @@ def hush() -> None:
 
 
 def is_first_process() -> bool:
-    """False in all but one of the processes that work as one."""
+    """Whether this is the first of several processes of one run, or the only one."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
-def _sentence(
+def _format_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,
     lineno: int,
     line: str | None = None,
 ) -> str:
-    """A warning for users; one for programmers says where it comes from.
+    """Format a warning for users; one for programmers names its file and line.
 
-    Those of dasmil are about the whole study: of many processes the first one gives them.
+    Warnings of dasmil are about the whole study, so only the first process prints them.
     """
     if Path(filename).is_relative_to(Path(__file__).parent) and not is_first_process():
         return ""

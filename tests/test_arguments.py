@@ -7,7 +7,7 @@ import yaml
 from jsonargparse import ActionConfigFile
 from road import CONFIGS
 
-from dasmil.arguments import SentenceParser, with_scales_together
+from dasmil.arguments import SentenceParser, join_scales
 from dasmil.cli import main
 
 DASMIL = "fit --config configs/mil.yaml"
@@ -130,7 +130,7 @@ def test_every_scale_takes_every_setting_in_any_order(tmp_path, capsys):
 
 def test_folders_of_features_go_together_with_those_of_a_scale_with_a_dot():
     command = "--features.x2.5 A --cohort C --features.x10=B --patches.x10 P"
-    option, values, *rest = with_scales_together(command.split())
+    option, values, *rest = join_scales(command.split())
     assert (rest, option) == (["--cohort", "C"], "--config")
     assert json.loads(values) == {"features": {"x2.5": "A", "x10": "B"}, "patches": {"x10": "P"}}
 

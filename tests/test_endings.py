@@ -30,7 +30,7 @@ def ending(request, monkeypatch):
     The children get it first, and have died of it, if they do, when this process gets it.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
-    monkeypatch.setattr("dasmil.endings._told", float("-inf"))
+    monkeypatch.setattr("dasmil.endings.ENDING_S", 0.0)  # as if the last test were long ago
 
     def ending(owner, name):
         function, calls = getattr(owner, name), []
@@ -166,7 +166,9 @@ def test_import(tmp_path, ending, capsys):
     number = ending(importer, "write_bag")
     command = ["import", "trident", str(tmp_path / "bags"), "--features.x20", str(features)]
     assert main(command) == 128 + number
-    assert_said(number, capsys, "import", "run the same command again, what is done is kept")
+    assert_said(
+        number, capsys, "import trident", "run the same command again, what is done is kept"
+    )
     assert states(tmp_path / "bags") == {"done", "waiting"}
     assert main(command) == 0
     assert states(tmp_path / "bags") == {"done"}
@@ -178,8 +180,8 @@ def test_demo(road, tmp_path, ending, capsys, monkeypatch):
     fit = [*fit_dasmil(road.bags, tmp_path / "runs"), "--trainer.max_epochs", "3"]
     steps = [tile_command(road.cohort, tmp_path / "tiles"), [*fit, "--data.num_workers", "1"]]
     monkeypatch.setattr(demo, "write_cohort", lambda *_, **__: road.cohort)
-    monkeypatch.setattr(demo, "_road", lambda *_: iter(steps))
-    monkeypatch.setattr(demo, "_summary", lambda *_: None)
+    monkeypatch.setattr(demo, "demo_commands", lambda *_: iter(steps))
+    monkeypatch.setattr(demo, "print_summary", lambda *_: None)
     number = ending(History, "on_train_epoch_end")
     assert main(["demo", "--output", str(tmp_path)]) == 128 + number
     assert_said(number, capsys, "demo", "run the same command again, what is done is kept")

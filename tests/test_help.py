@@ -16,7 +16,7 @@ QUESTIONS = [
     *(f"{name} --help" for name in VERBS),
     *(f"fit --{option}.help {name}" for option, names in CLASSES.items() for name in names),
 ]
-CODE = r"----|<class|:\w+:`|``|type:|usage: __main__|Parameters|known subclasses|(?<!\S)dasmil\.\w+\.\w"
+CODE = r"----|<class|:\w+:`|``|type:|__main__|Parameters|known subclasses|(?<!\S)dasmil\.\w+\.\w"
 
 
 @pytest.mark.parametrize("question", QUESTIONS)

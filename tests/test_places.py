@@ -188,8 +188,8 @@ def test_an_output_that_is_removed_after_the_first_slide_is_said(road, run, tmp_
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert said.startswith(f"error: {out}")
     assert said.endswith(
-        "No such file or directory; name another place, or if its folder was "
-        "removed meanwhile, run it again"
+        "No such file or directory; name another place, or run it again if its folder was "
+        "removed meanwhile"
     )
     assert main(command) == 0
     assert {row["state"] for row in read_csv(out / "status.csv")[1]} == {"done"}

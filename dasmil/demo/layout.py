@@ -1,6 +1,6 @@
-"""Where things lie on a synthetic slide: tissue, lesions and benign decoys, in micrometres.
+"""Layout of a synthetic slide: positions of tissue, lesions and benign decoys in micrometres.
 
-All of it is drawn from the seed alone, whatever the slide's label.
+The layout depends only on the seed, not on the slide's label.
 """
 
 import math
@@ -75,7 +75,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie on a slide: the tissue's outline, the lesions and the benign decoys."""
+    """Positions on a slide: the tissue's outline, the lesions and the benign decoys."""
 
     edge: np.ndarray  # (rows, cols) float32 on the layout grid, above zero in tissue, no unit
     lesions: list[Blob]
@@ -104,7 +104,7 @@ def enlarge(field: np.ndarray, frame: Frame) -> np.ndarray:
 
 
 def depth_um(blobs: Sequence[Blob], x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
-    """Depth inside the nearest of the blobs, far below zero when there is none."""
+    """Depth inside the nearest of the blobs, far below zero if there is none."""
     depth = np.full(np.shape(x_um), -1e6, np.float32)
     for blob in blobs:
         np.maximum(depth, blob.depth_um(x_um, y_um), out=depth)

@@ -1,4 +1,4 @@
-"""The verb ``demo``: the whole road on synthetic slides, by the verbs that a user would call."""
+"""The verb ``demo``: the whole pipeline on synthetic slides, run by the verbs as a user would."""
 
 import json
 import shlex
@@ -15,7 +15,7 @@ from dasmil.units import parse_scales
 
 TILE_PX = 64
 SIZE_PX0 = (1024, 1024)  # half a millimetre
-STEPS = "steps.json"  # the commands that have ended well
+STEPS = "steps.json"  # the commands that have succeeded
 RunVerb = Callable[[Sequence[str]], int]  # verb and arguments → exit code
 
 
@@ -26,27 +26,36 @@ def demo(
     *,
     run_verb: RunVerb,
 ) -> int:
-    """Make a synthetic cohort and run tile, fit (DINO), embed, fit (DAS-MIL), test and predict.
+    """Draw a synthetic cohort and run tile, fit (DINO), embed, fit (DAS-MIL), test and predict.
 
-    The slides of the test part are seen by nothing before ``test``. Ends with the test figures, the
-    AUROC of the instance scores against the drawn truth, and where pictures and curves lie.
+    No step before ``test`` sees a test slide. At the end it prints the test metrics, the AUROC of
+    the instance scores against the drawn truth, and the folders of pictures and curves.
 
     Parameters
     ----------
     output:
-        folder for everything; what is complete in it is not made again.
+        folder for all files; steps that are complete in it are skipped.
     seed:
-        of the slides and of every training.
+        seed of the slides and of every training.
     scales:
-        of the tiles, the extractors and the model.
+        scales of the tiles, the extractors and the model.
     run_verb:
-        runs each command: the command line's own function.
+        function of the command line that runs a command and returns its exit code.
+
+    Returns
+    -------
+    The exit code, 0.
+
+    Raises
+    ------
+    InputError
+        if a step fails, or the folder holds another cohort.
     """
     names = [scale.name for scale in parse_scales(scales)]
     start = time.monotonic()
-    print("making a cohort of synthetic slides", flush=True)
+    print("drawing a cohort of synthetic slides", flush=True)
     cohort = write_cohort(output / "cohort", seed=seed, size_px0=SIZE_PX0, workers=2)
-    for arguments in _road(output, cohort, seed, names):
+    for arguments in demo_commands(output, cohort, seed, names):
         command = "python -m dasmil " + shlex.join(arguments)
         done = _done_commands(output)
         print(f"\n$ {command}" + ("   (done before)" if command in done else ""), flush=True)
@@ -57,7 +66,7 @@ def demo(
                     f"demo: the step {arguments[0]!r} failed with exit code {code}; see above"
                 )
             write_text(output / STEPS, json.dumps([*done, command], indent=2))
-    _summary(output, cohort, names, time.monotonic() - start)
+    print_summary(output, cohort, names, time.monotonic() - start)
     return 0
 
 
@@ -66,8 +75,10 @@ def _done_commands(output: Path) -> list[str]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def _road(output: Path, cohort: Path, seed: int, names: Sequence[str]) -> Iterator[list[str]]:
-    """The commands; each is what a user would type."""
+def demo_commands(
+    output: Path, cohort: Path, seed: int, names: Sequence[str]
+) -> Iterator[list[str]]:
+    """The commands, each as a user would type it."""
     tiles, bags, runs = (str(output / name) for name in ("tiles", "bags", "runs"))
     configs = configs_folder()
     scales = f"[{','.join(names)}]"
@@ -99,18 +110,19 @@ def _road(output: Path, cohort: Path, seed: int, names: Sequence[str]) -> Iterat
     yield ["predict", *model, "--output", str(output / "predictions")]
 
 
-def _summary(output: Path, cohort: Path, names: Sequence[str], seconds: float) -> None:
+def print_summary(output: Path, cohort: Path, names: Sequence[str], seconds: float) -> None:
+    """Print the test metrics per scale, and where the other results are."""
     test = output / "runs" / "dasmil" / "test"
     metrics = json.loads((test / "test_metrics.json").read_text())
     num_test = sum(row.split == "test" for row in read_cohort(cohort))
-    print(f"\n{num_test} test slides, seen by nothing before:")
+    print(f"\n{num_test} test slides, which no step has seen before:")
     for scale in names:
         auroc, accuracy = (metrics[f"test/{scale}/{name}"] for name in ("auroc", "accuracy"))
         print(f"  {scale:>4}  AUROC {auroc:.3f}  accuracy at 0.5 {accuracy:.3f}")
     finest = names[-1]
     instance = metrics[f"test/{finest}/instance_auroc"]
     print(f"  {finest:>4}  instance AUROC {instance:.3f} (tile at least half lesion, test slides)")
-    print(f"all figures   {test / 'test_metrics.csv'}, {test / 'figures'}")
+    print(f"all metrics   {test / 'test_metrics.csv'}, {test / 'figures'}")
     print(f"overlays      {output / 'predictions' / 'overlays'}")
     print(f"tile pictures {output / 'tiles' / 'qc'}")
     print(f"curves        tensorboard --logdir {output / 'runs'}")

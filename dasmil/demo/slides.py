@@ -54,7 +54,7 @@ def write_pyramid(
 
 @dataclass(frozen=True)
 class _Job:
-    """One slide of a cohort that is to be drawn and written."""
+    """One slide to draw and write."""
 
     slide: Path
     truth: Path
@@ -73,12 +73,12 @@ def write_cohort(
     mpp: float = 0.5,
     workers: int = 1,
 ) -> Path:
-    """Draw a cohort of which half the slides of every split (rounded down) hold a tumour.
+    """Draw a cohort in which half the slides of every split (rounded down) hold a tumour.
 
     Writes ``slides/<slide_id>.tiff``, ``truth/<slide_id>.png`` (0 or 255; the mask reduced 4 times
     by area, then cut at one half) and, last, ``cohort.csv`` with paths relative to ``folder``. The
-    parameters stand in ``demo.json``: files drawn with the same ones are kept, and with others all
-    are drawn anew.
+    parameters are saved in ``demo.json``: files drawn with the same parameters are kept, otherwise
+    all slides are drawn again.
 
     Parameters
     ----------
@@ -90,6 +90,11 @@ def write_cohort(
     Returns
     -------
     The path of ``cohort.csv``.
+
+    Raises
+    ------
+    InputError
+        if the folder holds a ``cohort.csv`` of something else.
     """
     table = folder / "cohort.csv"
     parameters = {
@@ -125,7 +130,7 @@ def _prepare_folder(folder: Path, parameters: str) -> None:
 
 
 def _plan_cohort(num_slides: Mapping[str, int], seed: int) -> Iterator[tuple[dict[str, str], int]]:
-    """Rows of the table, each with the seed of its slide; neither id nor seed tells the label."""
+    """Rows of the table with the seeds of their slides; neither id nor seed reveals the label."""
     rng = np.random.default_rng(seed)
     splits = [split for split, count in num_slides.items() for _ in range(count)]
     seeds = rng.integers(2**32, size=len(splits))
