@@ -125,7 +125,7 @@ def arrange(groups: Iterable[Any], needed: Sequence[str]) -> list[Any]:
             elif action.dest in GENERAL:
                 general.append(action)
             elif action.dest.startswith("trainer.") and action.dest not in TEXTS:
-                unexplained += [] if action.dest.endswith(".help") else [action.dest.split(".")[1]]
+                unexplained += [] if action.dest.endswith(".help") else [f"--{action.dest}"]
             elif action.dest != "trainer":
                 section.append(action)
     sections["required"].sort(key=lambda action: needed.index(action.dest))
