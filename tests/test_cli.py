@@ -68,7 +68,7 @@ def arguments_for(path: Path) -> list[str]:
         classes = any("classes:" in Path(config).read_text() for config in configs)
         given += [] if dino or classes else ["--data.classes", "[a,b]"]
         return ["fit", *options, *given]
-    if "trainer" in merged:
+    if "num_workers" in merged:
         return ["embed", *options, "--tiles", "T", "--output", "O", "--extractors.x20", "E"]
     return ["tile", *options, "--cohort", "C", "--output", "O"]
 

@@ -1,5 +1,6 @@
 """Shipped YAMLs hold options that exist, and only what differs from the defaults."""
 
+import re
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from road import COLON, CONFIGS
 
 from dasmil import methods
 from dasmil.data import BagDataModule, TileDataModule
+from dasmil.embedding.embed import embed
 from dasmil.modules import DINOModule, MILModule
 from dasmil.modules.options import flat_options, plain_options
+from dasmil.slides.tile import tile
 
 FITS = [
     path
@@ -47,6 +50,22 @@ def test_a_config_holds_what_differs_from_the_defaults(path: Path) -> None:
             dictionary = any(name.startswith(f"{option}.") for option in known)  # of free keys
             assert name in known or dictionary, f"{part}.{name}"
             assert path in PRESETS or name not in known or known[name] != value, f"{part}.{name}"
+
+
+@pytest.mark.parametrize(("name", "verb"), [("tile.yaml", tile), ("embed.yaml", embed)])
+def test_the_config_of_a_verb_holds_what_differs_from_the_defaults(name: str, verb: Any) -> None:
+    parameters = signature(verb).parameters
+    for option, value in yaml.safe_load((CONFIGS / name).read_text()).items():
+        assert parameters[option].default != value
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
+def test_a_config_begins_with_its_command_its_time_and_its_output(path: Path) -> None:
+    header = path.read_text().split("\n\n")[0]
+    header = "\n".join(line for line in header.splitlines() if line.startswith("#"))
+    assert "#   python -m dasmil " in header
+    assert re.search("Seconds|Minutes|Hours|An hour|A day|Time and output", header)
+    assert "writes" in header or "Time and output" in header
 
 
 def test_all_methods_have_a_config() -> None:

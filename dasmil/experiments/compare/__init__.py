@@ -1,1 +1,1 @@
-"""Finished runs side by side: figures with intervals, and paired tests against the first."""
+"""Compare tested runs: metrics with intervals, and paired tests against the first method."""

@@ -1,4 +1,4 @@
-"""``compare``: methods on the same test slides."""
+"""The verb ``compare``: methods on the same test slides."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -39,40 +39,45 @@ def compare(
     draws: int = 2000,
     seed: int = 0,
 ) -> int:
-    """One table of tested methods: metrics with 95 % intervals, and paired tests against the first.
+    """Compare tested methods: metrics with 95 % intervals, and paired tests against the first.
 
-    A method's value is that of all its test slides: the test sets of a cross-validation are pooled.
-    With several runs (seeds) per test set it is the mean over the runs. Intervals are those of
-    :mod:`dasmil.metrics.intervals`; the test swaps the predictions of whole patients. Only methods
-    with the same test slides, labels, patients and classes are compared. Everything is computed
-    from ``test_slides.csv``, so old runs need no new test.
+    A method's value covers all its test slides: the test sets of a cross-validation are pooled.
+    With several runs (seeds) per test set it is the mean over the runs. The paired test swaps the
+    predictions of whole patients. Only methods with the same test slides, labels, patients and
+    classes are compared. Everything is computed from ``test_slides.csv``, so old runs need no new
+    test.
 
     Parameters
     ----------
     run_dirs:
-        one a method: the folder of a fit that was tested, the output folder of test, or a folder
-        with such folders anywhere in it (the seeds and folds of a sweep's row). The first is what
-        the others are compared with.
+        one folder per method: a fit that was tested, the output folder of test, or a folder that
+        contains such folders (the seeds and folds of a sweep's row). The others are compared with
+        the first.
     metrics:
-        of slides, as in test_metrics.csv. Of a cross-validation, ``auroc`` gives two rows: over
-        all pairs of test slides, and over the pairs of the same fold.
+        slide metrics, named as in test_metrics.csv. For a cross-validation, ``auroc`` gives two
+        rows: over all pairs of test slides, and over the pairs within a fold.
     scale:
-        that all methods are judged at; each at its finest one where it is not given.
+        scale at which all methods are evaluated; if not given, the finest one of each method.
     labels:
-        of the methods; their folders' names where they are not given.
+        names of the methods; if not given, the names of their folders.
     output:
-        path of the table without its suffix: compare.md, compare.csv and compare.png are written.
+        path of the table without its suffix: writes compare.md, compare.csv and compare.png.
     draws:
-        how many swaps the test makes; if there are no more than that, it makes each once.
+        number of random swaps in the paired test; if fewer swaps exist, each is made once.
     seed:
-        of the swaps.
+        seed of the swaps.
 
     Returns
     -------
     The exit code, 0.
+
+    Raises
+    ------
+    InputError
+        if a run is not tested yet, or the methods cannot be compared.
     """
     if not run_dirs or not metrics or draws < 1:
-        raise InputError("compare: it needs at least one folder, one metric and one draw")
+        raise InputError("compare: give at least one folder, one metric and one draw")
     methods = read_methods(run_dirs, labels, scale)
     metrics = tuple(dict.fromkeys(metrics))
     _refuse_unknown(metrics, methods)
@@ -125,7 +130,7 @@ def compare_methods(
 
 
 def _with_same_fold(metrics: Sequence[str], method: Method) -> tuple[str, ...]:
-    """Of a cross-validation, after ``auroc`` that over the pairs of the same fold."""
+    """Add the AUROC within folds after ``auroc`` if the method is a cross-validation."""
     added = ["auroc", SAME_FOLD] if len(method.runs_of) > 1 else ["auroc"]
     return tuple(each for name in metrics for each in (added if name == "auroc" else [name]))
 
@@ -136,7 +141,7 @@ def _named(metric: str, method: Method) -> str:
 
 
 def _why_no_same_fold(judged: "_Judged") -> str:
-    """Why ``auroc_same_fold`` alone has no interval; "" if it has one, or if none has."""
+    """Why only ``auroc_same_fold`` has no interval; "" if it has one, or if no metric has."""
     missing = SAME_FOLD in judged.metrics and isnan(judged.intervals[SAME_FOLD][0])
     if not missing or judged.runs[0].why_no_interval:
         return ""
@@ -147,7 +152,7 @@ def _why_no_same_fold(judged: "_Judged") -> str:
 
 
 class _Judged:
-    """A method's runs on all test slides, and what the metrics are of them.
+    """A method's runs on all test slides and their metrics.
 
     Parameters
     ----------
@@ -191,7 +196,7 @@ class _Judged:
         return {name: np.array([each[name] for each in left_out]) for name in self.metrics}
 
     def same_predictions(self, other: "_Judged") -> bool:
-        """Nobody could ever tell the two apart."""
+        """Whether the predictions of both methods are identical."""
         return all(
             np.array_equal(ours.probabilities, theirs.probabilities)
             and all(
@@ -202,7 +207,7 @@ class _Judged:
         )
 
     def result(self, name: str, first: "_Judged | None" = None, p: float | None = None) -> Result:
-        """Of one metric, compared with the first method if that is given."""
+        """The result of one metric, compared with the first method if that is given."""
         value, interval = self.values[name], self.intervals[name]
         of_run = name if name != SAME_FOLD else "auroc"
         values = tuple(
@@ -225,13 +230,13 @@ class _Judged:
 
 
 def _p_values(ours: _Judged, first: _Judged, draws: int, seed: int) -> dict[str, float]:
-    """Of a paired test of each metric's difference."""
+    """p of a paired test per metric."""
     one, other = _side_by_side(ours, first)
     return swap_test(one, other, ours.patients, ours.metrics, draws, seed)
 
 
 def _side_by_side(ours: _Judged, first: _Judged) -> tuple[list[Inputs], list[Inputs]]:
-    """The runs of two methods, each of one beside one of the other, equally often."""
+    """Pair the runs of two methods; each run is used equally often."""
     rounds = range(lcm(len(ours.runs), len(first.runs)))
     return (
         [ours.inputs[k % len(ours.runs)] for k in rounds],
@@ -248,7 +253,7 @@ def _means(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _correlation(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
-    """Of what each patient does to two values; 0 if no patient does anything to one of them."""
+    """Correlation of two methods' leave-one-patient-out values; 0 if one of them is constant."""
     if not np.isfinite([*one, *other]).all() or np.ptp(one) == 0 or np.ptp(other) == 0:
         return 0.0
     return float(np.corrcoef(one, other)[0, 1])

@@ -1,4 +1,4 @@
-"""A comparison as a picture."""
+"""The figure of a comparison."""
 
 import textwrap
 from math import isnan
@@ -19,7 +19,7 @@ MAX_METHODS, MAX_METRICS = 40, 8
 
 
 def draw(path: Path, comparison: Comparison) -> None:
-    """One panel per metric, one line per method: value, 95 % interval, and a dot per run."""
+    """Draw one panel per metric, one line per method: value, 95 % interval, and a dot per run."""
     methods, fewer_methods = show_first(comparison.methods, MAX_METHODS, "methods")
     shown, fewer_metrics = show_first(list(comparison.results), MAX_METRICS, "metrics")
     height = 1.5 + ROW_INCHES * len(methods)

@@ -1,4 +1,4 @@
-"""The methods that are compared: their runs, found and refused."""
+"""The methods of a comparison: find their runs and check that they are comparable."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -31,8 +31,8 @@ class Run:
     ----------
     folder: of its evaluation.
     evaluation: sorted by slide_id.
-    seed: of its ``fit``; None where the folder of the ``fit`` is not at hand or says none.
-    checkpoint, sha256: name and hash of the checkpoint's file; empty if not known.
+    seed: of its ``fit``; None if the folder of the ``fit`` is missing or names no seed.
+    checkpoint, sha256: name and hash of the checkpoint file; empty if unknown.
     """
 
     folder: Path
@@ -53,13 +53,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Method:
-    """Runs that differ in their seed or their test slides (folds) alone.
+    """Runs that differ only in their seed or their test slides (folds).
 
     Parameters
     ----------
-    label: as it stands in the table.
-    folder: that was named.
-    scale: whose probabilities are judged.
+    label: name in the table.
+    folder: as given by the user.
+    scale: whose probabilities are evaluated.
+    runs: sorted by folder.
     """
 
     label: str
@@ -79,17 +80,18 @@ class Method:
 def read_methods(
     folders: Sequence[Path], labels: Sequence[str] | None = None, scale: str | None = None
 ) -> list[Method]:
-    """One method a folder, with every run in it.
+    """Read one method per folder, with every run in it.
 
     Parameters
     ----------
-    labels: one a folder; the folders' names where None.
-    scale: that all are judged at; the finest of each where None.
+    folders: one per method.
+    labels: one per folder; None for the folders' names.
+    scale: at which all are evaluated; None for the finest of each.
 
     Raises
     ------
     InputError
-        when runs are not finished, or cannot be compared: see :func:`refuse_unequal`.
+        if runs are not finished, or cannot be compared: see :func:`refuse_unequal`.
     """
     if labels is not None and len(labels) != len(folders):
         raise InputError(
@@ -111,15 +113,15 @@ def read_methods(
 
 
 def folder_labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, or the whole paths where two have the same name."""
+    """The folders' names, or the whole paths if two have the same name."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def find_evaluations(folder: Path) -> list[Path]:
-    """Folders of test files: ``folder`` itself, ``folder/test``, or those of all runs below."""
+    """Find folders of test files: ``folder``, ``folder/test``, or those of all runs below."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; name a folder of fit, of test, or of a sweep")
+        raise InputError(f"{folder}: no such folder; give a folder of fit, of test, or of a sweep")
     unfinished: list[Path] = []
     found = list(_walk(folder, unfinished))
     if unfinished:
@@ -131,7 +133,7 @@ def find_evaluations(folder: Path) -> list[Path]:
         )
     if not found:
         raise InputError(
-            f"{folder}: no run in it; name a folder of fit, of test --output, or of a sweep"
+            f"{folder}: contains no run; give a folder of fit, of test --output, or of a sweep"
         )
     return found
 
@@ -156,7 +158,7 @@ def _in_order(place: Path) -> Evaluation:
 
 
 def seed_of(evaluation: Path) -> int | None:
-    """The seed of the ``fit`` in whose folder an evaluation lies."""
+    """The seed of the ``fit`` whose folder contains an evaluation; None if unknown."""
     config = evaluation.parent / "config.yaml"
     if not config.is_file():
         return None
@@ -165,7 +167,7 @@ def seed_of(evaluation: Path) -> int | None:
 
 
 def _refuse_same_runs(methods: Sequence[Method]) -> None:
-    """A run in two methods would be compared with itself."""
+    """Refuse a run that belongs to two methods: it would be compared with itself."""
     for one, other in combinations(methods, 2):
         ours = {run.folder.resolve() for run in one.runs}
         same = [run.folder for run in other.runs if run.folder.resolve() in ours]
@@ -177,7 +179,7 @@ def _refuse_same_runs(methods: Sequence[Method]) -> None:
 
 
 def _refuse_mixture(method: Method) -> None:
-    """Runs of a method must be the same but for seed and fold."""
+    """Refuse runs of a method that differ in more than seed and fold."""
     first = method.runs[0]
     for run in method.runs:
         if run.evaluation.scales != first.evaluation.scales:
@@ -203,7 +205,7 @@ def _refuse_mixture(method: Method) -> None:
 
 
 def refuse_unequal(methods: Sequence[Method]) -> None:
-    """Classes, test slides, folds, labels and patients must be those of the first method."""
+    """Refuse classes, test slides, folds, labels or patients other than the first method's."""
     first = methods[0]
     known = _slides_of(first.runs[0])
     for method in methods:

@@ -19,7 +19,7 @@ POOLED, SAME_FOLD = "auroc_pooled", "auroc_same_fold"
 
 @dataclass(frozen=True)
 class Result:
-    """One metric of one method; what is not defined is nan.
+    """One metric of one method; undefined values are nan.
 
     Parameters
     ----------
@@ -49,12 +49,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` finds.
+    """The result of ``compare``.
 
     Parameters
     ----------
-    results: per metric one per method, in their order.
-    notes: what the number of patients forbids, or makes rough.
+    methods: in the order of the table.
+    results: per metric, one result per method.
+    num_slides, num_patients: of the test set.
+    draws, seed: of the paired test.
+    notes: metrics that are undefined or imprecise because there are few patients.
     """
 
     methods: tuple[Method, ...]
@@ -67,13 +70,13 @@ class Comparison:
 
 
 def direction(metric: str) -> str:
-    """Which way is better, as it stands behind a metric's name."""
+    """The metric's name with an arrow: ↓ if lower is better, else ↑."""
     name = metric.split("_at_")[0]
     return f"{metric} {'↓' if name in LOWER_IS_BETTER else '↑'}"
 
 
 def markdown(comparison: Comparison) -> str:
-    """One line a metric and method, and below it what the figures are."""
+    """The table in Markdown, one line per metric and method, with explanations below."""
     methods = comparison.methods
     several = any(len(method.runs) > 1 for method in methods)
     header = ["metric", "method", "scale", "runs", "value", "95 % interval"]
@@ -125,8 +128,8 @@ def _explanation(comparison: Comparison) -> str:
     sentences.append(
         "- 95 % interval: score interval with the patient as the unit (AUROC: Newcombe's method 5 "
         "for two normal distributions; proportions: Wilson's; with the effective number of slides "
-        "and Student's t). The models are given: it says what other patients might do, and sd what "
-        "other seeds and training slides might."
+        "and Student's t). Models are fixed: the interval reflects variation among patients, "
+        "sd variation among seeds and training slides."
     )
     if len(methods) > 1:
         sentences.append(
@@ -183,7 +186,7 @@ def _difference(result: Result) -> list[str]:
 
 
 def csv_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """One per metric and method; ``values`` are the runs' own, what is not defined is empty."""
+    """One row per metric and method; ``values`` are per run, and undefined values are empty."""
     for metric, results in comparison.results.items():
         for method, result in zip(comparison.methods, results):
             difference_low, difference_high = result.difference_interval or (None, None)

@@ -1,4 +1,4 @@
-"""Configs × folds × seeds: the road to the bags, runs of ``fit`` and ``test``, and their table.
+"""Configs × folds × seeds: the steps to the bags, runs of ``fit`` and ``test``, and their table.
 
-Nothing here imports torch: every step is a process of its own.
+Nothing here imports torch: every step runs in its own process.
 """

@@ -1,4 +1,4 @@
-"""The table of a sweep as a picture."""
+"""The figure of a sweep's table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ MAX_LABEL = 60  # characters
 def draw(
     path: Path, title: str, rows: Sequence[SweepRow], cells: Sequence[Mapping[str, Cell]]
 ) -> None:
-    """One panel a column, one line a row: a dot a run, a bar at their mean; ◇ is the paper's."""
+    """Draw one panel per column, one line per row: a dot per run, a bar at the mean, ◇ paper."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Steps as processes: one after another or in parallel, ended together."""
+"""Run the steps of a sweep as processes, one after another or in parallel."""
 
 import json
 import os
@@ -23,27 +23,28 @@ Slot = Mapping[str, str]  # environment variables of a process, beside those of 
 
 
 def do_steps(steps: Sequence[Step], column: str, slots: Sequence[Slot]) -> None:
-    """Do what is not done, each step as soon as what it needs is; prints a line a step.
+    """Run the steps that are not done, and print one line per step.
 
-    A step that fails takes those along that need it, with its reason; the others go on.
+    A step starts as soon as the steps that it needs are done. If a step fails, the steps that need
+    it fail for the same reason; the others go on.
 
     Parameters
     ----------
-    steps: each after what it needs; of those that could begin, the first one does.
-    column: whose figure of each run is printed.
-    slots: as many steps are done at the same time.
+    steps: each after the steps that it needs; of those that could start, the first one does.
+    column: metric that is printed per run.
+    slots: environments; as many steps run at the same time.
     """
     waiting = [step for step in steps if not step.done]
-    num_said = 0
+    num_reported = 0
 
-    def say(step: Step, what: str) -> None:
-        nonlocal num_said
-        num_said += 1
-        print(f"[{num_said}/{len(steps)}] {step.name}: {what}", flush=True)
+    def report(step: Step, what: str) -> None:
+        nonlocal num_reported
+        num_reported += 1
+        print(f"[{num_reported}/{len(steps)}] {step.name}: {what}", flush=True)
 
     for step in steps:
         if step not in waiting:
-            say(step, "done before")
+            report(step, "done before")
     free = list(slots)
     running: dict[Future[str], tuple[Step, Slot, float]] = {}
     failed: dict[Step, str] = {}
@@ -54,7 +55,7 @@ def do_steps(steps: Sequence[Step], column: str, slots: Sequence[Slot]) -> None:
                 if reason:
                     waiting.remove(step)
                     failed[step] = reason
-                    say(step, f"failed: {reason}")
+                    report(step, f"failed: {reason}")
                 elif free and all(need.done for need in step.needs):
                     waiting.remove(step)
                     slot = free.pop(0)
@@ -65,33 +66,33 @@ def do_steps(steps: Sequence[Step], column: str, slots: Sequence[Slot]) -> None:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 step, slot, start = running.pop(future)
                 free.append(slot)
-                wrong = future.result()
-                if wrong:
-                    failed[step] = f"{step.name}: {wrong}"
-                    say(step, f"failed: {wrong}")
+                reason = future.result()
+                if reason:
+                    failed[step] = f"{step.name}: {reason}"
+                    report(step, f"failed: {reason}")
                 else:
-                    say(step, f"{step.outcome(column)}, {time.monotonic() - start:.0f} s")
+                    report(step, f"{step.outcome(column)}, {time.monotonic() - start:.0f} s")
 
 
 def _do(step: Step, slot: Slot, children: "Children") -> str:
-    """What went wrong, or nothing."""
+    """Run one step; returns the reason if it fails, else ""."""
     log = step.folder / "log.txt"
     step.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(step.folder / LOCK, timeout=0):
             write_text(step.folder / "run.json", json.dumps(step.record(), indent=2))
             for arguments in step.commands():
-                wrong = children.call(arguments, log, slot)
-                if wrong:
-                    return f"{wrong}; see {log}"
-            write_text(step.mark, "all its processes have ended well\n")
+                reason = children.call(arguments, log, slot)
+                if reason:
+                    return f"{reason}; see {log}"
+            write_text(step.mark, "all its processes have succeeded\n")
     except Timeout:
-        return "another sweep is at this"
+        return "another sweep is running this step"
     return ""
 
 
 class Children:
-    """Processes of dasmil; those that still run when the block is left are ended."""
+    """Child processes of dasmil; leaving the block ends those that still run."""
 
     def __init__(self) -> None:
         self.running: set[subprocess.Popen[bytes]] = set()
@@ -114,7 +115,7 @@ class Children:
                 child.kill()
 
     def call(self, arguments: Sequence[str], log: Path, slot: Slot) -> str:
-        """Run a verb, its output at the end of the log; what went wrong, or nothing."""
+        """Run a verb and append its output to the log; returns the reason if it fails, else ""."""
         with open(log, "ab") as file:
             file.write(f"$ python -m dasmil {shlex.join(arguments)}\n".encode())
             file.flush()
@@ -136,12 +137,12 @@ class Children:
         return last_error(log.read_bytes()[start:].decode(errors="replace"), code) if code else ""
 
 
-def last_error(said: str, code: int) -> str:
-    """The last line that names an error, with the indented lines that belong to it.
+def last_error(output: str, code: int) -> str:
+    """The last line of the output that names an error, with the indented lines below it.
 
-    ``tile`` and ``embed`` name a slide that failed so: ``failed: <slide_id>: <why>``.
+    ``tile`` and ``embed`` report a failed slide as ``failed: <slide_id>: <reason>``.
     """
-    lines = said.splitlines()
+    lines = output.splitlines()
     for index in reversed(range(len(lines))):
         if re.search("error:|^failed: ", lines[index], re.IGNORECASE):
             more = takewhile(lambda line: line.startswith(" "), lines[index + 1 :])
@@ -150,21 +151,21 @@ def last_error(said: str, code: int) -> str:
 
 
 def gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES says, else what is in the machine."""
+    """The GPUs in CUDA_VISIBLE_DEVICES if it is set, else those of the machine."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [gpu.strip() for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
         return []
-    said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    return [str(i) for i in range(sum(line.startswith("GPU ") for line in said.splitlines()))]
+    output = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in output.splitlines()))]
 
 
 def make_slots(jobs: int, gpus: Sequence[str], num_cores: int) -> list[Slot]:
-    """The environment of each parallel step: a GPU of its own, its share of the cores.
+    """The environment of each parallel step: one GPU and a share of the cores.
 
-    Without a share, each process would start a thread for every core, and they would wait for each
-    other. OMP_NUM_THREADS is left as it is where it is set; one step at a time may use everything.
+    Otherwise every process would start one thread per core, and the threads would wait for each
+    other. OMP_NUM_THREADS is kept if it is set. A single job may use everything.
     """
     if jobs == 1:
         return [{}]

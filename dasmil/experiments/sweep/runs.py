@@ -1,4 +1,4 @@
-"""What a sweep is made of: rows, and the runs that they ask for."""
+"""The rows of a sweep and their runs."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 from dasmil.arguments import read_config
 from dasmil.config_files import find_config
 from dasmil.errors import InputError
-from dasmil.experiments.sweep.road import Embedding
+from dasmil.experiments.sweep.bag_steps import Embedding
 from dasmil.experiments.sweep.steps import (
     Fold,
     Step,
@@ -20,7 +20,7 @@ from dasmil.experiments.sweep.steps import (
     sha256,
 )
 
-OF_THE_ROAD = ("tiles", "extractors", "bags")  # no folders of rows
+OWN_FOLDERS = ("tiles", "extractors", "bags")  # no folders of rows
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class SweepRow:
     Parameters
     ----------
     label:
-        as it stands in the table.
+        name of the row in the table.
     configs:
-        on top of the base configs, later ones win; none is the base itself.
+        configs on top of the base; later ones win. Without any, the row is the base itself.
     paper:
-        the paper's value for each column if it has one.
+        the paper's value per column, if it has one.
     set:
         options on top of the configs, such as ``{model.objective.temperature: 2.0}``.
     """
@@ -86,7 +86,7 @@ class Run(Step):
         yield self.test()
 
     def fit(self) -> list[str]:
-        """Goes on after the last epoch where ``fit`` was broken off."""
+        """Arguments of ``fit``, which goes on after the last epoch if it was interrupted."""
         if (self.folder / "config.yaml").is_file():
             return ["fit", "--resume", str(self.folder), "--data.bags", str(self.bags)]
         return [
@@ -105,7 +105,7 @@ class Run(Step):
         return ["test", *best, *truth, *output, *self._as_fitted()]
 
     def _as_fitted(self) -> list[str]:
-        """What ``test`` must do as ``fit`` did, and a checkpoint does not say."""
+        """Options of ``fit`` that ``test`` needs too and that are not in the checkpoint."""
         config = self.folder / "config.yaml"
         if not config.is_file():
             return []
@@ -128,7 +128,7 @@ class Run(Step):
 
     def contents(self) -> dict[str, tuple[Path, str]]:
         found = {}
-        if not self.needs:  # else the records of the road say what the bags are
+        if not self.needs:  # else the records of those steps identify the bags
             tables = (self.bags / name for name in ("cohort.csv", "extractors.json"))
             found["bags"] = (self.bags, sha256(path for path in tables if path.is_file()))
         if self.truth is not None:
@@ -136,23 +136,23 @@ class Run(Step):
             found["annotations"] = (self.truth, sha256(files))
         return found
 
-    def figure(self, column: str) -> float | None:
-        """A test figure, of the finest scale where the column names none.
+    def metric(self, column: str) -> float | None:
+        """A test metric, of the finest scale if the column names none.
 
-        None where there is none (a row may lack a scale), or where it is not defined.
+        None if the run has no such metric (a row may lack a scale), or if it is not defined.
         """
         if not self.done or not self.metrics.is_file():
             return None
-        figures: dict[str, float | None] = json.loads(self.metrics.read_text(encoding="utf-8"))
-        if "/" in column or f"test/{column}" in figures:
-            return figures.get(f"test/{column}")
-        scales = (key.split("/")[1] for key in figures if key.count("/") == 2)
+        metrics: dict[str, float | None] = json.loads(self.metrics.read_text(encoding="utf-8"))
+        if "/" in column or f"test/{column}" in metrics:
+            return metrics.get(f"test/{column}")
+        scales = (key.split("/")[1] for key in metrics if key.count("/") == 2)
         finest_first = sorted({s for s in scales if s[:1] == "x"}, key=lambda s: -float(s[1:]))
         keys = (f"test/{scale}/{column}" for scale in finest_first)
-        return next((figures[key] for key in keys if key in figures), None)
+        return next((metrics[key] for key in keys if key in metrics), None)
 
     def outcome(self, column: str) -> str:
-        value = self.figure(column)
+        value = self.metric(column)
         return f"{column} " + ("not defined" if value is None else f"{value:.3f}")
 
 
@@ -165,11 +165,16 @@ def plan(
     truth: Path | None = None,
     truth_classes: Sequence[str] = (),
 ) -> list[list[Run]]:
-    """The runs of each row, one a fold and seed, in folders that are named by the row's configs.
+    """Plan the runs of each row, one per fold and seed, in folders named by the row's configs.
 
     Parameters
     ----------
-    bags: of each fold, a folder or the step that makes it; the key is None without folds.
+    bags: per fold, a folder or the step that writes it; the key is None without folds.
+
+    Raises
+    ------
+    InputError
+        if two rows, or a row and a step of the sweep, would write to the same folder.
     """
     below = [find_config(config) for config in base]
     folders: dict[Path, tuple[list[Path], dict[str, str]]] = {}
@@ -186,7 +191,7 @@ def plan(
                 f"{folder}: the row {row.label!r} and another one with other configs would both "
                 "write here; give their files different names"
             )
-        if folder.name in OF_THE_ROAD:
+        if folder.name in OWN_FOLDERS:
             raise InputError(
                 f"{above[0]}: the row {row.label!r} would write into {folder}, which is of the "
                 "sweep itself; give the file another name"
@@ -213,7 +218,7 @@ def plan(
 
 
 def _folder_name(configs: Sequence[Path], overrides: Mapping[str, Any]) -> str:
-    """Such as ``mil4wsi+scales_x10_x20+distillation_0.5``."""
+    """The name of a row's folder, such as ``mil4wsi+scales_x10_x20+distillation_0.5``."""
     names = [path.stem for path in configs]
     for name, value in overrides.items():
         values = value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""A step of a sweep: its processes, its folder, and how it is known again."""
+"""A step of a sweep: its processes, its folder, and the record that identifies it."""
 
 import hashlib
 import json
@@ -40,13 +40,13 @@ def name_of(*parts: object) -> str:
 
 @dataclass(frozen=True)
 class Step(ABC):
-    """What one process, or one after another, makes in one folder.
+    """One or more processes, run in sequence, that write to one folder.
 
     Parameters
     ----------
     folder: for everything that the step writes; absolute, as all paths here.
     configs: later ones win.
-    fold: that is held out; None where there are no folds, or they do not matter.
+    fold: that is held out; None if there are no folds, or the step does not depend on them.
     needs: the steps that must be done before.
     """
 
@@ -58,27 +58,27 @@ class Step(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """As it is printed; no two steps of a sweep have the same."""
+        """Printed name, unique within a sweep."""
 
     @abstractmethod
     def commands(self) -> Iterator[list[str]]:
-        """Arguments of dasmil, one process after another; each is asked for when it is its turn."""
+        """Arguments of dasmil per process; each is requested when its turn comes."""
 
     @abstractmethod
     def outcome(self, column: str) -> str:
-        """What the done step has come to, in a few words; of a run, its figure of this column."""
+        """Result of the finished step in a few words; for a run, its metric in this column."""
 
     def options(self) -> dict[str, str]:
-        """What makes another step of it and stands neither in its configs nor in its folder."""
+        """Settings that identify the step beyond its configs and folder."""
         return {} if self.fold is None else {"number of folds": str(self.fold.num_folds)}
 
     def contents(self) -> dict[str, tuple[Path, str]]:
-        """The files that it is made from and that no step makes: place and SHA-256."""
+        """Input files that no step writes: path and SHA-256."""
         return {}
 
     @property
     def mark(self) -> Path:
-        """Written when all its processes have ended well."""
+        """Written when all its processes have succeeded."""
         return self.folder / "done.txt"
 
     @property
@@ -95,7 +95,7 @@ class Step(ABC):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
     def record(self) -> dict[str, Any]:
-        """What the step is made of, by place and by content, back to the slides; ``run.json``."""
+        """Everything that identifies the step, back to the slides; written to ``run.json``."""
         return {
             "dasmil": __version__,
             "folder": str(self.folder),
@@ -111,7 +111,7 @@ def config_arguments(configs: Iterable[Path]) -> list[str]:
 
 
 def sha256(paths: Iterable[Path]) -> str:
-    """Of names and contents of files."""
+    """SHA-256 of the names and contents of files."""
     digest = hashlib.sha256()
     for path in paths:
         stat = path.stat()
@@ -121,12 +121,12 @@ def sha256(paths: Iterable[Path]) -> str:
 
 @cache
 def _content(path: Path, size: int, mtime_ns: int) -> str:
-    """Each run asks for the same annotations; they are read once as long as they stay the same."""
+    """Cached hash: all runs need that of the same annotations."""
     return file_sha256(path)
 
 
 def in_order(steps: Iterable[Step]) -> list[Step]:
-    """These steps and all that they need, each once and after what it needs."""
+    """These steps and all that they need, each once and after the steps that it needs."""
     ordered: dict[Step, None] = {}
     for step in steps:
         ordered |= dict.fromkeys((*in_order(step.needs), step))
@@ -134,7 +134,7 @@ def in_order(steps: Iterable[Step]) -> list[Step]:
 
 
 def refuse_other_steps(steps: Sequence[Step]) -> None:
-    """A folder that holds another step than is asked for now is left alone."""
+    """Refuse folders that hold a step with other settings."""
     for step in steps:
         before = step.recorded()
         if before:
@@ -149,9 +149,9 @@ def refuse_other_steps(steps: Sequence[Step]) -> None:
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What two records differ in; the same content in another place is no difference."""
+    """Describe how two records differ; the same content at another path is no difference."""
     if before.keys() != now.keys():
-        return "another dasmil, which described it otherwise"
+        return "a version of dasmil with other records"
     different = list(_differences(before, now))
     if before["dasmil"] != now["dasmil"]:
         different.append(f"dasmil {before['dasmil']}")

@@ -1,16 +1,16 @@
-"""The verb ``sweep``: rows of a table, each fitted and tested with several seeds and folds."""
+"""The verb ``sweep``: fit and test the rows of a table with several seeds and folds."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dasmil.errors import InputError
+from dasmil.experiments.sweep.bag_steps import Embedding, plan_bags
 from dasmil.experiments.sweep.figure import draw
 from dasmil.experiments.sweep.processes import do_steps, gpus, make_slots
-from dasmil.experiments.sweep.road import Embedding, plan_road
 from dasmil.experiments.sweep.runs import Run, SweepRow, plan
 from dasmil.experiments.sweep.steps import Fold, in_order, refuse_other_steps
-from dasmil.experiments.sweep.table import CSV_COLUMNS, Cell, csv_rows, describe_figures, markdown
+from dasmil.experiments.sweep.table import CSV_COLUMNS, Cell, csv_rows, describe_runs, markdown
 from dasmil.files import must_exist, write_text
 from dasmil.tables import write_csv
 
@@ -35,62 +35,67 @@ def sweep(
     name: str = "sweep",
     jobs: int = 1,
 ) -> int:
-    """Fit and test each row's configs with each seed in each fold; write and draw the test figures.
+    """Fit and test each row's configs with each seed in each fold; write a table and a figure.
 
-    The bags are given, or made from the cohort first: tiles once, then per fold one DINO extractor
-    a scale on the training slides of that fold alone, and the fold's bags.
+    The bags are given, or created from the cohort: tiles once, then per fold one DINO extractor
+    per scale, trained only on that fold's training slides, and the fold's bags.
 
-    A step that is done is not done again, a fit that was broken off goes on from its last epoch;
-    rows of several tables with the same configs share their runs in one output folder. A step that
-    fails costs one line, and one for each that needs it, and the others go on.
+    Steps that are done are skipped, and an interrupted fit goes on from its last epoch. Rows of
+    several tables with the same configs share their runs in one output folder. If a step fails,
+    it and the steps that need it are reported in one line each, and the others go on.
 
     Parameters
     ----------
     output:
-        folder for tiles/, extractors/, bags/, the runs, <configs>/fold_<k>/seed_<n>/ each, and the
+        folder for tiles/, extractors/, bags/, the runs (<configs>/fold_<k>/seed_<n>/) and the
         table.
     bags:
         folder of bags, as for fit.
     cohort:
-        cohort table, as for tile, to make the bags from; in place of bags.
+        cohort table, as for tile, from which the bags are created; instead of bags.
     scales:
-        of the tiles, one extractor each; with a cohort.
+        scales of the tiles, one extractor each; only with a cohort.
     tile:
-        configs of the verb tile; with a cohort.
+        configs of the verb tile; only with a cohort.
     extractor:
-        configs of fit for an extractor; with a cohort.
+        configs of fit for an extractor; only with a cohort.
     embed:
-        configs of the verb embed; with a cohort.
+        configs of the verb embed; only with a cohort.
     truth:
-        folder of annotations, as for test: figures of instances and lesions too.
+        folder of annotations, as for test: evaluate instances and lesions too.
     truth_classes:
-        classes (QuPath) or groups (ASAP) of the annotations that are lesions, as for test; one with
-        a colon stands in quotes: '["Tumor: Positive"]'.
+        classes (QuPath) or groups (ASAP) of the annotations that are lesions, as for test; quote
+        one with a colon: '["Tumor: Positive"]'.
     rows:
-        of the table, see configs/sweep/.
+        rows of the table, each with label, configs, set and paper; see configs/sweep/.
     configs:
-        rows without a table, one a config.
+        configs that are a row each, if there is no table of rows.
     base:
-        configs below those of every row. A config that is not at hand is looked for in dasmil's
-        own configs.
+        configs below those of every row. A config that is not found from the current folder is
+        looked for in dasmil's own configs.
     columns:
-        figures of test_metrics.json without their leading test/, for example x20/auroc; without a
-        scale they are the finest scale's.
+        metrics in test_metrics.json without the leading test/, for example x20/auroc; without a
+        scale they are those of the finest scale.
     seeds:
         each row is fitted with every seed.
     folds:
-        number of folds of a cross-validation: each row is fitted once a fold and seed.
+        number of folds of a cross-validation: each row is fitted once per fold and seed.
     title:
-        of the table.
+        title of the table.
     name:
-        of the table's files in the output folder.
+        name of the table's files in the output folder.
     jobs:
-        steps at the same time; each has a GPU of its own as far as there are several, and its
-        share of the cores.
+        number of steps that run at the same time. They share the cores, and the GPUs if there are
+        several.
 
     Returns
     -------
-    The exit code: 1 when a step failed, else 0.
+    The exit code: 1 if a step failed, else 0.
+
+    Raises
+    ------
+    InputError
+        if options contradict each other, or the folder holds steps with other settings.
     """
     rows = (*rows, *(SweepRow(Path(config).stem, (config,)) for config in configs))
     seeds = tuple(dict.fromkeys(seeds))
@@ -113,18 +118,16 @@ def sweep(
     if bags is not None and cohort is None:
         must_exist(bags, "give --bags the folder that embed wrote")
         if not (bags / "cohort.csv").is_file():
-            raise InputError(
-                f"{bags}: it has no cohort.csv; give --bags the folder that embed wrote"
-            )
+            raise InputError(f"{bags}: has no cohort.csv; give --bags the folder that embed wrote")
         source, sources = bags, dict.fromkeys(all_folds, bags.resolve())
     elif cohort is not None and bags is None:
         made_by = {"tile": tile, "extractor": extractor, "embed": embed}
-        road = plan_road(output.resolve(), cohort.resolve(), scales, all_folds, **made_by)
-        source, sources = cohort, road
+        embeddings = plan_bags(output.resolve(), cohort.resolve(), scales, all_folds, **made_by)
+        source, sources = cohort, embeddings
     else:
         raise InputError(
             "sweep: give either --bags, the folder that embed wrote, or --cohort, the table of "
-            "slides to make the bags from"
+            "slides from which to create the bags"
         )
     truth = truth.resolve() if truth is not None else None
     table = plan(rows, base, seeds, output.resolve(), sources, truth, truth_classes)
@@ -134,10 +137,10 @@ def sweep(
     do_steps(steps, columns[0], make_slots(jobs, gpus(), os.cpu_count() or 1))
 
     cells = [
-        {column: Cell(tuple(run.figure(column) for run in runs_of_row)) for column in columns}
+        {column: Cell(tuple(run.metric(column) for run in runs_of_row)) for column in columns}
         for runs_of_row in table
     ]
-    text = markdown(title or name, source, describe_figures(seeds, folds), rows, cells)
+    text = markdown(title or name, source, describe_runs(seeds, folds), rows, cells)
     write_text(output / f"{name}.md", text)
     write_csv(output / f"{name}.csv", CSV_COLUMNS, csv_rows(rows, cells))
     draw(output / f"{name}.png", title or name, rows, cells)
@@ -149,7 +152,7 @@ def sweep(
 
 
 def compare_rows(rows: Sequence[SweepRow], table: Sequence[Sequence[Run]], stem: Path) -> None:
-    """Intervals, and a paired test of each row against the first: ``<stem>.md``, .csv and .png."""
+    """Compare each row with the first: write ``<stem>.md``, ``.csv`` and ``.png``."""
     from dasmil.experiments.compare.compare import compare  # it needs torch
 
     labels: dict[Path, str] = {}
@@ -159,8 +162,8 @@ def compare_rows(rows: Sequence[SweepRow], table: Sequence[Sequence[Run]], stem:
     found = {path.parent for folder in labels for path in folder.rglob("run.json")}
     if found - planned:
         print(
-            f"sweep: no {stem.name}.md, for {min(found - planned)} is a run of another seed or "
-            "division than those of this table; choose another --output to compare its rows"
+            f"sweep: no {stem.name}.md, because {min(found - planned)} is a run with another seed "
+            "or other folds than this table; choose another --output to compare its rows"
         )
         return
     compare(tuple(labels), labels=tuple(labels.values()), output=stem)

@@ -1,4 +1,4 @@
-"""The table of a sweep: our figures, and beside them the paper's."""
+"""The table of a sweep, with the paper's metrics beside ours."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ CSV_COLUMNS = ("label", "column", "paper", "mean", "sd", "n", "values")
 
 @dataclass(frozen=True)
 class Cell:
-    """A row's figures in one column: one a run, None for a run that has none."""
+    """A row's metrics in one column: one per run, None for a run without it."""
 
     values: tuple[float | None, ...]
 
@@ -27,7 +27,7 @@ class Cell:
 
     @property
     def sd(self) -> float | None:
-        """Of a sample (n - 1); None for a single figure."""
+        """Standard deviation of a sample (n - 1); None for a single value."""
         return statistics.stdev(self.known) if len(self.known) > 1 else None
 
     def __str__(self) -> str:
@@ -38,8 +38,8 @@ class Cell:
         return f"{self.mean:.3f}{spread}" + (f" ({num} of {num_all})" if num < num_all else "")
 
 
-def describe_figures(seeds: Sequence[int], num_folds: int | None) -> str:
-    """What a cell is the mean of: ``mean ± sd over 5 folds × 1 seed (0)``."""
+def describe_runs(seeds: Sequence[int], num_folds: int | None) -> str:
+    """Describe the runs of a cell: ``mean ± sd over 5 folds × 1 seed (0)``."""
     numbers = ", ".join(str(seed) for seed in seeds)
     if num_folds is not None:
         num_seeds = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
@@ -50,20 +50,20 @@ def describe_figures(seeds: Sequence[int], num_folds: int | None) -> str:
 def markdown(
     title: str,
     source: Path,
-    figures: str,
+    runs: str,
     rows: Sequence[SweepRow],
     cells: Sequence[Mapping[str, Cell]],
 ) -> str:
-    """The table as text; a column has the paper's figures beside it where there are any.
+    """The table in Markdown; the paper's values follow a column if there are any.
 
     Parameters
     ----------
-    source: the bags, or the cohort that they were made of.
-    figures: what :func:`describe_figures` says.
+    source: the bags, or the cohort from which they were created.
+    runs: output of :func:`describe_runs`.
     """
     columns = list(cells[0])
     in_paper = [column for column in columns if any(column in row.paper for row in rows)]
-    paper = "; paper: the paper's figures on its own data, not comparable" if in_paper else ""
+    paper = "; paper: the paper's values on its own data, not comparable" if in_paper else ""
 
     header = [""]
     for column in columns:
@@ -77,15 +77,13 @@ def markdown(
                 line.append(f"{row.paper[column]:.3f}" if column in row.paper else "–")
         lines.append(line)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"# {title}\n\ntest slides of {source}, {figures}{paper}\n\n{table}\n"
+    return f"# {title}\n\ntest slides of {source}, {runs}{paper}\n\n{table}\n"
 
 
 def csv_rows(
     rows: Sequence[SweepRow], cells: Sequence[Mapping[str, Cell]]
 ) -> Iterator[dict[str, Any]]:
-    """One a row and column; ``values`` are fold by fold in the order of the seeds, a missing one
-    is empty.
-    """
+    """One line per row and column; ``values`` are by fold and seed; a missing one is empty."""
     for row, cells_of_row in zip(rows, cells):
         for column, cell in cells_of_row.items():
             yield {

@@ -337,7 +337,7 @@ def test_a_run_without_test_figures_is_refused_with_the_command(tmp_path: Path) 
     found = refusal(tmp_path, tmp_path / "row")
     assert f"dasmil test --ckpt_path {unfinished}/checkpoints/best.ckpt" in found
     (tmp_path / "empty").mkdir()
-    assert "no run in it" in refusal(tmp_path, tmp_path / "empty")
+    assert "contains no run" in refusal(tmp_path, tmp_path / "empty")
     assert "no such folder" in refusal(tmp_path, tmp_path / "nowhere")
 
 

@@ -59,7 +59,7 @@ def test_a_sweep_by_command(road, tmp_path, capsys, monkeypatch):
     assert "base seed 0: x20/auroc " in said.out
     assert "broken seed 0: failed: error: " in said.out
     assert "has the label 'tumour'" in said.out
-    assert f"| default | {Cell((begun.figure('x20/auroc'),))} | 0.973 | " in said.out
+    assert f"| default | {Cell((begun.metric('x20/auroc'),))} | 0.973 | " in said.out
     assert not (output / "sweep_compare.md").exists()
 
     log = (begun.folder / "log.txt").read_text()

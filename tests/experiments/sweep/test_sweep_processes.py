@@ -354,7 +354,7 @@ def test_two_sweeps_do_not_make_the_same_step(tmp_path, bags, own, stand_in, com
     while not stand_in.calls_file.exists():
         time.sleep(0.01)
     assert sweep(**arguments) == 1
-    assert "own seed 0: failed: another sweep is at this" in capsys.readouterr().out
+    assert "own seed 0: failed: another sweep is running this step" in capsys.readouterr().out
     end.touch()
     other.join()
     assert len(stand_in.new_calls()) == 2

@@ -11,7 +11,7 @@ from stand_in import plan_one
 
 from dasmil.config_files import find_config
 from dasmil.errors import InputError
-from dasmil.experiments.sweep.road import plan_road
+from dasmil.experiments.sweep.bag_steps import plan_bags
 from dasmil.experiments.sweep.runs import SweepRow, plan
 from dasmil.experiments.sweep.steps import Fold, in_order, refuse_other_steps
 from dasmil.files import write_text
@@ -40,7 +40,7 @@ def test_our_tables_can_be_planned(path, tmp_path, bags):
     assert table["name"] == path.stem
     write_text(tmp_path / "cohort.csv", "")
     road = {name: table.get(name, ()) for name in ("tile", "extractor")}
-    plan_road(tmp_path, tmp_path / "cohort.csv", ["x20"], [None], embed=(), **road)
+    plan_bags(tmp_path, tmp_path / "cohort.csv", ["x20"], [None], embed=(), **road)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
@@ -137,7 +137,7 @@ def test_a_record_of_before_there_were_folds_is_not_understood_and_says_so(tmp_p
     run = plan_one(tmp_path)
     old = {"dasmil": "0.1", "fit": [], "seed": 0, "configs": [], "bags": "B", "bags_sha256": {}}
     write_text(run.folder / "run.json", json.dumps(old))
-    with pytest.raises(InputError, match="made with another dasmil, which described it otherwise"):
+    with pytest.raises(InputError, match="made with a version of dasmil with other records"):
         refuse_other_steps([run])
 
 
@@ -197,7 +197,7 @@ def test_a_run_of_other_extractors_is_refused_even_when_their_folders_are_gone(t
     def planned():
         cohort, configs = tmp_path / "cohort.csv", {"tile": (), "embed": ()}
         write_text(cohort, "slide_id,path\n")
-        road = plan_road(tmp_path, cohort, ["x20"], TWO_FOLDS, extractor=[str(own)], **configs)
+        road = plan_bags(tmp_path, cohort, ["x20"], TWO_FOLDS, extractor=[str(own)], **configs)
         return in_order(plan([SweepRow("a")], [], [0], tmp_path, road)[0])
 
     for step in planned():
@@ -251,6 +251,6 @@ def test_a_column_without_scale_is_the_finest_scales(tmp_path, bags, column, val
     figures |= {"x20/instance_auroc": 0.8, "x5/instance_auroc": 0.5, "x20/specificity": 0.1}
     figures |= {"bag/x20": 0.3}
     write_text(run.metrics, json.dumps({f"test/{key}": value for key, value in figures.items()}))
-    assert run.figure(column) is None  # not done
+    assert run.metric(column) is None  # not done
     write_text(run.mark, "")
-    assert run.figure(column) == value
+    assert run.metric(column) == value

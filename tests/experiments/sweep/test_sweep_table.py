@@ -6,7 +6,7 @@ from PIL import Image
 
 from dasmil.experiments.sweep.figure import draw
 from dasmil.experiments.sweep.runs import SweepRow
-from dasmil.experiments.sweep.table import Cell, csv_rows, describe_figures, markdown
+from dasmil.experiments.sweep.table import Cell, csv_rows, describe_runs, markdown
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_a_cell_says_how_many_runs_it_is_of(values, text):
     ],
 )
 def test_the_table_says_what_it_is_a_mean_over(seeds, num_folds, text):
-    assert describe_figures(seeds, num_folds) == text
+    assert describe_runs(seeds, num_folds) == text
 
 
 def test_the_papers_figures_stand_beside_ours_where_there_are_any():
@@ -45,7 +45,7 @@ def test_the_papers_figures_stand_beside_ours_where_there_are_any():
     assert markdown("Title", Path("BAGS"), "mean of two", rows, cells) == (
         "# Title\n\n"
         "test slides of BAGS, mean of two; "
-        "paper: the paper's figures on its own data, not comparable\n\n"
+        "paper: the paper's values on its own data, not comparable\n\n"
         "|  | auroc | paper | accuracy |\n"
         "| --- | --- | --- | --- |\n"
         "| a\\|b | 0.950 ± 0.071 | 0.973 | 0.500 ± 0.000 |\n"

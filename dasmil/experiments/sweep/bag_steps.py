@@ -1,7 +1,7 @@
-"""The road to the bags of a sweep: tiles once, then per fold one extractor a scale, and the bags.
+"""The steps that produce a sweep's bags: tiles once, then per fold its extractors and bags.
 
-An extractor sees the training slides of its fold alone, so no held-out slide has been seen by
-anything when it is tested.
+An extractor is trained only on the training slides of its fold, so no step has seen a held-out
+slide before it is tested.
 """
 
 from collections import Counter
@@ -119,7 +119,7 @@ class Embedding(Step):
         return slides_by_state(self.folder / "status.csv")
 
 
-def plan_road(
+def plan_bags(
     output: Path,
     cohort: Path,
     scales: Sequence[str],
@@ -129,7 +129,13 @@ def plan_road(
     extractor: Sequence[str],
     embed: Sequence[str],
 ) -> dict[Fold | None, Embedding]:
-    """The last step of each fold's road; the others are what it needs."""
+    """The last step of each fold, whose bags it writes; it names the steps that it needs.
+
+    Raises
+    ------
+    InputError
+        if the cohort table or a config is missing.
+    """
     if not cohort.is_file():
         raise InputError(f"{cohort}: no such table; give --cohort a CSV with slide_id, path, label")
     names = tuple(scale.name for scale in parse_scales(scales))
@@ -137,14 +143,14 @@ def plan_road(
         tuple(find_config(config) for config in configs) for configs in (tile, extractor, embed)
     )
     tiling = Tiling(output / "tiles", of_tile, None, (), cohort, names)
-    road: dict[Fold | None, Embedding] = {}
+    embeddings: dict[Fold | None, Embedding] = {}
     for fold in folds:
         parent = fold_folder(output / "extractors", fold)
         trainings = tuple(
             Pretraining(parent / scale, of_extractor, fold, (tiling,), tiling.folder, scale)
             for scale in names
         )
-        road[fold] = Embedding(
+        embeddings[fold] = Embedding(
             fold_folder(output / "bags", fold),
             of_embed,
             fold,
@@ -152,7 +158,7 @@ def plan_road(
             tiling.folder,
             tuple((training.scale, training.checkpoint) for training in trainings),
         )
-    return road
+    return embeddings
 
 
 def slides_by_state(status: Path) -> str:
