@@ -101,7 +101,7 @@ def _inner(folder: Path, name: str) -> Path:
 
 
 def _list_features(folder: Path) -> dict[str, Path]:
-    """HDF5 files if there are any, since they hold the places of tiles; else tensors alone."""
+    """HDF5 files if there are any, since they hold the places of tiles; else tensors."""
     inner = _inner(folder, "h5_files")
     if inner.is_dir() and any(inner.glob("*.h5")):
         return list_files(inner)
@@ -202,13 +202,12 @@ def read_slide(
         scales=scales,
         tile_px=tile_px[-1],
         files=tuple(files),
-        slide_mpp=tile_px[-1] * scales[-1].mpp / files[-1].side,
         size_px0=sizes[-1],
     )
 
 
 def _read_features(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None]:
-    """Features, and their places unless the file is a tensor alone."""
+    """Features, and their places unless the file is only a tensor."""
     if path.suffix == ".pt":
         return _load_tensor(path), None
     with hdf5.open_h5(path) as file:

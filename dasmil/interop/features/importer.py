@@ -265,8 +265,9 @@ def _report(dest: Path, rows: Sequence[Record], source: Source, cards: Cards) ->
     path = dest / "import.csv"
     write_csv(path, columns, ({c: row.get(c) for c in columns} for row in rows))
     done = [row for row in rows if row["state"] in ("done", "empty")]
-    failed = [row for row in rows if row not in done]
-    lines = shorten([f"{row['state']}: {row.get('message')}" for row in failed])
+    failed = [row for row in rows if row["state"] == "failed"]
+    left = [row for row in rows if row not in done and row not in failed]
+    lines = shorten([f"{row['state']}: {row.get('message')}" for row in [*failed, *left]])
     orphans, childless = (sum(row.get(c) or 0 for row in done) for c in ("orphans", "childless"))
     if orphans or childless:
         lines.append(
@@ -280,9 +281,10 @@ def _report(dest: Path, rows: Sequence[Record], source: Source, cards: Cards) ->
             f"were moved onto one grid, by {most:g} level-0 px at most"
         )
     lines += source.describe(done)
-    summary = f"import {source.tool}: {len(done)} done, {len(failed)} failed; see {path}"
-    print("\n".join([*lines, summary]))
-    return int(bool(failed))
+    counts = f"{len(done)} done, {len(failed)} failed"
+    counts += f", {len(left)} left to other processes" if left else ""
+    print("\n".join([*lines, f"import {source.tool}: {counts}; see {path}"]))
+    return int(bool(failed or left))
 
 
 def shorten(lines: Sequence[str]) -> list[str]:

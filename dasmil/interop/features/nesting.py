@@ -61,17 +61,15 @@ class SlideFeatures:
     scales: as a bag names them.
     tile_px: side of a tile as the extractors saw it.
     files: one per scale.
-    slide_mpp: µm per level-0 pixel.
     size_px0: width and height; None if the files do not tell them.
-    mpp_is_known: as in :class:`~dasmil.geometry.Extent`.
+    mpp_is_known: if False, places are in any unit instead of level-0 pixels.
     """
 
     slide_id: str
     scales: tuple[Scale, ...]
     tile_px: int
     files: tuple[ScaleFeatures, ...]
-    slide_mpp: float
-    size_px0: tuple[int, int] | None
+    size_px0: tuple[int, int] | None = None
     mpp_is_known: bool = True
 
 
@@ -148,7 +146,7 @@ def _to_integers(slide: SlideFeatures, ratios: IntArray) -> tuple[IntArray, IntA
     other grids are counted in level-0 pixels.
     """
     finest = slide.files[-1]
-    unit_px0 = slide.tile_px * slide.scales[-1].mpp / slide.slide_mpp
+    unit_px0 = float(finest.side if slide.mpp_is_known else slide.tile_px)
     cells = [
         np.rint(file.place / file.side).astype(np.int64) * ratio
         for file, ratio in zip(slide.files, ratios, strict=True)

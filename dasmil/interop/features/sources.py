@@ -83,7 +83,7 @@ def feature_source(
     folders: per scale the folder of its files.
     read: a slide from its scales and the paths of its feature files, coarse to fine, and of its
         other files.
-    cohort: table with the labels, ours or CLAM's; without it slides have no labels.
+    cohort: table with the labels, a cohort table or CLAM's; without it slides have no labels.
     list_files: the files of a folder by slide.
     needs_mpp: whether bags depend on the mpp of the table.
     other_files: of a slide, of which its bag is made; given the feature files per scale.

@@ -117,8 +117,6 @@ def read_slide(row: SlideRow, scales: tuple[Scale, ...], paths: list[Path]) -> S
         scales=tuple(true_scales),
         tile_px=require_same(tile_px, "the tile size", paths[-1]),
         files=tuple(files),
-        slide_mpp=side_um / finest if mpp else true_scales[-1].mpp,  # so that a tile is `side` wide
-        size_px0=None,
         mpp_is_known=bool(mpp),
     )
 

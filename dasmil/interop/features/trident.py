@@ -77,14 +77,11 @@ def read_slide(row: SlideRow, scales: tuple[Scale, ...], paths: list[Path]) -> S
         encoder = path.parent.name.removeprefix("features_")
         files.append(ScaleFeatures(path, encoder, values, place, find_step(path, place, sides)))
     require_same(slide_mpp, "the magnification of level 0", paths[-1])
-    shared_px = require_same(tile_px, "the tile size", paths[-1])
     return SlideFeatures(
         slide_id=row.slide_id,
         scales=scales,
-        tile_px=shared_px,
+        tile_px=require_same(tile_px, "the tile size", paths[-1]),
         files=tuple(files),
-        # places on the grid follow from this mpp; the rounded one of the file would shift them
-        slide_mpp=shared_px * scales[-1].mpp / files[-1].side,
         size_px0=require_same(sizes, "the size of the slide", paths[-1]) if sizes else None,
     )
 

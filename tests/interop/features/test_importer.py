@@ -206,7 +206,7 @@ def mil4wsi_command(root):
 
 
 @pytest.mark.parametrize("command", [trident_command, mil4wsi_command])
-def test_two_imports_share_a_folder(tmp_path, monkeypatch, command):
+def test_two_imports_share_a_folder(tmp_path, monkeypatch, capsys, command):
     """The second one begins while the first holds slide a, and is left slide b alone."""
     arguments, bags = ["import", *command(tmp_path)], tmp_path / "BAGS"
     codes, written = [], []
@@ -216,6 +216,7 @@ def test_two_imports_share_a_folder(tmp_path, monkeypatch, command):
             written.append(bag.slide_id)
             codes.append(main(arguments))
             assert rows_by_slide(bags / "import.csv")["a"]["state"] == "running"
+            assert "1 done, 0 failed, 1 left to other processes" in capsys.readouterr().out
         else:
             written.append(bag.slide_id)
         write_bag(path, bag)
