@@ -193,6 +193,11 @@ def run(args: Sequence[str]) -> int:
         print(usage(word.removeprefix("--help")))
         return 0
     name = _name(args)
+    if name == "import crchisto":
+        raise InputError(
+            "import crchisto: it is a script beside its benchmark now; run "
+            "`python tests/benchmarks/colon/crchisto.py FOLDER OUTPUT` in a clone of the repository"
+        )
     if name not in VERBS:
         raise InputError(f"no verb {name!r}{near(name, VERBS)}")
     verb = VERBS[name]
