@@ -22,10 +22,10 @@ MAX_EDGE_PX0 = 2**53  # up to here a float counts pixels one by one
 
 @dataclass(frozen=True)
 class PyramidGrid:
-    """Where tile (row, col) of a scale lies in a slide.
+    """The grid of the tiles of all scales in a slide.
 
-    The grid starts at the slide's origin. A tile's edges are whole multiples of the finest scale's
-    edges, rounded once, so children fill their parent exactly and no two tiles overlap:
+    The grid starts at the slide's origin. The edges of a tile are edges of the finest scale's grid,
+    which is rounded once, so children fill their parent exactly and no two tiles overlap:
     x0 = round(col · tile_px · mpp_scale / mpp_slide). Tiles may reach over the right and lower
     border of the slide.
 
@@ -38,7 +38,7 @@ class PyramidGrid:
     Raises
     ------
     InputError
-        if no tiles of these can be laid.
+        if there can be no such tiles.
     """
 
     scales: tuple[Scale, ...]
@@ -49,13 +49,13 @@ class PyramidGrid:
         check_mpp(self.slide_mpp, "slide")
         if not 1 <= self.tile_px < MAX_PX:
             raise InputError(f"tile_px: {self.tile_px} is not a positive number of pixels")
-        require_nesting(self.scales, tolerance=1e-3)  # others round the mpp of their scales
+        require_nesting(self.scales, tolerance=1e-3)  # other tools round the mpp of scales
         step_px0 = self.tile_px * self.scales[-1].mpp / self.slide_mpp
         if not 0.5 <= step_px0 < MAX_PX:
             raise InputError(f"tiles of {step_px0:g} level-0 px are impossible")
 
     def ratio(self, coarse: int, fine: int) -> int:
-        """How many tiles of scale number ``fine`` fit along one of scale number ``coarse``."""
+        """Tiles of scale number ``fine`` along the side of one of scale number ``coarse``."""
         return round(self.scales[coarse].mpp / self.scales[fine].mpp)
 
     def edges_px0(self, scale: int, index: IntArray) -> npt.NDArray[np.int64]:
@@ -74,7 +74,7 @@ class PyramidGrid:
     def shape(self, scale: int, size_px0: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of the tiles that cover the slide.
 
-        The last ones may reach over its right and lower border; each touches the slide, and so
+        The last ones may reach over its right and lower border. Each tile touches the slide, and so
         does its parent.
 
         Parameters

@@ -1,4 +1,4 @@
-"""Names that come from files: which of them can be names of files, and the paths made of them."""
+"""Check names that come from files before they become file names and paths."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,11 @@ from dasmil.errors import InputError
 
 MAX_NAME_BYTES = 255  # of file systems
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and bytes that are not UTF-8
-EXECUTED = ("=", "@")  # how cells begin that a spreadsheet executes, beside control characters
+EXECUTED = ("=", "@")  # a spreadsheet executes cells that begin so
 
 
 def path_fault(part: str, most_bytes: int = MAX_NAME_BYTES) -> str:
-    """Why a part of a path can be no file, as the end of a sentence; "" if it can."""
+    """Why a part of a path is no file name, as the end of a sentence; "" if it is one."""
     if CONTROLS.search(part):
         return f"{part!a} holds control characters or is not UTF-8"
     size = len(part.encode())
@@ -21,9 +21,9 @@ def path_fault(part: str, most_bytes: int = MAX_NAME_BYTES) -> str:
 
 
 def name_fault(name: str, most_bytes: int = MAX_NAME_BYTES) -> str:
-    """Why no file can be named after a name, as the end of a sentence; "" if one can.
+    """Why no file can have this name, as the end of a sentence; "" if one can.
 
-    Names that begin with a plus or a minus are left alone: a spreadsheet takes them for numbers.
+    Names may begin with a plus or a minus, although a spreadsheet reads them as numbers.
     """
     if fault := path_fault(name, most_bytes):
         return fault
@@ -35,14 +35,14 @@ def name_fault(name: str, most_bytes: int = MAX_NAME_BYTES) -> str:
 
 
 def path_inside(folder: Path, *names: str) -> Path:
-    """A path below a folder: the one place where names that come from files become paths.
+    """The path of names below a folder; only this function makes paths of names from files.
 
     Raises
     ------
     InputError
-        if it would lie elsewhere, or be hidden, or no file can have such a name.
+        if the path would be outside the folder or hidden, or no file can have such a name.
     """
     for name in names:
         if fault := name_fault(name):
-            raise InputError(f"{folder}: nothing is written or read there: the name {fault}")
+            raise InputError(f"{folder}: cannot read or write there: the name {fault}; rename it")
     return folder.joinpath(*names)

@@ -1,4 +1,4 @@
-"""Kinds of plain values: what a file says is checked by name and kind before it is used."""
+"""Kinds of plain values, to check the contents of a file before they are used."""
 
 import re
 import reprlib
@@ -14,12 +14,12 @@ MAX_SHOWN = 60  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value must be.
+    """A kind of value.
 
     Parameters
     ----------
-    words: for the message, such as ``a whole number from 1 to 9``.
-    holds: whether a value is so.
+    words: for messages, such as ``a whole number from 1 to 9``.
+    holds: whether a value is of the kind.
     """
 
     words: str
@@ -31,9 +31,9 @@ NOTHING = Kind("null", lambda value: value is None)
 
 
 def matching(pattern: str, words: str) -> Kind:
-    """Text that a regular expression describes as a whole."""
-    found = re.compile(pattern)
-    return Kind(words, lambda value: isinstance(value, str) and bool(found.fullmatch(value)))
+    """Text that matches a regular expression as a whole."""
+    compiled = re.compile(pattern)
+    return Kind(words, lambda value: isinstance(value, str) and bool(compiled.fullmatch(value)))
 
 
 TEXT = matching(r"[^\x00-\x1f\x7f-\x9f]{1,1000}", "a line of text")
@@ -41,13 +41,13 @@ WORD = matching(r"[\w.+-]{0,64}", "a word")
 
 
 def whole(low: int, high: int) -> Kind:
-    """A whole number between two."""
+    """A whole number in a closed interval."""
     words = f"a whole number from {low} to {high}"
     return Kind(words, lambda value: type(value) is int and low <= value <= high)
 
 
 def number(low: float, high: float) -> Kind:
-    """A number between two; never NaN."""
+    """A number in a closed interval; never NaN."""
     words = f"a number from {low:g} to {high:g}"
     return Kind(words, lambda value: type(value) in (int, float) and low <= value <= high)
 
@@ -59,7 +59,7 @@ def one_of(*values: Any) -> Kind:
 
 
 def several(kind: Kind, low: int, high: int) -> Kind:
-    """A list of values of one kind, and how many they may be."""
+    """A list of ``low`` to ``high`` values of one kind."""
     return Kind(
         f"{low if low == high else f'{low} to {high}'} values in a list, each {kind.words}",
         lambda value: (
@@ -71,7 +71,7 @@ def several(kind: Kind, low: int, high: int) -> Kind:
 
 
 def by_name(name: Kind, kind: Kind, low: int, high: int) -> Kind:
-    """A dictionary, and how many values it may hold."""
+    """A dictionary of ``low`` to ``high`` entries, with kinds of names and values."""
     return Kind(
         f"a dictionary of {low} to {high} values, each {kind.words}",
         lambda value: (
@@ -89,7 +89,7 @@ def either(*kinds: Kind) -> Kind:
 
 
 def named(required: Mapping[str, Kind], optional: Mapping[str, Kind]) -> Kind:
-    """A dictionary of named values, each of a kind of its own."""
+    """A dictionary of named values, each of its own kind."""
     kinds = {**required, **optional}
     return Kind(
         f"a dictionary of {', '.join(kinds)}",
@@ -109,7 +109,7 @@ def refuse_other(
     Parameters
     ----------
     values, kinds, required: as for :func:`describe_fault`.
-    where: the file and which part of it, as the begin of a sentence.
+    where: the file and the part of it, as the beginning of a sentence.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def describe_fault(values: Any, kinds: Mapping[str, Kind], required: Collection[
 
 
 def _show(value: Any) -> str:
-    """The begin of a value, however large or deep it is."""
+    """The beginning of a value, however large or deep it is."""
     text = reprlib.repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 

@@ -6,56 +6,56 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-MANY_ROWS = 2**17  # tiles; what is made of more is made in blocks where no gradient is needed
+MANY_ROWS = 2**17  # more rows are processed in blocks if no gradient is needed
 BLOCK_ROWS = 2**15
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """The same values; half precision becomes float32, other types stay as they are."""
+    """Convert half precision to float32; other types are unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def precisely(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)`` in at least float32, under autocast and with half-precision weights too."""
+    """``layer(x)`` in at least float32, also under autocast and with half-precision weights."""
     weights = {name: at_least_float32(weight) for name, weight in layer.named_parameters()}
     with torch.autocast(x.device.type, enabled=False):
         return functional_call(layer, weights, at_least_float32(x))
 
 
 def is_in_blocks(x: Tensor) -> bool:
-    """Whether rows are worked on in blocks: many rows, and nothing that needs a gradient."""
+    """Whether to process rows in blocks: many rows, and no gradient is needed."""
     return len(x) > MANY_ROWS and not torch.is_grad_enabled()
 
 
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)`` of a function that treats each row by itself, (N, K) → (N, …).
+    """``function(x)`` of a function that acts on each row independently, (N, K) → (N, …).
 
-    In blocks where :func:`is_in_blocks` holds, so that what it makes on the way takes no memory.
+    If :func:`is_in_blocks` holds, it runs in blocks, to save memory of intermediate results.
     """
     if not is_in_blocks(x):
         return function(x)
-    found: Tensor | None = None
+    result: Tensor | None = None
     for start in range(0, len(x), BLOCK_ROWS):
         block = function(x[start : start + BLOCK_ROWS])
-        if found is None:
-            found = block.new_empty(len(x), *block.shape[1:])
-        found[start : start + BLOCK_ROWS] = block
-    assert found is not None
-    return found
+        if result is None:
+            result = block.new_empty(len(x), *block.shape[1:])
+        result[start : start + BLOCK_ROWS] = block
+    assert result is not None
+    return result
 
 
 def bag_rows(ptr: Tensor) -> Tensor:
-    """(N,) the bag of each row, from the (B + 1,) boundaries of the bags."""
+    """(N,) number of each row's bag, from the (B + 1,) boundaries of the bags."""
     return torch.repeat_interleave(torch.arange(len(ptr) - 1, device=ptr.device), ptr.diff())
 
 
 def first_argmax(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Row of each group's first largest value per column; a NaN counts as the largest.
+    """Row of the first largest value per group and column; NaN counts as the largest.
 
     Parameters
     ----------
     z: (N, C).
-    group: (N,) int64, the group of each row.
+    group: (N,) int64, number of each row's group.
     num_groups: G.
 
     Returns
@@ -73,12 +73,14 @@ def first_argmax(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 
 def first_max(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Largest value of each group per column; only the first of equal ones gets a gradient.
+    """Largest value per group and column; of equal values only the first gets the gradient.
 
-    torch's ``segment_reduce`` and ``scatter_reduce`` divide the gradient among ties by rules that
-    differ from each other, and the former only if the gradient is positive.
+    torch's ``segment_reduce`` and ``scatter_reduce`` divide the gradient among ties by different
+    rules, and the former only if the gradient is positive.
 
-    Parameters are those of :func:`first_argmax`.
+    Parameters
+    ----------
+    z, group, num_groups: as for :func:`first_argmax`.
 
     Returns
     -------

@@ -17,18 +17,18 @@ Px0 = NewType("Px0", int)  # pixels of OpenSlide's level 0
 TilePx = NewType("TilePx", int)  # pixels of a tile
 
 SCALE_NAME = re.compile(r"x(?=[0.]*[1-9])([0-9]{1,6}(?:\.[0-9]{1,6})?)")
-MAX_PX = 2**31  # along a slide, and of what else counts pixels
-MPPS = (1e-6, 1e6)  # between these lies that of every slide and scale
+MAX_PX = 2**31  # of a slide's side, and of any other number of pixels
+MPPS = (1e-6, 1e6)  # possible µm per pixel of slides and scales
 
 
 @dataclass(frozen=True)
 class Scale:
-    """One magnification of the pyramid; its truth is the target ``mpp``, its name only a label.
+    """One magnification of the pyramid, defined by its ``mpp``; its name is only a label.
 
     Raises
     ------
     InputError
-        if the name is not one such as x20, or the mpp is impossible.
+        if the name is no magnification such as x20, or the mpp is impossible.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Scale:
 
 
 def check_mpp(mpp: float, what: str) -> None:
-    """Raise :class:`InputError` unless a slide or a scale can have so many µm per pixel."""
+    """Raise :class:`InputError` unless a slide or a scale can have this mpp."""
     if not MPPS[0] <= mpp <= MPPS[1]:
-        raise InputError(f"{what}: {mpp:g} µm per pixel are impossible")
+        raise InputError(f"{what}: {mpp:g} µm per pixel are impossible; correct the mpp")
 
 
 def parse_scales(names: Iterable[str]) -> tuple[Scale, ...]:
@@ -60,7 +60,7 @@ def parse_scales(names: Iterable[str]) -> tuple[Scale, ...]:
 
 
 def require_nesting(scales: Sequence[Scale], tolerance: float = 1e-6) -> None:
-    """Raise :class:`InputError` unless scales go from coarse to fine by whole ratios."""
+    """Raise :class:`InputError` unless scales go from coarse to fine with whole ratios."""
     if not scales:
         raise InputError("scales: give at least one, for example [x10,x20]")
     for coarse, fine in pairwise(scales):

@@ -283,7 +283,7 @@ def test_another_checkpoint_never_replaces_what_a_folder_holds(
 def test_split_options_of_the_command_line_are_obeyed_or_refused(road, trained, tmp_path, capsys):
     command = ["test", *evaluation(road, trained), "--output", str(tmp_path)]
     assert main([*command, "--data.num_folds", "2", "--data.fold", "0"]) == 2
-    assert "data.num_folds: the slides have val parts already" in capsys.readouterr().err
+    assert "data.num_folds: the split column already names val slides" in capsys.readouterr().err
     table = tmp_path / "table.csv"
     parts = {row.slide_id: row.split for row in read_cohort(road.cohort)}
     trained_on = next(s for s, part in parts.items() if part == "train")

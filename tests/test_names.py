@@ -33,7 +33,7 @@ OTHERS = {
 def test_a_name_that_leaves_its_folder_is_no_path(tmp_path: Path, name: str) -> None:
     assert name_fault(name)
     for names in ((name,), ("a", name), (name, "a.csv")):
-        with pytest.raises(InputError, match="nothing is written or read there"):
+        with pytest.raises(InputError, match="cannot read or write there"):
             path_inside(tmp_path, *names)
 
 

@@ -1,7 +1,7 @@
 """The graph of a bag: 8-neighbours inside a scale, "part of" between scales; all O(N).
 
-Paper, section 3, "Architecture": A_1 and A_2 are :attr:`BagGraph.neighbours` of each scale, A is
-:attr:`BagGraph.union`.
+Bontempo et al. 2023, section 3, "Architecture": A_1 and A_2 are :attr:`BagGraph.neighbours` of the
+scales, A is :attr:`BagGraph.union`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ UNKNOWN = -1  # the label of a slide without one
 class BagHeaders:
     """The headers of a graph's bags.
 
-    No tuple or dataclass: Lightning converts what is inside of those, and refuses frozen ones.
+    It is neither a tuple nor a dataclass, whose contents Lightning converts, and refuses if frozen.
     """
 
     def __init__(self, headers: Iterable[BagHeader]):
@@ -37,7 +37,7 @@ class BagHeaders:
 
 @dataclass  # not frozen: Lightning converts the fields for precisions such as bf16-true
 class BagGraph:
-    """One bag, or several side by side; rows of a bag are contiguous at every scale.
+    """The graph of one or several bags; the rows of a bag are contiguous at every scale.
 
     Parameters
     ----------
@@ -45,11 +45,11 @@ class BagGraph:
     grid: per scale (N_s, 2) int32 row, col; always on the CPU.
     parent: per scale but the coarsest (N_s,) int64, row in the next coarser scale, -1 for none.
     ptr: per scale (B + 1,) int64; bag b owns the rows ptr[b] to ptr[b + 1].
-    labels: (B,) int64 class index, -1 where unknown.
+    labels: (B,) int64 class index, -1 if unknown.
     headers: one per bag.
     neighbours: of each scale's tiles on its grid; None if no edges were made.
-    union: of all scales' tiles, numbered through from coarse to fine: neighbours on the grids, and
-        parents and children; None if no edges were made.
+    union: of the tiles of all scales, in one numbering from coarse to fine: neighbours on the
+        grids, parents and children; None if no edges were made.
     """
 
     features: Mapping[str, Tensor]
@@ -75,7 +75,7 @@ class BagGraph:
         return len(self.labels)
 
     def in_dtype(self, dtype: torch.dtype) -> "BagGraph":
-        """The graph with features of the dtype that a model computes in."""
+        """The graph with its features in another dtype."""
         return replace(self, features={name: x.to(dtype) for name, x in self.features.items()})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "BagGraph":
@@ -100,7 +100,7 @@ class BagGraph:
         )
 
     def bag(self, number: int) -> Bag:
-        """One of the bags; its features are a part of the graph's, on the same device."""
+        """One of the bags; its features are views of the graph's, on the same device."""
         header, rows = self.headers[number], self.rows(number)
         parent = {}
         for coarse, fine in pairwise(self.scales):
@@ -114,17 +114,17 @@ class BagGraph:
         )
 
     def rows(self, number: int) -> dict[str, slice]:
-        """The rows of one of the bags, per scale."""
+        """The rows of one bag, per scale."""
         return {name: slice(*ptr[number : number + 2].tolist()) for name, ptr in self.ptr.items()}
 
 
 def bag_graph(bag: Bag, label: int = UNKNOWN, edges: bool = True) -> BagGraph:
-    """The graph of one bag.
+    """Make the graph of one bag.
 
     Parameters
     ----------
     label: class index.
-    edges: whether to make the edges; a method whose ``uses_edges`` is False needs none.
+    edges: whether to make edges; methods whose ``uses_edges`` is False need none.
     """
     parent = {name: bag.parent[name].long() for name in bag.scales[1:]}
     neighbours = {name: grid_neighbours(bag.grid[name]) for name in bag.scales} if edges else None
@@ -141,7 +141,7 @@ def bag_graph(bag: Bag, label: int = UNKNOWN, edges: bool = True) -> BagGraph:
 
 
 def join_graphs(graphs: Sequence[BagGraph]) -> BagGraph:
-    """Several graphs side by side, without an edge between them."""
+    """Join graphs, without edges between them."""
     if len(graphs) == 1:
         return graphs[0]
     features, grid, parent, ptr = {}, {}, {}, {}

@@ -1,7 +1,7 @@
-"""Who sees whom in a bag graph: neighbour lists, all in O(N).
+"""Neighbour lists of a bag graph, all in O(N).
 
-Paper: Bontempo et al. 2023, section 3, "Architecture": :func:`grid_neighbours` is A_1, …, A_M of
-each scale's grid, :func:`union_neighbours` is A with the relation "part of" between the scales.
+Bontempo et al. 2023, section 3, "Architecture": :func:`grid_neighbours` is A_1, …, A_M of the
+scales' grids, :func:`union_neighbours` is A with the relation "part of" between the scales.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 OFFSETS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1))  # slot 4: the tile itself
-DENSE_CELLS = 16  # cells of the bounding box per tile, up to which a table of the box is made
-FREE_CELLS = 2**16  # and a table of that many in any case
+DENSE_CELLS = 16  # per tile: a lookup table of the bounding box may have so many cells
+FREE_CELLS = 2**16  # or so many more, whatever the number of tiles
 
 
 @dataclass  # not frozen: Lightning converts the fields for precisions such as bf16-true
 class Neighbours:
-    """For each of N nodes the nodes that it sees: its neighbours, and itself.
+    """Neighbour lists of N nodes: each node "sees" its neighbours and itself.
 
-    The relation is symmetric. Entry e of node i says "i sees j"; i's entries are ptr[i] to
-    ptr[i + 1].
+    The relation is symmetric. Each of the E entries is a pair "i sees j"; the entries of node i are
+    ptr[i] to ptr[i + 1].
 
     Parameters
     ----------
-    ptr: (N + 1,) int32, where each node's entries begin.
-    index: (E,) int32, the node that is seen.
-    reverse: (E,) int32, number of the entry that says the same the other way, "j sees i".
+    ptr: (N + 1,) int32, first entry of each node.
+    index: (E,) int32, the node j that is seen.
+    reverse: (E,) int32, number of the reverse entry, "j sees i".
     """
 
     ptr: Tensor
@@ -38,21 +38,21 @@ class Neighbours:
         return len(self.ptr) - 1
 
     def seers(self) -> Tensor:
-        """(E,) int32, the node that sees, of each entry."""
+        """(E,) int32, the node i of each entry "i sees j"."""
         nodes = torch.arange(len(self), dtype=torch.int32, device=self.ptr.device)
         return nodes.repeat_interleave(self.ptr.diff(), output_size=len(self.index))
 
     def edge_index(self) -> Tensor:
-        """(2, E - N) int64 source and target of each edge, as PyG has it; none to itself."""
+        """(2, E - N) int64 source and target of each edge, as in PyG; without self-loops."""
         edges = torch.stack([self.index, self.seers()]).long()
         return edges[:, edges[0] != edges[1]]
 
     def without(self, dropped: Tensor) -> "Neighbours":
-        """Cut all edges of the nodes that a (N,) bool mask names; each still sees itself."""
+        """Remove all edges of the nodes in a (N,) bool mask; each node still sees itself."""
         seers, seen = self.seers(), self.index
         cut = (dropped.index_select(0, seers) | dropped.index_select(0, seen)) & (seers != seen)
         kept = cut.logical_not().nonzero().squeeze(1)
-        before = _starts(~cut)  # number of each entry that is kept, among those
+        before = _starts(~cut)  # new number of each kept entry
         return Neighbours(
             ptr=before.index_select(0, self.ptr),
             index=seen.index_select(0, kept),
@@ -60,12 +60,12 @@ class Neighbours:
         )
 
     def of_nodes(self, start: int, stop: int) -> tuple[Tensor, "Neighbours"]:
-        """Whom consecutive nodes see, without the way back.
+        """The lists of the nodes ``start`` to ``stop``, without reverse entries.
 
         Returns
         -------
-        (M,) the nodes themselves, then all others that they see; and the lists of the nodes
-        ``start`` to ``stop``, whose ``index`` counts in these.
+        (M,) these nodes, then all others that they see; and their lists, whose ``index`` counts in
+        the former.
         """
         first, last = self.ptr[start], self.ptr[stop]
         index = self.index[first:last]
@@ -95,20 +95,20 @@ def grid_neighbours(grid: Tensor) -> Neighbours:
 
     Parameters
     ----------
-    grid: (N, 2) row, col, no cell twice.
+    grid: (N, 2) row, col; each cell at most once.
     """
     if len(grid) == 0:
         none = torch.empty(0, dtype=torch.int32)
         return Neighbours(torch.zeros(1, dtype=torch.int32), none, none)
-    cells = grid.long() - grid.long().amin(0) + 1  # a margin of one: no neighbour lies outside
+    cells = grid.long() - grid.long().amin(0) + 1  # a margin of one, for all neighbours
     height, width = (cells.amax(0) + 2).tolist()
     position = cells[:, 0] * width + cells[:, 1]
     shifts = torch.tensor([row * width + col for row, col in OFFSETS])
     wanted = (position[:, None] + shifts).view(-1)
     seen = _tiles_at(position, wanted, height * width).view(-1, len(OFFSETS))  # -1 for none
     there = seen >= 0
-    number = _starts(there.view(-1))  # of the entry, where there is one
-    # slot k of one tile is slot 8 - k of the other
+    number = _starts(there.view(-1))  # of each entry that exists
+    # slot k of a tile is slot 8 - k of its neighbour
     other = seen * len(OFFSETS) + torch.arange(len(OFFSETS) - 1, -1, -1, dtype=torch.int32)
     return Neighbours(
         ptr=number[:: len(OFFSETS)].contiguous(),
@@ -124,7 +124,7 @@ def _tiles_at(position: Tensor, wanted: Tensor, num_cells: int) -> Tensor:
         table = torch.full((num_cells,), -1, dtype=torch.int32)
         table[position] = numbers
         return table.index_select(0, wanted)
-    held, order = position.sort()  # tiles few and far between: no table of the whole box
+    held, order = position.sort()  # few tiles far apart: a table of the box would be too large
     place = torch.searchsorted(held, wanted).clamp(max=len(held) - 1)
     return torch.where(held[place] == wanted, order.int()[place], -1)
 
@@ -132,19 +132,19 @@ def _tiles_at(position: Tensor, wanted: Tensor, num_cells: int) -> Tensor:
 def union_neighbours(
     neighbours: Mapping[str, Neighbours], parent: Mapping[str, Tensor]
 ) -> Neighbours:
-    """All scales in one numbering, coarse to fine, where parent and child see each other too.
+    """The lists of all scales in one numbering, coarse to fine; parent and child see each other.
 
     Parameters
     ----------
     neighbours: of each scale, coarse to fine.
-    parent: per scale but the coarsest (N_s,) row in the next coarser scale, -1 for none; those that
-        have one lie in the order of their parents.
+    parent: per scale but the coarsest (N_s,) row in the next coarser scale, -1 for none; sorted by
+        parents.
     """
     if len(neighbours) == 1:
         return next(iter(neighbours.values()))
     first_node = dict(zip(neighbours, _sums([len(own) for own in neighbours.values()])))
-    counts = torch.cat([own.ptr.diff() for own in neighbours.values()])  # entries a node, (N,)
-    above: dict[str, tuple[Tensor, Tensor]] = {}  # per scale: nodes of children, of their parents
+    counts = torch.cat([own.ptr.diff() for own in neighbours.values()])  # entries per node, (N,)
+    above: dict[str, tuple[Tensor, Tensor]] = {}  # per scale: nodes of children and their parents
     for coarse, fine in pairwise(neighbours):
         rows = parent[fine]
         held = (rows >= 0).nonzero().squeeze(1)
@@ -164,7 +164,7 @@ def union_neighbours(
         entry += moved.index_select(0, own.seers())
         index.index_copy_(0, entry.long(), own.index + start)
         reverse.index_copy_(0, entry.long(), entry.index_select(0, own.reverse))
-    for child, of in above.values():  # after its own scale a node sees its parent, then children
+    for child, of in above.values():  # entries: its own scale, then its parent, then its children
         eldest = torch.searchsorted(of, of)  # the first child of the same parent
         siblings = torch.arange(len(of), device=ptr.device) - eldest
         up = (ptr[child] + counts[child]).long()
@@ -175,7 +175,7 @@ def union_neighbours(
 
 
 def join_neighbours(parts: Sequence[Neighbours]) -> Neighbours:
-    """Side by side, without an edge between them."""
+    """Join lists, without edges between them."""
     nodes = _sums([len(part) for part in parts])
     entries = _sums([len(part.index) for part in parts])
     ptrs = [part.ptr[:-1] + start for part, start in zip(parts, entries)]
@@ -187,7 +187,7 @@ def join_neighbours(parts: Sequence[Neighbours]) -> Neighbours:
 
 
 def _starts(counts: Tensor) -> Tensor:
-    """(N,) counts → (N + 1,) int32, the sum of all before each, and of all."""
+    """(N,) counts → (N + 1,) int32 cumulative sums, beginning with 0."""
     starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
     torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
     return starts

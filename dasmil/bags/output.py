@@ -1,4 +1,4 @@
-"""The output of every method at one scale: the one type between methods, losses and reports."""
+"""The output of a method at one scale, which losses and reports read."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ class ScaleOutput:
     attention: (N, C); sums to one over the tiles of a bag. None if a method has none. A method with
         one attention for all logits repeats it.
     bag_index: (N,) the bag of each row.
-    shown: (N,) bool, False for a tile that the head does not see (D12), whose attention is zero;
-        None if it sees all.
+    shown: (N,) bool, False for a tile that the head does not see, whose attention is zero; None if
+        it sees all. (D12: coarse tiles without children. D numbers: .github/docs/paper.md.)
 
     A method whose loss needs more returns a subclass with more fields.
     """
@@ -31,7 +31,7 @@ class ScaleOutput:
     shown: Tensor | None = None
 
     def tile_scores(self) -> Tensor:
-        """(N, C) by which tiles are ranked: their logits, else their attention.
+        """(N, C) scores that rank tiles: their logits, else their attention.
 
         Raises
         ------
@@ -40,5 +40,5 @@ class ScaleOutput:
         """
         scores = self.attention if self.instance_logits is None else self.instance_logits
         if scores is None:
-            raise InputError("this method scores slides alone, not tiles; leave --truth out")
+            raise InputError("this method scores only slides, not tiles; leave --truth out")
         return scores

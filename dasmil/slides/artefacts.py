@@ -1,6 +1,6 @@
-"""What on a slide is no tissue: pen marks and black borders, by colour and size. Pure functions.
+"""Masks of pen marks and black borders, by colour and size. Pure functions.
 
-Blurred tiles cannot be told on a thumbnail: :mod:`dasmil.slides.focus`.
+A thumbnail does not show blur: see :mod:`dasmil.slides.focus`.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,15 @@ import numpy.typing as npt
 from dasmil.errors import InputError
 from dasmil.slides.tissue import MaskArray, disc
 
-MPP = 16.0  # about the µm/px looked at: a stroke of 300 µm is 19 px wide, a nucleus is gone
+MPP = 16.0  # about the µm/px used here: a stroke of 300 µm is 19 px wide, nuclei vanish
 
 Colour = tuple[int, int, int]  # OpenCV's 8-bit HSV: hue in steps of 2°, saturation, value
 
 #: Colours of each ink, as (lowest, highest) HSV. At this mpp the tissue of 19 H&E slides has hues
 #: of 250° to 354°; by the absorbances of Ruifrok and Johnston (2001) DAB lies at 25°, haematoxylin
-#: at 244°, with less saturation than is asked for there. The inks are what is left. Rules of this
-#: kind, in RGB: deep-histopath (IBM CODAIT 2018), and histolab and wsi-tile-cleanup after it.
+#: at 244°, with less saturation than these rules require. The inks are the remaining colours.
+#: Similar rules in RGB: deep-histopath (IBM CODAIT 2018), and after it histolab and
+#: wsi-tile-cleanup.
 INKS: Mapping[str, tuple[tuple[Colour, Colour], ...]] = MappingProxyType(
     {
         "blue": (((90, 102, 0), (116, 255, 255)), ((117, 166, 0), (124, 255, 255))),  # 2: on tissue
@@ -34,37 +35,36 @@ INKS: Mapping[str, tuple[tuple[Colour, Colour], ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ArtefactParameters:
-    """What is left out of the tissue; nothing, unless switched on.
+    """Which artefacts are excluded from the tissue; none by default.
 
     Parameters
     ----------
     pen:
-        inks of pen marks to leave out, any of blue, green, red and black. Leave an ink out of the
-        list where a stain has its colour: blue and green for Masson's trichrome or Alcian blue, red
-        for AEC or Fast Red, black for lungs with much coal or for very dense DAB. Ink over dark
-        tissue mixes with its colour and may stay.
+        inks of pen marks to exclude, any of blue, green, red and black. Do not list an ink if a
+        stain has its colour: blue and green for Masson's trichrome or Alcian blue, red for AEC or
+        Fast Red, black for lungs with much coal or for very dense DAB. Ink over dark tissue mixes
+        with its colour and may remain.
     black:
-        leave out near-black areas that touch the slide's border or are large: what was not scanned,
-        padding, the edge of the coverslip.
+        exclude near-black areas that touch the slide's border or are large: areas that were not
+        scanned, padding, the edge of the coverslip.
     blur:
-        leave out finest tiles that are out of focus. Each one is read once, at blur_mpp.
+        exclude finest tiles that are out of focus. Each one is read once, at blur_mpp.
     max_share:
-        share of a finest tile that may be pen or black.
+        largest share of a finest tile that may be pen or black.
     min_width_um:
-        what is narrower is neither pen nor black: nuclei, folds and dust are, a pen's nib is 300 µm
-        and more.
+        narrower regions (nuclei, folds, dust) are ignored; pen strokes are at least 300 µm wide.
     margin_um:
-        pen and black areas are widened by this, for their pale rim.
+        pen and black areas are widened by this to include their pale rim.
     max_black:
-        the brightest of a near-black pixel's red, green and blue (8-bit).
+        largest red, green or blue of a near-black pixel (8-bit).
     min_black_mm2:
-        near-black areas inside the slide are left out from this size on.
+        near-black areas inside the slide are excluded from this size on.
     blur_mpp:
         µm per pixel at which focus is measured; a coarser slide is measured at its own mpp.
     min_detail:
         a tile with less detail is blurred. Detail is the variance of structures of about 1 pixel
-        over that of about 2 pixels, whatever the contrast and the stain. Sharp tiles have 0.34
-        and more, and less than 0.25 when blurred by a Gaussian of 2 pixels or more.
+        over that of about 2 pixels; it does not depend on contrast and stain. Sharp tiles have 0.34
+        and more, and less than 0.25 if blurred by a Gaussian of 2 pixels or more.
     """
 
     pen: tuple[str, ...] = ()
@@ -99,7 +99,7 @@ class ArtefactParameters:
 def artefact_masks(
     thumbnail: npt.NDArray[np.uint8], mpp: float, parameters: ArtefactParameters
 ) -> dict[str, MaskArray]:
-    """Where pen and black lie, for the rules that are on.
+    """Masks of pen and black, for the rules that are on.
 
     Parameters
     ----------
@@ -108,8 +108,8 @@ def artefact_masks(
 
     Returns
     -------
-    ``pen`` and ``black``: (h, w) bool over the whole slide, reduced by the whole number that comes
-    nearest to :data:`MPP`; not at all from 11 µm/px on. No pixel is in both.
+    ``pen`` and ``black`` → (h, w) bool over the whole slide, reduced by the whole number that comes
+    nearest to :data:`MPP`; not reduced from 11 µm/px on. No pixel is in both.
     """
     if not (parameters.pen or parameters.black):
         return {}
@@ -137,11 +137,11 @@ def artefact_masks(
 
 
 def exclude(masks: Mapping[str, MaskArray], thumbnail: npt.NDArray[np.uint8]) -> MaskArray:
-    """Paint what is left out white, in place, so that it does not move the tissue's threshold.
+    """Paint the masked areas white, in place, so that they do not shift the tissue's threshold.
 
     Returns
     -------
-    (H, W) bool: what was painted, at the thumbnail's resolution.
+    (H, W) bool, the painted pixels of the thumbnail.
     """
     excluded = np.any(list(masks.values()), axis=0).view(np.uint8)
     size = thumbnail.shape[1::-1]

@@ -1,4 +1,4 @@
-"""The table of slides: where each lies, its label, its patient and the part it plays."""
+"""The cohort table: the file, label, patient and split of each slide."""
 
 import hashlib
 import os
@@ -57,7 +57,7 @@ NOT_KNOWN = frozenset(  # what other programs write for an empty cell, in lower 
     )
 )
 MAX_SHOWN = 50  # characters of a cell in a sentence
-MAX_ID_BYTES = 200  # names of files have at most 255, and endings are added
+MAX_ID_BYTES = 200  # a file name has at most 255, and suffixes are added
 
 PICTURE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg"])
 #: ``1_macro``, ``1.svs-label``, ``thumbnail``: the slide's name, and what the picture shows
@@ -67,7 +67,7 @@ PICTURE_OF_SLIDE = re.compile(
 
 
 class BadCell(NamedTuple):
-    """A cell that costs its slide and not the table: what stands in it, and why it is not used."""
+    """A cell that makes its slide fail, not the table: its text, and why it cannot be used."""
 
     column: str
     text: str
@@ -76,7 +76,7 @@ class BadCell(NamedTuple):
 
 @dataclass(frozen=True)
 class SlideRow:
-    """One row of the cohort table; empty cells and bad ones are None."""
+    """One row of the cohort table; empty and bad cells are None."""
 
     slide_id: str
     path: Path
@@ -89,12 +89,12 @@ class SlideRow:
 
     @property
     def patient(self) -> str:
-        """The patient; a slide without one is its own patient."""
+        """The patient_id; the slide_id if there is none."""
         return self.patient_id or self.slide_id
 
     @property
     def fault(self) -> str | None:
-        """Why no files can be named after the slide, or a table cannot name its file."""
+        """Why no file can have the slide's name, or its path cannot be used; None if both can."""
         if fault := name_fault(self.slide_id, MAX_ID_BYTES):
             return f"its slide_id {fault}; give it another one in a cohort table"
         for part in self.path.parts:
@@ -104,39 +104,39 @@ class SlideRow:
 
     @property
     def scale_fault(self) -> str | None:
-        """Why the µm/px that the table gives cannot be used; the mpp counts before the other."""
+        """Why the table's mpp cannot be used, or without an mpp its magnification; else None."""
         return self.fault_in("mpp") or (None if self.mpp else self.fault_in("magnification"))
 
     def fault_in(self, column: str) -> str | None:
-        """Why the cell of a column cannot be used."""
+        """Why the cell of a column cannot be used; None if it can."""
         return next((cell.reason for cell in self.bad_cells if cell.column == column), None)
 
     @property
     def file(self) -> Path:
-        """The slide's file without links, as far as there is one; for comparisons."""
+        """The slide's path with all links resolved, if that is possible; for comparisons."""
         try:
             return self.path.resolve()
-        except (OSError, RuntimeError, ValueError):  # links in a circle, a name that no file has
+        except (OSError, RuntimeError, ValueError):  # circular links, or an impossible name
             return self.path
 
 
 def slide_name(name: str) -> str:
-    """The slide that a file is named after: without the suffix of a slide and blanks around it.
+    """The slide_id of a file: its name without a slide's suffix and without surrounding blanks.
 
-    What follows the last dot is otherwise part of the name: ``16.1`` is another slide than ``16``.
+    Any other suffix is part of the name: ``16.1`` and ``16`` are two slides.
     """
     suffix = PurePath(name).suffix
     return readable(name.removesuffix(suffix) if suffix.lower() in SLIDE_SUFFIXES else name)
 
 
 def readable(name: str) -> str:
-    """A file's name as a slide_id: UTF-8, without blanks around it, never empty or hidden."""
+    """A file's name as a slide_id: UTF-8, no surrounding blanks, never empty or hidden."""
     text = os.fsencode(name).decode(errors="backslashreplace").strip().lstrip(".").strip()
     return text or repr(name)
 
 
 def match_names(rows: Sequence[SlideRow], slide_ids: Collection[str]) -> list[SlideRow]:
-    """Rows of a table under the names that files have: as they stand, else without the suffix."""
+    """The rows with a slide_id that a file has: unchanged if it is known, else without suffix."""
     known = set(slide_ids)
     return [
         row
@@ -147,9 +147,16 @@ def match_names(rows: Sequence[SlideRow], slide_ids: Collection[str]) -> list[Sl
 
 
 def read_cohort(source: Path, leave_out: Path | None = None) -> list[SlideRow]:
-    """Rows of a cohort table (CSV), or one row for every slide found below a folder.
+    """Read a cohort table (CSV), or find every slide below a folder.
 
-    Pictures below ``leave_out``, our own output, are no slides.
+    Parameters
+    ----------
+    leave_out: output folder of dasmil, whose pictures are no slides.
+
+    Raises
+    ------
+    InputError
+        if there is no slide, a slide_id occurs twice, or the table cannot be read.
     """
     if source.is_dir():
         rows = _scan_folder(source, leave_out)
@@ -162,10 +169,10 @@ def read_cohort(source: Path, leave_out: Path | None = None) -> list[SlideRow]:
         output = leave_out and leave_out.resolve()
         if source.is_dir() and output in (source.resolve(), *source.resolve().parents):
             raise InputError(
-                f"{source}: it lies in --output {leave_out}, whose pictures are no slides; choose "
+                f"{source}: is inside --output {leave_out}, whose pictures are no slides; choose "
                 "another --output"
             )
-        raise InputError(f"{source}: no slides in it")
+        raise InputError(f"{source}: holds no slides; give a cohort table or a folder of slides")
     refuse_twice(source, rows)
     return rows
 
@@ -173,15 +180,18 @@ def read_cohort(source: Path, leave_out: Path | None = None) -> list[SlideRow]:
 def refuse_twice(
     source: Path,
     rows: Iterable[SlideRow],
-    advice: str = "give each slide a slide_id of its own in a cohort table",
+    advice: str = "give each slide its own slide_id in a cohort table",
 ) -> None:
-    """Slides need names that every file system tells apart: some ignore case."""
+    """Raise :class:`InputError` if two slide_ids are one file name on some file systems.
+
+    Some of them ignore case.
+    """
     seen: dict[str, SlideRow] = {}
     for row in rows:
         other = seen.setdefault(unicodedata.normalize("NFC", row.slide_id).casefold(), row)
         if other is not row:
             same = other.slide_id == row.slide_id
-            what = "stands twice" if same else f"is the same as {other.slide_id!r} on some disks"
+            what = "occurs twice" if same else f"equals {other.slide_id!r} on some disks"
             paths = f"{other.path} and {row.path}"
             raise InputError(f"{source}: slide_id {row.slide_id!r} {what} ({paths}); {advice}")
 
@@ -189,7 +199,7 @@ def refuse_twice(
 def write_cohort(path: Path, rows: Iterable[SlideRow]) -> None:
     """Write the table with absolute slide paths, so that it can be read from anywhere.
 
-    Bad cells stay as they are: what needs them fails there, too.
+    Bad cells are written unchanged: each verb that needs one reports it.
     """
 
     def record(row: SlideRow) -> dict[str, object]:
@@ -201,7 +211,7 @@ def write_cohort(path: Path, rows: Iterable[SlideRow]) -> None:
 
 
 def refuse_faulty(rows: Sequence[SlideRow], worker: Worker) -> list[SlideRow]:
-    """The rows that can be worked on; each of the others has failed."""
+    """Mark each faulty slide as failed, and return the other rows."""
     for row in rows:
         if row.fault:
             worker.note(row.slide_id, {"state": "failed", "message": row.fault})
@@ -209,35 +219,38 @@ def refuse_faulty(rows: Sequence[SlideRow], worker: Worker) -> list[SlideRow]:
 
 
 def slides_digest(rows: Iterable[SlideRow]) -> str:
-    """The same for tables that name the same slides, wherever these lie."""
+    """Hex digest of the sorted slide_ids; paths do not count."""
     return hashlib.sha256("\n".join(sorted(row.slide_id for row in rows)).encode()).hexdigest()
 
 
 def describe_leaving(path: Path, rows: Iterable[SlideRow]) -> str:
-    """Which slides of the table at ``path``, if there is one, are not among those of the new."""
+    """Which slides of the existing table at ``path`` are not in the new rows; "" if none."""
     if not path.is_file():
         return ""
     new = {row.slide_id for row in rows}
     gone = [row.slide_id for row in read_cohort(path) if row.slide_id not in new]
     if not gone:
         return ""
-    return f"{path}: {len(gone)} slide(s) of before leave it, their files stay: {some_of(gone)}"
+    return (
+        f"{path}: {len(gone)} slide(s) of the previous table are no longer listed; their files are "
+        f"kept: {some_of(gone)}"
+    )
 
 
 def _scan_folder(folder: Path, leave_out: Path | None) -> list[SlideRow]:
-    """Slides below a folder, named after their files; a folder of DICOM files is one slide."""
+    """Find slides below a folder, named after their files; a folder of DICOM is one slide."""
     rows = {}
     files = [
         path
         for path in files_below(folder, leave_out)
         if path.suffix.lower() in SLIDE_SUFFIXES
-        and not path.name.strip().startswith(".")  # half written, or what macOS leaves behind
+        and not path.name.strip().startswith(".")  # partly written, or a file of macOS
     ]
     pictures = _pictures_of_slides(files)
     if pictures:
         warnings.warn(
-            f"{folder}: {len(pictures)} picture(s) of slides (macro, label, thumbnail) are left "
-            f"out: {some_of(sorted(path.name for path in pictures))}",
+            f"{folder}: {len(pictures)} picture(s) of slides (macro, label, thumbnail) are "
+            f"skipped: {some_of(sorted(path.name for path in pictures))}",
             stacklevel=2,
         )
     for path in files:
@@ -251,13 +264,13 @@ def _scan_folder(folder: Path, leave_out: Path | None) -> list[SlideRow]:
 
 
 def _pictures_of_slides(files: Sequence[Path]) -> set[Path]:
-    """Pictures that scanners and viewers leave beside a slide, told by their names."""
+    """Pictures that scanners and viewers write beside a slide, recognised by their names."""
     slides = {path.with_suffix("") for path in files} | set(files)
     with_slides = {path.parent for path in files if path.suffix.lower() not in PICTURE_SUFFIXES}
     found = set()
     for path in files:
         match = PICTURE_OF_SLIDE.fullmatch(path.stem)
-        if match is None or path.suffix.lower() == ".dcm":  # a part of a slide of many files
+        if match is None or path.suffix.lower() == ".dcm":  # one of the files of a slide
             continue
         is_picture = path.suffix.lower() in PICTURE_SUFFIXES
         if path.parent / (match[1] or "") in slides or (is_picture and path.parent in with_slides):
@@ -279,10 +292,12 @@ def _read_table(path: Path) -> list[SlideRow]:
     for record, patient in zip(records, patients, strict=True):
         where = f"{path} line {record.line}"
         if not record["slide_id"]:
-            raise InputError(f"{where}: slide_id is empty; give the slide a name")
+            raise InputError(f"{where}: slide_id is empty; fill it")
         split = record.get("split") or None
         if split not in (None, *PARTS):
-            raise InputError(f"{where}: split {split!r} is none of {', '.join(PARTS)}")
+            raise InputError(
+                f"{where}: split {split!r} is none of {', '.join(PARTS)}; correct or empty it"
+            )
         has_path = bool(record["path"].strip())
         mpp, bad_mpp = positive_number(record, "mpp", where)
         magnification, bad_magnification = positive_number(record, "magnification", where)
@@ -303,13 +318,13 @@ def _read_table(path: Path) -> list[SlideRow]:
 
 
 def _slide_path(folder: Path, text: str) -> Path:
-    """As it stands, since names may end with a blank; else without blanks around it."""
+    """The path as written if it exists, since names may end with a blank; else stripped."""
     exact, stripped = folder / text, folder / text.strip()
     return exact if exact != stripped and os.path.lexists(exact) else stripped
 
 
 def say_unknown_columns(path: Path, columns: Sequence[str], read: Sequence[str]) -> None:
-    """Warn of columns that are not read, with the one that may have been meant."""
+    """Warn about columns that are not read, and suggest the one that may be meant."""
     near = {name: get_close_matches(name.lower(), read, 1) for name in columns if name not in read}
     if near:
         names = [f"{name} ({is_it[0]}?)" if is_it else name for name, is_it in near.items()]
@@ -321,14 +336,14 @@ def read_patients(
 ) -> list[str | None]:
     """The patient of each row, from the first of these columns that has one; None if not known.
 
-    A warning says what was taken for "not known" beside an empty cell.
+    Warns about cells such as "n/a" that are read as not known.
     """
     cells = [[text for text in map(record.get, columns) if text] for record in records]
     patients = [next((text for text in texts if _is_known(text)), None) for texts in cells]
     taken = [texts[0] for texts, patient in zip(cells, patients) if texts and patient is None]
     if taken:
         warnings.warn(
-            f"{path}: the patient of {len(taken)} slide(s) is taken as not known: "
+            f"{path}: the patient of {len(taken)} slide(s) is read as not known: "
             f"{some_of(sorted(set(taken)))}",
             stacklevel=2,
         )
@@ -342,7 +357,7 @@ def _is_known(text: str) -> bool:
 def positive_number(
     record: Mapping[str, str], column: str, where: str
 ) -> tuple[float | None, tuple[BadCell, ...]]:
-    """The number in a column of a row, with a point or a decimal comma; None of an empty cell.
+    """The number in a cell, with a decimal point or comma; None if the cell is empty.
 
     Returns
     -------

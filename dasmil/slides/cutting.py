@@ -1,4 +1,4 @@
-"""Tiles of every scale, cut from few large reads of a slide."""
+"""Cut the tiles of all scales from a few large reads of a slide."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,8 +12,8 @@ import numpy.typing as npt
 from dasmil.geometry import BoolArray, Rows, Tiles
 from dasmil.slides.reader import DamagedError, RgbArray, Slide, resize
 
-MAX_SIDE_PX = 4096  # of a read; what is larger OpenSlide splits, and rounds where it does
-SUBPIXEL = 1 / 256  # a shift that OpenSlide, too, takes for none
+MAX_SIDE_PX = 4096  # of a read; OpenSlide splits larger ones, and rounds at the seams
+SUBPIXEL = 1 / 256  # OpenSlide ignores smaller shifts too
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Cut:
     ----------
     pixels: per scale (n, tile_px, tile_px, 3) uint8 RGB, in the order of the rows.
     damaged: per scale (n,) bool, tiles whose pixels cannot be decoded; empty if there are none.
-    reason: where the first of them lies, and what is wrong with it.
+    reason: place of the first of them, and what is wrong with it.
     """
 
     pixels: dict[str, RgbArray]
@@ -35,9 +35,9 @@ class Cut:
 class TileCutter:
     """Cuts tiles from an open slide; their pixels are those of :meth:`Slide.read`.
 
-    Scales that want the same stored level are cut from the same reads, a row of coarse tiles each.
-    From a level whose downsample is not whole every tile is read on its own: OpenSlide interpolates
-    it, in another way from each origin, and that takes far longer than what sharing would save.
+    Scales that use the same stored level share reads, one per row of coarse tiles. If the level's
+    downsample is not whole, every tile is read on its own: OpenSlide interpolates such a level, and
+    differently from each origin, which takes far longer than sharing would save.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class TileCutter:
         return Cut({names[n]: found for n, found in pixels.items()})
 
     def _cut(self, rows: Mapping[int, Rows], pixels: Mapping[int, RgbArray]) -> None:
-        """Fill in the tiles; the first damaged pixel raises."""
+        """Fill in the tiles; raises :class:`DamagedError` at the first damaged pixel."""
         side = self.tiles.tile_px
         for level, numbers in self.reads:
             if self.slide.is_whole(level):
@@ -89,7 +89,7 @@ class TileCutter:
     def _cut_one_by_one(
         self, rows: Mapping[int, Rows], pixels: Mapping[int, RgbArray]
     ) -> tuple[dict[int, BoolArray], str]:
-        """Fill in each tile from a read of its own; which of them are damaged, and the first."""
+        """Fill in each tile by its own read; return which are damaged, and why the first is."""
         side, reason = self.tiles.tile_px, ""
         damaged = {number: np.zeros(len(found), bool) for number, found in pixels.items()}
         for number, (first, end) in rows.items():
@@ -111,7 +111,7 @@ class TileCutter:
         rows: Mapping[int, Rows],
         pixels: Mapping[int, RgbArray],
     ) -> None:
-        """Fill in the tiles of some scales from reads of one level, run by run."""
+        """Fill in the tiles of some scales from reads of one level, one per run."""
         coarsest, stored = numbers[0], round(self.slide.downsamples[level])
         for first, end in _runs(self.boxes_px0[coarsest], *rows[coarsest], MAX_SIDE_PX * stored):
             left, top, _, bottom = self.boxes_px0[coarsest][first].tolist()
@@ -132,7 +132,7 @@ class TileCutter:
 def _runs(
     boxes_px0: npt.NDArray[np.int64], start: int, stop: int, longest_px0: int
 ) -> Iterator[Rows]:
-    """Rows [start, stop) as runs of tiles that lie side by side, so that no gap is read."""
+    """Rows [start, stop) as runs of adjacent tiles, so that no gap is read."""
     first = start
     for row in range(start + 1, stop + 1):
         if (
@@ -146,7 +146,7 @@ def _runs(
 
 
 def _cut_out(region: RgbArray, box_px: list[float]) -> RgbArray:
-    """A part of a region; between its pixels it is interpolated, as OpenSlide would do."""
+    """A box of a region; interpolated between pixels, as OpenSlide would."""
     left, top, right, bottom = box_px
     width, height = max(1, round(right - left)), max(1, round(bottom - top))
     x, y = round(left), round(top)

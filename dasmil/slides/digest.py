@@ -1,4 +1,4 @@
-"""By which bytes a slide file is recognised, whatever its name and place."""
+"""Digests that recognise a slide file whatever its name and folder."""
 
 import hashlib
 import json
@@ -13,15 +13,15 @@ SLIDE_PART = re.compile(r"[^.].*\.(dcm|dat)|slidedat\.ini", re.IGNORECASE)  # of
 
 
 def sample_digest(path: Path) -> str:
-    """A digest by which a slide is recognised, wherever it lies and whatever its name is.
+    """Digest of a slide's content, independent of its name and folder.
 
-    It covers the sizes of the slide's files and :data:`SAMPLES` evenly spaced blocks of them, laid
-    end to end in the order of their names. So it costs the same few reads for any slide.
+    It covers the sizes of the slide's files and :data:`SAMPLES` evenly spaced blocks of their
+    concatenation in the order of their names. So every slide costs the same few reads.
 
     Parameters
     ----------
-    path: a file; a folder stands for the DICOM files in it; a MIRAX file (.mrxs) also stands for
-        those of MIRAX in the folder of its name beside it.
+    path: a file, or a folder for the DICOM files in it. A MIRAX file (.mrxs) includes MIRAX's files
+        in the folder of the same name.
 
     Returns
     -------
@@ -53,7 +53,7 @@ def sample_digest(path: Path) -> str:
 
 
 def file_state(path: Path) -> str:
-    """Size and latest time of a slide's files. If these are as before, so is :func:`sample_digest`.
+    """Size and latest time of a slide's files; if unchanged, so is :func:`sample_digest`.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def file_state(path: Path) -> str:
 
 
 def _parts_of(path: Path) -> list[Path]:
-    """The files of a slide, sorted; not what else lies in its folder, such as notes."""
+    """The files of a slide, sorted, without other files in its folder, such as notes."""
     if path.is_dir():
         return [p for p in sorted(path.iterdir()) if SLIDE_PART.fullmatch(p.name) and p.is_file()]
     if not path.exists():

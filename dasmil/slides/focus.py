@@ -1,4 +1,4 @@
-"""Which tiles are out of focus. Every finest tile is read once, at about 1 µm/px."""
+"""Find tiles that are out of focus. Every finest tile is read once, at about 1 µm/px."""
 
 import cv2
 import numpy as np
@@ -8,18 +8,18 @@ from dasmil.geometry import Tiles
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.reader import RgbArray, Slide
 
-RUN_TILES = 16  # tiles side by side that are read at once: up to 32 MB of a slide at 0.25 µm/px
-SIGMAS_PX = (0.7, 1.4, 2.8)  # between them lie the two bands that are compared
-EDGE_PX = 8  # left and right of a tile not measured: the filters see the neighbour there
-FLOOR = 0.5  # grey levels squared, of noise and JPEG; an even tile is not in focus for them
+RUN_TILES = 16  # adjacent tiles per read: up to 32 MB of a slide at 0.25 µm/px
+SIGMAS_PX = (0.7, 1.4, 2.8)  # they bound the two bands that are compared
+EDGE_PX = 8  # ignored left and right of a tile: the filters reach its neighbours there
+FLOOR = 0.5  # grey levels squared, of noise and JPEG, so that even tiles have no detail
 
 
 def detail(strip: RgbArray, num_tiles: int) -> npt.NDArray[np.float64]:
-    """Variance of structures of about 1 pixel over that of about 2 pixels.
+    """Variance of structures of about 1 pixel, divided by that of about 2 pixels.
 
-    Tissue in focus has details of every size. A blur takes the small ones first, and stain and
-    contrast act on both alike, so the ratio needs no threshold of its own for each laboratory, as
-    the variance of the Laplacian would.
+    Tissue in focus has details of every size. A blur removes the small ones first, while stain and
+    contrast change both. So one threshold of the ratio fits all laboratories, unlike a threshold of
+    the variance of the Laplacian.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def detail(strip: RgbArray, num_tiles: int) -> npt.NDArray[np.float64]:
 
     Returns
     -------
-    (num_tiles,) 0 and up; 0 where a tile is even.
+    (num_tiles,), at least 0; 0 for an even tile.
     """
     grey = cv2.cvtColor(strip, cv2.COLOR_RGB2GRAY).astype(np.float32)
     small, middle, large = (cv2.GaussianBlur(grey, (0, 0), sigma) for sigma in SIGMAS_PX)
@@ -43,26 +43,26 @@ def detail(strip: RgbArray, num_tiles: int) -> npt.NDArray[np.float64]:
 def blurred_tiles(
     slide: Slide, tiles: Tiles, parameters: ArtefactParameters
 ) -> npt.NDArray[np.bool_]:
-    """(N,) bool over the tiles of the finest scale, True where one has too little detail."""
+    """(N,) bool over the tiles of the finest scale, True for too little detail."""
     finest = tiles.scales[-1]
     mpp = max(parameters.blur_mpp, slide.mpp)
     side_px = max(1, round(tiles.tile_px * finest.mpp / mpp))
     boxes_px0 = tiles.boxes_px0(finest.name)
-    found = np.zeros(len(boxes_px0), bool)
+    blurred = np.zeros(len(boxes_px0), bool)
     for run in _runs(tiles.grid[finest.name]):
         box_px0 = (*boxes_px0[run[0], :2], *boxes_px0[run[-1], 2:])
         strip = slide.read(box_px0, (len(run) * side_px, side_px))
         strip = _mirrored_outside(strip, box_px0, slide.size_px0)
-        found[run] = detail(strip, len(run)) < parameters.min_detail
-    return found
+        blurred[run] = detail(strip, len(run)) < parameters.min_detail
+    return blurred
 
 
 def _mirrored_outside(
     strip: RgbArray, box_px0: tuple[int, ...], size_px0: tuple[int, int]
 ) -> RgbArray:
-    """The strip with what lies beyond the slide's border replaced by its mirror image.
+    """The strip, with the part beyond the slide's border replaced by a mirror image.
 
-    A tile is judged by what it shows of the slide: the edge to the white outside is always sharp.
+    Otherwise the edge to the white outside, which is always sharp, would count as detail.
     """
     height, width = strip.shape[:2]
     left, top, right, bottom = (int(edge) for edge in box_px0)
@@ -77,7 +77,7 @@ def _mirrored_outside(
 
 
 def _runs(grid: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
-    """Positions in ``grid`` of tiles that lie side by side, at most :data:`RUN_TILES` each."""
+    """Rows of ``grid`` in runs of adjacent tiles, at most :data:`RUN_TILES` each."""
     if len(grid) == 0:
         return []
     order = np.lexsort((grid[:, 1], grid[:, 0]))

@@ -1,4 +1,4 @@
-"""Pictures without tiles, decoded as a whole by Pillow: only named formats, only so many pixels."""
+"""Pictures without tiles, which Pillow decodes as a whole: limited formats and sizes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +15,20 @@ TO_A_PYRAMID = (
 
 
 def open_picture(path: Path, formats: Sequence[str], max_pixels: int) -> Image.Image:
-    """Decode a picture and return it; its file is closed.
+    """Decode a picture and close its file.
 
-    Left to itself, Pillow opens dozens of formats by their content, whatever the name ends with,
-    and starts Ghostscript for PostScript.
+    Without a list of formats, Pillow opens dozens of formats by their content, whatever the file's
+    suffix, and starts Ghostscript for PostScript.
 
     Parameters
     ----------
-    formats: Pillow's names of the formats that are read, such as ``PNG`` and ``TIFF``.
-    max_pixels: limit to width times height, checked before anything is decoded.
+    formats: Pillow's names of the allowed formats, such as ``PNG`` and ``TIFF``.
+    max_pixels: limit of width times height, checked before decoding.
 
     Raises
     ------
     InputError
-        if the path is no regular file, the file is in another format, too large, or damaged.
+        if the path is no regular file, or the file has another format, is too large or damaged.
     """
     names = " or ".join(formats)
     must_be_file(path, f"give a picture ({names})")
@@ -44,14 +44,14 @@ def open_picture(path: Path, formats: Sequence[str], max_pixels: int) -> Image.I
             return image
     except InputError:
         raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit is the lower one
+    except Image.DecompressionBombError as error:  # Pillow's own limit is lower
         raise InputError(
             f"{path}: a picture without tiles, too large to be decoded as a whole ({error}): "
             f"reduce it, or {TO_A_PYRAMID}"
         ) from error
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{path}: cannot be read as {names}; save it as such a file") from error
-    except Exception as error:  # on damaged files Pillow's decoders raise whatever they run into
+    except Exception as error:  # Pillow's decoders raise any kind of error on damaged files
         raise InputError(
             f"{path}: cannot be decoded ({type(error).__name__}: {error}); save it again"
         ) from error

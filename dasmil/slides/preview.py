@@ -1,4 +1,4 @@
-"""``tile --preview``: one picture per slide with the tissue that several sensitivities find."""
+"""``tile --preview``: one picture per slide with the tissue found at several sensitivities."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from dasmil.slides.tile_slide import look_at
 from dasmil.slides.tissue import MaskArray, TissueParameters
 from dasmil.work.worker import STALE_AFTER_S
 
-SENSITIVITIES = (0.5, 1.0, 1.5, 2.5)  # the least saturation and texture are divided by these
+SENSITIVITIES = (0.5, 1.0, 1.5, 2.5)  # min_saturation and min_texture are divided by these
 NO_TEXTURE = 255.0
 DETAIL_PX = 1800  # longer side of the picture from which the tissue is cut out
 PANEL_PX = 800  # longer side of a panel; its text needs MIN_WIDTH_PX
@@ -38,11 +38,11 @@ def preview(
     workers: int | None = None,
     stale_after: float = STALE_AFTER_S,
 ) -> int:
-    """Draw the tissue that several sensitivities find, each with the options that give it.
+    """Draw the tissue that is found at several sensitivities, with the options of each.
 
-    One picture per slide: ``OUTPUT/preview/<slide_id>.png``. No tiles are made. A slide that fails
-    costs one line. The options of ``tile`` that say nothing about tissue are allowed, so that one
-    config serves both, and change nothing here.
+    The pictures are ``OUTPUT/preview/<slide_id>.png``, one per slide. No tiles are made. A slide
+    that fails is reported, and the others continue. The other options of ``tile`` are accepted, so
+    that one config serves both, but have no effect here.
 
     Parameters
     ----------
@@ -51,12 +51,12 @@ def preview(
     output:
         folder of the tiles; the pictures are written to preview/ in it.
     cohort:
-        cohort table or folder of slides, for slide_ids and for slides whose mpp only the table
-        knows.
+        cohort table or folder of slides, for slide_ids and for slides whose mpp is only in the
+        table.
     tissue:
-        the sensitivity in the middle; the others are derived from it.
+        the middle sensitivity; the others are derived from it.
     artefacts:
-        what is left out, as in tile.
+        excluded artefacts, as in tile.
     scales:
         not used.
     tile_px:
@@ -76,7 +76,7 @@ def preview(
     """
     rows = [] if cohort is None else read_cohort(cohort, leave_out=output)
     found = list(dict.fromkeys(_find_row(slide, rows) for slide in slides))
-    refuse_twice(Path("--preview"), found)  # one would replace the other's picture
+    refuse_twice(Path("--preview"), found)  # else one picture would replace the other
     failed = 0
     for row in found:
         try:
@@ -87,7 +87,7 @@ def preview(
                 write_png(path, draw_preview(slide, tissue, artefacts))
         except DiskFullError:
             raise
-        except Exception as error:  # told on screen and by the exit code
+        except Exception as error:  # printed, and in the exit code
             failed += 1
             print(f"failed: {shown(row.slide_id)}: {say_error(error)}")
         else:
@@ -106,7 +106,7 @@ def _find_row(slide: Path, rows: Sequence[SlideRow]) -> SlideRow:
 
 
 def sensitivities(tissue: TissueParameters) -> list[tuple[TissueParameters, str]]:
-    """Parameters around those given, and the options that set them."""
+    """Parameters below and above the given ones, and the options that set them."""
     choices = [(replace(tissue, min_texture=NO_TEXTURE), f"--tissue.min_texture {NO_TEXTURE:g}")]
     for sensitivity in SENSITIVITIES:
         choice = replace(
@@ -124,7 +124,7 @@ def sensitivities(tissue: TissueParameters) -> list[tuple[TissueParameters, str]
 
 
 def draw_preview(slide: Slide, tissue: TissueParameters, artefacts: ArtefactParameters) -> RgbArray:
-    """The slide as it is, then one panel per sensitivity with its outline and its options.
+    """Draw the slide, then one panel per sensitivity with its outline and its options.
 
     Returns
     -------

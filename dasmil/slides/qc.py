@@ -1,4 +1,4 @@
-"""The picture that shows what tiling did: tissue, artefacts, and the kept tiles of every scale."""
+"""The QC picture of a slide: tissue, artefacts, and the kept tiles of every scale."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ RgbArray = npt.NDArray[np.uint8]
 
 
 def shrink(thumbnail: RgbArray, side_px: int = PANEL_PX) -> RgbArray:
-    """(H, W, 3) uint8 RGB, with a longer side of so many pixels."""
+    """Resize (H, W, 3) uint8 RGB so that its longer side has ``side_px`` pixels."""
     factor = side_px / max(thumbnail.shape[:2])
     size = (max(1, round(thumbnail.shape[1] * factor)), max(1, round(thumbnail.shape[0] * factor)))
     interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST
@@ -36,7 +36,7 @@ def draw_qc(
     artefacts: Mapping[str, MaskArray] | None = None,
     blurred_px0: npt.NDArray[np.int64] | None = None,
 ) -> RgbArray:
-    """One panel with the tissue's outline and the artefacts, then one panel a scale with its tiles.
+    """Draw a panel with the outlines of tissue and artefacts, and a panel per scale with its tiles.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def draw_qc(
     mask: (h, w) bool, the tissue found on it.
     tiles: the kept tiles.
     artefacts: ``pen`` and ``black`` → (h, w) bool, of any resolution; for the rules that were on.
-    blurred_px0: (N, 4) boxes of the finest tiles that are blurred; None where the rule was off.
+    blurred_px0: (N, 4) boxes of the finest tiles that are blurred; None if the rule was off.
 
     Returns
     -------
@@ -103,7 +103,7 @@ def _boxes_mask(
 def _tile_areas(tiles: Tiles, number: int, size: tuple[int, int]) -> tuple[MaskArray, MaskArray]:
     """Pixels of a panel inside kept tiles, and those on their outlines.
 
-    Looked up pixel by pixel, which takes as long for 100,000 tiles as for 10.
+    The lookup is per pixel, so its time does not depend on the number of tiles.
     """
     geometry = tiles.geometry
     num_rows, num_columns = geometry.shape(number, tiles.extent.size_px0)
@@ -121,7 +121,7 @@ def _tile_areas(tiles: Tiles, number: int, size: tuple[int, int]) -> tuple[MaskA
         )
     )
     inside = kept[row[:, None], column]
-    padded = np.pad(inside, 1).astype(np.uint8)  # else a tile at the border had no line there
+    padded = np.pad(inside, 1).astype(np.uint8)  # else tiles at the border would lack a line there
     lines = inside & ~cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1].astype(bool)
     tile_px0 = int(geometry.edges_px0(number, np.array(1)))
     if tile_px0 * size[0] / tiles.extent.size_px0[0] >= MIN_TILE_PX:
@@ -132,7 +132,7 @@ def _tile_areas(tiles: Tiles, number: int, size: tuple[int, int]) -> tuple[MaskA
 
 
 def _legend(tiles: Tiles, width_px: int) -> RgbArray:
-    """What the colours mean, and how much was left out."""
+    """The meaning of the colours, and the excluded shares."""
     strip = np.full((CAPTION_PX * len(tiles.tissue.excluded), width_px, 3), 255, np.uint8)
     for number, (name, share) in enumerate(tiles.tissue.excluded.items()):
         y = number * CAPTION_PX
@@ -157,4 +157,4 @@ def write_png(path: Path, picture: npt.NDArray[np.uint8]) -> None:
     """Write (H, W, 3) uint8 RGB."""
     with atomic_path(path) as temporary:
         _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-        temporary.write_bytes(encoded.tobytes())  # imwrite does not say why it failed
+        temporary.write_bytes(encoded.tobytes())  # cv2.imwrite does not report why it failed

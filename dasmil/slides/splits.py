@@ -1,6 +1,6 @@
-"""Which slides are trained, validated and tested on: by patient, stratified by label.
+"""Split a cohort into train, val and test: by patient, stratified by label.
 
-Only the rows, the options and the seed decide, so every verb that asks sees the same parts.
+A split depends only on the rows, the options and the seed, so all verbs get the same one.
 """
 
 import random
@@ -29,29 +29,32 @@ def split_cohort(
     fold: int | None = None,
     split_table: Path | str | None = None,
 ) -> dict[str, str]:
-    """Part (train, val or test) of every labelled slide.
+    """Assign train, val or test to every labelled slide.
 
-    The split column, or a table in its place, is obeyed. What it leaves open is drawn by patient
-    and stratified by label: a cohort without any part is divided into all three; a cohort with test
-    but no val slides gives ``val_fraction`` of its train patients to validation (paper, section 4:
-    9:1).
+    The split column, or a split table instead of it, has priority. The rest is drawn by patient and
+    stratified by label: a cohort without any split is divided into all three; a cohort with test
+    but no val slides gives ``val_fraction`` of its train patients to val (paper, section 4: 9:1).
 
-    With folds, each patient is held out in exactly one: a cohort without any part is tested on the
-    fold, and gives ``val_fraction`` of the others to validation; a cohort with a test part keeps it
-    and is validated on the fold.
+    With folds, each patient is held out in exactly one. A cohort without any split is tested on the
+    fold, and gives ``val_fraction`` of the other patients to val. A cohort with test slides keeps
+    them and is validated on the fold.
 
     Parameters
     ----------
     val_fraction, test_fraction: of the patients of each label.
     seed: of every draw.
     num_folds: K of a K-fold cross-validation.
-    fold: which of them, from 0 to K - 1.
-    split_table: in place of the split column; see :func:`placed`.
+    fold: number of the fold, from 0 to K - 1.
+    split_table: instead of the split column; see :func:`placed`.
+
+    Returns
+    -------
+    train, val or test per slide_id.
 
     Raises
     ------
     InputError
-        when a patient or a file has a place in two parts, or only some labelled slides have a part.
+        if a patient or a file is in two splits, or only some labelled slides have one.
     """
     _check_fold(num_folds, fold)
     if split_table is not None:
@@ -60,7 +63,7 @@ def split_cohort(
     given = {row.slide_id: row.split for row in labelled if row.split is not None}
     if given and len(given) < len(labelled):
         names = _some(row.slide_id for row in labelled if row.split is None)
-        raise InputError(f"split: it is filled for some slides only; fill it for {names} too")
+        raise InputError(f"split: only some slides have one; fill it for {names} too")
     if not given:
         by_patient = [replace(row, split="train") for row in labelled]
         if num_folds is not None and fold is not None:
@@ -69,15 +72,15 @@ def split_cohort(
             by_patient = _move(by_patient, "test", test_fraction, seed)
         by_patient = _move(by_patient, "val", val_fraction, seed + 1)
     elif "val" not in given.values():
-        refuse_overlap(labelled)  # before a patient is moved with all his slides
+        refuse_overlap(labelled)  # before all slides of a patient move together
         if num_folds is not None and fold is not None:
             by_patient = _hold_out(labelled, "val", num_folds, fold, seed)
         else:
             by_patient = _move(labelled, "val", val_fraction, seed + 1)
     elif num_folds is not None:
         raise InputError(
-            "data.num_folds: the slides have val parts already, so there is nothing to divide into "
-            "folds; empty the split column of the validation slides or leave num_folds out"
+            "data.num_folds: the split column already names val slides; empty the split column of "
+            "these slides, or leave num_folds out"
         )
     else:
         by_patient = labelled
@@ -92,7 +95,7 @@ def _check_fold(num_folds: int | None, fold: int | None) -> None:
         raise InputError(f"data.num_folds: {num_folds} is not a number of folds; give 2 or more")
     if num_folds is not None and fold is not None and not 0 <= fold < num_folds:
         raise InputError(
-            f"data.fold: there is no fold {fold} of {num_folds}; they count from 0 to "
+            f"data.fold: there is no fold {fold} of {num_folds}; give a number from 0 to "
             f"{num_folds - 1}"
         )
 
@@ -100,7 +103,7 @@ def _check_fold(num_folds: int | None, fold: int | None) -> None:
 def _strata(rows: Iterable[SlideRow], seed: int) -> list[list[str]]:
     """The train patients of each label in random order.
 
-    A patient with two labels is of a stratum of its own kind.
+    Patients with the same two labels form a stratum of their own.
     """
     labels: dict[str, set[str]] = defaultdict(set)
     for row in rows:
@@ -120,7 +123,7 @@ def _move(rows: Sequence[SlideRow], part: str, fraction: float, seed: int) -> li
     for patients in _strata(rows, seed):
         if len(patients) > 1 and fraction > 0:
             wanted = max(1, round(fraction * len(patients)))
-            chosen.update(patients[: min(wanted, len(patients) - 1)])  # one stays to learn from
+            chosen.update(patients[: min(wanted, len(patients) - 1)])  # one stays in train
     return [replace(r, split=part) if r.patient in chosen else r for r in rows]
 
 
@@ -129,8 +132,8 @@ def _hold_out(
 ) -> list[SlideRow]:
     """Move one fold of the train patients to ``part``.
 
-    They are dealt out in turn, and each label goes on where the last one ended: neither the folds
-    nor a label's share in them differ by more than one patient.
+    Patients are dealt to the folds in turn, label after label without a break: neither the folds
+    nor the patients per label in them differ by more than one.
     """
     patients = [patient for stratum in _strata(rows, seed) for patient in stratum]
     if len(patients) < num_folds:
@@ -142,7 +145,7 @@ def _hold_out(
 
 
 def refuse_overlap(rows: Sequence[SlideRow], digests: Mapping[str, str] | None = None) -> None:
-    """A patient, a slide's file or its content may have a place in one part alone.
+    """Raise :class:`InputError` if a patient, a file or its content is in several splits.
 
     Parameters
     ----------
@@ -151,18 +154,18 @@ def refuse_overlap(rows: Sequence[SlideRow], digests: Mapping[str, str] | None =
     patients = _in_several_parts((row.patient, row) for row in rows)
     if patients:
         raise InputError(
-            f"split: patient {_some(patients)} has slides in more than one part "
+            f"split: patient {_some(patients)} has slides in more than one split "
             f"({_some(patients.values())}); keep all slides of a patient together"
         )
     for path, places in _in_several_parts((str(row.file), row) for row in rows).items():
-        raise InputError(f"split: {places} are one file, {path}; keep it in one part")
+        raise InputError(f"split: {places} are one file, {path}; keep it in one split")
     known = ((digest, row) for row in rows if (digest := (digests or {}).get(row.slide_id)))
     for places in _in_several_parts(known).values():
         raise InputError(f"split: {places} are the same slide under two names; keep it in one part")
 
 
 def _in_several_parts(keyed: Iterable[tuple[str, SlideRow]]) -> dict[str, str]:
-    """What has slides in more than one part, with one of each: ``s1 in train and s2 in test``."""
+    """Keys with slides in several splits → one slide of each: ``s1 in train and s2 in test``."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for key, row in keyed:
         if row.split is not None:
@@ -171,11 +174,11 @@ def _in_several_parts(keyed: Iterable[tuple[str, SlideRow]]) -> dict[str, str]:
 
 
 def placed(rows: Sequence[SlideRow], table: Path | str) -> list[SlideRow]:
-    """The slides that a split table names, each in its part there.
+    """The slides that a split table names, each with its split there.
 
-    Slides that it does not name are left out of the study, with a warning: an official list leaves
-    out duplicates, which nothing may be trained or tested on. What is in the list and not in the
-    cohort is named, too.
+    Slides that it does not name are left out of the study: an official list omits duplicates, which
+    must be neither trained nor tested on. A warning names them, and the slides of the table that
+    are not in the cohort.
 
     Parameters
     ----------
@@ -185,18 +188,20 @@ def placed(rows: Sequence[SlideRow], table: Path | str) -> list[SlideRow]:
     Raises
     ------
     InputError
-        when it names no slide of the cohort, or a slide has another label there.
+        if it names no slide of the cohort, or a slide has another label there.
     """
     entries = read_split_table(table)
     named = [row for row in rows if row.slide_id in entries]
     if not named:
-        raise InputError(f"{table}: it names no slide of the cohort")
+        raise InputError(
+            f"{table}: names no slide of the cohort; give the split table of this cohort"
+        )
     _refuse_other_labels(named, entries, table)
     left_out = [row.slide_id for row in rows if row.slide_id not in entries]
     if left_out:
         warnings.warn(
-            f"{table}: it does not name {len(left_out)} slide(s) of the cohort, which are left "
-            f"out: {_some(left_out)}",
+            f"{table}: does not name {len(left_out)} slide(s) of the cohort, which are left out: "
+            f"{_some(left_out)}",
             stacklevel=3,
         )
     absent = sorted(set(entries) - {row.slide_id for row in named})
@@ -210,15 +215,19 @@ def placed(rows: Sequence[SlideRow], table: Path | str) -> list[SlideRow]:
 
 
 def read_split_table(path: Path | str) -> dict[str, tuple[str, str | None]]:
-    """Part and label (None where the table has none) of each slide.
+    """Split and label (None if the table has none) of each slide.
 
-    Looked for as given, then among dasmil's own configs. Read are tables with the columns slide_id,
-    split and perhaps label, as runs write them, and the lists of mil4wsi with image, label and
-    phase, whose images are named by slide and class (``normal_085_normal``).
+    Two kinds are read: tables with the columns slide_id, split and optionally label, as runs write
+    them, and mil4wsi's lists with image, label and phase, whose images are named by slide and class
+    (``normal_085_normal``).
+
+    Parameters
+    ----------
+    path: of the table; if there is no such file, its path below dasmil's own configs.
     """
     found = next((p for p in (Path(path), configs_folder() / path) if p.is_file()), None)
     if found is None:
-        raise InputError(f"data.split_table: {path}: no such table, nor among dasmil's own configs")
+        raise InputError(f"data.split_table: {path}: no such file, nor among dasmil's configs")
     columns, records = read_csv(found)
     if {"slide_id", "split"} <= set(columns):
         entries = [(r.line, r["slide_id"], r["split"], r.get("label") or None) for r in records]
@@ -226,13 +235,13 @@ def read_split_table(path: Path | str) -> dict[str, tuple[str, str | None]]:
         names = [r["image"].rsplit("_", 1) for r in records]
         entries = [(r.line, name[0], r["phase"], name[-1]) for name, r in zip(names, records)]
     else:
-        raise InputError(f"{found}: a split table has the columns slide_id and split")
+        raise InputError(f"{found}: lacks the columns slide_id and split; add them")
     table: dict[str, tuple[str, str | None]] = {}
     for line, slide_id, part, label in entries:
         if part not in PARTS:
             raise InputError(f"{found} line {line}: split {part!r} is none of {', '.join(PARTS)}")
         if slide_id in table:
-            raise InputError(f"{found} line {line}: slide {slide_id} stands twice")
+            raise InputError(f"{found} line {line}: slide {slide_id} occurs twice; keep one row")
         table[slide_id] = part, label
     return table
 
@@ -240,7 +249,7 @@ def read_split_table(path: Path | str) -> dict[str, tuple[str, str | None]]:
 def _refuse_other_labels(
     rows: Sequence[SlideRow], table: Mapping[str, tuple[str, str | None]], path: Path | str
 ) -> None:
-    """Where table and cohort name their classes alike, they must agree on each slide."""
+    """If table and cohort use the same class names, they must agree on each slide."""
     labelled = [row for row in rows if row.label is not None]
     if not {row.label for row in labelled} <= {label for _, label in table.values()}:
         return

@@ -1,8 +1,8 @@
-"""The slides that a model or an extractor has met, and which slides of a cohort are among them.
+"""The slides that a model or an extractor was fitted on, and how to find them in a cohort.
 
 A slide is recognised by its digest (:func:`dasmil.slides.digest.sample_digest` of the slide file,
-or :func:`dasmil.interop.features.digest.features_digest` of imported features). If the digest of
-one side is not known, the slide_id decides.
+or :func:`dasmil.interop.features.digest.features_digest` of imported features). If one of the two
+digests is not known, the slide_id decides. A slide is *met* if it was trained or validated on.
 """
 
 from collections import defaultdict
@@ -17,19 +17,19 @@ from dasmil.slides.cohort import SlideRow
 
 LEFT_OUT = "left out"  # a labelled slide that the split of the study does not name
 UNLABELLED = "unlabelled"
-MET = {"train": "trained on", "val": "validated on"}  # the first weighs more
-PARTS_OF_RECORDS = (*MET, "test", LEFT_OUT, UNLABELLED)  # what was trained on weighs most
+MET = {"train": "trained on", "val": "validated on"}  # the first has priority
+PARTS_OF_RECORDS = (*MET, "test", LEFT_OUT, UNLABELLED)  # in order of priority
 
 
 @dataclass(frozen=True)
 class SlideRecord:
-    """What a checkpoint remembers of one slide.
+    """One slide, as a checkpoint records it.
 
     Parameters
     ----------
     patient_id: None if not known.
     split: train, val, test, left out or unlabelled.
-    digest: empty if not known.
+    digest: "" if not known.
     """
 
     slide_id: str
@@ -40,9 +40,9 @@ class SlideRecord:
 
 
 def read_records(values: Any) -> list[SlideRecord]:
-    """The records of a checkpoint or of ``extractors.json``, from plain values.
+    """Parse the records of a checkpoint or of ``extractors.json``.
 
-    Older versions wrote the part of each slide_id, or the slide_ids alone.
+    Older versions wrote the split of each slide_id, or only the slide_ids.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def read_records(values: Any) -> list[SlideRecord]:
     if isinstance(values, Mapping):
         values = [{"slide_id": slide_id, "split": part} for slide_id, part in values.items()]
     if not isinstance(values or (), list | tuple):
-        raise InputError("the slides that a model has met are no list; its file is damaged")
+        raise InputError("the records of slides are no list; the file is damaged")
     return [_record(value) for value in values or ()]
 
 
@@ -63,7 +63,7 @@ def _record(value: Any) -> SlideRecord:
         texts = (record.slide_id, record.digest, record.patient_id or "", record.label or "")
         if all(isinstance(text, str) for text in texts) and record.split in PARTS_OF_RECORDS:
             return record
-    raise InputError(f"{str(value)[:100]} is no record of a slide; its file is damaged")
+    raise InputError(f"{str(value)[:100]} is no record of a slide; the file is damaged")
 
 
 def plain_records(records: Iterable[SlideRecord]) -> list[dict[str, str | None]]:
@@ -72,7 +72,7 @@ def plain_records(records: Iterable[SlideRecord]) -> list[dict[str, str | None]]
 
 
 def is_same_study(one: Any, other: Any) -> bool:
-    """Whether two checkpoints' records give the same slides the same parts."""
+    """Whether the records of two checkpoints give the same slides the same splits."""
     first, second = (
         {r.slide_id: r for r in read_records(values) if r.split != UNLABELLED}
         for values in (one, other)
@@ -86,19 +86,19 @@ def is_same_study(one: Any, other: Any) -> bool:
 
 
 def join_records(now: Iterable[SlideRecord], before: Iterable[SlideRecord]) -> list[SlideRecord]:
-    """The slides of a training, and behind them those that only its weights have met ``before``."""
+    """The slides of this training, then those that its initial weights met before."""
     return list(dict.fromkeys([*now, *(record for record in before if record.split in MET)]))
 
 
 class Study:
-    """Slides that have been met, and a cohort whose slides are looked up among them.
+    """Find the slides of a cohort among recorded slides.
 
     Parameters
     ----------
-    records: of the slides that have been met.
+    records: of the slides of a model or an extractor.
     rows: the cohort.
     digests: of its slides, as far as known.
-    other_cohort: an equal slide_id or patient_id is a coincidence; digests alone count.
+    other_cohort: whether equal slide_ids and patient_ids mean nothing, so that only digests count.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Study:
                     self._patients[row.patient_id] = found.split
 
     def find(self, row: SlideRow) -> SlideRecord | None:
-        """The record of a slide; None if the slide has not been met."""
+        """The record of a slide; None if there is none."""
         digest = self._digests.get(row.slide_id, "")
         if digest in self._by_digest:
             return self._by_digest[digest]
@@ -138,19 +138,19 @@ class Study:
         return next(same, None) or self._by_file.get(row.file)
 
     def part_of_patient(self, row: SlideRow) -> str | None:
-        """The part, train or val, of other slides of the patient; None if there are none."""
+        """The split, train or val, of other slides of the patient; None if there are none."""
         return self._patients.get(row.patient_id or "")
 
     def has_other_content(self, row: SlideRow) -> bool:
-        """Whether a slide of this name has been met, but with other content."""
+        """Whether a recorded slide has this slide_id, but other content."""
         return row.slide_id in self._by_name and self.find(row) is None
 
     def notes(self, rows: Sequence[SlideRow]) -> Iterator[str]:
-        """Sentences on how the slides of ``rows`` are recognised, if that is not by digest."""
+        """Sentences about slides of ``rows`` that are not recognised by digest."""
         other = [row.slide_id for row in rows if self.has_other_content(row)]
         if other:
             yield (
-                f"{len(other)} slide(s) have the name of a slide of the checkpoint but another "
+                f"{len(other)} slide(s) have the name of a slide of the checkpoint but other "
                 f"content, and count as other slides: {some_of(other)}"
             )
         if not self._by_digest:
@@ -163,7 +163,7 @@ class Study:
             )
 
     def describe(self, row: SlideRow) -> str:
-        """The part of a slide for tables: that of its record, ``new``, or that of its patient."""
+        """The split of a slide for tables: of its record, ``new``, or ``patient in train``."""
         record, met = self.find(row), self.part_of_patient(row)
         if record is not None and (record.split in MET or met is None):
             return record.split
@@ -172,13 +172,13 @@ class Study:
 
 @dataclass(frozen=True)
 class Place:
-    """The part of a slide in an evaluation.
+    """The split of a slide in an evaluation.
 
     Parameters
     ----------
     split: train, val, test or left out.
-    met: what was done with the slide, or with its patient, if that is why it is not evaluated.
-    name: of the slide in the checkpoint, if that is another one.
+    met: if the slide is not evaluated because it, or its patient, was met: how.
+    name: the slide_id, and its name in the checkpoint if that differs.
     """
 
     split: str
@@ -187,7 +187,7 @@ class Place:
 
     @property
     def why(self) -> str:
-        """Why the slide is not evaluated, if it is not."""
+        """Why the slide is not evaluated."""
         if self.met:
             return self.met
         return "left out of the split" if self.split == LEFT_OUT else f"in the part {self.split!r}"
@@ -201,24 +201,29 @@ def place_slides(
     asked: Mapping[str, str] | None = None,
     source: str = "the split",
 ) -> dict[str, Place]:
-    """The part of each labelled slide, for a model that has met the slides of ``study``.
+    """Assign each labelled slide its split in the evaluation of a model.
 
     A slide that the model was trained on is neither a val nor a test slide; one that it was
-    validated on is no test slide. The same holds for all other slides of such a patient. Any other
-    slide has the part that is asked for by options, else its part in the study, else that of the
-    split column, else it is a test slide.
+    validated on is no test slide. The same holds for all other slides of such a patient. The split
+    of any other slide is that of the options, else of the study, else of the split column, else
+    test.
 
     Parameters
     ----------
-    evaluated: the part whose metrics are asked for.
-    marked: the part that the split column or a split table gives a slide.
-    asked: the part of each slide if options were given, by a split table or drawn.
-    source: of the parts, for messages: the table's name, or the options.
+    study: of the model.
+    evaluated: the split that is evaluated.
+    marked: split per slide_id, from the split column or a split table.
+    asked: split per slide_id from options (a split table, or drawn); None without options.
+    source: of the splits, for messages: the table's name, or the options.
+
+    Returns
+    -------
+    Place per slide_id.
 
     Raises
     ------
     InputError
-        if the evaluation of a slide is asked for that may not be evaluated.
+        if the options or the table ask to evaluate a slide that must not be evaluated.
     """
     places: dict[str, Place] = {}
     refused: list[str] = []
@@ -257,5 +262,5 @@ def place_slides(
 
 
 def _is_forbidden(split: str | None, met: str | None) -> bool:
-    """Whether a slide of this part may not be one that was trained or validated on."""
+    """Whether a slide of this split must not be one that was met in this way."""
     return (split == "test" and met in MET) or (split == "val" and met == "train")

@@ -1,9 +1,9 @@
-"""The JPEG tiles inside a TIFF slide, decoded without OpenSlide.
+"""Decode the JPEG tiles of a TIFF slide without OpenSlide.
 
-OpenSlide spends most of a ``read_region`` on composing what it has decoded. Where a level is
-nothing but a grid of JPEGs, as in Aperio's files and in plain pyramids, they are laid side by
-side here instead. OpenSlide remains the measure: a level is read in this way only when samples of
-it come out the same in both, and what the decoder warns of is left to OpenSlide, which refuses it.
+OpenSlide spends most of ``read_region`` on compositing decoded tiles. If a level is a plain grid of
+JPEGs, as in Aperio's files and in plain pyramids, this module copies the tiles side by side. It
+reads a level only if samples of it equal OpenSlide's pixels. If the decoder warns, OpenSlide reads
+the region, and refuses it.
 """
 
 import logging
@@ -29,7 +29,7 @@ RgbArray = npt.NDArray[np.uint8]
 START = b"\xff\xd8"  # of a JPEG
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 VENDORS = frozenset({"aperio", "generic-tiff"})  # their JPEGs neither overlap nor leave gaps
-# tells the decoder what only the TIFF's header says: that the three components are RGB
+# tells the decoder that the three components are RGB, which only the TIFF's header states
 ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 
 
@@ -47,7 +47,7 @@ class JpegLevel:
         self.size_px = (page.imagewidth, page.imagelength)
         self.side_px = (page.tilewidth, page.tilelength)
         self.columns = -(-page.imagewidth // page.tilewidth)
-        # of a large slide a million each: as arrays they take an eighth of what Python's numbers do
+        # a large slide has a million of each: arrays take an eighth of the memory of lists
         self._offsets = np.asarray(page.dataoffsets, np.int64)
         self._lengths = np.asarray(page.databytecounts, np.int64)
         self._space = "RGB" if page.photometric == tifffile.PHOTOMETRIC.RGB else "YCbCr"
@@ -56,16 +56,18 @@ class JpegLevel:
         self._file_bytes = os.fstat(self._file).st_size
         self.close = weakref.finalize(self, os.close, self._file)
         kept = max(1, cache_bytes // (3 * page.tilewidth * page.tilelength))
-        self._decode = lru_cache(kept)(self._decode_anew)
+        self._decode = lru_cache(kept)(self._decode_tile)
 
     def read(self, left: int, top: int, width: int, height: int) -> RgbArray | None:
-        """Pixels of a part of the level; None where this way of reading does not lead to them.
-
-        Beyond the right and lower border of the level it is white.
+        """Pixels of a region of the level; white beyond its right and lower border.
 
         Parameters
         ----------
         left, top, width, height: in pixels of the level.
+
+        Returns
+        -------
+        (height, width, 3) uint8 RGB; None if a tile cannot be decoded in this way.
         """
         if left < 0 or top < 0 or left >= self.size_px[0] or top >= self.size_px[1]:
             return None
@@ -86,12 +88,12 @@ class JpegLevel:
                 ]
         return into
 
-    def _decode_anew(self, number: int) -> RgbArray | None:
+    def _decode_tile(self, number: int) -> RgbArray | None:
         length, offset = int(self._lengths[number]), int(self._offsets[number])
         if offset + length > self._file_bytes:
             return None
         data = os.pread(self._file, length, offset)
-        if data[:2] != START:  # nothing stored here, or nothing sound
+        if data[:2] != START:  # empty or damaged
             return None
         encoded = self._head + data[2:]
         try:
@@ -104,7 +106,7 @@ class JpegLevel:
 
 
 def jpeg_level(path: Path, size_px: tuple[int, int], cache_bytes: int) -> JpegLevel | None:
-    """The level of that width and height, if it is a grid of JPEGs of three components."""
+    """The level of that width and height; None if it is no grid of JPEGs of three components."""
 
     def is_wanted(page: tifffile.TiffPage) -> bool:
         return bool(
@@ -126,7 +128,7 @@ def _num_tiles(page: tifffile.TiffPage) -> int:
 
 
 def bits_per_sample(path: Path) -> int:
-    """Of a PNG, or of the first picture in a TIFF; 8 if the file is neither."""
+    """Bits per colour of a PNG, or of the first picture in a TIFF; 8 if the file is neither."""
     with open(path, "rb") as file:
         head = file.read(25)
     if head.startswith(b"\x89PNG") and len(head) == 25:
@@ -135,10 +137,10 @@ def bits_per_sample(path: Path) -> int:
 
 
 def refuse_damaged_picture(path: Path) -> None:
-    """Raise :class:`InputError` if a PNG, JPEG or TIFF is one that OpenSlide would refuse.
+    """Raise :class:`InputError` if OpenSlide would refuse a JPEG or TIFF as damaged.
 
-    Pillow reads tiled TIFFs in spite of damages for which OpenSlide does not know them, and returns
-    pixels of JPEGs of which their decoder warns. Of a TIFF the first page is looked at.
+    Pillow reads tiled TIFFs that are so damaged that OpenSlide does not detect them, and returns
+    pixels of JPEGs although their decoder warns. Only the first page of a TIFF is checked.
     """
     with open(path, "rb") as file:
         start = file.read(4)
@@ -162,7 +164,7 @@ def refuse_damaged_picture(path: Path) -> None:
 
 
 class _Layout(NamedTuple):
-    """How a page is stored: what stands before each of its JPEGs, and where these lie."""
+    """How a page is stored: the head of each of its JPEGs, and their offsets and lengths."""
 
     is_tiled: bool
     head: bytes
@@ -176,7 +178,7 @@ def _layout(page: tifffile.TiffPage) -> _Layout:
 
 
 def _head(page: tifffile.TiffPage) -> bytes:
-    """What stands before the data of each JPEG of a page: its colours and its tables."""
+    """The bytes to put before each JPEG of a page: its colour space and its tables."""
     is_rgb = page.photometric == tifffile.PHOTOMETRIC.RGB
     tables = page.jpegtables[2:-2] if page.jpegtables else b""
     return START + (ADOBE_RGB if is_rgb else b"") + tables
@@ -187,12 +189,12 @@ def _of_page(
     is_wanted: Callable[[tifffile.TiffPage], bool],
     get: Callable[[tifffile.TiffPage], T],
 ) -> T | None:
-    """Something of the first page that is wanted; None if there is none, or the file is damaged."""
+    """``get`` of the first wanted page; None if there is none, or the file is damaged."""
     try:
         with tifffile.TiffFile(path) as tiff:
             for page in tiff.pages:
                 if isinstance(page, tifffile.TiffPage) and is_wanted(page):
                     return get(page)
-    except Exception:  # of damaged directories tifffile raises many kinds; OpenSlide is asked then
+    except Exception:  # tifffile raises many kinds on damaged directories; OpenSlide then decides
         return None
     return None

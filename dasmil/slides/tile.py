@@ -1,8 +1,8 @@
 """The verb ``tile``: a cohort of slides → a folder of tile tables.
 
-``TILES/cohort.csv`` (all slides, with absolute paths), ``TILES/status.csv`` (what became of each),
-``TILES/tiles/<slide_id>.safetensors`` and ``TILES/qc/<slide_id>.png``. It may run many times at
-once on the same folder, on one machine or on several (:mod:`dasmil.work`).
+``TILES/cohort.csv`` (all slides, with absolute paths), ``TILES/status.csv`` (status of each),
+``TILES/tiles/<slide_id>.safetensors`` and ``TILES/qc/<slide_id>.png``. Several commands may work on
+one folder at once, on one machine or on several (:mod:`dasmil.work`).
 """
 
 import os
@@ -38,11 +38,11 @@ from dasmil.work.status import Status
 from dasmil.work.worker import STALE_AFTER_S, Worker
 
 PARAMETERS = "tiling.json"
-AGAIN = "run tile again, what is done is kept"
-SAID = ("message", "warning")  # of a row: in status.csv, and on screen too
-POLL_S = 1.0  # between two looks at what other workers have done
+AGAIN = "run tile again; finished slides are kept"
+MESSAGES = ("message", "warning")  # of a row: in status.csv, and on screen
+POLL_S = 1.0  # how often the status of other workers is read
 SLIDE_TIMEOUT_S = 3600.0
-NAMED_AFTER_S = 10.0  # a slide that takes longer is named beside the bar
+NAMED_AFTER_S = 10.0  # a slide that takes longer is named beside the progress bar
 
 
 def tile(
@@ -60,9 +60,8 @@ def tile(
 ) -> int:
     """Find tissue and lay aligned tiles of every scale over it, for each slide of a cohort.
 
-    Slides that are done with the same parameters are skipped. A slide that fails costs one row of
-    ``status.csv`` and the run goes on. Run it several times at once, on one machine or on many, and
-    the slides are shared.
+    Slides that are done with the same parameters are skipped. If a slide fails, ``status.csv`` says
+    why and the run continues. Several commands, on one machine or on many, share the slides.
 
     Parameters
     ----------
@@ -78,21 +77,21 @@ def tile(
     min_tissue:
         share of a finest tile that must be tissue.
     max_upsampling:
-        how much finer than the slide a scale may be.
+        how many times finer than the slide a scale may be.
     tissue:
         how tissue is found.
     artefacts:
-        which pen marks, black borders and blurred tiles are left out; none, unless switched on.
+        which pen marks, black borders and blurred tiles are excluded; none by default.
     workers:
-        processes; all cores when not given.
+        number of processes; default: one per core.
     slide_timeout:
-        seconds that a slide may take; one that takes longer fails, and the others go on.
+        seconds per slide; a slide that takes longer fails, and the others continue.
     stale_after:
-        seconds of silence after which the slides of another, vanished worker are taken over.
+        seconds without a heartbeat after which another worker's slides are taken over.
 
     Returns
     -------
-    The exit code: 1 when a slide failed or was not reached, else 0.
+    The exit code: 1 if a slide failed or was not reached, else 0.
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers: {workers} is not a positive number of processes")
@@ -107,7 +106,7 @@ def tile(
         if other := worker.refused_by("cohort"):
             raise InputError(
                 f"{output}: {other} tiles other slides into it now; give both the same --cohort, "
-                "which they will share, or begin when it has ended"
+                "which they will share, or start after it has ended"
             )
         if line := describe_leaving(output / "cohort.csv", rows):
             print(f"tile: {line}")
@@ -122,7 +121,7 @@ def tile(
 
 
 def tile_status(folder: Path) -> Status:
-    """What has become of the slides of a folder that ``tile`` writes."""
+    """The status of a folder that ``tile`` writes."""
     parameters = read_json_object(folder / PARAMETERS, AGAIN)
     names = parameters.get("scales")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -146,7 +145,7 @@ def _tile_all(
     slide_timeout: float,
     worker: Worker,
 ) -> None:
-    """Until every slide is settled, by this worker or by another."""
+    """Work until every slide is settled, by this worker or by another."""
     waiting = deque(rows)
     function = partial(_tile_slide, output=output, parameters=parameters)
     idle = [ChildProcess(function) for _ in range(num_processes)]
@@ -164,9 +163,9 @@ def _tile_all(
                 ready = wait(list(running), POLL_S) if running else []
                 for connection in [c for c in running if c in ready]:
                     process, row, _ = running.pop(connection)
-                    # of a slide that was done before it is known how long it took then
-                    took = worker.last(row.slide_id).get("seconds")
-                    worker.settle(row.slide_id, {"seconds": took, **_result(process, row)})
+                    # keep the original duration if the slide was done earlier
+                    seconds = worker.last(row.slide_id).get("seconds")
+                    worker.settle(row.slide_id, {"seconds": seconds, **_result(process, row)})
                     idle.append(process)
                 late = [c for c, task in running.items() if task.seconds > slide_timeout]
                 for connection in late:
@@ -183,7 +182,7 @@ def _tile_all(
 
 
 class _Running(NamedTuple):
-    """A slide, the process that works on it, and since when."""
+    """A slide, the process that works on it, and when it started."""
 
     process: ChildProcess
     row: SlideRow
@@ -195,7 +194,7 @@ class _Running(NamedTuple):
 
 
 def _longest(tasks: Iterable[_Running]) -> str:
-    """The slide that has been worked on for longest, for the progress; "" if none takes long."""
+    """The slide that runs longest, for the progress bar; "" if none takes long."""
     task = min(tasks, key=lambda task: task.start)
     return f"{task.row.slide_id}: {task.seconds:.0f} s" if task.seconds > NAMED_AFTER_S else ""
 
@@ -209,14 +208,14 @@ def _too_late(row: SlideRow, slide_timeout: float) -> StatusRow:
 
 
 def _next_slide(waiting: deque[SlideRow], worker: Worker) -> SlideRow | None:
-    """A slide that this worker has claimed; the others' are left in ``waiting``, or settled."""
+    """Claim the next slide; slides of other workers stay in ``waiting`` until settled."""
     held = worker.held_by_others()
     for _ in range(len(waiting)):
         row = waiting.popleft()
         if worker.is_settled(row.slide_id):
             continue
         if row.slide_id not in held and worker.claim(row.slide_id):
-            if not worker.is_settled(row.slide_id):  # between the two questions
+            if not worker.is_settled(row.slide_id):  # else settled between the two calls
                 return row
             worker.release(row.slide_id)
             continue
@@ -227,13 +226,13 @@ def _next_slide(waiting: deque[SlideRow], worker: Worker) -> SlideRow | None:
 def _result(process: ChildProcess, row: SlideRow) -> StatusRow:
     try:
         result: StatusRow = process.result()
-    except EOFError as death:  # of memory, or inside a library that decodes the slide
+    except EOFError as death:  # out of memory, or a crash in a decoder
         return {"state": "failed", "message": f"{row.path}: {death}; is the file damaged?"}
     return result
 
 
 def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> StatusRow:
-    """One slide; whatever goes wrong with it becomes its row of the status table."""
+    """Tile one slide; any error becomes its row of the status table."""
     start = time.monotonic()
     try:
         with Slide(row) as slide:
@@ -243,16 +242,18 @@ def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> St
             result = tile_slide(slide, output, parameters)
             if changed:
                 words = f"{changed}: tiled again"
-                result |= {key: "; ".join(filter(None, [words, str(result[key])])) for key in SAID}
+                result |= {
+                    key: "; ".join(filter(None, [words, str(result[key])])) for key in MESSAGES
+                }
     except DiskFullError:
         raise
-    except Exception as error:  # the message is reported in status.csv, on screen and by exit code
+    except Exception as error:  # reported in status.csv, on screen and by the exit code
         result = {"state": "failed", "message": say_error(error)}
     return {**result, "seconds": round(time.monotonic() - start, 2)}
 
 
 def _done_before(slide: Slide, output: Path) -> tuple[StatusRow | None, str]:
-    """The status of a slide whose table and picture are there; None, and what has changed since."""
+    """The status row of a slide that is done; else None, and what has changed since."""
     path = tiles_path(output, slide.row.slide_id)
     if not path.exists() or not qc_path(output, slide.row.slide_id).exists():
         return None, ""
@@ -266,7 +267,7 @@ def _done_before(slide: Slide, output: Path) -> tuple[StatusRow | None, str]:
 
 
 def _has_header(path: Path) -> bool:
-    """Whether a table is whole as far as it was looked at when the run began."""
+    """Whether the header of a table can be read, as it was when the run began."""
     try:
         read_parameters(path)
     except InputError:
@@ -277,7 +278,7 @@ def _has_header(path: Path) -> bool:
 def _refuse_other_parameters(
     output: Path, rows: Sequence[SlideRow], parameters: TilingParameters, worker: Worker
 ) -> None:
-    """A folder holds tiles of one set of parameters, also when two commands begin together."""
+    """A folder holds tiles of one set of parameters, also if two commands start together."""
     wanted = parameters.as_json()
     path = output / PARAMETERS
     if other := worker.refused_by("parameters"):
@@ -285,12 +286,12 @@ def _refuse_other_parameters(
             f"{output}: {other} tiles into it now with other parameters; choose another --output"
         )
     ours = {tiles_path(output, row.slide_id) for row in rows}
-    lost = []
+    unreadable = []
     for table in sorted(output.glob("tiles/[!.]*.safetensors")):  # also of slides not asked for now
         try:
             found = read_parameters(table)
         except InputError as error:
-            lost += [str(error)] if table in ours else []
+            unreadable += [str(error)] if table in ours else []
             continue
         if found != wanted:
             raise InputError(
@@ -298,19 +299,19 @@ def _refuse_other_parameters(
                 f"({describe_changes(found, wanted)}); choose another --output, or delete that "
                 "folder to start over"
             )
-    if lost:
-        more = f", and {len(lost) - 1} more like it" if len(lost) > 1 else ""
-        print(f"tile: {lost[0]}{more}: re-created")
+    if unreadable:
+        more = f", and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        print(f"tile: {unreadable[0]}{more}; re-creating them")
     if not path.exists() or path.read_text(encoding="utf-8") != wanted:
         write_text(path, wanted)
 
 
 def _same_files(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Slides of different names that are one file, or copies of it."""
+    """Warn about slides of different names that are one file, or copies of it."""
     slides: dict[str, list[str]] = {}
     for row in rows:
         if digest := row.get("slide_digest"):
             slides.setdefault(digest, []).append(row["slide_id"])
     for names in slides.values():
         if len(names) > 1:
-            yield f"warning: {some_of(names)} are the same slide file; keep one row of it"
+            yield f"warning: {some_of(names)} are the same slide file; keep one row per file"

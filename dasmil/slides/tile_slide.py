@@ -12,6 +12,7 @@ from dasmil.names import path_inside
 from dasmil.slides.artefacts import ArtefactParameters, artefact_masks, exclude
 from dasmil.slides.digest import file_state, sample_digest
 from dasmil.slides.focus import blurred_tiles
+from dasmil.slides.physical_scale import PhysicalScale
 from dasmil.slides.pyramid import (
     TilingParameters,
     covered_share,
@@ -19,7 +20,7 @@ from dasmil.slides.pyramid import (
     without_blurred,
 )
 from dasmil.slides.qc import PANEL_PX, RgbArray, draw_qc, shrink, write_png
-from dasmil.slides.reader import PhysicalScale, Slide
+from dasmil.slides.reader import Slide
 from dasmil.slides.tiff import bits_per_sample
 from dasmil.slides.tile_table import slide_changed, tiles_path, write_tiles
 from dasmil.slides.tissue import (
@@ -38,15 +39,15 @@ def qc_path(folder: Path, slide_id: str) -> Path:
 
 @dataclass(frozen=True)
 class Look:
-    """A slide at low power, ready for tissue to be sought.
+    """A slide at low power, before tissue is found.
 
     Parameters
     ----------
     thumbnail: (H, W, 3) uint8 RGB; pen and black are painted white.
     mpp: of the thumbnail.
-    picture: (h, w, 3) uint8 RGB, the slide as it is, for pictures.
-    artefacts: ``pen`` and ``black`` → where they lie, for the rules that are on.
-    excluded: (H, W) bool, what was painted; None if nothing was.
+    picture: (h, w, 3) uint8 RGB, the unpainted slide, for pictures.
+    artefacts: ``pen`` and ``black`` → mask, for the rules that are on.
+    excluded: (H, W) bool, painted pixels of the thumbnail; None if there are none.
     """
 
     thumbnail: RgbArray
@@ -56,9 +57,9 @@ class Look:
     excluded: MaskArray | None
 
     def find_tissue(self, parameters: TissueParameters) -> MaskArray:
-        """(H, W) bool."""
+        """(H, W) bool, the tissue on the thumbnail."""
         mask = tissue_mask(self.thumbnail, self.mpp, parameters)
-        if self.excluded is not None:  # a gap that was closed or a hole that was filled
+        if self.excluded is not None:  # it may lie in a closed gap or a filled hole
             np.logical_and(mask, ~self.excluded, out=mask)
         return mask
 
@@ -81,8 +82,8 @@ def look_at(
     path = slide.row.path
     if (bits := bits_per_sample(slide.file)) > 8:
         raise InputError(
-            f"{path}: stored with {bits} bits per colour, of which OpenSlide reads 8, whatever the "
-            "values' range is; scale the values to 0..255 and store them with 8 bits"
+            f"{path}: stored with {bits} bits per colour, but OpenSlide reads only 8; scale the "
+            "values to 0..255 and store them with 8 bits"
         )
     thumbnail = slide.thumbnail(mpp)
     picture = shrink(thumbnail, side_px)  # before anything is painted over
@@ -91,15 +92,20 @@ def look_at(
     excluded = exclude(artefacts, thumbnail) if artefacts else None
     if has_dark_background(thumbnail):
         raise InputError(
-            f"{path}: its background is black, as in fluorescence and dark field, and tissue is "
-            "sought on a bright background; leave the slide out, or add --artefacts.black true if "
-            "the black was not scanned"
+            f"{path}: its background is black, as in fluorescence and dark field, but tissue can "
+            "only be found on a bright background; leave the slide out, or add --artefacts.black "
+            "true if the black area was not scanned"
         )
     return Look(thumbnail, mpp, picture, artefacts, excluded)
 
 
 def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> StatusRow:
-    """Find tissue, lay the tiles, draw the picture; the tile table is written last."""
+    """Find tissue, lay the tiles, write the QC picture and at last the tile table.
+
+    Returns
+    -------
+    The slide's row of the status table.
+    """
     slide_id, path = slide.row.slide_id, slide.row.path
     state, digest = file_state(path), sample_digest(path)
     look = look_at(slide, parameters.tissue.mpp, parameters.artefacts)
@@ -122,7 +128,7 @@ def tile_slide(slide: Slide, output: Path, parameters: TilingParameters) -> Stat
 
 
 def what_changed(slide: Slide, tiles: Tiles) -> str:
-    """How a slide differs from the one that was tiled before, in words; "" where it does not."""
+    """How a slide differs from the one that was tiled before, in words; "" if it does not."""
     words = []
     if slide_changed(slide.row.path, tiles):
         words.append("its file was replaced")
@@ -132,20 +138,20 @@ def what_changed(slide: Slide, tiles: Tiles) -> str:
         ("origin", tiles.extent.bounds_px0, slide.extent.bounds_px0, "px"),
     ):
         if old != new:
-            words.append(f"its {what} changed from {_shown(old)} to {_shown(new)} {unit}")
+            words.append(f"its {what} changed from {_in_words(old)} to {_in_words(new)} {unit}")
     return ", ".join(words)
 
 
-def _shown(value: float | tuple[int, int]) -> str:
+def _in_words(value: float | tuple[int, int]) -> str:
     return f"{value[0]} x {value[1]}" if isinstance(value, tuple) else f"{value:g}"
 
 
 def summary(tiles: Tiles, scale: PhysicalScale | None = None) -> StatusRow:
-    """What the status table says of a slide that has been tiled.
+    """The status row of a slide that has been tiled.
 
     Parameters
     ----------
-    scale: of the slide; None where only its table is at hand.
+    scale: of the slide; None if only its table is read.
     """
     num_tiles = tiles.num_tiles()
     warning = scale.warning if scale else ""

@@ -1,4 +1,4 @@
-"""Where tissue is: a mask from a thumbnail, and the share of it in any box. Pure functions."""
+"""A tissue mask from a thumbnail, and the share of tissue in any box. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,33 +12,33 @@ from dasmil.errors import InputError
 MaskArray = npt.NDArray[np.bool_]
 ByteArray = npt.NDArray[np.uint8]
 
-BAND_PX = 256  # rows of a picture that are worked on at a time
+BAND_PX = 256  # rows of a picture that are processed at a time
 TEXTURE_MPP = 8.0  # about the µm/px at which texture is measured, however fine the thumbnail is
 TEXTURE_UM = 96.0  # side of the square over which texture is averaged: one or two fat cells
 TEXTURE_STEPS = 16  # texture is stored as whole 16ths of a grey level
-MAX_CONTRAST = 12  # grey levels that one pixel adds at most: a few specks of dust are no texture
-GLASS_TEXTURE = 1.5  # glass is smoother than this; shading, stripes and JPEG noise are
+MAX_CONTRAST = 12  # grey levels per pixel at most, so that specks of dust are no texture
+GLASS_TEXTURE = 1.5  # glass is smoother than this, also with shading, stripes and JPEG noise
 GLASS_SATURATION = 40  # and less saturated than this
-MIN_GLASS = 0.01  # share of the picture; from less, the colour of glass is not measured
+MIN_GLASS = 0.01  # share of the picture that must be glass to measure its colour
 DARK, BRIGHT = 50, 200  # grey levels: a black background, a bright one
 
 
 @dataclass(frozen=True)
 class TissueParameters:
-    """How tissue is told from glass; areas in µm², so that they hold for every scanner.
+    """How tissue differs from glass; areas are in µm², the same for every scanner.
 
     Parameters
     ----------
     mpp:
-        µm per pixel of the thumbnail on which tissue is sought.
+        µm per pixel of the thumbnail on which tissue is found.
     median_px:
         side of the median filter on the saturation, in thumbnail pixels (odd).
     min_saturation:
-        pale tissue is more saturated than the slide's glass by at least this (8-bit). It is kept
+        pale tissue is at least this much more saturated than the slide's glass (8-bit). It is kept
         if it is connected to tissue above Otsu's threshold, or to textured tissue.
     max_saturation:
-        Otsu's threshold is at most this: keeps pale tissue if a picture holds no glass at all and
-        Otsu would divide pale tissue from dark. At 0, the whole picture is tissue.
+        upper limit of Otsu's threshold. It keeps pale tissue if a picture holds no glass, where
+        Otsu would separate pale tissue from dark. At 0, the whole picture is tissue.
     min_texture:
         pale areas with at least this texture are tissue too: fat, loose stroma, whole pale
         sections. Texture is the mean contrast to the surroundings (8-bit grey levels); glass has
@@ -78,10 +78,9 @@ def tissue_mask(
 ) -> MaskArray:
     """Otsu on the saturation (paper, section 4), pale tissue too, then connected components.
 
-    Tissue is what is strongly stained, or pale and textured. Pale areas without texture, such as
-    mucin, are tissue if they touch these. Glass is what is bright and smooth; its own saturation
-    (a colour cast) counts as none. In a picture without any colour, darkness takes the place of
-    saturation.
+    Tissue is strongly stained, or pale and textured. Pale areas without texture, such as mucin, are
+    tissue if they touch such areas. Glass is bright and smooth; its own saturation (a colour cast)
+    is subtracted. In a picture without colour, darkness replaces saturation.
 
     Parameters
     ----------
@@ -97,10 +96,10 @@ def tissue_mask(
     grey = _bytes(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY))
     factor = max(1, round(TEXTURE_MPP / mpp))
     window_px = 2 * round(TEXTURE_UM / mpp / factor / 2) + 1
-    margin_px = 2 * window_px  # else glass between tissue and the border would be rough throughout
+    margin_px = 2 * window_px  # else all glass between tissue and the border would be rough
     texture = _texture(_pad(_reduce(grey, factor), margin_px), window_px)
     stain = _stain(thumbnail, grey, _enlarge(_crop(texture, margin_px), grey))
-    del grey  # of a large slide, memory counts from here on
+    del grey  # a large slide needs the memory from here on
     colourless = _is_colourless(thumbnail)
     rough = (texture > parameters.min_texture * TEXTURE_STEPS).view(np.uint8)
     uneven = texture >= GLASS_TEXTURE * TEXTURE_STEPS if colourless else None
@@ -115,10 +114,10 @@ def tissue_mask(
     otsu = cv2.threshold(stain, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0]
     strong = float(np.clip(otsu, pale, parameters.max_saturation))
     seeds = (stain > strong).view(np.uint8)
-    if uneven is not None:  # shading is dark, too, but slight and smooth
+    if uneven is not None:  # shading is dark too, but slight and smooth
         pale = strong
         seeds &= _enlarge(_crop(uneven.view(np.uint8), margin_px), seeds)
-    # fill spots between fat cells, then take back how far the roughness of an edge reaches
+    # fill spots between fat cells, then undo the reach of an edge's roughness
     rough = _bytes(cv2.dilate(rough, disc(window_px / 2)))
     rough = _bytes(cv2.erode(rough, disc(window_px / 2 + 2 * (window_px - 1))))
     seeds |= _enlarge(_crop(rough, margin_px), seeds)
@@ -131,7 +130,7 @@ def tissue_mask(
     cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc(parameters.closing_um / mpp), dst=mask)
     _drop_small_parts(mask, parameters.min_tissue_um2 / mpp**2)
     if not mask.any():
-        return mask.view(bool)  # else the whole of a tiny empty picture would be a small hole
+        return mask.view(bool)  # else a tiny empty picture as a whole would be a small hole
     mask ^= 1
     _drop_small_parts(mask, parameters.min_hole_um2 / mpp**2)
     mask ^= 1
@@ -139,13 +138,13 @@ def tissue_mask(
 
 
 def has_dark_background(thumbnail: npt.NDArray[np.uint8]) -> bool:
-    """Whether most of a picture is nearly black and next to nothing bright, as in fluorescence."""
+    """Whether a picture is mostly near-black and hardly anywhere bright, as in fluorescence."""
     grey = _bytes(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY))
     return bool(_level(grey, 0.5) < DARK and _level(grey, 0.99) < BRIGHT)
 
 
 def _bytes(picture: npt.NDArray[np.integer | np.floating | np.bool_]) -> ByteArray:
-    """The same array: OpenCV's annotations do not say that it keeps the type."""
+    """The same array; OpenCV's type annotations do not state its dtype."""
     return np.asarray(picture, dtype=np.uint8)
 
 
@@ -163,10 +162,10 @@ def _texture(grey: ByteArray, window_px: int) -> ByteArray:
 
 
 def _stain(thumbnail: ByteArray, grey: ByteArray, texture: ByteArray) -> ByteArray:
-    """Saturation if glass were white; darkness, if the picture has no colour.
+    """Saturation after white balance on the glass; darkness if the picture has no colour.
 
-    Glass is smooth, bright and hardly coloured. Pure white is not: it was never scanned, or has
-    been painted over.
+    Glass is smooth, bright and hardly coloured. Pure white is no glass: it was never scanned, or
+    was painted over.
     """
     glass = ((grey >= 0.75 * _brightest(grey)) & (grey < 255)).view(np.uint8)
     glass &= (texture < GLASS_TEXTURE * TEXTURE_STEPS).view(np.uint8)
@@ -183,7 +182,7 @@ def _stain(thumbnail: ByteArray, grey: ByteArray, texture: ByteArray) -> ByteArr
 
 
 def _saturation(thumbnail: ByteArray, white: Sequence[int]) -> ByteArray:
-    """(H, W) 8-bit saturation, after the colour that is to be white has been made so."""
+    """(H, W) 8-bit saturation after white balance: the colour ``white`` becomes white."""
     factors = 255 / np.maximum(white, 1)
     table = np.minimum(np.arange(256)[:, None] * factors, 255).round().astype(np.uint8)
     saturation = np.empty(thumbnail.shape[:2], np.uint8)
@@ -202,10 +201,10 @@ def _is_colourless(thumbnail: ByteArray) -> bool:
 
 
 def _keep_coloured(rough: ByteArray, stain: ByteArray, min_saturation: int, window_px: int) -> None:
-    """Set rough areas to 0 whose mean stain is less than a sixth of the least saturation.
+    """Set rough areas to 0 if their mean stain is less than a sixth of ``min_saturation``.
 
-    Dust, hairs and scratches have none. The window is wide, because JPEG stores colour coarsely.
-    Both pictures are changed in place.
+    Dust, hairs and scratches have no colour. The window is wide because JPEG stores colour
+    coarsely. Both pictures are changed in place.
     """
     window = (window_px, window_px)
     np.minimum(stain, GLASS_SATURATION, out=stain)
@@ -218,14 +217,14 @@ def _keep_coloured(rough: ByteArray, stain: ByteArray, min_saturation: int, wind
 
 
 def _brightest(grey: ByteArray) -> int:
-    """The 99th percentile of what is not pure white; 255 if all is."""
+    """The 99th percentile of the pixels that are not pure white; 255 if all are."""
     return _level(grey, 0.99, (grey < 255).view(np.uint8))
 
 
 def _level(
     picture: ByteArray, share: float, mask: ByteArray | None = None, channel: int = 0
 ) -> int:
-    """The percentile of a channel, where the mask is not 0; 255 if it is 0 everywhere."""
+    """The quantile of a channel over the pixels where the mask is not 0; 255 if there are none."""
     counts = cv2.calcHist([picture], [channel], mask, [256], [0, 256]).ravel().cumsum()
     return int(np.searchsorted(counts, share * counts[-1])) if counts[-1] else 255
 
@@ -254,7 +253,7 @@ def _crop(picture: ByteArray, margin_px: int) -> ByteArray:
 
 
 def _keep_touching(mask: ByteArray, seeds: ByteArray) -> None:
-    """Set the connected parts of a mask that hold no seed to 0, in place."""
+    """Set connected parts of a mask without a seed to 0, in place."""
     number, labels = cv2.connectedComponents(mask, connectivity=8)
     keep = np.zeros(number, np.uint8)
     for top in range(0, len(mask), BAND_PX):
@@ -264,7 +263,7 @@ def _keep_touching(mask: ByteArray, seeds: ByteArray) -> None:
 
 
 def _drop_small_parts(mask: ByteArray, min_area_px: float) -> None:
-    """Set to 0, in place."""
+    """Set connected parts of a mask smaller than ``min_area_px`` to 0, in place."""
     _, labels, statistics, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     keep = _bytes(statistics[:, cv2.CC_STAT_AREA] >= min_area_px)
     _keep_labels(mask, labels, keep)
@@ -274,14 +273,14 @@ def _keep_labels(
     mask: ByteArray, labels: npt.NDArray[np.integer | np.floating], keep: ByteArray
 ) -> None:
     keep[0] = 0  # the background
-    for top in range(0, len(mask), BAND_PX):  # NumPy makes 8-byte indices of the labels
+    for top in range(0, len(mask), BAND_PX):  # NumPy converts the labels to 8-byte indices
         mask[top : top + BAND_PX] = keep[labels[top : top + BAND_PX]]
 
 
 def tissue_fraction(
     mask: MaskArray, x_edges: npt.NDArray[np.floating], y_edges: npt.NDArray[np.floating]
 ) -> npt.NDArray[np.float64]:
-    """Share of tissue in every cell of a grid, exact also where edges cut mask pixels.
+    """Share of tissue in every cell of a grid; exact even if edges cut mask pixels.
 
     Parameters
     ----------
@@ -295,8 +294,7 @@ def tissue_fraction(
     height, width = mask.shape
     rows, above, part_y = _between(y_edges, height)
     columns, before, part_x = _between(x_edges, width)
-    # tissue above and left of a pixel's corner, at the corners that are asked for: the table of all
-    # takes 8 bytes a pixel
+    # integral image at the needed corners only: the whole one takes 8 bytes per pixel
     integral = np.empty((len(rows), len(columns)))
     count, counted = np.zeros(width + 1, np.int64), 0
     for number, row in enumerate(rows.tolist()):
@@ -316,8 +314,8 @@ def _between(
 
     Returns
     -------
-    The corners in order, for each edge the position there of the one before it (the next one is the
-    one behind it), and how far it lies between the two, in 0..1.
+    The corners in order; per edge the position of the corner before it in that list (the corner
+    after it is the next one); and per edge its distance from the corner before it, in 0..1.
     """
     at = np.clip(edges, 0, length)
     low = np.minimum(at.astype(np.int64), length - 1)

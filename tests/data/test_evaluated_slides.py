@@ -78,7 +78,7 @@ def test_the_same_name_with_other_content_is_another_slide(
     assert evaluated(folder) == list(NAMES)
     said = capsys.readouterr().out
     assert "8 slides are tested, 0 are left out" in said
-    assert "8 slide(s) have the name of a slide of the checkpoint but another content" in said
+    assert "8 slide(s) have the name of a slide of the checkpoint but other content" in said
 
 
 def test_the_same_content_under_another_name_is_the_same_slide(

@@ -22,7 +22,7 @@ from jpegs import write_jpeg_pyramid  # noqa: E402
 
 from dasmil.errors import InputError  # noqa: E402
 from dasmil.slides.cohort import SlideRow  # noqa: E402
-from dasmil.slides.reader import RgbArray, Slide, _over_white  # noqa: E402
+from dasmil.slides.reader import RgbArray, Slide, over_white  # noqa: E402
 from fuzz.mutations import mutate_bytes  # noqa: E402
 
 SIDE_PX = 900
@@ -60,7 +60,7 @@ def _read(path: Path, level: int, size_px: tuple[int, int]) -> RgbArray | None:
     """By a handle of its own: one that has refused something refuses all that follows."""
     try:
         with openslide.open_slide(path) as slide:
-            return _over_white(np.asarray(slide.read_region((0, 0), level, size_px)))
+            return over_white(np.asarray(slide.read_region((0, 0), level, size_px)))
     except (openslide.OpenSlideError, OSError, SyntaxError, ValueError):
         return None
 

@@ -132,13 +132,13 @@ class TestPolygons:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            (asap(("Necrosis", box(0, 0, 9, 9))), "'A0' is of the group 'Necrosis', which is not"),
+            (asap(("Necrosis", box(0, 0, 9, 9))), "'A0' has the unknown group 'Necrosis'"),
             (
                 asap(("_0", [(5, 5)]), kind="Dot"),
-                "'A0' is a 'Dot', not a polygon; points are",
+                "'A0' is a 'Dot', not a polygon; give",
             ),
-            (asap(("_0", box(1000, 0, 1200, 9)), ("_0", box(1001, 0, 1200, 9))), "'A1' lies outs"),
-            (asap(("_0", box(0, -9, 5, -1))), "'A0' lies outside the slide of 1000 x 800 px"),
+            (asap(("_0", box(1000, 0, 1200, 9)), ("_0", box(1001, 0, 1200, 9))), "'A1' is outside"),
+            (asap(("_0", box(0, -9, 5, -1))), "'A0' is outside the slide of 1000 x 800 px"),
             (asap(("_0", [("1,5", 2), (3, 4)])), "corners of 'A0' are not all numbers"),
             (asap(("_0", [("nan", 2), (3, 4)])), "corners of 'A0' are not all numbers"),
             ("<Annotations><Annotation/></Annotations>", "root is 'Annotations', not ASAP_Ann"),
@@ -257,7 +257,7 @@ class TestMasks:
             tifffile.imwrite(path, mask, photometric=photometric, compression=compression)
             assert (read_annotation(path, EXTENT).finest == mask.astype(bool)).all()
         tifffile.imwrite(path, (mask == 0).astype(dtype), photometric="miniswhite")
-        with pytest.warns(UserWarning, match="most of it is marked, by its stored values"):
+        with pytest.warns(UserWarning, match="most of it is marked by its stored values"):
             read_annotation(path, EXTENT)
 
     @pytest.mark.parametrize("mode", ["LA", "PA", "P", "RGBA", "1"])
@@ -313,7 +313,7 @@ class TestMasks:
         mask = np.zeros((800, 1000), dtype=np.uint8)
         mask[:100], mask[300:400] = 1, 2
         write_pyramid(tmp_path / "a.tif", mask)
-        with pytest.raises(InputError, match="holds the values 1, 2; a mask has one value beside"):
+        with pytest.raises(InputError, match="holds the values 1, 2; save it with 0 and one value"):
             _ = read_annotation(tmp_path / "a.tif", EXTENT).finest
 
     def test_pixels_whose_values_would_change_are_refused(self, tmp_path):
@@ -359,9 +359,9 @@ class TestPoints:
         [
             ("a,b\n1,2\n", "points need the columns x and y"),
             ("x,y\n1,two\n", "could not convert string to float: 'two'"),
-            ("x,y\n1,2\n800,1000\n", "the point 800,1000 lies outside the slide of 1000 x 800"),
-            ("x,y\nnan,2\n", "the point nan,2 lies outside"),
-            ("x,y\n-1,2\n", "the point -1,2 lies outside"),
+            ("x,y\n1,2\n800,1000\n", "the point 800,1000 is outside the slide of 1000 x 800"),
+            ("x,y\nnan,2\n", "the point nan,2 is outside"),
+            ("x,y\n-1,2\n", "the point -1,2 is outside"),
         ],
     )
     def test_tables_that_are_not_points_of_the_slide(self, tmp_path, text, message):
@@ -392,7 +392,7 @@ def test_blanks_around_the_name_of_a_slide_are_no_part_of_it(tmp_path, name):
 def test_two_annotations_of_a_slide_are_refused(tmp_path):
     (tmp_path / "a.xml").touch()
     (tmp_path / "a_mask.tif").touch()
-    with pytest.raises(InputError, match=r"a\.xml: there is a_mask\.tif beside it; keep one"):
+    with pytest.raises(InputError, match=r"a\.xml: a_mask\.tif is of the same slide; keep one"):
         find_truths(tmp_path, ["a"])
 
 

@@ -182,8 +182,8 @@ class TestForms:
             (b"{", "a.geojson: not GeoJSON"),
             (b"\xff\xfe\xff", "a.geojson: not GeoJSON"),
             (b"[" * 100_000, "a.geojson: not GeoJSON"),
-            ({"type": "Topology"}, "not GeoJSON of QuPath: it holds {'type': 'Topology'} where"),
-            ([1], "not GeoJSON of QuPath: it holds 1 where"),
+            ({"type": "Topology"}, "not GeoJSON of QuPath: holds {'type': 'Topology'} instead"),
+            ([1], "not GeoJSON of QuPath: holds 1 instead"),
             (feature(None, name="met"), "'met' has no geometry"),
             (feature({"type": "Circle", "coordinates": [1, 2]}), "'annotation 1' is no geometry"),
             (feature({"type": "Polygon", "coordinates": None}), "'annotation 1' is no geometry"),
@@ -191,7 +191,7 @@ class TestForms:
             (feature({"type": "MultiPolygon", "coordinates": [1]}), "are not all pairs of numbers"),
             (feature(polygon([[0], [1, 2], [3, 4]])), "are not all pairs of numbers"),
             (feature(polygon([[0, float("nan")], [1, 2], [3, 4]])), "'annotation 1' are not all f"),
-            (feature(polygon(ring(1001, 0, 1200, 9))), "'annotation 1' lies outside the slide of"),
+            (feature(polygon(ring(1001, 0, 1200, 9))), "'annotation 1' is outside the slide of"),
             (feature(LEFT, ["Tumor"]), r"classification of 'annotation 1' is \['Tumor'\]"),
         ],
     )
@@ -240,7 +240,7 @@ class TestClasses:
 
     def test_a_class_that_is_not_known_is_refused_by_name(self, tmp_path):
         content = collection(feature(LEFT, "Epithelium", name="gland"))
-        with pytest.raises(InputError, match=r"'gland' is .* 'Epithelium', which .* '\[\"Tumor: "):
+        with pytest.raises(InputError, match=r"'gland' has .* 'Epithelium'; .* '\[\"Tumor: "):
             read(tmp_path, content)
         assert share(read(tmp_path, content, lesions=["epithelium"]), FIRST) == [0.5]
 
@@ -299,7 +299,7 @@ class TestPoints:
         ("features", "message"),
         [
             ([{"type": "Point", "coordinates": [1, 2]}, LEFT], "by points and by areas; keep one"),
-            ([{"type": "Point", "coordinates": [1001, 2]}], "the point 1001,2 lies outside"),
+            ([{"type": "Point", "coordinates": [1001, 2]}], "the point 1001,2 is outside"),
             ([{"type": "Point", "coordinates": []}], "are not all pairs of numbers"),
             ([{"type": "LineString", "coordinates": [[1, 2], [3, 4]]}], "is a line, without an ar"),
             ([{"type": "MultiLineString", "coordinates": [[[1, 2]]]}], "is a line, without an are"),

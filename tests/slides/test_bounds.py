@@ -121,5 +121,5 @@ def test_a_shape_that_fits_the_scan_alone_is_not_outside_the_slide(tmp_path: Pat
     path.write_text(json.dumps(outline(-500, -500, -400, -400)))
     assert not read_annotation(path, Extent((4000, 4000), Mpp(0.5), ORIGIN)).is_empty
     path.write_text(json.dumps(outline(3500, 0, 3600, 100)))
-    with pytest.raises(InputError, match="lies outside the slide"):
+    with pytest.raises(InputError, match="is outside the slide"):
         read_annotation(path, Extent((4000, 4000), Mpp(0.5), ORIGIN))

@@ -102,9 +102,9 @@ def test_a_slide_without_patient_is_its_own_patient() -> None:
         ("label\na\n", "column path and slide_id is missing"),
         ("slide_id|path\ns1|a.svs\n", "column path and slide_id is missing"),
         ("", "column path and slide_id is missing"),
-        ("slide_id,path\n", "no slides in it"),
+        ("slide_id,path\n", "holds no slides"),
         ("slide_id,path\ns1,a.svs\ns2\n", " line 3: it has not the 2 cells of the header"),
-        ("slide_id,path\ns1,a.svs\n,b.svs\n", " line 3: slide_id is empty; give the slide a name"),
+        ("slide_id,path\ns1,a.svs\n,b.svs\n", " line 3: slide_id is empty; fill it"),
         ("sep=;\nslide_id;path\n\n ;a.svs\n", " line 4: slide_id is empty"),
         (
             "slide_id,path,split\ns1,a.svs,train\ns2,b.svs,valid\n",
@@ -163,7 +163,7 @@ def test_a_missing_column_is_told_what_columns_there_are(tmp_path: Path) -> None
 def test_a_slide_id_that_stands_twice_is_refused_with_both_paths(tmp_path: Path) -> None:
     path = write_table(tmp_path, "slide_id,path\ns1,a.svs\ns2,b.svs\ns1,c.svs\n")
     message = refusal(path)
-    assert message.startswith(f"{path}: slide_id 's1' stands twice")
+    assert message.startswith(f"{path}: slide_id 's1' occurs twice")
     assert f"{tmp_path / 'a.svs'} and {tmp_path / 'c.svs'}" in message
 
 
@@ -197,7 +197,7 @@ def test_columns_that_are_not_read_are_named_with_what_may_have_been_meant(tmp_p
 
 def test_slide_ids_that_some_disks_do_not_tell_apart_are_refused(tmp_path: Path) -> None:
     path = write_table(tmp_path, "slide_id,path\nS1,a.svs\ns1,b.svs\n")
-    assert "slide_id 's1' is the same as 'S1' on some disks" in refusal(path)
+    assert "slide_id 's1' equals 'S1' on some disks" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_pictures_beside_slides_are_no_slides_and_are_named(tmp_path: Path) -> N
         rows = read_cohort(tmp_path)
     assert [row.slide_id for row in rows] == ["a", "dicom", "b", "x_macro", "c_labelled"]
     assert str(said[0].message) == (
-        f"{tmp_path}: 5 picture(s) of slides (macro, label, thumbnail) are left out: "
+        f"{tmp_path}: 5 picture(s) of slides (macro, label, thumbnail) are skipped: "
         "Thumbnail.jpeg, a.svs-label.jpg, a_macro.png, a_overview.tif, b_thumb.png"
     )
 
@@ -328,19 +328,21 @@ def test_links_that_lead_to_no_file_cost_a_warning(tmp_path: Path) -> None:
 def test_slides_inside_the_output_are_not_said_to_be_missing(tmp_path: Path) -> None:
     touch(tmp_path, "data/slides/a.svs")
     for output in (tmp_path / "data", tmp_path / "data" / "slides"):
-        with pytest.raises(InputError, match=f"it lies in --output {output}, .* choose another"):
+        with pytest.raises(InputError, match=f"is inside --output {output}, .* choose another"):
             read_cohort(tmp_path / "data" / "slides", leave_out=output)
 
 
 def test_a_folder_without_slides_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "readme.txt")
-    assert refusal(tmp_path) == f"{tmp_path}: no slides in it"
+    assert refusal(tmp_path) == (
+        f"{tmp_path}: holds no slides; give a cohort table or a folder of slides"
+    )
 
 
 def test_two_files_of_one_name_in_a_folder_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "one/a.svs", "two/a.tif")
     message = refusal(tmp_path)
-    assert "slide_id 'a' stands twice" in message
+    assert "slide_id 'a' occurs twice" in message
     assert "in a cohort table" in message
 
 
@@ -487,7 +489,7 @@ def test_a_patient_in_two_parts_is_refused_by_name(pair: tuple[str, str]) -> Non
         *make_rows("a", 3, split="train"),
         *make_rows("b", 3, split="val"),
     ]
-    with pytest.raises(InputError, match="patient Mustermann has slides in more than one part"):
+    with pytest.raises(InputError, match="patient Mustermann has slides in more than one split"):
         split_cohort(rows)
 
 
@@ -546,5 +548,5 @@ def test_links_in_a_circle_and_names_that_no_file_has_end_no_split(tmp_path: Pat
     ],
 )
 def test_records_of_slides_that_are_damaged_are_one_sentence(values: object) -> None:
-    with pytest.raises(InputError, match="its file is damaged"):
+    with pytest.raises(InputError, match="the file is damaged"):
         read_records(values)

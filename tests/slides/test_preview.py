@@ -96,7 +96,7 @@ def test_two_slides_of_one_name_are_refused(
     twin.write_bytes(slide.read_bytes())
     command = ["tile", "--output", str(tmp_path / "TILES"), "--preview"]
     assert main([*command, str(slide), str(twin)]) == 2
-    assert "'biopsy' stands twice" in capsys.readouterr().err
+    assert "'biopsy' occurs twice" in capsys.readouterr().err
     assert main([*command, str(slide), str(slide)]) == 0
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from dasmil.demo.slides import write_pyramid
 from dasmil.errors import InputError
 from dasmil.geometry import PyramidGrid
-from dasmil.slides import reader
+from dasmil.slides import opening, reader
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.reader import Slide
 from dasmil.units import Mpp, TilePx, parse_scales
@@ -176,7 +176,7 @@ def test_a_table_that_contradicts_the_file_is_obeyed_and_said(
     assert scale.source == "table"
     used = columns.get("mpp", 0.5)
     assert scale.mpp == used
-    said = f"the table's {used:g} µm/px is used, the file says {own}" if own else ""
+    said = f"the table's {used:g} µm/px is used, the file has {own}" if own else ""
     assert scale.warning == said
 
 
@@ -291,9 +291,9 @@ def test_what_can_only_be_decoded_in_giant_parts_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_gigapixel(tmp_path / "a.tiff", 4096, downsamples=(1,), tile_px=(1024, 512))
-    monkeypatch.setattr(reader, "MAX_STORED_TILE_PX", 1024 * 512)
+    monkeypatch.setattr(opening, "MAX_STORED_TILE_PX", 1024 * 512)
     Slide(SlideRow("a", path)).close()
-    monkeypatch.setattr(reader, "MAX_STORED_TILE_PX", 1024 * 512 - 1)
+    monkeypatch.setattr(opening, "MAX_STORED_TILE_PX", 1024 * 512 - 1)
     message = refusal(SlideRow("a", path))
     assert message.startswith(f"{path}: stored in tiles of 1024 × 512 px")
     assert "vips tiffsave" in message
@@ -579,7 +579,7 @@ def test_two_dicom_slides_in_one_folder_are_refused(shared_data: Path, tmp_path:
     assert series in content
     for name, last in (("a", b"8"), ("b", b"8"), ("c", b"9")):
         (tmp_path / f"{name}.dcm").write_bytes(content.replace(series, series[:-1] + last))
-    assert "holds 2 DICOM slides; give each a folder" in refusal(SlideRow("d", tmp_path))
+    assert "holds 2 DICOM slides; give each its own folder" in refusal(SlideRow("d", tmp_path))
     assert Slide(SlideRow("c", tmp_path / "c.dcm")).size_px0 == (555, 741)
     (tmp_path / "c.dcm").write_bytes(b"a label that OpenSlide cannot read")
     assert Slide(SlideRow("d", tmp_path)).size_px0 == (555, 741)

@@ -107,7 +107,7 @@ def test_where_the_table_has_a_test_part_the_fold_is_for_validation() -> None:
     [
         ({"fold": 3}, "data.fold and data.num_folds: give both"),
         ({"num_folds": 5}, "data.fold and data.num_folds: give both"),
-        ({"num_folds": 5, "fold": 5}, "there is no fold 5 of 5; they count from 0 to 4"),
+        ({"num_folds": 5, "fold": 5}, "there is no fold 5 of 5; give a number from 0 to 4"),
         ({"num_folds": 5, "fold": -1}, "there is no fold -1 of 5"),
         ({"num_folds": 1, "fold": 0}, "1 is not a number of folds"),
         ({"num_folds": 11, "fold": 0}, "10 patients cannot be divided into 11 folds"),
@@ -120,7 +120,9 @@ def test_folds_that_make_no_sense_are_refused(options: dict[str, int], words: st
 
 def test_a_table_with_a_validation_part_has_no_folds() -> None:
     rows = make_rows("a", 5, split="train") + make_rows("b", 5, split="val")
-    with pytest.raises(InputError, match=r"data\.num_folds: the slides have val parts already"):
+    with pytest.raises(
+        InputError, match=r"data\.num_folds: the split column already names val slides"
+    ):
         split_cohort(rows, num_folds=2, fold=0)
 
 
@@ -174,10 +176,10 @@ def test_slides_that_a_table_does_not_name_are_left_out_by_name(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("slide_id,split\na0_0,test\na0_0,train\n", "line 3: slide a0_0 stands twice"),
+        ("slide_id,split\na0_0,test\na0_0,train\n", "line 3: slide a0_0 occurs twice"),
         ("slide_id,split\na0_0,testing\n", "line 2: split 'testing' is none of train, val, test"),
-        ("slide_id,part\na0_0,test\n", "a split table has the columns slide_id and split"),
-        ("slide_id,split\nother,test\n", "it names no slide of the cohort"),
+        ("slide_id,part\na0_0,test\n", "lacks the columns slide_id and split"),
+        ("slide_id,split\nother,test\n", "names no slide of the cohort"),
         (
             "slide_id,split,label\na0_0,test,a\na1_0,train,b\n",
             "slide a1_0 is b there and a in the cohort",
@@ -196,7 +198,7 @@ def test_labels_by_other_names_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_a_split_table_that_is_nowhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"data\.split_table: .*nowhere\.csv: no such table"):
+    with pytest.raises(InputError, match=r"data\.split_table: .*nowhere\.csv: no such file"):
         split_cohort(make_rows("a", 2), split_table=tmp_path / "nowhere.csv")
 
 
@@ -255,7 +257,7 @@ def test_nine_to_one_of_the_official_training_slides_validate() -> None:
 def test_a_patient_in_two_parts_is_named_with_a_slide_of_each() -> None:
     rows = make_rows("a", 2, slides_each=2, split="train")
     rows[1] = replace(rows[1], split="test")
-    words = r"patient a0 has slides in more than one part \(a0_0 in train and a0_1 in test\)"
+    words = r"patient a0 has slides in more than one split \(a0_0 in train and a0_1 in test\)"
     with pytest.raises(InputError, match=words):
         split_cohort(rows)
 

@@ -292,7 +292,7 @@ def test_a_changed_mpp_in_the_table_means_tiling_anew(
     run = Run(tile(two_slides, output, SCALES, tile_px=64, tissue=tissue, workers=1), output)
     good, blank = run.status["good"], run.status["blank"]
     assert (good["mpp"], good["mpp_source"]) == ("0.25", "table")
-    words = "the table's 0.25 µm/px is used, the file says 0.5"
+    words = "the table's 0.25 µm/px is used, the file has 0.5"
     again = "its resolution changed from 0.5 to 0.25 µm/px: tiled again"
     assert good["message"] == f"{again}; {words}"
     assert f"warning: good: {again}; {words}" in capsys.readouterr().out.splitlines()
@@ -351,7 +351,10 @@ def test_slides_that_leave_the_cohort_are_named(two_slides, tmp_path, capsys) ->
     good = read_cohort(two_slides)[0]
     half = write_table(tmp_path / "half.csv", [{"slide_id": good.slide_id, "path": good.path}])
     assert tile(half, output, SCALES, tile_px=64, workers=1) == 0
-    assert "1 slide(s) of before leave it, their files stay: blank" in capsys.readouterr().out
+    assert (
+        "1 slide(s) of the previous table are no longer listed; their files are kept: blank"
+        in capsys.readouterr().out
+    )
     assert tiles_path(output, "blank").exists()
 
 
@@ -437,7 +440,7 @@ def test_the_same_file_under_two_names_is_said(
     write_table(two_slides, rows)
     assert tile(two_slides, tmp_path / "TILES", SCALES, tile_px=64, workers=1) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert said == ["warning: good, copy are the same slide file; keep one row of it"]
+    assert said == ["warning: good, copy are the same slide file; keep one row per file"]
 
 
 class DyingOfGood(InThisProcess):

@@ -1,6 +1,6 @@
-"""What was marked on a slide, as areas or as points, and which tiles that makes positive.
+"""Annotations of a slide, as areas or points, and the tiles that they make positive.
 
-It is there for evaluation alone: nothing that trains imports this package.
+They are for evaluation only: nothing that trains imports this package.
 
 ==================================== =============================================================
 ``<slide_id>.xml``                    polygons in level-0 pixels, as ASAP and Camelyon16 write them
@@ -11,14 +11,13 @@ It is there for evaluation alone: nothing that trains imports this package.
 ``<slide_id>.csv``                    points: columns x and y in level-0 pixels
 ==================================== =============================================================
 
-Whatever a file holds, reading it takes at most 1 GB of memory and 10 s; what would take more is
-refused with a sentence. At most:
+Reading a file takes at most 1 GB of memory and 10 s, whatever it holds; larger files are refused.
+The limits are:
 
 - 200 MB unpacked, 2 million corners or points, 100,000 outlines, and outlines that cross 20 million
   rows of pixels altogether (XML, GeoJSON, CSV);
 - 1 million elements of XML that are no corners, and no document type (DOCTYPE);
-- 700 MB of Python objects that GeoJSON or CSV is turned into: 100 MB of coordinates alone, more of
-  anything else;
+- 700 MB of Python objects from GeoJSON or CSV: 100 MB of text if it holds only coordinates;
 - 89 million pixels of a mask without tiles, in PNG or TIFF; of a pyramid, 268 million pixels at
   its coarsest level, in tiles of at most 16 million.
 """
@@ -56,14 +55,18 @@ __all__ = [
 
 
 def find_truths(folder: Path, slide_ids: Iterable[str]) -> dict[str, Path]:
-    """The annotation in a folder of each slide that has one.
+    """Find the annotation of each slide in a folder.
 
-    Blanks around the name of a slide, and capitals in what follows it, make no difference.
+    Blanks around the name of a slide, and capitals in the suffix, are ignored.
+
+    Returns
+    -------
+    Path per slide_id, without the slides that have no annotation.
 
     Raises
     ------
     InputError
-        if there are two of a slide.
+        if a slide has two annotations.
     """
     wanted, found = set(slide_ids), dict[str, Path]()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -75,7 +78,7 @@ def find_truths(folder: Path, slide_ids: Iterable[str]) -> dict[str, Path]:
                 continue
             if name in found:
                 raise InputError(
-                    f"{found[name]}: there is {path.name} beside it; keep one annotation of a slide"
+                    f"{found[name]}: {path.name} is of the same slide; keep one per slide"
                 )
             found[name] = path
     return found
@@ -86,7 +89,7 @@ def read_annotation(
     extent: Extent,
     lesions: Collection[str] | None = None,
 ) -> Points | Areas:
-    """What a file marks on a slide.
+    """Read the annotation of a slide.
 
     Parameters
     ----------
@@ -127,7 +130,7 @@ def _read(path: Path, extent: Extent, lesions: Collection[str] | None) -> Points
 
 
 def marks_points(path: Path, lesions: Collection[str] | None = None) -> bool:
-    """Whether a file marks points; areas where not."""
+    """Whether a file marks points, not areas."""
     must_be_file(path, "give an annotation of a slide")
     if path.name.lower().endswith(GEOJSON_SUFFIXES):
         return geojson.marks_points(path, geojson.CLASSES.with_lesions(lesions))
@@ -135,7 +138,7 @@ def marks_points(path: Path, lesions: Collection[str] | None = None) -> bool:
 
 
 def class_names(path: Path) -> set[str]:
-    """Classes or groups that a file has annotations of; none of masks and tables of points."""
+    """The classes or groups of a file's annotations; empty for masks and tables of points."""
     must_be_file(path, "give an annotation of a slide")
     name = path.name.lower()
     if name.endswith(".xml"):

@@ -1,4 +1,4 @@
-"""Marked areas of a slide: the share of a tile that is marked, and polygons filled."""
+"""Marked areas of a slide: the marked share of each tile, and filled polygons."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ Rings = Sequence[FloatArray]  # a polygon: its outline and then its holes, each 
 MAX_MASK_PX = 2**28  # of a slide's mask in memory, one byte each: 100,000 x 200,000 px at 1/16
 BAND_CROSSINGS = 2**20  # filled at once, some 150 bytes each
 MAX_COST = 20_000_000  # of a file; a crossing takes some 0.3 µs
-CUT_COST = 100  # of an edge that is cut off, in crossings
-FAR_PX = 2.0**40  # coordinates beyond are cut off
+CUT_COST = 100  # of a clipped edge, in crossings
+FAR_PX = 2.0**40  # edges are clipped there
 MAX_EXTENT_PX0 = 2**22  # a metre at x40; how far a slide of unknown size may reach
 
 
@@ -43,17 +43,17 @@ class Areas(ABC):
     @cached_property
     @abstractmethod
     def finest(self) -> MaskArray:
-        """(H, W) bool over the whole slide, as fine as memory allows: from it shares are taken."""
+        """(H, W) bool over the whole slide, as fine as memory allows; shares are computed on it."""
 
     @property
     def is_empty(self) -> bool:
         return not self.finest.any()
 
     def overlap(self, boxes_px0: IntArray) -> FloatArray:
-        """(N, 4) left, top, right, bottom → (N,) share of each that is marked, in 0..1.
+        """(N, 4) left, top, right, bottom → (N,) marked share of each tile, in 0..1.
 
-        Exact on :attr:`finest`, also where edges of tiles cut its pixels. Of a tile that reaches
-        over the slide's border it is the share of what lies on the slide.
+        Exact on :attr:`finest`, even if edges of tiles cut its pixels. For a tile that reaches over
+        the slide's border, it is the share of its part inside the slide.
         """
         mask = self.finest
         share = np.zeros(len(boxes_px0))
@@ -78,7 +78,7 @@ def _cells(low: float, high: float) -> slice:
 
 
 def _cover(low: float, high: float) -> FloatArray:
-    """How much of each of these pixels lies in the interval."""
+    """How much of each of these pixels is in the interval."""
     edges = np.arange(np.floor(low), np.ceil(high) + 1)
     return np.diff(np.clip(edges, low, high))
 
@@ -86,13 +86,13 @@ def _cover(low: float, high: float) -> FloatArray:
 class Polygons(Areas):
     """Areas inside polygons, which may have holes.
 
-    A pixel of a mask is marked when its centre lies inside. :attr:`finest` has the smallest power
-    of two as downsample with which it has at most 2^28 pixels: 16 for 100,000 x 200,000 px, 1 for
+    A pixel of a mask is marked if its centre is inside. The downsample of :attr:`finest` is the
+    smallest power of two that leaves at most 2^28 pixels: 16 for 100,000 x 200,000 px, 1 for
     16,000 x 16,000 px.
 
     Parameters
     ----------
-    lesions: polygons; each its outline and then its holes, (V, 2) x, y in level-0 pixels.
+    lesions: polygons; each is its outline and then its holes, (V, 2) x, y in level-0 pixels.
     excluded: polygons that are cut out of all lesions.
     """
 
@@ -116,16 +116,16 @@ class Polygons(Areas):
 
     @property
     def cost(self) -> int:
-        """How much :attr:`finest` takes: how often edges cross its rows, and how many are cut."""
+        """The cost of :attr:`finest`: crossings of edges with rows, plus clipped edges."""
         shape = mask_shape(self.size_px0, reduction(self.size_px0))
         to_mask = np.array(shape[::-1]) / self.size_px0
-        found = 0
+        cost = 0
         for polygons in (self.lesions, self.excluded):
             rings = [xy for rings in polygons for xy in rings]
-            found += CUT_COST * sum(int((np.abs(xy * to_mask) > FAR_PX).sum()) for xy in rings)
-            if found <= MAX_COST:
-                found += _Edges(polygons, to_mask, shape[0]).num_crossings
-        return found
+            cost += CUT_COST * sum(int((np.abs(xy * to_mask) > FAR_PX).sum()) for xy in rings)
+            if cost <= MAX_COST:
+                cost += _Edges(polygons, to_mask, shape[0]).num_crossings
+        return cost
 
     def _filled(self, shape: tuple[int, int], to_mask: FloatArray) -> MaskArray:
         mask = np.zeros(shape, dtype=bool)
@@ -135,7 +135,7 @@ class Polygons(Areas):
 
 
 def mask_shape(size_px0: tuple[int, int], downsample: float) -> tuple[int, int]:
-    """Rows and columns of a mask."""
+    """Rows and columns of a mask; raises :class:`InputError` if it takes too much memory."""
     width, height = (max(1, round(length / downsample)) for length in size_px0)
     if width * height > 2 * MAX_MASK_PX:  # rounding may make it a little larger
         raise InputError(
@@ -156,9 +156,9 @@ def reduction(size: tuple[int, int]) -> int:
 class _Edges:
     """The edges of polygons, and the rows of a mask that they cross.
 
-    A row is crossed if the centres of its pixels lie between the ends of an edge. Between two
-    crossings of a polygon in a row, pixels lie inside by the even-odd rule over all its rings.
-    OpenCV and Pillow set those that the outline touches too: half a pixel too much on every side.
+    An edge crosses a row if the centres of its pixels are between the ends of the edge. Between two
+    crossings of a polygon in a row, pixels are inside by the even-odd rule over all its rings.
+    OpenCV and Pillow also set pixels that the outline touches: half a pixel too much on every side.
 
     Parameters
     ----------
@@ -191,7 +191,7 @@ class _Edges:
         return int((self._last - self._first).sum())
 
     def fill(self, mask: MaskArray, value: bool) -> None:
-        """Set the pixels inside, as many rows at a time as memory allows."""
+        """Set the pixels inside to ``value``, as many rows at a time as memory allows."""
         crossed = np.bincount(self._first, minlength=len(mask) + 1)
         crossed = (crossed - np.bincount(self._last, minlength=len(mask) + 1)).cumsum()
         bands = crossed.cumsum() // BAND_CROSSINGS
@@ -208,14 +208,14 @@ class _Edges:
         row = np.arange(len(edge)) - np.repeat(times.cumsum() - times - first, times)
         (x0, y0), (x1, y1) = self._start[edge].T, self._end[edge].T
         crossing = np.clip(np.ceil(x0 + (row - y0) * (x1 - x0) / (y1 - y0)), 0, width)
-        # polygon, row and crossing as one number, which sorts many times faster
+        # polygon, row and crossing as one number, which sorts much faster
         number = (self._polygon[edge] * num_rows + row - begin) * (width + 1)
         number = np.sort(number + crossing.astype(np.int64)).reshape(-1, 2)
         row = number[:, 0] // (width + 1) % num_rows
-        inside = number % (width + 1) + (row * width)[:, None]  # from and to, pixel by pixel
+        inside = number % (width + 1) + (row * width)[:, None]  # first pixel and end of each run
         inside = inside[inside[:, 0] < inside[:, 1]]
         starts, ends = np.sort(inside[:, 0]), np.sort(inside[:, 1])
-        apart = np.flatnonzero(starts[1:] > ends[:-1])  # nothing reaches over these gaps
+        apart = np.flatnonzero(starts[1:] > ends[:-1])  # no run reaches over these gaps
         starts = np.concatenate([starts[:1], starts[apart + 1]])
         ends = np.concatenate([ends[apart], ends[-1:]])
         pixels = mask.reshape(-1)
@@ -224,16 +224,16 @@ class _Edges:
 
 
 def _clipped(ring: FloatArray) -> FloatArray:
-    """A ring (V, 2) cut to where products of coordinates are finite, in a ring (W, 2).
+    """Clip a ring (V, 2) to a square in which products of coordinates are finite; (W, 2).
 
-    By Sutherland and Hodgman (1974), one half plane after the other.
+    Sutherland and Hodgman (1974): one half plane after the other.
     """
     for axis, side in ((0, 1.0), (0, -1.0), (1, 1.0), (1, -1.0)):
         following = np.roll(ring, -1, axis=0)
         beyond = side * ring[:, axis] > FAR_PX
         cut = beyond != np.roll(beyond, -1)
         at = np.empty_like(ring)
-        for number in np.flatnonzero(cut):  # exactly: floats of such size leave no digits here
+        for number in np.flatnonzero(cut):  # exact fractions: floats of this size lack the digits
             near, far = (list(map(Fraction, xy[number].tolist())) for xy in (ring, following))
             along = (Fraction(side * FAR_PX) - near[axis]) / (far[axis] - near[axis])
             at[number] = [float(a + along * (b - a)) for a, b in zip(near, far, strict=True)]
@@ -253,7 +253,7 @@ def polygons_on(extent: Extent, lesions: Sequence[Rings], excluded: Sequence[Rin
 
 
 def refuse_other_slide(path: Path, what: str, xy_px0: FloatArray, extent: Extent) -> None:
-    """A shape (V, 2) must at least touch the slide, as far as its size is known."""
+    """Raise :class:`InputError` if a shape (V, 2) does not touch the slide."""
     if not extent.size_is_known and xy_px0.max() > MAX_EXTENT_PX0:
         raise InputError(
             f"{path}: {what} reaches to {xy_px0.max():g} px, further than any slide; "
@@ -262,6 +262,6 @@ def refuse_other_slide(path: Path, what: str, xy_px0: FloatArray, extent: Extent
     beyond = extent.size_is_known and (xy_px0.min(axis=0) > extent.size_px0).any()
     if beyond or (xy_px0.max(axis=0) < 0).any():
         raise InputError(
-            f"{path}: {what} lies outside the slide of {extent.size_px0[0]} x "
+            f"{path}: {what} is outside the slide of {extent.size_px0[0]} x "
             f"{extent.size_px0[1]} px; is it of another slide?"
         )

@@ -26,10 +26,10 @@ GROUPS = Classes(
     noun="group",
 )
 POLYGON_TYPES = frozenset(["Polygon", "Spline", "Rectangle"])
-MAX_DEPTH = 100  # of elements in elements; ASAP's are five deep
-MAX_OTHERS = 1_000_000  # elements that are no corners
-MAX_NAMES = 10_000  # of elements and attributes; the parser keeps all of them
-MAX_TAG_BYTES = 1_000_000  # the parser reads what has not ended yet again with every piece
+MAX_DEPTH = 100  # of nested elements; ASAP nests five
+MAX_OTHERS = 1_000_000  # elements other than corners
+MAX_NAMES = 10_000  # of elements and attributes, which the parser stores
+MAX_TAG_BYTES = 1_000_000  # the parser re-reads an unfinished tag with every piece
 
 
 @dataclass
@@ -50,13 +50,13 @@ class Mark:
 
     @property
     def xy_px0(self) -> FloatArray:
-        """(V, 2) in their order."""
+        """(V, 2) x, y of the corners, sorted by their order."""
         order, x, y = np.array(self.corners).reshape(-1, 3).T
         return np.stack([x, y], axis=1)[np.lexsort((y, x, order))]
 
 
 class _Collector:
-    """Gathers annotations while the parser reads, so that no tree of elements is held."""
+    """Collects annotations while the parser reads, so that no tree of elements is in memory."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -67,9 +67,9 @@ class _Collector:
         self._num_others = 0
 
     def refuse_doctype(self, *_: object) -> None:
-        """A document type may declare entities, which grow without end or name other files."""
+        """Refuse a document type: it may declare entities that grow without limit or name files."""
         raise InputError(
-            f"{self.path}: it declares a document type (DOCTYPE), which ASAP does not write; "
+            f"{self.path}: declares a document type (DOCTYPE), which ASAP does not write; "
             "remove that declaration"
         )
 
@@ -82,7 +82,7 @@ class _Collector:
                 return
         elif len(tags) == 1 and tag != "ASAP_Annotations":
             raise InputError(
-                f"{self.path}: its root is {shorten(tag)}, not ASAP_Annotations; save it from ASAP"
+                f"{self.path}: its root is {shorten(tag)}, not ASAP_Annotations; export it again"
             )
         elif tag == "Annotation":
             name, group = attributes.get("Name", ""), attributes.get("PartOfGroup", "")
@@ -93,12 +93,12 @@ class _Collector:
         self._names.update([tag, *attributes])
         self._num_others += 1
         for number, limit, what in (
-            (self._num_others, MAX_OTHERS, "elements beside corners"),
-            (len(tags), MAX_DEPTH, "elements in each other"),
+            (self._num_others, MAX_OTHERS, "elements other than corners"),
+            (len(tags), MAX_DEPTH, "nested elements"),
             (len(self._names), MAX_NAMES, "names of elements"),
         ):
             if number > limit:
-                raise InputError(f"{self.path}: it has more than {limit:,} {what}; {ADVICE}")
+                raise InputError(f"{self.path}: has more than {limit:,} {what}; {ADVICE}")
 
     def end(self, tag: str) -> None:
         self._tags.pop()
@@ -118,10 +118,16 @@ def _add_corner(mark: Mark, attributes: dict[str, str]) -> None:
 
 
 def read_asap(path: Path, extent: Extent, groups: Classes = GROUPS) -> Polygons:
-    """Annotations of ASAP.
+    """Read annotations of ASAP.
 
     Groups _0, _1, Tumor, Metastases and None are lesions; _2, Exclusion and Normal are cut out of
-    them. What has less than three corners has no area, and is left out.
+    them. Shapes with less than three corners have no area and are ignored.
+
+    Raises
+    ------
+    InputError
+        if the file is not ASAP's XML, or holds an unknown group, a shape other than a polygon, or a
+        shape outside the slide.
     """
     polygons: dict[str, list[Rings]] = {"lesion": [], "excluded": []}
     for mark in _marks(path):
@@ -132,7 +138,7 @@ def read_asap(path: Path, extent: Extent, groups: Classes = GROUPS) -> Polygons:
         if mark.kind not in POLYGON_TYPES:
             raise InputError(
                 f"{path}: {what} is a {shorten(mark.kind)}, not a polygon; "
-                "points are given as a CSV table with the columns x and y"
+                "give points as a CSV table with the columns x and y"
             )
         if mark.wrong:
             raise InputError(f"{path}: the corners of {what} are not all numbers ({mark.wrong})")
@@ -160,11 +166,11 @@ def _marks(path: Path) -> list[Mark]:
             parser.Parse(data[begin : begin + MAX_TAG_BYTES], False)
             refuse_many(path, 0, sum(len(mark.corners) for mark in found.marks) // 3)
             if begin - parser.CurrentByteIndex > MAX_TAG_BYTES:
-                raise InputError(f"{path}: a tag of it has no end; save it from ASAP")
+                raise InputError(f"{path}: a tag has no end; export it from ASAP")
         parser.Parse(b"", True)
     except InputError:
         raise
     except (expat.ExpatError, ValueError, LookupError, TypeError) as error:
-        # pyexpat looks for encodings that Expat does not know among Python's, of which some fail
-        raise InputError(f"{path}: not XML ({shorten(error)}); save it from ASAP") from error
+        # pyexpat tries Python's encodings if Expat does not know one, and some of them fail
+        raise InputError(f"{path}: not XML ({shorten(error)}); export it from ASAP") from error
     return found.marks

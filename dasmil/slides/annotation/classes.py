@@ -13,16 +13,16 @@ Meaning = Literal["lesion", "excluded", "other"]
 
 @dataclass(frozen=True)
 class Classes:
-    """What the classes of a format mean; names count without regard to case.
+    """The meaning of a format's classes; names ignore case.
 
     Parameters
     ----------
-    lesions: what is positive.
-    excluded: what is cut out of the lesions.
-    others: what says nothing about lesions, known as such. So is every name that ends with an
-        asterisk, by QuPath's convention.
-    all_else: whether every further name says nothing, too, or is refused.
-    noun: what the format calls a class.
+    lesions: positive classes.
+    excluded: classes that are cut out of the lesions.
+    others: known classes that are ignored. So is every name that ends with an asterisk, by QuPath's
+        convention.
+    all_else: whether every other name is ignored too, instead of refused.
+    noun: the format's word for a class.
     """
 
     lesions: frozenset[str]
@@ -32,24 +32,24 @@ class Classes:
     noun: str = "class"
 
     def with_lesions(self, names: Collection[str] | None) -> "Classes":
-        """These names alone are lesions; what is cut out stays so, all else says nothing."""
+        """Only these names are lesions; excluded classes stay so, all others are ignored."""
         if names is None:
             return self
         lesions = frozenset(name.strip().lower() for name in names)
         return replace(self, lesions=lesions, all_else=True)
 
     def meaning(self, path: Path, what: str, name: str, base: str | None = None) -> Meaning:
-        """What a class says.
+        """The meaning of a class.
 
         Parameters
         ----------
         path, what: the file and its annotation, for the error.
-        base: of a derived class ("Tumor" of "Tumor: Positive"); asked where the name is not known.
+        base: of a derived class ("Tumor" of "Tumor: Positive"); used if the name is not known.
 
         Raises
         ------
         InputError
-            when the class is not known.
+            if the class is not known.
         """
         for candidate in (name.strip().lower(), (base or name).strip().lower()):
             if candidate in self.lesions:
@@ -61,10 +61,9 @@ class Classes:
         if self.all_else:
             return "other"
         raise InputError(
-            f"{path}: {what} is of the {self.noun} {shorten(name)}, which is not known; lesions "
-            f"are {_listed(self.lesions)}, what is cut out {_listed(self.excluded)}; to say "
-            "yourself what is a lesion give --truth_classes, as '[Tumor]' or "
-            "'[\"Tumor: Positive\"]'"
+            f"{path}: {what} has the unknown {self.noun} {shorten(name)}; lesions are "
+            f"{_listed(self.lesions)}, excluded are {_listed(self.excluded)}; name the lesions "
+            "yourself with --truth_classes, as '[Tumor]' or '[\"Tumor: Positive\"]'"
         )
 
 

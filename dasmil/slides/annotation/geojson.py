@@ -1,14 +1,14 @@
-"""Annotations as QuPath writes them: GeoJSON, coordinates in level-0 pixels of what it shows.
+"""Annotations as QuPath writes them: GeoJSON, in level-0 pixels from the slide's bounds.
 
-QuPath shows a slide from its bounds on (MIRAX, Leica), OpenSlide the glass around them, too: the
-bounds' origin is added to all coordinates.
+QuPath counts from the bounds of a slide (MIRAX, Leica), OpenSlide from the glass around them, so
+the origin of the bounds is added to all coordinates.
 
-Read as QuPath reads its own files (qupath/lib/io/QuPathTypeAdapters.java, of versions 0.2 to 0.6):
-a FeatureCollection, a Feature, a list of them or a bare geometry, with objects nested in
+Files are read as QuPath reads them (qupath/lib/io/QuPathTypeAdapters.java, versions 0.2 to 0.6): a
+FeatureCollection, a Feature, a list of them or a bare geometry, with objects nested in
 ``properties.childObjects``.
 
-What a person has marked are annotations. Detections, cells and tiles are QuPath's own findings, and
-TMA cores no findings at all: these are left out.
+Only annotations count, which a person has marked. Detections, cells, tiles and TMA cores, which
+QuPath makes itself, are ignored.
 """
 
 import json
@@ -38,7 +38,7 @@ from dasmil.slides.annotation.limits import (
 )
 from dasmil.slides.annotation.points import Points, points_of
 
-UNCLASSIFIED = "None"  # what QuPath shows for an object without a class
+UNCLASSIFIED = "None"  # as QuPath displays an object without a class
 CLASSES = Classes(
     lesions=frozenset(
         [
@@ -49,7 +49,7 @@ CLASSES = Classes(
     excluded=frozenset(["exclusion", "normal", "ignore*"]),
     others=frozenset(["stroma", "immune cells", "necrosis", "other", "negative"]),
 )
-NOT_MARKED = {  # object types, and what version 0.2 wrote into the id instead
+NOT_MARKED = {  # object types; version 0.2 wrote the second kind into the id
     "detection": "detection",
     "PathDetectionObject": "detection",
     "cell": "cell",
@@ -60,9 +60,9 @@ NOT_MARKED = {  # object types, and what version 0.2 wrote into the id instead
     "tma_core": "TMA core",
     "TMACoreObject": "TMA core",
 }
-ROOTS = frozenset(["root", "PathRootObject"])  # of a hierarchy; it holds objects and is none
+ROOTS = frozenset(["root", "PathRootObject"])  # of a hierarchy; holds objects, is none itself
 
-MAX_NAMES = 50  # of which a derived class is made
+MAX_NAMES = 50  # that form a derived class
 
 GEOMETRIES = frozenset(
     many + kind for many in ("", "Multi") for kind in ("Point", "LineString", "Polygon")
@@ -76,7 +76,7 @@ class Mark:
     Parameters
     ----------
     what: its name or number, for errors.
-    names: of its class, from the base to the whole: Tumor and Tumor: Positive.
+    names: base and full name of its class, such as Tumor and Tumor: Positive.
     """
 
     what: str
@@ -86,24 +86,24 @@ class Mark:
     def meaning(self, path: Path, classes: Classes) -> Meaning:
         if self.names == (UNCLASSIFIED,) and not classes.all_else:
             raise InputError(
-                f"{path}: {self.what} has no class; give it one in QuPath, or let what has none "
-                f"count as a lesion with --truth_classes '[{UNCLASSIFIED}]'"
+                f"{path}: {self.what} has no class; give it one in QuPath, or count annotations "
+                f"without a class as lesions with --truth_classes '[{UNCLASSIFIED}]'"
             )
         return classes.meaning(path, self.what, self.names[-1], self.names[0])
 
 
 def read_geojson(path: Path, extent: Extent, classes: Classes = CLASSES) -> Polygons | Points:
-    """Polygons or points of an export of QuPath.
+    """Read polygons or points that QuPath exported.
 
-    Classes are told by their name: those of ``CLASSES.lesions`` are positive, of a derived class
-    (Tumor: Positive) the base says so. An annotation without a class is refused: QuPath outlines
-    tissue so. What has less than three corners has no area, and is left out.
+    Classes of ``CLASSES.lesions`` are positive, and so are their derived classes (Tumor: Positive).
+    An annotation without a class is refused, because QuPath outlines tissue without one. Shapes
+    with less than three corners have no area and are ignored.
 
     Raises
     ------
     InputError
-        when the file is no GeoJSON, a class is not known, a lesion is a line, or there are points
-        beside areas.
+        if the file is no GeoJSON, a class is not known, a lesion is a line, or the file marks both
+        points and areas.
     """
     polygons: dict[Meaning, list[Rings]] = {"lesion": [], "excluded": []}
     points: list[FloatArray] = []
@@ -129,25 +129,25 @@ def read_geojson(path: Path, extent: Extent, classes: Classes = CLASSES) -> Poly
                 points += _arrays(path, mark, [positions], extent.bounds_px0)
                 refuse_many(path, len(points), 0)
     if points and polygons["lesion"]:
-        raise InputError(f"{path}: it marks lesions by points and by areas; keep one of the two")
+        raise InputError(f"{path}: marks lesions by points and by areas; keep one of the two")
     if points:
         return points_of(path, np.concatenate(points), extent)
     return polygons_on(extent, polygons["lesion"], polygons["excluded"])
 
 
 def marks_points(path: Path, classes: Classes = CLASSES) -> bool:
-    """Whether lesions are marked by points."""
+    """Whether lesions are points."""
     lesions = [mark for mark in _marks(path) if mark.meaning(path, classes) == "lesion"]
     return any(kind.endswith("Point") for mark in lesions for kind, _ in _parts(path, mark))
 
 
 def geojson_classes(path: Path) -> set[str]:
-    """Names of the classes that have an annotation, of derived classes the base, too."""
+    """Names of the annotations' classes, with the bases of derived classes."""
     return {name for mark in _marks(path) for name in mark.names}
 
 
 def _marks(path: Path) -> list[Mark]:
-    """All annotations; the file is refused when it holds QuPath's findings alone."""
+    """All annotations; raises :class:`InputError` if all objects are of other kinds."""
     found: list[Mark] = []
     left_out: dict[str, int] = {}
     for number, feature in enumerate(_features(path, _parsed(path))):
@@ -166,8 +166,8 @@ def _marks(path: Path) -> list[Mark]:
     if left_out and not found:
         kinds = ", ".join(f"{count} of the kind {kind}" for kind, count in left_out.items())
         raise InputError(
-            f"{path}: no annotation, only objects that QuPath finds itself ({kinds}); export the "
-            "annotations, or an empty FeatureCollection where there is none"
+            f"{path}: no annotation, only objects that QuPath made itself ({kinds}); export the "
+            "annotations, or an empty FeatureCollection if there are none"
         )
     return found
 
@@ -176,18 +176,20 @@ def _parsed(path: Path) -> Any:
     data = read_file(path)
     try:
         text = data.decode(json.detect_encoding(data), "surrogatepass")
-        del data  # up to 200 MB that are not needed beside the text
+        del data  # up to 200 MB
         refuse_costly_text(path, text, JSON_BYTES)
         return json.loads(text)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not GeoJSON ({shorten(error)})") from error
+        raise InputError(
+            f"{path}: not GeoJSON ({shorten(error)}); export it from QuPath"
+        ) from error
 
 
 def _features(path: Path, found: Any) -> Iterator[dict[str, Any]]:
-    """All objects, those nested in others too; each before its children."""
-    waiting = [found]  # no recursion: Python's limit depends on who calls
+    """All objects with the nested ones; each before its children."""
+    waiting = [found]  # no recursion: Python's limit depends on the caller
     while waiting:
         found = waiting.pop()
         if isinstance(found, list):
@@ -204,19 +206,19 @@ def _features(path: Path, found: Any) -> Iterator[dict[str, Any]]:
             yield {"geometry": found}
         else:
             raise InputError(
-                f"{path}: not GeoJSON of QuPath: it holds {shorten(found)} where a Feature or a "
-                "FeatureCollection should be"
+                f"{path}: not GeoJSON of QuPath: holds {shorten(found)} instead of a Feature or a "
+                "FeatureCollection; export it from QuPath"
             )
 
 
 def _kind(found: Any) -> str:
-    """The type of an object of GeoJSON; "" if it is none."""
+    """The type of a GeoJSON object; "" if it is none."""
     kind = found.get("type") if isinstance(found, dict) else None
     return kind if isinstance(kind, str) else ""
 
 
 def _parts(path: Path, mark: Mark) -> Iterator[tuple[str, list[Any]]]:
-    """Kind and coordinates of each geometry of an annotation that is none of others."""
+    """Kind and coordinates of each simple geometry of an annotation."""
     waiting: list[Any] = [mark.geometry]
     while waiting:
         geometry = waiting.pop()
@@ -227,7 +229,8 @@ def _parts(path: Path, mark: Mark) -> Iterator[tuple[str, list[Any]]]:
             yield kind, geometry["coordinates"]
         else:
             raise InputError(
-                f"{path}: {mark.what} is no geometry of GeoJSON, but {shorten(geometry)}"
+                f"{path}: {mark.what} is no geometry of GeoJSON, but {shorten(geometry)}; export "
+                "it from QuPath again"
             )
 
 
@@ -249,17 +252,17 @@ def _arrays(path: Path, mark: Mark, lists: Any, bounds_px0: tuple[int, int]) -> 
 
 
 def _numbers(values: list[Any]) -> FloatArray:
-    """(V,); texts that look like numbers, and lists, are none."""
+    """(V,) floats; raises ``TypeError`` for texts that look like numbers, and for lists."""
     if wrong := {*map(type, values)} - {int, float}:
         raise TypeError(f"some are {', '.join(sorted(each.__name__ for each in wrong))}")
     return np.array(values, dtype=np.float64)
 
 
 def _names(path: Path, what: str, properties: dict[str, Any]) -> tuple[str, ...]:
-    """Base and whole name of a class, as the versions of QuPath have written it.
+    """Base and full name of a class.
 
-    A text; {"name": "Tumor"}; {"names": ["Tumor", "Positive"]}; and before version 0.4
-    {"name": "Positive", "parentClass": {"name": "Tumor"}}.
+    QuPath writes a text; {"name": "Tumor"}; {"names": ["Tumor", "Positive"]}; and before version
+    0.4 {"name": "Positive", "parentClass": {"name": "Tumor"}}.
     """
     given = properties.get("classification")
     parts: list[Any] = []

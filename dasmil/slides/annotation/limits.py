@@ -1,6 +1,6 @@
 """Limits of an annotation file: reading one takes at most 1 GB of memory and 10 s.
 
-The limits count what the file holds, not seconds, so a file is refused on every machine or on none.
+The limits count contents, not seconds, so a file is refused on every machine or on none.
 """
 
 import gzip
@@ -12,12 +12,12 @@ from pathlib import Path
 from dasmil.errors import InputError
 
 MAX_FILE_BYTES = 200_000_000  # unpacked
-MAX_OBJECTS_BYTES = 700_000_000  # of Python objects that a text is turned into
+MAX_OBJECTS_BYTES = 700_000_000  # of the Python objects parsed from a text
 MAX_CORNERS = 2_000_000  # of all polygons together; of points too
 MAX_RINGS = 100_000  # outlines and holes, each some 30 µs
-ADVICE = "export the annotations alone, or simplify their outlines"
+ADVICE = "export only the annotations, or simplify their outlines"
 
-# what Python (3.11, 64 bits) needs per character of JSON or CSV; the text itself comes on top
+# bytes that Python (3.11, 64 bits) needs per character of JSON or CSV, beside the text itself
 JSON_BYTES = {"[": 100, "{": 240, ",": 40, '"': 30}
 TABLE_BYTES = {"\n": 700, "\r": 700, ",": 80, ";": 80, "\t": 80}
 
@@ -28,7 +28,7 @@ def read_file(path: Path) -> bytes:
     Raises
     ------
     InputError
-        if it is larger than :data:`MAX_FILE_BYTES`, or not what gzip writes.
+        if it is larger than :data:`MAX_FILE_BYTES`, or cannot be read or unpacked.
     """
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
@@ -41,12 +41,12 @@ def read_file(path: Path) -> bytes:
 
 
 def refuse_costly_text(path: Path, text: str, bytes_of: dict[str, int]) -> None:
-    """Raise :class:`InputError` if a text would become too many objects; nothing is parsed."""
+    """Raise :class:`InputError` if parsing a text would take too much memory."""
     needed = sys.getsizeof(text) + sum(text.count(mark) * num for mark, num in bytes_of.items())
     if needed > MAX_OBJECTS_BYTES:
         raise InputError(
-            f"{path}: it would take {needed / 1e9:.1f} GB of memory, and "
-            f"{MAX_OBJECTS_BYTES / 1e9:.1f} GB are the limit; {ADVICE}"
+            f"{path}: would take {needed / 1e9:.1f} GB of memory, more than the limit of "
+            f"{MAX_OBJECTS_BYTES / 1e9:.1f} GB; {ADVICE}"
         )
 
 
@@ -57,11 +57,11 @@ def refuse_many(path: Path, num_rings: int, num_corners: int) -> None:
         (num_corners, MAX_CORNERS, "corners"),
     ):
         if number > limit:
-            raise InputError(f"{path}: it has more than {limit:,} {what}; {ADVICE}")
+            raise InputError(f"{path}: has more than {limit:,} {what}; {ADVICE}")
 
 
 def shorten(value: object) -> str:
-    """How a sentence shows a value of a file, or an error: without control characters."""
+    """A value of a file, or an error, for a sentence: short, without control characters."""
     if isinstance(value, Exception):
         return repr(str(value)[:160])[1:-1]
     text = repr(value[:60]) if isinstance(value, str) else reprlib.repr(value)

@@ -1,4 +1,4 @@
-"""Masks: pictures over the whole slide that are not zero where something is marked."""
+"""Masks: pictures over the whole slide whose marked pixels are not zero."""
 
 import warnings
 from collections.abc import Iterator
@@ -29,21 +29,21 @@ from dasmil.slides.tiff import TIFF_STARTS
 
 MIN_IS_WHITE = 0
 FORMATS = ("PNG", "TIFF")
-MAX_PICTURE_PX = 89_000_000  # of a mask without tiles; Pillow itself warns from there on
-MAX_TILE_PX = 2**24  # of a pyramid; a stored tile is decoded as a whole
+MAX_PICTURE_PX = 89_000_000  # of a mask without tiles; Pillow warns about larger ones
+MAX_TILE_PX = 2**24  # of a pyramid, which decodes a stored tile as a whole
 READ_BLOCK_PX = 4096  # side of the largest region of a mask decoded at once
-STRIP_PX = 2**22  # of a decoded picture whose values are taken at once
+STRIP_PX = 2**22  # of a decoded picture, converted at once
 
 
 class MaskFile(Areas):
-    """Areas where a picture that covers the whole slide is not zero.
+    """Areas from a picture over the whole slide; marked pixels are not zero.
 
-    :attr:`finest` is its finest level with at most 2^28 pixels, as it is.
+    :attr:`finest` is its finest level with at most 2^28 pixels.
 
     Parameters
     ----------
     levels: width and height of each, fine to coarse.
-    picture: (H, W) values, of a file without levels.
+    picture: (H, W) values of a file without levels; None if there are levels.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class MaskFile(Areas):
         if reduction(levels[-1]) > 1:
             raise InputError(
                 f"{path}: a mask of {levels[-1][0]} x {levels[-1][1]} px without a smaller level; "
-                f"at most {MAX_MASK_PX:,} px are read, so save it with levels, as a pyramid"
+                f"at most {MAX_MASK_PX:,} px are read; save it as a pyramid"
             )
 
     def mask(self, downsample: float) -> MaskArray:
-        """A stored level of this size as it is; else reduced (or enlarged) from :attr:`finest`."""
+        """A stored level of this size, else :attr:`finest` resized."""
         height, width = mask_shape(self.size_px0, downsample)
         for level, (stored_width, stored_height) in enumerate(self.levels):
             if abs(stored_width - width) <= 1 and abs(stored_height - height) <= 1:
@@ -76,22 +76,21 @@ class MaskFile(Areas):
         return self._read(next(n for n, size in enumerate(self.levels) if reduction(size) == 1))
 
     def _read(self, level: int) -> MaskArray:
-        """Block by block, so that little more than the mask itself is in memory."""
+        """Read a level block by block, so that memory holds little more than the mask."""
         width, height = self.levels[level]
         mask = np.zeros((height, width), dtype=bool)
-        found: set[int] = set()
+        values: set[int] = set()
         for left, top, block in self._blocks(level):
             if not block.any():
                 continue
             counts = cv2.calcHist([block], [0], None, [256], [0, 256])
-            found |= set((np.flatnonzero(counts[1:]) + 1).tolist())
+            values |= set((np.flatnonzero(counts[1:]) + 1).tolist())
             rows, columns = block.shape
             mask[top : top + rows, left : left + columns] = block > 0
-        if len(found) > 1:
-            some = ", ".join(map(str, sorted(found)[:4])) + (", …" if len(found) > 4 else "")
+        if len(values) > 1:
+            some = ", ".join(map(str, sorted(values)[:4])) + (", …" if len(values) > 4 else "")
             raise InputError(
-                f"{self.path}: it holds the values {some}; a mask has one value beside 0, the "
-                "lesions'"
+                f"{self.path}: holds the values {some}; save it with 0 and one value for lesions"
             )
         return mask
 
@@ -116,7 +115,7 @@ class MaskFile(Areas):
 
 
 def _resized(mask: MaskArray, size: tuple[int, int]) -> MaskArray:
-    """At another width and height: a pixel is marked when half of it is."""
+    """Resize a mask to a width and height: a pixel is marked if half of it is."""
     if mask.shape == size[::-1]:
         return mask
     grey = mask.astype(np.uint8) * 255
@@ -124,7 +123,7 @@ def _resized(mask: MaskArray, size: tuple[int, int]) -> MaskArray:
 
 
 def read_mask(path: Path, size_px0: tuple[int, int]) -> MaskFile:
-    """A picture or a pyramid (TIFF that OpenSlide reads), whose shape is that of the slide."""
+    """Read a picture or a pyramid (a TIFF that OpenSlide reads) with the shape of the slide."""
     picture = None
     if _is_pyramid(path):
         _refuse_odd_pixels(path)
@@ -147,7 +146,7 @@ def read_mask(path: Path, size_px0: tuple[int, int]) -> MaskFile:
 
 
 def _is_pyramid(path: Path) -> bool:
-    """OpenSlide knows other formats by their content, too; some have files beside them."""
+    """Whether OpenSlide reads the TIFF. Other formats, which it also detects, are refused."""
     with open(path, "rb") as file:
         is_tiff = file.read(4) in TIFF_STARTS
     return (
@@ -180,13 +179,13 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def _refuse_odd_pixels(path: Path) -> None:
-    """OpenSlide gives colours: what is not 8 bits of grey (or RGB) would change its values."""
+    """Refuse all but 8-bit grey or RGB: OpenSlide returns colours, which change other values."""
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages.first
             bits, photometric = page.bitspersample, tifffile.PHOTOMETRIC(page.photometric)
             has_alpha = bool(page.extrasamples)
-    except Exception as error:  # of a damaged file tifffile raises whatever it runs into
+    except Exception as error:  # tifffile raises any kind of error on damaged files
         raise _unreadable(path, error) from error
     kinds = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
     if bits != 8 or photometric not in kinds or has_alpha:
@@ -198,13 +197,14 @@ def _refuse_odd_pixels(path: Path) -> None:
 
 
 def _picture(path: Path) -> npt.NDArray[np.uint8]:
-    """(H, W) values of a picture without levels, as they are stored.
+    """(H, W) stored values of a picture without levels.
 
-    Of colours it is the largest channel, of a palette the number of the colour. What is transparent
-    is not marked; where all that is seen is black, the alpha channel itself is the mask.
+    The value of a colour is its largest channel, or its number in a palette. Transparent pixels are
+    not marked. If all visible pixels are black, the alpha channel is the mask.
     """
     image = open_picture(path, FORMATS, MAX_PICTURE_PX)
-    # Pillow inverts these as pictures; what writes masks so, such as tifffile, means the values
+    # Pillow inverts min-is-white pictures; programs that write masks so, such as tifffile, mean the
+    # stored values
     inverts = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == MIN_IS_WHITE
     pixels = np.empty((image.height, image.width), dtype=np.uint8)
     alpha = np.empty_like(pixels) if image.has_transparency_data else None
@@ -217,8 +217,8 @@ def _picture(path: Path) -> npt.NDArray[np.uint8]:
             alpha[rows] = np.asarray(strip.convert("RGBA").getchannel("A"))
     if inverts and np.count_nonzero(pixels) > pixels.size / 2:
         warnings.warn(
-            f"{path}: most of it is marked, by its stored values; if it is to be seen the "
-            "other way round (its photometric is min-is-white), save it as min-is-black",
+            f"{path}: most of it is marked by its stored values; if they are inverted (its "
+            "photometric is min-is-white), save it as min-is-black",
             stacklevel=2,
         )
     if alpha is not None and alpha.min() != alpha.max():
@@ -228,7 +228,7 @@ def _picture(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _values(path: Path, image: Image.Image, inverts: bool) -> npt.NDArray[Any]:
-    """(H, W) of a strip, from 0 to 255.
+    """(H, W) values of a strip, from 0 to 255.
 
     Parameters
     ----------
@@ -243,5 +243,5 @@ def _values(path: Path, image: Image.Image, inverts: bool) -> npt.NDArray[Any]:
     if pixels.dtype.kind not in "biu" or pixels.min(initial=0) < 0:
         raise InputError(f"{path}: its pixels are {pixels.dtype}; save it as 8-bit grey")
     if pixels.max(initial=0) > 255:
-        raise InputError(f"{path}: it holds the value {pixels.max()}; save it as 8-bit grey")
+        raise InputError(f"{path}: holds the value {pixels.max()}; save it as 8-bit grey")
     return pixels

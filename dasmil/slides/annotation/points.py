@@ -1,4 +1,4 @@
-"""Marked places of a slide, and how many of them lie in a tile."""
+"""Marked points of a slide, and the number of points per tile."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ MaskArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Points:
-    """Marked places; every one counts, whatever else its row of the table says.
+    """Marked points; all count, whatever the other columns of their table hold.
 
     Parameters
     ----------
@@ -42,16 +42,16 @@ class Points:
         return np.array(counts, dtype=np.int64)
 
     def positive(self, overlap: FloatArray | IntArray, min_share: float = 0.5) -> MaskArray:
-        """(N,) bool: at least one point lies in the tile; ``min_share`` is of areas."""
+        """(N,) bool: at least one point is in the tile; ``min_share`` only concerns areas."""
         return overlap > 0
 
 
 def read_points(path: Path, extent: Extent) -> Points:
-    """A table with the columns x and y; others are not read."""
+    """Read a table with the columns x and y; other columns are ignored."""
     refuse_costly_text(path, read_file(path).decode("latin-1"), TABLE_BYTES)
     columns, rows = read_csv(path)
     if not {"x", "y"} <= set(columns):
-        raise InputError(f"{path}: points need the columns x and y, in level-0 pixels")
+        raise InputError(f"{path}: points need the columns x and y, in level-0 pixels; add them")
     try:
         xy = np.array([(to_number(row["x"]), to_number(row["y"])) for row in rows]).reshape(-1, 2)
     except ValueError as error:
@@ -60,13 +60,13 @@ def read_points(path: Path, extent: Extent) -> Points:
 
 
 def points_of(path: Path, xy_px0: FloatArray, extent: Extent) -> Points:
-    """The points (P, 2) that a file marks; all must lie on the slide, as far as that is known."""
+    """Points (P, 2) of a file; raises :class:`InputError` if one is outside the slide."""
     limit = np.array(extent.size_px0) if extent.size_is_known else np.full(2, np.inf)
     outside = ~((xy_px0 >= 0) & (xy_px0 <= limit)).all(axis=1)
     if outside.any():
         x, y = xy_px0[outside][0]
         raise InputError(
-            f"{path}: the point {x:g},{y:g} lies outside the slide of {extent.size_px0[0]} x "
+            f"{path}: the point {x:g},{y:g} is outside the slide of {extent.size_px0[0]} x "
             f"{extent.size_px0[1]} px; x and y are level-0 pixels"
         )
     return Points(xy_px0)

@@ -365,7 +365,7 @@ def test_a_table_with_a_slide_twice_is_refused(tmp_path, capsys):
     table = tmp_path / "dataset.csv"
     table.write_text("slide_id,label\ns1,a\ns1.svs,a\n")
     assert run_import("trident", tmp_path / "BAGS", folders, "--cohort", table) == 2
-    assert "slide_id 's1' stands twice" in capsys.readouterr().err
+    assert "slide_id 's1' occurs twice" in capsys.readouterr().err
     assert not (tmp_path / "BAGS" / "cohort.csv").exists()
 
 
