@@ -236,7 +236,8 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     assert long.endswith("x.svs: cannot be opened: File name too long")
     assert missing == f"{tmp_path / 'none.svs'}: no such file"
     assert foreign.startswith(f"{tmp_path / 'notes.svs'}: OpenSlide does not know this format")
-    assert folder == f"{tmp_path / 'folder'}: a folder without DICOM (.dcm) files is no slide"
+    without_dicom = "a folder without DICOM (.dcm) files is no slide; name a file"
+    assert folder == f"{tmp_path / 'folder'}: {without_dicom}"
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
