@@ -96,7 +96,12 @@ def test_a_method_of_resting_weights_or_two_optimisers_trains_in_two_processes(
 
 
 @pytest.mark.parametrize(
-    "name", ["ABMIL", *(pytest.param(name, marks=pytest.mark.slow) for name in ("CLAM", "DTFD"))]
+    "name",
+    [
+        pytest.param(name, marks=() if name == "ABMIL" else pytest.mark.slow)
+        for name in METHODS
+        if name != "DASMIL"  # as all other tests of commands train it
+    ],
 )
 def test_a_method_goes_through_every_verb_by_its_name_alone(
     name: str, road: Road, tmp_path: Path
