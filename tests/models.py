@@ -1,8 +1,11 @@
-"""Modules of a method from options that stand side by side."""
+"""Modules of a method from flat options, and their checkpoints."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from dasmil.bags.neighbours import Neighbours
@@ -34,6 +37,16 @@ def make_module(
         card = ModelCard(tuple(classes), bag_format, split, "val", thresholds, weights)
         module.bind(card)
     return module
+
+
+def save_untrained(path: Path, **options: Any) -> None:
+    """Write the checkpoint of a small module that has not been trained, as a Trainer writes it."""
+    torch.manual_seed(0)
+    small = {"hidden_dim": 8, "out_dim": 8, "query_dim": 4, "heads": 1}
+    module = make_module(**{**small, **options})
+    module.trainer = trainer = Trainer(logger=False, accelerator="cpu")
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path)
 
 
 def make_network(

@@ -224,7 +224,7 @@ class Evaluation:
             of_point = threshold_intervals(
                 margin, inputs.probabilities[:, 1], inputs.labels == 1, patients
             )
-            named = {name + _suffix(point): ends for name, ends in of_point.items()}
+            named = {name + point_suffix(point): ends for name, ends in of_point.items()}
             intervals |= {name: ends for name, ends in named.items() if name in intervals}
         return intervals
 
@@ -264,7 +264,7 @@ class Inputs:
             self.probabilities, self.labels, self.specificity, names, self.folds
         )
         for point, margin in self.margins.items():
-            suffix = _suffix(point)
+            suffix = point_suffix(point)
             wanted = None if point == YOUDEN else set(AT_SPECIFICITY)
             if names is not None:
                 asked = {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
@@ -304,7 +304,8 @@ def pool(evaluations: Sequence[Evaluation], scale: str) -> Evaluation:
     )
 
 
-def _suffix(point: str) -> str:
+def point_suffix(point: str) -> str:
+    """The end of the names of metrics at an operating point."""
     return "_at_val_threshold" if point == YOUDEN else f"_at_val_{point}"
 
 

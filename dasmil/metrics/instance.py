@@ -1,4 +1,4 @@
-"""Instance-level figures of two classes: do the positive tiles score highest?"""
+"""Instance-level metrics of two classes: do the positive tiles score highest?"""
 
 from collections.abc import Sequence
 from math import nan
@@ -19,16 +19,16 @@ def instance_auroc(scores: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
     Returns
     -------
-    nan where no tile, or every tile, is positive, or where a score is not finite.
+    nan if no tile or every tile is positive, or if a score is not finite.
     """
     return _auroc(torch.cat([*scores, torch.zeros(0)]), torch.cat([*truth, torch.zeros(0).bool()]))
 
 
 def instance_auroc_per_slide(scores: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Mean over the slides of the AUROC of each one's tiles, as in :func:`instance_auroc`.
+    """Mean over the slides of the AUROC of the slide's tiles; parameters as :func:`instance_auroc`.
 
-    It asks only for the order inside a slide. Slides without tiles of both kinds are left out; nan
-    where none is left.
+    It depends only on the order inside a slide. Slides without tiles of both kinds are left out;
+    nan if none is left.
     """
     each = [_auroc(s, t) for s, t in zip(scores, truth, strict=True) if len(t.unique()) == 2]
     return sum(each) / len(each) if each else nan

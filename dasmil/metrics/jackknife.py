@@ -4,14 +4,10 @@ Each function returns, of shape (patients, ...), the metric of :mod:`dasmil.metr
 the slides of each patient: nan if one of the classes has no slide left.
 """
 
-from math import ceil
-
 import numpy as np
 from scipy.stats import rankdata
 
-from dasmil.metrics.slide import Array, BoolArray, IntArray
-
-BLOCK = 512  # patients whose thresholds are compared with the positive slides at once
+from dasmil.metrics.slide import Array, BoolArray, IntArray, sensitivity_at_specificity
 
 
 def sum_by_patient(values: Array, patients: IntArray, num_patients: int) -> Array:
@@ -31,7 +27,7 @@ def auroc_without(
     in_order, pairs = np.zeros((*scores.shape[:-1], num)), np.zeros(num)
     for fold in np.unique(folds):
         here = folds == fold
-        of_fold, whose, of_slide = scores[..., here], patients[here], positive[here]
+        of_fold, patient_of, of_slide = scores[..., here], patients[here], positive[here]
         num_positive = int(of_slide.sum())
         ranks = rankdata(of_fold, axis=-1)
         # per positive slide the negative ones below it, per negative slide the positive above it
@@ -40,10 +36,12 @@ def auroc_without(
             placed[..., chosen] = ranks[..., chosen] - rankdata(of_fold[..., chosen], axis=-1)
         placed[..., ~of_slide] = num_positive - placed[..., ~of_slide]
         total = placed[..., of_slide].sum(axis=-1)[..., None]
-        counts = [np.bincount(whose[chosen], minlength=num) for chosen in (of_slide, ~of_slide)]
-        lost = sum_by_patient(placed, whose, num)
+        counts = [
+            np.bincount(patient_of[chosen], minlength=num) for chosen in (of_slide, ~of_slide)
+        ]
+        lost = sum_by_patient(placed, patient_of, num)
         for patient in np.flatnonzero(counts[0] * counts[1]):  # own pairs were counted twice
-            own = whose == patient
+            own = patient_of == patient
             one, other = of_fold[..., own & of_slide], of_fold[..., own & ~of_slide]
             above = np.sign(one[..., :, None] - other[..., None, :])
             lost[..., patient] -= ((above + 1) / 2).sum(axis=(-2, -1))
@@ -71,47 +69,17 @@ def average_precision_without(scores: Array, positive: BoolArray, patients: IntA
 def sensitivity_without(
     scores: Array, positive: BoolArray, patients: IntArray, specificity: float
 ) -> Array:
-    """:func:`dasmil.metrics.slide.sensitivity_at_specificity` without each patient."""
-    num = int(patients.max()) + 1
-    threshold = _thresholds_without(scores[..., ~positive], patients[~positive], num, specificity)
-    held, whose = scores[..., positive], patients[positive]
-    left = len(whose) - np.bincount(whose, minlength=num)
-    hits = np.empty_like(threshold)
-    for begin in range(0, num, BLOCK):
-        block = np.arange(begin, min(begin + BLOCK, num))
-        others = whose != block[:, None]
-        above = held[..., None, :] > threshold[..., block, None]
-        hits[..., block] = (above & others).sum(axis=-1)
-    found = _ratio(hits, left)
-    return np.moveaxis(np.where(np.isnan(threshold), np.nan, found), -1, 0)
+    """:func:`dasmil.metrics.slide.sensitivity_at_specificity` without each patient.
 
-
-def _thresholds_without(
-    negative: Array, patients: IntArray, num_patients: int, specificity: float
-) -> Array:
-    """(..., m) scores of negative slides → (..., patients) the highest that is called negative.
-
-    It is the sorted score of a fixed rank, moved on by one for each slide of the patient before it.
+    Unlike the others it is computed from scratch per patient: 0.1 s for 2,000 slides.
     """
-    order = negative.argsort(axis=-1)
-    ranked = np.take_along_axis(negative, order, axis=-1)
-    rank = order.argsort(axis=-1)
-    found = np.full((*negative.shape[:-1], num_patients), np.nan)
-    counts = np.bincount(patients, minlength=num_patients)
-    by_patient = patients.argsort(kind="stable")
-    first = counts.cumsum() - counts
-    for times in np.unique(counts):
-        left = len(patients) - int(times)
-        if left == 0:
-            continue
-        chosen = np.flatnonzero(counts == times)
-        slides = by_patient[first[chosen][:, None] + np.arange(times)]  # (chosen, times)
-        lost = np.sort(rank[..., slides], axis=-1)
-        at = np.full((*negative.shape[:-1], len(chosen)), ceil(specificity * left - 1e-9) - 1)
-        for number in range(times):
-            at = at + (lost[..., number] <= at)
-        found[..., chosen] = np.take_along_axis(ranked, at, axis=-1)
-    return found
+    others = (patients != patient for patient in range(int(patients.max()) + 1))
+    return np.stack(
+        [
+            sensitivity_at_specificity(scores[..., keep], positive[keep], specificity)
+            for keep in others
+        ]
+    )
 
 
 def _ratio(numerator: Array, denominator: Array | IntArray) -> Array:

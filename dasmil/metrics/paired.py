@@ -1,4 +1,4 @@
-"""A paired test of two models over the same slides: swaps by patient."""
+"""A paired test of two models on the same slides: swaps by patient."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -10,15 +10,16 @@ from scipy.stats import rankdata
 from dasmil.metrics.evaluated_slides import Inputs
 from dasmil.metrics.slide import OF_RANKS, Array, BoolArray, IntArray
 
-NUMBERS_AT_ONCE = 2**22  # of an array of swapped slides: 32 MiB
+NUMBERS_AT_ONCE = 2**22  # per array of swapped slides: 32 MiB
 LEVEL = 0.05
 
 
 def swaps(num_patients: int, draws: int, seed: int) -> tuple[BoolArray, bool]:
-    """Which patients change sides in each swap, (swaps, patients), and whether it is all of them.
+    """Which patients are swapped, (swaps, patients), and whether these are all possible swaps.
 
-    All if that is at most ``draws``; to swap the others is the same with the opposite sign, so
-    the last patient stays. Else ``draws`` at random, which depend on seed and number alone.
+    All if that is at most ``draws``: swapping the other patients only changes the sign, so the last
+    patient is never swapped. Else ``draws`` random swaps, determined by the seed and the number of
+    patients.
     """
     if num_patients - 1 <= np.log2(draws):
         number = np.arange(2 ** (num_patients - 1))
@@ -27,15 +28,16 @@ def swaps(num_patients: int, draws: int, seed: int) -> tuple[BoolArray, bool]:
 
 
 def p_value(observed: float, swapped: Array, every: bool) -> float:
-    """Two-sided: the share of swaps whose difference is at least as large, whatever its sign.
+    """Two-sided p: the share of swaps with a difference at least as large, of either sign.
 
-    Of swaps at random the data count as one more, so that p is never 0 and holds its level
-    (Phipson and Smyth, 2010).
+    The data count as one more random swap, so that p is never 0 and holds its level (Phipson and
+    Smyth, 2010).
 
     Parameters
     ----------
-    swapped: (swaps,) difference of each.
-    every: they are all swaps there are, that without a change among them.
+    observed: difference without a swap.
+    swapped: (swaps,) difference of each swap.
+    every: whether these are all possible swaps, the unchanged data included.
 
     Returns
     -------
@@ -49,8 +51,8 @@ def p_value(observed: float, swapped: Array, every: bool) -> float:
 
 
 def swap_test(
-    ours: Sequence[Inputs],
-    theirs: Sequence[Inputs],
+    one: Sequence[Inputs],
+    other: Sequence[Inputs],
     patients: IntArray,
     names: Collection[str],
     draws: int = 2000,
@@ -58,19 +60,22 @@ def swap_test(
 ) -> dict[str, float]:
     """p of no difference of each metric's mean over the runs, by swaps of whole patients.
 
-    The hypothesis: it does not matter which of the two models a patient's predictions are of. So
-    the predictions of random patients are swapped, in all runs, and the difference is taken again.
-    It holds its level for any number of patients, however their slides hang together. Metrics that
-    ask for the order of the slides alone swap ranks, as probabilities of two models need not mean
-    the same (Venkatraman and Begg, Biometrika 83:835, 1996); see :func:`_lost_by_ranking`. Ranks
-    are those in a slide's own fold if only pairs of the same fold are compared, as the models of
-    different folds are different models too.
+    The hypothesis: it does not matter which of the two models a patient's predictions come from. So
+    the predictions of random patients are swapped in all runs, and the difference is computed
+    again. The test holds its level for any number of patients and any correlation of their slides.
+    Metrics that depend only on the order of the slides swap ranks, because probabilities of two
+    models may be on different scales (Venkatraman and Begg, Biometrika 83:835, 1996); see
+    :func:`_lost_by_ranking`. If only pairs of the same fold are compared, the ranks are those
+    inside a slide's fold.
 
     Parameters
     ----------
-    ours, theirs: one per run, of the same slides; the first of the one are swapped with the first
-        of the other.
-    patients: (n,) of each slide; a number from 0.
+    one, other: the two models, one entry per run, of the same slides; entries of the same position
+        are swapped with each other.
+    patients: (n,) patient of each slide, numbered from 0.
+    names: the metrics.
+    draws: number of random swaps.
+    seed: of the random swaps.
     """
     changed, every = swaps(int(patients.max()) + 1, draws, seed)
     ranked = [name for name in names if name.startswith(OF_RANKS) and "_at_val_" not in name]
@@ -78,13 +83,13 @@ def swap_test(
     whole = [name for name in ranked if name not in same_fold]
     plain = [name for name in names if name not in ranked]
     every_slide = np.zeros(len(patients), dtype=int)
-    found = {}
-    for group, folds in ((plain, None), (whole, every_slide), (same_fold, ours[0].folds)):
+    p_values = {}
+    for group, folds in ((plain, None), (whole, every_slide), (same_fold, one[0].folds)):
         if not group:
             continue
         pairs = [
-            (one, other) if folds is None else (_ranks(one, folds), _ranks(other, folds))
-            for one, other in zip(ours, theirs, strict=True)
+            (first, second) if folds is None else (_ranks(first, folds), _ranks(second, folds))
+            for first, second in zip(one, other, strict=True)
         ]
         observed = _differences(pairs, np.zeros((1, len(patients)), dtype=bool), group)
         step = max(1, NUMBERS_AT_ONCE // pairs[0][0].probabilities.size)
@@ -92,15 +97,15 @@ def swap_test(
             _differences(pairs, changed[start : start + step][:, patients], group)
             for start in range(0, len(changed), step)
         ]
-        wider = 1 if folds is None else _lost_by_ranking(ours[0].labels, patients, folds)
+        wider = 1 if folds is None else _lost_by_ranking(one[0].labels, patients, folds)
         for name in group:
             swapped = wider * np.concatenate([part[name] for part in parts])
-            found[name] = p_value(float(observed[name][0]), swapped, every)
-    return {name: found[name] for name in names}
+            p_values[name] = p_value(float(observed[name][0]), swapped, every)
+    return {name: p_values[name] for name in names}
 
 
 def _ranks(inputs: Inputs, folds: IntArray) -> Inputs:
-    """With the rank of each slide in its fold in place of its probabilities."""
+    """Replace the probabilities by the rank of each slide in its fold."""
     ranks = np.empty_like(inputs.probabilities)
     for fold in np.unique(folds):
         here = folds == fold
@@ -109,11 +114,11 @@ def _ranks(inputs: Inputs, folds: IntArray) -> Inputs:
 
 
 def _lost_by_ranking(labels: IntArray, patients: IntArray, folds: IntArray) -> float:
-    """How much less models differ in ranks than without them, as standard deviations.
+    """By which factor ranking shrinks the standard deviation of a difference.
 
-    The ranks of a class in a fold are centred: of its P patients P − 1 are free (a half of one
-    patient). Without this factor the test errs in up to 8 % if there are ten patients. A fold
-    weighs as much as it has pairs of slides of two classes.
+    The ranks of a class in a fold are centred: P patients have P − 1 degrees of freedom (one
+    patient: a half). Without this factor the test errs in up to 8 % of cases with ten patients. The
+    weight of a fold is its number of pairs of slides of two classes.
     """
     free, whole = 0.0, 0.0
     for fold in np.unique(folds):
@@ -129,19 +134,19 @@ def _lost_by_ranking(labels: IntArray, patients: IntArray, folds: IntArray) -> f
 def _differences(
     pairs: Sequence[tuple[Inputs, Inputs]], swapped: BoolArray, names: Collection[str]
 ) -> dict[str, Array]:
-    """(swaps, n) which slides change sides → per metric (swaps,)."""
+    """(swaps, n) which slides are swapped → (swaps,) difference per metric."""
     total = {name: np.zeros(len(swapped)) for name in names}
     for one, other in pairs:
-        ours, theirs = (
+        first, second = (
             _mixed(*two, swapped).metrics(names) for two in ((one, other), (other, one))
         )
         for name in names:
-            total[name] += (ours[name] - theirs[name]) / len(pairs)
+            total[name] += (first[name] - second[name]) / len(pairs)
     return total
 
 
 def _mixed(one: Inputs, other: Inputs, swapped: BoolArray) -> Inputs:
-    """(swaps, n) of the other where swapped, else of the one."""
+    """Take the slides from ``other`` if ``swapped`` (swaps, n), else from ``one``."""
     return replace(
         one,
         probabilities=np.where(swapped[..., None], other.probabilities, one.probabilities),

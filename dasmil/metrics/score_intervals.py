@@ -50,7 +50,7 @@ def score_interval(
 
 
 def proportion_error(number: Array | IntArray) -> Callable[[Array], Array]:
-    """θ → the standard error of a proportion θ among so many slides."""
+    """θ → the standard error of a proportion θ among ``number`` slides."""
     return lambda theta: np.sqrt(theta * (1 - theta) / number)
 
 

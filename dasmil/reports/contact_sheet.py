@@ -1,9 +1,9 @@
 """The verb ``contact-sheet``: the QC pictures of a cohort on one page, for a browser.
 
-The page is one file that asks for nothing else: pictures, style and script are in it
-(``contact_sheet.html`` beside this module, with a card a slide). A card's picture takes at most
-:data:`MAX_PICTURE_BYTES`, and all together at most :data:`MAX_PICTURES_BYTES`, so that the page
-has at most 60 MB and a kilobyte or two per slide; slide by slide it is written as it is made.
+The page is one self-contained file with pictures, style and script, made from the template
+``contact_sheet.html`` in this folder, with one card per slide. A picture has at most
+:data:`MAX_PICTURE_BYTES` and all pictures together :data:`MAX_PICTURES_BYTES`, so the page has at
+most 60 MB plus one or two kilobytes per slide. Each card is written as soon as it is made.
 """
 
 import base64
@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.files import atomic_path, must_exist
 from dasmil.names import name_fault
 from dasmil.progress import progress
@@ -30,30 +30,30 @@ from dasmil.slides.tile_slide import qc_path
 from dasmil.tables import read_csv
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-PICTURE_PX = (640, 320)  # width and height into which a card's picture fits
-MAX_PICTURE_BYTES = 20_000  # of its JPEG; a third more in the page
+PICTURE_PX = (640, 320)  # maximum width and height of a card's picture
+MAX_PICTURE_BYTES = 20_000  # per JPEG; base64 adds a third
 MAX_PICTURES_BYTES = 40_000_000  # of all JPEGs: 2,000 slides have pictures of the full size
 MIN_PICTURE_BYTES = 1500
-MIN_SIDE_PX = 8  # so small a picture is not made smaller
-QUALITIES = (80, 65, 50, 35)  # of the JPEG, from the best down to one that is small enough
+MIN_SIDE_PX = 8  # smaller pictures are not shrunk
+QUALITIES = (80, 65, 50, 35)  # of the JPEG; the best one that is small enough is used
 
 Row = Mapping[str, str]
 
 
 def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = None) -> int:
-    """The QC pictures of a cohort on one HTML page, to be sorted and filtered in a browser.
+    """Put the QC pictures of a cohort on one HTML page that a browser can sort and filter.
 
-    The status.csv of the tiles is renewed first; that of the bags is read as ``embed`` or
-    ``status`` has left it.
+    The status.csv of the tiles is updated first; that of the bags is read as ``embed`` or
+    ``status`` wrote it.
 
     Parameters
     ----------
     tiles:
         folder that ``tile`` has written.
     output:
-        the page; TILES/contact_sheet.html when not given.
+        the page; TILES/contact_sheet.html if not given.
     bags:
-        folder of bags that ``embed`` has written: shows what became of each slide there, too.
+        folder of bags that ``embed`` has written; adds each slide's state there.
 
     Returns
     -------
@@ -62,16 +62,16 @@ def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = N
     Raises
     ------
     InputError
-        when a folder's status.csv is missing, or is not one of this version.
+        if a folder's status.csv is missing or was written by an older version.
     """
     must_exist(tiles, "give the folder that `tile` has written")
     if (tiles / "extractors.json").is_file() and not (tiles / PARAMETERS).is_file():
         raise InputError(
-            f"{tiles}: a folder of bags, which hold no pictures; give the folder that `tile` has "
+            f"{tiles}: a folder of bags, which has no pictures; give the folder that `tile` has "
             f"written, and this one as --bags {tiles}"
         )
     if (tiles / PARAMETERS).is_file():
-        with suppress(OSError):  # who may only read the folder sees the table as it is
+        with suppress(OSError):  # on a read-only folder the table stays as it is
             tile_status(tiles).write()
     rows = _read_status(tiles, "tile", {"tissue_mm2"})
     embedded = None if bags is None else _read_embedded(bags, rows)
@@ -97,7 +97,7 @@ def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = N
             picture = _picture(path, 1 + len(scales))
             if picture is None:
                 missing.append(row["slide_id"])
-            shown = _shown(picture, row["slide_id"], path, output.parent, max_bytes)
+            shown = _picture_html(picture, row["slide_id"], path, output.parent, max_bytes)
             there = None if embedded is None else embedded.get(row["slide_id"], {})
             file.write(_card(row, scales, shown, there))
         file.write(tail)
@@ -111,28 +111,28 @@ def _read_status(folder: Path, verb: str, columns: set[str]) -> list[Row]:
     path = folder / "status.csv"
     if not path.is_file():
         raise InputError(f"{path}: no such table; give the folder that `{verb}` has written")
-    found, rows = read_csv(path)
-    missing = sorted({"slide_id", "state", "message", *columns} - set(found))
+    names, rows = read_csv(path)
+    missing = sorted({"slide_id", "state", "message", *columns} - set(names))
     if missing:
         raise InputError(
-            f"{path}: it has no column {', '.join(missing)}, as of an older version; run `{verb}` "
-            "on that folder again, what is done is kept"
+            f"{path}: it has no column {', '.join(missing)}, because an older version wrote it; "
+            f"run `{verb}` on that folder again, finished slides are kept"
         )
     if not rows:
-        raise InputError(f"{path}: it has no slide; run `{verb}` on that folder")
+        raise InputError(f"{path}: it lists no slide; run `{verb}` on that folder")
     return list(rows)
 
 
 def _read_embedded(bags: Path, rows: Sequence[Row]) -> dict[str, Row]:
-    """Rows of the bags' status by slide; all must be slides of the sheet."""
-    found = {row["slide_id"]: row for row in _read_status(bags, "embed", set())}
-    other = sorted(found.keys() - {row["slide_id"] for row in rows})
+    """Rows of the bags' status by slide; all must be slides of the page."""
+    embedded = {row["slide_id"]: row for row in _read_status(bags, "embed", set())}
+    other = sorted(embedded.keys() - {row["slide_id"] for row in rows})
     if other:
         raise InputError(
-            f"{bags / 'status.csv'}: the tiles have no slide {', '.join(other[:3])}"
-            f"{' …' if len(other) > 3 else ''}; are these bags of other tiles?"
+            f"{bags / 'status.csv'}: the tiles have no slide {some_of(other)}; give the bags of "
+            "these tiles"
         )
-    return found
+    return embedded
 
 
 def _sort_keys(scales: Sequence[str], has_bags: bool) -> Iterator[str]:
@@ -145,10 +145,10 @@ def _sort_keys(scales: Sequence[str], has_bags: bool) -> Iterator[str]:
 
 
 def _picture(path: Path, num_panels: int) -> npt.NDArray[np.uint8] | None:
-    """(H, W, 3) BGR that fits into a card; None where there is none that can be read.
+    """(H, W, 3) BGR for a card; None if there is no readable QC picture.
 
-    Of a QC picture's panels the first (tissue) and the last (tiles of the finest scale), without
-    the line of text over them.
+    It shows the first panel of the QC picture (tissue) and the last one (tiles of the finest
+    scale), without the captions.
     """
     picture = None
     with suppress(OSError):  # a name that is too long for a file
@@ -163,7 +163,7 @@ def _picture(path: Path, num_panels: int) -> npt.NDArray[np.uint8] | None:
 
 
 def _jpeg(picture: npt.NDArray[np.uint8], max_bytes: int) -> bytes:
-    """Of the best quality that is small enough; a picture of noise alone is made smaller, too."""
+    """A JPEG of the best quality that is small enough; if none is, the picture is shrunk."""
     while True:
         for quality in QUALITIES:
             _, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
@@ -172,14 +172,14 @@ def _jpeg(picture: npt.NDArray[np.uint8], max_bytes: int) -> bytes:
         picture = np.asarray(cv2.resize(picture, None, fx=0.7, fy=0.7), np.uint8)
 
 
-def _shown(
+def _picture_html(
     picture: npt.NDArray[np.uint8] | None,
     slide_id: str,
     path: Path,
     page_folder: Path,
     max_bytes: int,
 ) -> str:
-    """A picture as HTML, with the place of its file as seen from the page."""
+    """A picture as HTML, with the path of its file relative to the page."""
     if picture is None:
         return '<div class="none">no picture</div>'
     data = base64.b64encode(_jpeg(picture, max_bytes)).decode()
@@ -193,20 +193,20 @@ def _shown(
 
 
 def _card(row: Row, scales: Sequence[str], picture: str, embedded: Row | None) -> str:
-    """One slide.
+    """The HTML of one slide.
 
     Parameters
     ----------
-    embedded: its row of the bags' status; empty where they lack it, None without bags.
+    embedded: its row of the bags' status; empty if it is not there, None without bags.
     """
     keys = ["tissue_mm2", *(f"tiles/{scale}" for scale in scales)]
-    figures = {key: float(row[key]) for key in keys if row[key]}
+    numbers = {key: float(row[key]) for key in keys if row[key]}
     state, message = html.escape(row["state"]), html.escape(row["message"])
-    about = {"slide": row["slide_id"], "state": row["state"], "figures": json.dumps(figures)}
+    about = {"slide": row["slide_id"], "state": row["state"], "numbers": json.dumps(numbers)}
     about["message"] = " ".join([row["message"], (embedded or {}).get("message", "")]).strip()
     lines = []
-    if words := list(_figures(row, scales)):
-        lines.append(f'<p class="figures">{" · ".join(words)}</p>')
+    if words := list(_numbers(row, scales)):
+        lines.append(f'<p class="numbers">{" · ".join(words)}</p>')
     if message:
         kind = "failed-message" if state == "failed" else "message"
         lines.append(f'<p class="{kind}">{message}</p>')
@@ -223,7 +223,7 @@ def _card(row: Row, scales: Sequence[str], picture: str, embedded: Row | None) -
     return f"<article {attributes}>\n<h2>{heading}</h2>\n{picture}\n{''.join(lines)}\n</article>\n"
 
 
-def _figures(row: Row, scales: Sequence[str]) -> Iterator[str]:
+def _numbers(row: Row, scales: Sequence[str]) -> Iterator[str]:
     if row["tissue_mm2"]:
         covered = f", {float(row['covered']):.1%} in tiles" if row.get("covered") else ""
         yield f"<b>{float(row['tissue_mm2']):.3g} mm²</b> tissue{covered}"

@@ -1,4 +1,4 @@
-"""Scores of a slide's tiles over its picture."""
+"""Scores of a slide's tiles drawn over its thumbnail."""
 
 from collections.abc import Mapping
 
@@ -22,20 +22,18 @@ BAR_LABELS_PX = 46
 
 
 def slide_canvas(row: SlideRow, bag: Bag) -> tuple[RgbArray, str]:
-    """The slide's picture; an empty canvas of its shape, and why, where the file is not at hand.
+    """The slide's thumbnail, or a white canvas of its shape if the slide cannot be read.
 
     Returns
     -------
-    (H, W, 3) uint8 RGB, and the reason ("" when the picture is the slide's).
+    (H, W, 3) uint8 RGB, and the reason for the white canvas ("" if it is the thumbnail).
     """
     width_px0, height_px0 = bag.tiles.extent.size_px0
     factor = CANVAS_PX / max(width_px0, height_px0)
     size = (max(1, round(width_px0 * factor)), max(1, round(height_px0 * factor)))
     try:
         if bag.reader and bag.tiles.slide_digest not in ("", sample_digest(row.path)):
-            raise InputError(
-                f"{row.path}: another slide file than the bag was made of; tile and embed it again"
-            )
+            raise InputError(f"{row.path}: not the slide file of the bag; tile and embed it again")
         with Slide(row) as slide:
             picture = slide.thumbnail(slide.mpp / factor)
     except InputError as error:
@@ -53,13 +51,14 @@ def draw_heatmap(
     scores: Mapping[str, npt.NDArray[np.floating]],
     title: str,
 ) -> RgbArray:
-    """The slide, and beside it one panel with a colour bar for each score of its tiles.
+    """The slide, and beside it one panel with a colour bar per score.
 
     Parameters
     ----------
     canvas: (H, W, 3) uint8 RGB of the whole slide.
-    scores: by caption (N_s,), from 0 to 1; a tile whose score is not finite stays uncoloured.
-    title: over the slide.
+    scale: whose tiles are drawn.
+    scores: (N_s,) from 0 to 1 per caption; a tile whose score is not finite is not coloured.
+    title: above the slide.
 
     Returns
     -------
@@ -81,10 +80,10 @@ def draw_heatmap(
 
 
 def relative_attention(weights: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """Attention of a slide's tiles (N,) → (N,) from 0 to 1, to be drawn.
+    """Attention of a slide's tiles (N,) → colour values (N,) from 0 to 1.
 
-    1 is the largest weight, or twice the mean weight if that is more: attention that singles no
-    tile out is 0.5 everywhere, and not as red as attention that rests on one tile.
+    1 is the largest weight, or twice the mean weight if that is more: uniform attention is 0.5
+    everywhere, and not as red as attention on a single tile.
     """
     if len(weights) == 0:
         return weights
@@ -92,7 +91,7 @@ def relative_attention(weights: npt.NDArray[np.floating]) -> npt.NDArray[np.floa
 
 
 def _colours(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
-    """(N,) in 0..1 → (N, 3) RGB of the turbo map."""
+    """(N,) from 0 to 1 → (N, 3) RGB of the turbo map."""
     levels = (np.clip(values, 0, 1) * 255).round().astype(np.uint8).reshape(-1, 1)
     if len(levels) == 0:
         return np.empty((0, 3), dtype=np.uint8)

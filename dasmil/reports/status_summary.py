@@ -1,4 +1,4 @@
-"""The verb ``status``: what has become of the slides of a folder, as of now."""
+"""The verb ``status``: the current state of every slide of a folder."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ from dasmil.work.status import STATES, Status
 
 
 def status(folders: tuple[Path, ...]) -> int:
-    """Count the slides of folders of tiles or bags by what became of them; renews status.csv.
+    """Count the slides of TILES or BAGS folders by state, and update status.csv.
 
-    It may be asked at any time, from any machine, also while others work.
+    Run it at any time and on any machine, also while other commands work on the folder.
 
     Parameters
     ----------
     folders:
-        folders of tile tables or of bags.
+        folders that tile, embed or import has written.
     """
     for folder in folders:
-        found = find_status(folder)
-        found.write()
-        print("\n".join(describe(found)))
+        slides = find_status(folder)
+        slides.write()
+        print("\n".join(describe_status(slides)))
     return 0
 
 
@@ -33,24 +33,24 @@ def find_status(folder: Path) -> Status:
 
     if (folder / PARAMETERS).is_file():
         return tile_status(folder)
-    from dasmil.bag_folder import EXTRACTORS, bag_status  # torch takes seconds to come
+    from dasmil.bag_folder import EXTRACTORS, bag_status  # importing torch takes seconds
 
     if (folder / EXTRACTORS).is_file():
         return bag_status(folder)
     must_exist(folder, "give a folder that tile, embed or import has written")
     raise InputError(
-        f"{folder}: neither {PARAMETERS} nor {EXTRACTORS} is in it; give a folder that tile, embed "
-        "or import has written"
+        f"{folder}: it contains neither {PARAMETERS} nor {EXTRACTORS}; give a folder that tile, "
+        "embed or import has written"
     )
 
 
-def describe(found: Status) -> Iterator[str]:
-    """Lines for people."""
-    rows = found.rows
+def describe_status(slides: Status) -> Iterator[str]:
+    """The lines that the verb prints: counts by state, tiles per scale, seconds, complaints."""
+    rows = slides.rows
     states = Counter(row["state"] for row in rows)
     counts = ", ".join(f"{states[state]:,} {state}" for state in STATES if states[state])
-    yield f"{found.folder}: {len(rows):,} slides: {counts}"
-    for column in found.columns:
+    yield f"{slides.folder}: {len(rows):,} slides: {counts}"
+    for column in slides.columns:
         if column.startswith("tiles/"):
             total = sum(int(row.get(column) or 0) for row in rows)
             yield f"  {column.removeprefix('tiles/')}: {total:,} tiles"
@@ -59,8 +59,8 @@ def describe(found: Status) -> Iterator[str]:
         slowest = max(timed, key=lambda row: row["seconds"])
         typical = median(row["seconds"] for row in timed)
         yield (
-            f"  seconds a slide: median {typical:.1f}, most {slowest['seconds']:.1f} "
+            f"  seconds per slide: median {typical:.1f}, most {slowest['seconds']:.1f} "
             f"({slowest['slide_id']})"
         )
-    yield from (f"  {line}" for line in found.complaints())
-    yield f"  all slides: {found.table}"
+    yield from (f"  {line}" for line in slides.complaints())
+    yield f"  all slides: {slides.table}"

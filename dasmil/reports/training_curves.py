@@ -1,4 +1,4 @@
-"""The course of a training as a picture."""
+"""The training curves: losses and metrics per epoch."""
 
 import re
 from collections import defaultdict
@@ -9,28 +9,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dasmil.reports.figure_parts import GREY, scale_colours
+from dasmil.reports.figure_parts import GREY, scale_colours, style_axes
 from dasmil.reports.shown import MAX_SCALES, describe_left_out, show_name
 
-PARTS = {"train": "-", "val": "--"}  # line style
-AUROC = "auroc"  # shown of the metrics of the validation
+LINE_STYLES = {"train": "-", "val": "--"}
+AUROC = "auroc"  # the validation metric that is drawn
 PANELS_IN_A_ROW = 3
 MAX_PANELS = 24
-MAX_CURVES = 2 * MAX_SCALES  # in a panel: the last ones, which are of the finest scales
-MAX_POINTS = 2000  # of a curve
+MAX_CURVES = 2 * MAX_SCALES  # per panel: the last ones, which belong to the finest scales
+MAX_POINTS = 2000  # per curve
 MAX_TITLE = 40  # characters
-FEW_EPOCHS = 30  # up to here a dot for each
+FEW_EPOCHS = 30  # with fewer epochs each one is a dot
 
 
 def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """One panel for each term of the objective, for the AUROC, and for what else was logged.
+    """One panel per term of the objective, one for the AUROC, and one per other logged value.
 
-    Training solid, validation dashed, and a scale in its colour. Names that do not begin with
-    ``train`` or ``val`` have a panel of their own.
+    Training is solid, validation dashed, and each scale has its colour. Names that do not begin
+    with ``train`` or ``val`` have their own panel.
 
     Parameters
     ----------
-    rows: of ``history.csv``, one an epoch, by names such as ``train/bag/x20`` or ``val/x20/auroc``.
+    rows: of ``history.csv``, one per epoch, with names such as ``train/bag/x20`` or
+        ``val/x20/auroc``.
     """
     columns = sorted(columns_with_values(rows) - {"epoch", "step"}, key=natural_order)
     every = _panels(columns)
@@ -45,9 +46,10 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     for panel, (title, curves) in zip(axes, panels.items()):
         for column in curves[-MAX_CURVES:]:
-            part, scale = column.split("/")[0], _scale(column)
-            label = " ".join(word for word in (part if part in PARTS else "", scale) if word)
-            style = {"color": colours[scale], "linestyle": PARTS.get(part, "-"), "label": label}
+            split, scale = column.split("/")[0], _scale(column)
+            label = " ".join(filter(None, [split if split in LINE_STYLES else "", scale]))
+            line = LINE_STYLES.get(split, "-")
+            style = {"color": colours[scale], "linestyle": line, "label": label}
             _plot(panel, rows, column, **style)
         name = "AUROC" if title == AUROC else show_name(title.replace("_", " "), MAX_TITLE)
         more = describe_left_out(len(curves), MAX_CURVES, "curves")
@@ -58,8 +60,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
         panel.tick_params(labelsize=8)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
+        style_axes(panel)
         if len(curves) > 1:
             panel.legend(fontsize=7.5)
     for panel in axes[len(panels) :]:
@@ -70,22 +71,23 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _panels(columns: Sequence[str]) -> dict[str, list[str]]:
-    """By title the columns of each panel: the loss and its terms, AUROC, and what is no part's."""
+    """Columns per panel title: the loss and its terms, AUROC, and columns of no split."""
     terms: dict[str, list[str]] = defaultdict(list)
     for column in columns:
-        if column.split("/")[0] in PARTS:
+        if column.split("/")[0] in LINE_STYLES:
             terms[_term(column)].append(column)
-    trained = [term for term, found in terms.items() if any(c[:5] == "train" for c in found)]
+    trained = [term for term, names in terms.items() if any(n[:5] == "train" for n in names)]
     shown = sorted({*trained, "loss"} & set(terms), key=lambda term: (term != "loss", term))
     panels = {term: terms[term] for term in shown}
     if AUROC in terms:
         of_scales = [column for column in terms[AUROC] if _scale(column)]
-        panels[AUROC] = of_scales or terms[AUROC]  # without a scale it is the finest one's again
-    return panels | {column: [column] for column in columns if column.split("/")[0] not in PARTS}
+        panels[AUROC] = of_scales or terms[AUROC]  # without a scale it repeats the finest
+    others = [column for column in columns if column.split("/")[0] not in LINE_STYLES]
+    return panels | {column: [column] for column in others}
 
 
 def _scale(column: str) -> str:
-    """x20 of val/x20/auroc; "" where the name has none."""
+    """``val/x20/auroc`` → x20; "" if the name has no scale."""
     return next((word for word in column.split("/") if re.fullmatch(r"x\d+(\.\d+)?", word)), "")
 
 
@@ -96,9 +98,9 @@ def _term(column: str) -> str:
 
 
 def _plot(panel: Axes, rows: Sequence[Mapping[str, Any]], column: str, **style: Any) -> None:
-    """Over the epochs that have a value; one that is not a number leaves a gap.
+    """Draw the epochs that have a value; a value that is not a number leaves a gap.
 
-    Of very many epochs every second, third, … is drawn, and the last one.
+    Of very many epochs only every second, third, … is drawn, and always the last one.
     """
     known = [row for row in rows if row.get(column) not in (None, "")]
     known = known[:: -max(1, -(-len(known) // MAX_POINTS))][::-1]
@@ -108,11 +110,11 @@ def _plot(panel: Axes, rows: Sequence[Mapping[str, Any]], column: str, **style: 
 
 
 def columns_with_values(rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The columns that are not empty throughout."""
+    """The columns with at least one value."""
     return {name for row in rows for name, value in row.items() if value not in ("", None)}
 
 
 def natural_order(name: str) -> list[tuple[float, str]]:
-    """Numbers in a name count as numbers."""
+    """Sort key that compares the numbers in a name as numbers."""
     pieces = re.findall(r"\d+(?:\.\d+)?|\D+", name)
     return [(float(piece), "") if piece[0].isdigit() else (-1.0, piece) for piece in pieces]

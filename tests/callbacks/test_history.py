@@ -1,7 +1,5 @@
 """The table and the curves of a training."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -105,16 +103,14 @@ def test_an_evaluation_after_the_training_adds_nothing(tmp_path):
     assert (tmp_path / "run" / "history.csv").read_text() == before
 
 
-@pytest.mark.parametrize(("every", "kept"), [(1, 2), (2, 4)])
-def test_a_training_that_goes_on_keeps_the_rows_up_to_its_checkpoint(tmp_path, every, kept):
-    """Also where the checkpoint is saved after the validation, before the epoch has ended."""
-    whole = train(tmp_path / "whole", 6, check_val_every_n_epoch=every) / "history.csv"
+def test_a_training_that_goes_on_keeps_the_rows_up_to_its_checkpoint(tmp_path):
+    """The checkpoint is saved after the validation, before the epoch has ended."""
+    whole = train(tmp_path / "whole", 4, check_val_every_n_epoch=2) / "history.csv"
     folder = tmp_path / "broken"
-    table = train(folder, kept, check_val_every_n_epoch=every) / "history.csv"
+    table = train(folder, 2, check_val_every_n_epoch=2) / "history.csv"
     text = table.read_text()
-    later = text.splitlines()[-1].replace(f"{kept - 1},", f"{kept},", 1)
-    table.write_text(text + later + "\n")  # of an epoch that was not saved
-    train(folder, 6, folder / "kept" / "last.ckpt", check_val_every_n_epoch=every)
+    table.write_text(text + text.splitlines()[-1].replace("1,", "2,", 1) + "\n")  # was not saved
+    train(folder, 4, folder / "kept" / "last.ckpt", check_val_every_n_epoch=2)
     assert table.read_text() == whole.read_text()
 
 
@@ -172,7 +168,7 @@ def test_a_scale_has_the_colour_that_it_has_in_the_figures():
     assert colours == [scale_colours([scale])[scale] for scale in ("x5", "x10")]
 
 
-@pytest.mark.parametrize("name", ["teacher/entropy", "schedule/weight_decay", "something"])
+@pytest.mark.parametrize("name", ["schedule/weight_decay", "something"])
 def test_names_that_it_does_not_know_have_a_panel_of_their_own(name):
     figure = curves_figure([{"epoch": 0, "step": 1, name: 1.0}])
     assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == [
@@ -198,7 +194,7 @@ def test_very_many_terms_scales_and_epochs_make_no_larger_picture():
     assert figure.get_suptitle() == "17 more terms are left out"
     assert len(figure.axes[0].lines) == 12
     assert figure.axes[0].get_title() == "loss\n17 more curves are left out"
-    figure.savefig(io.BytesIO(), dpi=20)
+    assert figure.axes[1].get_title() == r"term0\$"  # matplotlib would draw a formula
     long = curves_figure([{"epoch": epoch, "train/loss": 1.0} for epoch in range(5001)])
     x = long.axes[0].lines[0].get_xdata()
     assert len(x) <= 2000 and x[-1] == 5000

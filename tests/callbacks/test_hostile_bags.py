@@ -10,10 +10,10 @@ import pytest
 import torch
 from bag_factory import CLASSES, make_bag, write_bags
 from damage import HOSTILE
-from road import fit_dasmil
+from models import save_untrained
 from safetensors.torch import load_file, save_file
 
-from dasmil.bags import bag_path, write_bag
+from dasmil.bags import bag_path, read_bag, write_bag
 from dasmil.callbacks.predictions import PredictionWriter
 from dasmil.cli import main
 from dasmil.tables import append_csv, read_csv
@@ -72,11 +72,14 @@ def hostile_bags(content: bytes) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint, and bags that it accepts."""
     root = tmp_path_factory.mktemp("hostile")
     bags = write_bags(root / "bags", {s: CLASSES[s[0] == "t"] for s in SPLIT}, SPLIT)
-    assert main([*fit_dasmil(bags, root / "runs"), "--trainer.max_epochs", "1"]) == 0
-    return root / "runs" / "dasmil" / "checkpoints" / "last.ckpt", bags
+    save_untrained(
+        root / "model.ckpt", bag_format=read_bag(bag_path(bags, "n0")).header.bag_format()
+    )
+    return root / "model.ckpt", bags
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -89,9 +92,9 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.timeout(200)
 def test_each_hostile_bag_costs_one_row(
-    trained: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    model: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint, sound = trained
+    checkpoint, sound = model
     content = bag_path(sound, "n1").read_bytes()
     hostile = hostile_bags(content)
     names = [*hostile, "nan", "fifo", "folder", "circle"]
@@ -139,9 +142,9 @@ def test_each_hostile_bag_costs_one_row(
 
 
 def test_a_table_of_an_earlier_run_stays_until_the_new_one_is_whole(
-    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint, bags = trained
+    checkpoint, bags = model
     command = ["predict", "--ckpt_path", str(checkpoint), "--bags", str(bags), *QUIET]
     command += ["--output", str(tmp_path / "out")]
     table = tmp_path / "out" / "predictions.csv"
@@ -176,10 +179,10 @@ def test_a_row_is_added_as_tables_are_written(tmp_path: Path) -> None:
 
 
 def test_the_odd_bag_does_not_decide_what_the_others_are(
-    trained: tuple[Path, Path], tmp_path: Path
+    model: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """It is the first of the folder, and of another extractor."""
-    checkpoint, _ = trained
+    checkpoint, _ = model
     folder = write_bags(tmp_path / "bags", {"a": None, "b": None, "c": None})
     write_bag(bag_path(folder, "a"), make_bag("a", num_tiles=8, fingerprint="0" * 64))
     command = ["predict", "--ckpt_path", str(checkpoint), "--bags", str(folder), *QUIET]

@@ -24,10 +24,8 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
-import torch  # noqa: E402
 from bag_factory import make_bag, write_bags  # noqa: E402
-from lightning.pytorch import Trainer  # noqa: E402
-from models import make_module  # noqa: E402
+from models import save_untrained  # noqa: E402
 
 from fuzz.kinds import KINDS  # noqa: E402
 
@@ -140,15 +138,8 @@ def _on_bags(verb: str) -> Callable[[Path, Path], list[str]]:
         names = sorted(p.stem for p in bags.iterdir() if p.suffix == ".safetensors")
         rows = "".join(f"{name},{name}.svs,tumour,test\n" for name in names)  # all may be marked
         (bags / "cohort.csv").write_text("slide_id,path,label,split\n" + rows)
-        torch.manual_seed(0)
-        options = {"hidden_dim": 8, "out_dim": 8, "query_dim": 4, "heads": 1}
-        bag_format = make_bag().header.bag_format()
-        module = make_module(**options, classes=["normal", "tumour"], bag_format=bag_format)
         checkpoint = inputs / "model.ckpt"
-        trainer = Trainer(logger=False, accelerator="cpu")
-        trainer.strategy.connect(module)
-        module.trainer = trainer
-        trainer.save_checkpoint(checkpoint)
+        save_untrained(checkpoint, bag_format=make_bag().header.bag_format())
         words = [verb, "--ckpt_path", str(checkpoint), "--bags", str(bags), "--output", str(output)]
         return [*words, "--truth", str(inputs / "truth")] if verb == "test" else words
 

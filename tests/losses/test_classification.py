@@ -5,7 +5,7 @@ import pytest
 import torch
 from losses.numeric import slope
 
-from dasmil.losses import bag_loss, max_instance_loss
+from dasmil.losses import bag_loss, balanced_weights, max_instance_loss
 
 SIZES = (4, 0, 1, 6)
 
@@ -121,3 +121,11 @@ def test_a_logit_that_is_not_finite_makes_a_loss_that_is_not(value: float) -> No
         rows[:] = value
     loss = max_instance_loss(rows, torch.tensor([0, 3]), torch.tensor([1 if value < 0 else 0]))
     assert not loss.isfinite().any()
+
+
+def test_balanced_weights_give_each_class_the_same_say() -> None:
+    """n / (P n_c): 12 slides in 3 classes; the weights of all slides add up to their number."""
+    counts = [2, 4, 6]
+    weights = balanced_weights(counts)
+    assert weights == [2.0, 1.0, 12 / 18]
+    assert [w * c for w, c in zip(weights, counts)] == pytest.approx([4.0] * 3)

@@ -124,16 +124,6 @@ def test_the_defaults_are_those_of_the_documented_choice() -> None:
     assert fine.grad is None
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(s.values()))
-def test_orphans_change_nothing(switches: dict) -> None:
-    coarse, fine = make_scores(3)
-    held = torch.tensor(PARENT) >= 0
-    without = criticality_loss(
-        coarse, fine[held], torch.tensor(PARENT)[held], torch.tensor(PTR), **switches
-    )
-    torch.testing.assert_close(loss(coarse, fine, **switches), without, rtol=0, atol=0)
-
-
 def test_a_bag_of_orphans_alone_costs_nothing_and_teaches_nothing() -> None:
     coarse = torch.ones(2, 1, requires_grad=True)
     found = criticality_loss(

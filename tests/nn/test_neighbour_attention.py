@@ -32,7 +32,7 @@ def make_graph(
 
 def small() -> tuple[Neighbours, list[Tensor]]:
     """Lists of a union, and what goes into the layer: W x and both scores, in float64."""
-    (graph,) = make_graphs([9])
+    (graph,) = make_graphs([5])
     lists = graph.union
     torch.manual_seed(0)
     shapes = ((len(lists), HEADS, 4), (len(lists), HEADS), (len(lists), HEADS))
@@ -46,13 +46,12 @@ def test_each_step_has_the_gradient_of_what_it_computes() -> None:
     assert gradcheck(lambda p, a: weighted_sum(p, a, lists), (projected, alpha))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_the_layer_has_the_gradient_of_what_it_computes(dropout: float) -> None:
+def test_the_layer_has_the_gradient_of_what_it_computes_with_dropout() -> None:
     lists, inputs = small()
 
     def layer(*tensors: Tensor) -> Tensor:
         torch.manual_seed(1)  # the same coefficients are dropped at each call
-        return neighbour_attention(*tensors, lists, dropout)
+        return neighbour_attention(*tensors, lists, 0.4)
 
     assert gradcheck(layer, inputs)
 
@@ -70,11 +69,11 @@ def test_dropped_coefficients_keep_the_expected_sum() -> None:
     lists, inputs = small()
     projected, source, target = (tensor.detach() for tensor in inputs)
     torch.manual_seed(0)
-    draws = [neighbour_attention(projected, source, target, lists, 0.5) for _ in range(4000)]
+    draws = [neighbour_attention(projected, source, target, lists, 0.5) for _ in range(1000)]
     mean = torch.stack(draws).mean(0)
     expected = neighbour_attention(projected, source, target, lists)
     assert not torch.allclose(draws[0], expected)
-    torch.testing.assert_close(mean, expected, rtol=0, atol=0.06)
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0.12)
 
 
 def pair_of_models(scales: tuple[str, ...] = SCALES) -> tuple[nn.Module, nn.Module]:

@@ -70,12 +70,12 @@ def test_both_tables_name_the_checkpoint(tmp_path: Path) -> None:
 
 def test_the_json_is_flat_and_the_finest_scale_stands_without_its_name(tmp_path: Path) -> None:
     write_evaluation(tmp_path, "test", evaluation(), {"loss": 0.5, "x20/froc": 0.25})
-    figures = json.loads((tmp_path / "test_metrics.json").read_text())
-    assert (figures["test/x10/auroc"], figures["test/x20/auroc"]) == (0.75, 1.0)
-    assert figures["test/auroc"] == 1.0
-    assert figures["test/x20/sensitivity_at_val_specificity_0.9"] == 0.5
-    assert (figures["test/loss"], figures["test/x20/froc"]) == (0.5, 0.25)
-    assert not [name for name in figures if "patient" in name]
+    metrics = json.loads((tmp_path / "test_metrics.json").read_text())
+    assert (metrics["test/x10/auroc"], metrics["test/x20/auroc"]) == (0.75, 1.0)
+    assert metrics["test/auroc"] == 1.0
+    assert metrics["test/x20/sensitivity_at_val_specificity_0.9"] == 0.5
+    assert (metrics["test/loss"], metrics["test/x20/froc"]) == (0.5, 0.25)
+    assert not [name for name in metrics if "patient" in name]
 
 
 def test_the_table_says_interval_number_and_threshold(tmp_path: Path) -> None:
@@ -108,15 +108,15 @@ def test_too_few_patients_have_no_interval_and_the_table_says_why(tmp_path: Path
     )
 
 
-def test_the_threshold_of_the_test_slides_stands_in_tests_alone_and_is_no_honest_figure(
+def test_the_threshold_of_the_test_slides_stands_in_tests_alone_and_is_called_biased(
     tmp_path: Path,
 ) -> None:
-    for stage in ("val", "test"):
-        write_evaluation(tmp_path, stage, evaluation())
+    for split in ("val", "test"):
+        write_evaluation(tmp_path, split, evaluation())
     name = "accuracy_at_test_threshold"
     row = metrics_of(tmp_path)["x20", "slide", name]
     assert (row["value"], row["low"]) == ("1.0", "")
-    assert "no honest figure" in row["note"]
+    assert "optimistically biased" in row["note"]
     assert json.loads((tmp_path / "test_metrics.json").read_text())[f"test/x20/{name}"] == 1.0
     assert name not in (tmp_path / "val_metrics.json").read_text()
     assert name not in (tmp_path / "val_metrics.csv").read_text()
@@ -125,13 +125,13 @@ def test_the_threshold_of_the_test_slides_stands_in_tests_alone_and_is_no_honest
 def test_patients_with_several_slides_have_figures_of_their_own(tmp_path: Path) -> None:
     """Patient a: slides of 0.1 and 0.6 at x10; b and c are positive with 0.3 and 0.8."""
     write_evaluation(tmp_path, "test", evaluation("aabc"))
-    figures = json.loads((tmp_path / "test_metrics.json").read_text())
-    assert (figures["test/x10/auroc"], figures["test/x10/patient_auroc"]) == (0.75, 0.5)
-    assert figures["test/patient_auroc"] == 1.0
+    metrics = json.loads((tmp_path / "test_metrics.json").read_text())
+    assert (metrics["test/x10/auroc"], metrics["test/x10/patient_auroc"]) == (0.75, 0.5)
+    assert metrics["test/patient_auroc"] == 1.0
     assert metrics_of(tmp_path)["x10", "patient", "auroc"]["n"] == "3"
     write_evaluation(tmp_path, "test", evaluation("abab"), pooling="max")
-    figures = json.loads((tmp_path / "test_metrics.json").read_text())
-    assert figures["test/x10/patient_auroc"] is None  # both patients are positive
+    metrics = json.loads((tmp_path / "test_metrics.json").read_text())
+    assert metrics["test/x10/patient_auroc"] is None  # both patients are positive
 
 
 def test_a_patient_without_one_label_costs_the_metrics_of_patients_alone(tmp_path: Path) -> None:
@@ -144,16 +144,16 @@ def test_a_patient_without_one_label_costs_the_metrics_of_patients_alone(tmp_pat
     )
     with pytest.warns(UserWarning, match="no metrics of patients: patient a: its slides have"):
         write_evaluation(tmp_path, "test", slides)
-    figures = json.loads((tmp_path / "test_metrics.json").read_text())
-    assert figures["test/auroc"] == 1.0
+    metrics = json.loads((tmp_path / "test_metrics.json").read_text())
+    assert metrics["test/auroc"] == 1.0
     assert read_evaluation(tmp_path, "test").thresholds is None
 
 
 def test_a_figure_that_is_not_defined_is_null_and_an_empty_cell(tmp_path: Path) -> None:
     one_class = evaluation().select(torch.tensor([0, 1]))
     write_evaluation(tmp_path, "test", one_class, {"x20/froc": float("nan")})
-    figures = json.loads((tmp_path / "test_metrics.json").read_text())
-    assert (figures["test/x20/auroc"], figures["test/x20/froc"]) == (None, None)
+    metrics = json.loads((tmp_path / "test_metrics.json").read_text())
+    assert (metrics["test/x20/auroc"], metrics["test/x20/froc"]) == (None, None)
     row = metrics_of(tmp_path)["x20", "slide", "auroc"]
     assert (row["value"], row["low"], row["high"]) == ("", "", "")
 
@@ -198,10 +198,10 @@ def rewrite(old: str, new: str):
         (forget_classes, "KeyError: 'classes'"),
         (drop_table, "no such table"),
         (rewrite("prob/x10/tumor", "prob/x10/cancer"), "lacks column prob/x10/tumor"),
-        (rewrite("slide_1", "slide_0"), "slide slide_0 stands in it twice"),
+        (rewrite("slide_1", "slide_0"), "slide slide_0 occurs twice"),
         (rewrite("normal,0.9", "healthy,0.9"), "line 2: label 'healthy' is none of normal, tumor"),
         (rewrite("normal,0.9", "normal,high"), "could not convert string to float: 'high'"),
-        (rewrite("normal,0.9", "normal,1.9"), "no probabilities"),
+        (rewrite("normal,0.9", "normal,1.9"), "numbers outside 0 to 1"),
     ],
 )
 def test_files_that_are_not_ours_are_refused(tmp_path: Path, damage, message: str) -> None:

@@ -90,4 +90,4 @@ def test_scores_are_never_drawn_over_another_slide(bag, tmp_path):
     ):
         changed = with_changes(bag, reader=reader, slide_digest=digest)
         canvas, reason = slide_canvas(row, changed)
-        assert ("another slide file" not in reason) == drawn == (canvas.max() < 255)
+        assert ("not the slide file of the bag" not in reason) == drawn == (canvas.max() < 255)
