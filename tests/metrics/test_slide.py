@@ -166,7 +166,12 @@ def test_calibration_error_is_per_bin_of_a_fifteenth() -> None:
     assert metrics["calibration_error"] == pytest.approx(expected)
 
 
-def test_figures_at_a_threshold_by_hand() -> None:
+def test_a_probability_of_one_half_is_not_above_it() -> None:
+    metrics = slide_metrics(two_columns([0.5, 0.5, 0.9]), np.array([0, 0, 1]))
+    assert (metrics["accuracy"], metrics["balanced_accuracy"], metrics["f1"]) == (1, 1, 1)
+
+
+def test_metrics_at_a_threshold_by_hand() -> None:
     """Above 0.3: two of three positive slides, one of four negative ones; 0.3 is not above."""
     scores = np.array([0.1, 0.2, 0.3, 0.4, 0.3, 0.7, 0.9])
     labels = np.array([0, 0, 0, 0, 1, 1, 1])
