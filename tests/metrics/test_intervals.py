@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import multivariate_normal, norm
+from scipy.stats import multivariate_normal, norm, t
 
 from dasmil.metrics.clustered_slides import ClusteredSlides
 from dasmil.metrics.intervals import auroc_interval
@@ -12,6 +12,7 @@ from dasmil.metrics.score_intervals import (
     combined_interval,
     effective_number,
     f1_interval,
+    jackknife_error,
     wilson_interval,
 )
 
@@ -65,6 +66,24 @@ def test_the_correlation_inside_a_patient_is_found_however_far_the_classes_are_a
         within, across = of_slides.correlations(np.exp((scores + apart * of_slides.positive) / 50))
         assert within.mean() == pytest.approx(correlation, abs=0.04)
         assert (across == 0).all()
+
+
+def test_the_correlation_of_three_patients_by_hand() -> None:
+    """Ranks 1, 2 | 3, 5 | 4, 6 in both classes: 0.625 by analysis of variance, raised by 1/4."""
+    within, across = clusters(3, 3, 2).correlations(np.array([1, 2, 3, 5, 4, 6] * 2, dtype=float))
+    assert within == pytest.approx(2 * np.sin(np.pi * 0.625 / 6) * 1.25)
+    assert across == 0
+
+
+@pytest.mark.parametrize(("slides", "degrees"), [(1, 2 * 17), (5, 1.2 * 17)])
+def test_the_degrees_of_freedom_are_those_of_the_patients(slides: int, degrees: float) -> None:
+    assert clusters(7, 12, slides).quantile == pytest.approx(t.ppf(0.975, degrees))
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = np.array([1.0, 4.0, 2.0, 9.0, 3.0])
+    without = (values.sum() - values) / 4
+    assert jackknife_error(without) == pytest.approx(values.std(ddof=1) / np.sqrt(5))
 
 
 def test_pairs_of_one_fold_are_fewer_so_their_auroc_is_less_certain() -> None:
