@@ -84,7 +84,7 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 def _describe(default: Any) -> str:
-    """A default as a user writes it; "" if it says nothing."""
+    """A default as a user writes it; "" if it is empty."""
     if default in (None, "", argparse.SUPPRESS) or isinstance(default, Namespace | dict):
         return ""
     if isinstance(default, bool):
@@ -102,21 +102,22 @@ def hide_training(parser: argparse.ArgumentParser) -> None:
 
 
 def arrange(groups: Iterable[Any], needed: Sequence[str]) -> list[Any]:
-    """Sort options into sections: what is required, the verb's own, the others, the general ones.
+    """Sort options into sections: required ones, the verb's own, groups, general ones.
 
     Parameters
     ----------
     groups: argparse's groups.
-    needed: names of the options that come first.
+    needed: names of the options that come first, in this order.
     """
     sections: dict[str, list[argparse.Action]] = {"required": [], "options": []}
     general: list[argparse.Action] = []
     unexplained: list[str] = []
     for group in groups:
         names = {action.dest for action in group._group_actions}
-        title = next((TITLES[name] for name in TITLES if name in names), plain_text(group.title))
         is_nested = any("." in name and not name.endswith(".help") for name in names)
-        section = sections.setdefault(title if is_nested else "options", [])
+        title = plain_text(group.title) if is_nested else "options"
+        title = next((TITLES[name] for name in TITLES if name in names), title)
+        section = sections.setdefault(title, [])
         for action in group._group_actions:
             if action.help is argparse.SUPPRESS:
                 continue

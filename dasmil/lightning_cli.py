@@ -46,7 +46,7 @@ PARTS = {"fit": "val", "validate": "val", "test": "test"}  # which split each ve
 
 
 def run(verb: str, args: Sequence[str]) -> int:
-    """One of LightningCLI's verbs; returns the exit code."""
+    """Run one of LightningCLI's verbs; returns the exit code."""
     return DasmilCLI(verb, list(args)).exit_code
 
 
@@ -54,14 +54,14 @@ class SaveConfig(SaveConfigCallback):
     """Save config.yaml when the first epoch begins: a fit that is refused changes nothing."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Not yet."""
+        """Do nothing: the first epoch saves the config."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().setup(trainer, pl_module, "fit")  # which saves once
+        super().setup(trainer, pl_module, "fit")  # it saves only once
 
 
 class EndOnSigterm(Callback):
-    """Restore dasmil's SIGTERM handler, which Lightning has replaced when these begin."""
+    """Restore dasmil's SIGTERM handler, which Lightning replaces before these hooks."""
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         end_on_sigterm()
@@ -170,7 +170,7 @@ class DasmilCLI(LightningCLI):
         ):
             raise InputError(
                 f"{self.verb}: give --bags together with --ckpt_path on the command line; "
-                "a config file names them data.bags and model"
+                "in a config file they are data.bags and model"
             )
         if self.verb == "fit":
             log_into_output(given)
@@ -185,7 +185,7 @@ class DasmilCLI(LightningCLI):
                     keeper.dirpath = str(self.output / CHECKPOINTS)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning lets a checkpoint override YAML and command line; here it is the other way."""
+        """Do nothing: Lightning would let a checkpoint override YAML and command line."""
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -194,7 +194,7 @@ class DasmilCLI(LightningCLI):
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Also leave other processes and the folder in order if it does not end well."""
+        """Run the verb; if it fails, end other processes and clean up the folder."""
         self._add_callbacks(EndOnSigterm())
         bar = self.trainer.progress_bar_callback
         if bar is not None and not sys.stdout.isatty():
@@ -208,11 +208,11 @@ class DasmilCLI(LightningCLI):
             if self.trainer.strategy.launcher is not None:
                 self.trainer.strategy.launcher.kill(signal.SIGTERM)
             if self.run is not None:
-                self._leave_in_order(self.run, error)
+                self._clean_up(self.run, error)
             raise
 
-    def _leave_in_order(self, run: RunFolder, error: BaseException) -> None:
-        """Remove the folder of a fit that has not begun; else name it to one who goes on."""
+    def _clean_up(self, run: RunFolder, error: BaseException) -> None:
+        """Remove the folder of a fit that has not begun; otherwise print how to resume it."""
         folder = self.trace.folder
         if not run.begun:
             if self.trainer.is_global_zero:
@@ -222,7 +222,7 @@ class DasmilCLI(LightningCLI):
 
     @property
     def output(self) -> Path | None:
-        """The folder for what is written: as given, or inside the run that the checkpoint is of."""
+        """The output folder: as given, or inside the run that wrote the checkpoint."""
         given, checkpoint = self._get(self.config, "output"), self._get(self.config, "ckpt_path")
         if given or not checkpoint or self.verb not in ("validate", "test"):
             return Path(given) if given else None
@@ -258,11 +258,11 @@ class DasmilCLI(LightningCLI):
         self._add_callbacks(PredictionWriter(self.output))
 
     def _add_callbacks(self, *callbacks: Callback) -> None:
-        """Before those that save checkpoints, which Lightning wants last."""
+        """Insert callbacks before those that save checkpoints, which must be last."""
         self.trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
 
     def after_validate(self) -> None:
-        """The exit code of the first process: one that ends with an error would end the others."""
+        """Set the exit code, only in the first process: a non-zero one elsewhere would kill it."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EvaluationWriter) and self.trainer.is_global_zero:
                 self.exit_code = int(callback.is_incomplete)
@@ -275,11 +275,11 @@ class DasmilCLI(LightningCLI):
                 if callback.failed:
                     say_not_finite("predict", callback.failed)
                 if callback.unread:
-                    self._say_unread(callback)
+                    self._print_unread(callback)
                 self.exit_code = int(bool(callback.failed or callback.unread))
 
-    def _say_unread(self, writer: PredictionWriter) -> None:
-        """Name slides whose bags could not be read."""
+    def _print_unread(self, writer: PredictionWriter) -> None:
+        """Print the slides whose bags could not be read."""
         reason = next(iter(writer.unread.values()))
         print(
             f"error: predict: {len(writer.unread)} bag(s) could not be read, their slides have "
@@ -289,7 +289,7 @@ class DasmilCLI(LightningCLI):
         )
 
     def after_fit(self) -> None:
-        """Say where the checkpoint is, and evaluate a method's on the validation slides."""
+        """Print the checkpoint, and evaluate that of a method on the validation slides."""
         keeper, folder = self.trainer.checkpoint_callback, run_folder(self.trainer)
         if not isinstance(keeper, ModelCheckpoint):
             return
@@ -297,14 +297,17 @@ class DasmilCLI(LightningCLI):
         if self.trainer.is_global_zero:
             print(f"fit: checkpoint {best}{self._describe_choice(keeper)}")
         if isinstance(self.model, MILModule) and keeper.best_model_path and folder is not None:
-            loggers, self.trainer.loggers = self.trainer.loggers, []  # its curves have ended
+            loggers, self.trainer.loggers = (
+                self.trainer.loggers,
+                [],
+            )  # the training curves are complete: don't log this validation
             self._add_callbacks(EvaluationWriter(folder / PARTS["fit"], replaces=True))
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
             self.trainer.loggers = loggers
             self.after_validate()
 
     def _describe_choice(self, keeper: ModelCheckpoint) -> str:
-        """Which epoch was chosen, of how many, and by how many slides of each class."""
+        """Describe the chosen epoch, and the number of slides per class that it was chosen on."""
         score, data = keeper.best_model_score, self.datamodule
         if score is None or not isinstance(data, BagDataModule):
             return ""
