@@ -9,7 +9,6 @@ from dasmil.headers import (
     TEXT,
     Entry,
     FileKind,
-    Header,
     read_header_of,
     refusing,
 )
@@ -45,18 +44,6 @@ def bag_path(folder: Path, slide_id: str) -> Path:
     return path_inside(folder, f"{slide_id}.safetensors")
 
 
-def read_num_tiles(path: Path) -> dict[str, int]:
-    """Tiles per scale, from the header of a bag file."""
-    header = read_header_of(path, BAG)
-    with refusing(path, BAG):
-        return _num_tiles(header)
-
-
-def _num_tiles(header: Header) -> dict[str, int]:
-    names = _scale_names(BAG.unpack(header, ["scales"])["scales"])
-    return {name: header.tensors[f"grid/{name}"].shape[0] for name in names}
-
-
 @lru_cache(maxsize=16)
 def _scale_names(text: str) -> tuple[str, ...]:
     """All bags of a folder have the same text."""
@@ -79,7 +66,10 @@ def describe_bag(path: Path) -> dict[str, str | int]:
     """The status row of a slide, from the header of its bag file."""
     header = read_header_of(path, BAG)
     with refusing(path, BAG):
-        return status_row(_num_tiles(header), **BAG.unpack(header, ["num_damaged"]))
+        values = BAG.unpack(header, ["scales", "num_damaged"])
+        names = _scale_names(values["scales"])
+        num_tiles = {name: header.tensors[f"grid/{name}"].shape[0] for name in names}
+        return status_row(num_tiles, values["num_damaged"])
 
 
 def status_row(

@@ -13,7 +13,6 @@ from typing import NewType
 from dasmil.errors import InputError
 
 Mpp = NewType("Mpp", float)  # µm per pixel
-Px0 = NewType("Px0", int)  # pixels of OpenSlide's level 0
 TilePx = NewType("TilePx", int)  # pixels of a tile
 
 SCALE_NAME = re.compile(r"x(?=[0.]*[1-9])([0-9]{1,6}(?:\.[0-9]{1,6})?)")

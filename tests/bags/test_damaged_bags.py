@@ -6,7 +6,7 @@ import numpy as np
 from bag_factory import make_bag
 from damage import refused_or_sound
 
-from dasmil.bag_folder import read_num_tiles
+from dasmil.bag_folder import describe_bag
 from dasmil.bags import bag_graph, bag_path, read_bag, read_header, write_bag
 from dasmil.bags.store import graph_bytes
 from dasmil.reports.heatmap import draw_heatmap
@@ -16,7 +16,7 @@ MUTATIONS = 1500
 
 def use(path: Path) -> None:
     """All that is done with a bag."""
-    read_num_tiles(path)
+    describe_bag(path)
     graph_bytes(path)
     bag = read_bag(path)
     assert bag.header == read_header(path)
