@@ -144,8 +144,11 @@ def shorten_error(message: str, parser: ArgumentParser) -> str:
         name = ".".join([option, match[1]]).strip(".")
         if option:
             options = [f"--{option}.{key}" for key in _parameters(best.class_path)]
+        in_group = match[1].replace("_", ".", 1)  # split_seed is split.seed now
         moved = [
-            known for known in options if known.count(".") > 1 and known.endswith(f".{match[1]}")
+            known
+            for known in options
+            if known.count(".") > 1 and known.endswith((f".{match[1]}", f".{in_group}"))
         ]
         if len(moved) == 1:
             return f"--{name}: its name is {moved[0]}"

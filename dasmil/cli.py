@@ -159,9 +159,9 @@ def _lost_reader(error: Exception) -> str:
     """The message if a reading process was lost; "" for other errors."""
     if not isinstance(error, RuntimeError):
         return ""
-    from dasmil.reading import say_lost  # here, since it imports torch
+    from dasmil.reading import describe_lost_reader  # here, since it imports torch
 
-    return say_lost(error)
+    return describe_lost_reader(error)
 
 
 def _output_is_closed() -> bool:

@@ -104,7 +104,7 @@ def evaluation_defaults(args: Sequence[str]) -> tuple[dict[str, Any], ModelCard 
     data: dict[str, Any] = {
         "classes": list(card.classes),
         "scales": list(card.scales),
-        "val_part": card.val_part,
+        "split": {"val_part": card.val_part},
     }
     if given["bags"] is not None:
         data["bags"] = given["bags"]

@@ -15,13 +15,19 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from dasmil.arguments import SentenceParser, find_configs, trainer_errors
-from dasmil.callbacks.evaluation import EvaluationWriter, say_not_finite
+from dasmil.callbacks.evaluation_writer import EvaluationWriter, print_not_finite
 from dasmil.callbacks.history import History
 from dasmil.callbacks.hparams import HyperParameters
-from dasmil.callbacks.instances import InstanceTruth
+from dasmil.callbacks.instance_truth import InstanceTruth
 from dasmil.callbacks.log_lines import LogLines
 from dasmil.callbacks.predictions import PredictionWriter
-from dasmil.callbacks.run_folder import CHECKPOINTS, RunFolder, Trace, run_folder, run_folder_of
+from dasmil.callbacks.run_folder import (
+    CHECKPOINTS,
+    RunFolder,
+    Trace,
+    folder_of_checkpoint,
+    logger_folder,
+)
 from dasmil.data import BagDataModule
 from dasmil.embedding.restricted import load_checkpoint
 from dasmil.endings import end_on_sigterm, signal_of
@@ -39,8 +45,13 @@ from dasmil.lightning_arguments import (
     with_resume,
 )
 from dasmil.modules import MILModule
-from dasmil.modules.going_on import refuse_other_settings, training_settings
-from dasmil.restoring import RestrictedIO, said_of_restoring
+from dasmil.modules.resume import (
+    RestrictedIO,
+    explain_restoring,
+    refuse_other_settings,
+    training_settings,
+)
+from dasmil.modules.training import TrainingModule
 
 PARTS = {"fit": "val", "validate": "val", "test": "test"}  # which split each verb evaluates
 
@@ -202,7 +213,7 @@ class DasmilCLI(LightningCLI):
             self._add_callbacks(LogLines())
         try:
             checkpoint = self._get(self.config, "ckpt_path") or self.resume_from
-            with said_of_restoring(checkpoint, trains=subcommand == "fit"):
+            with explain_restoring(checkpoint, trains=subcommand == "fit"):
                 super()._run_subcommand(subcommand)
         except BaseException as error:
             if self.trainer.strategy.launcher is not None:
@@ -226,7 +237,7 @@ class DasmilCLI(LightningCLI):
         given, checkpoint = self._get(self.config, "output"), self._get(self.config, "ckpt_path")
         if given or not checkpoint or self.verb not in ("validate", "test"):
             return Path(given) if given else None
-        run = run_folder_of(Path(checkpoint))
+        run = folder_of_checkpoint(Path(checkpoint))
         return None if run is None else run / PARTS[self.verb]
 
     def before_fit(self) -> None:
@@ -235,10 +246,10 @@ class DasmilCLI(LightningCLI):
             settings = training_settings(self.trainer, self.model, self.datamodule)
             refuse_other_settings(load_checkpoint(Path(checkpoint)), settings, checkpoint)
         seed = self._get(self.config, "seed_everything")
-        self.trace = Trace(run_folder(self.trainer))
+        self.trace = Trace(logger_folder(self.trainer))
         self.run = RunFolder(self.command, seed)
         self._add_callbacks(self.run, History())
-        if isinstance(self.model, MILModule):
+        if isinstance(self.model, TrainingModule):
             self._add_callbacks(HyperParameters())
 
     def before_validate(self) -> None:
@@ -273,7 +284,7 @@ class DasmilCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter) and self.trainer.is_global_zero:
                 if callback.failed:
-                    say_not_finite("predict", callback.failed)
+                    print_not_finite("predict", callback.failed)
                 if callback.unread:
                     self._print_unread(callback)
                 self.exit_code = int(bool(callback.failed or callback.unread))
@@ -290,7 +301,7 @@ class DasmilCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the checkpoint, and evaluate that of a method on the validation slides."""
-        keeper, folder = self.trainer.checkpoint_callback, run_folder(self.trainer)
+        keeper, folder = self.trainer.checkpoint_callback, logger_folder(self.trainer)
         if not isinstance(keeper, ModelCheckpoint):
             return
         best = keeper.best_model_path or keeper.last_model_path

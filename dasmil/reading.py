@@ -1,8 +1,8 @@
-"""How the reading processes of a DataLoader begin, hand over tensors and fail.
+"""How the reading processes of a DataLoader start, hand over tensors and fail.
 
 torch hands tensors over in shared memory (``/dev/shm``), of which Docker gives a container 64 MB.
-Where there is too little, the process that reads prints an error and lives on, and the one that
-waits for its tensors waits for ever.
+If there is too little, torch's reading process prints an error and does not end, and the process
+that waits for its tensors waits for ever.
 """
 
 import os
@@ -22,40 +22,39 @@ from dasmil.endings import leave_signals_to_parent
 
 SHARED_MEMORY = Path("/dev/shm")
 SMALL_BYTES = 2**30  # some chunks of pixels or views for each of several processes
-LOST = "DataLoader worker"  # what torch says begins so, if a reading process has ended
+LOST = "DataLoader worker"  # start of torch's message if a reading process has ended
 
 
 def reader_options(num_workers: int) -> dict[str, Any]:
-    """Arguments of a DataLoader that make it read in processes, and fail rather than wait.
+    """Arguments of a DataLoader whose reading processes end with an error rather than hang.
 
-    Tensors go through pipes instead of shared memory where there is little of it; the first call
-    says so.
+    If there is little shared memory, tensors go through pipes; the first call prints that.
     """
     by_value = num_workers > 0 and _shared_bytes() < SMALL_BYTES
     if by_value:
-        _say_small()
-    begin = _begin_by_value if by_value else _begin
-    return {"num_workers": num_workers, "worker_init_fn": begin}
+        _print_small_memory()
+    start = _start_by_value if by_value else _start
+    return {"num_workers": num_workers, "worker_init_fn": start}
 
 
-def say_lost(error: RuntimeError) -> str:
-    """The sentence for torch's error of a reading process that has ended; "" for other errors."""
+def describe_lost_reader(error: RuntimeError) -> str:
+    """A sentence for torch's error about a reading process that has ended; "" for other errors."""
     if LOST not in str(error):
         return ""
     return (
-        f"a reading process has ended ({str(error).splitlines()[0]}); above may stand why, else "
-        "there was too little memory: take fewer num_workers"
+        f"a reading process has ended ({str(error).splitlines()[0]}); the lines above may say "
+        "why, else there was too little memory: use fewer num_workers"
     )
 
 
 def _shared_bytes() -> int:
-    """Free shared memory; plenty where a system has it elsewhere."""
+    """Free shared memory; plenty if the system has no /dev/shm."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else sys.maxsize
 
 
 @cache
 @rank_zero_only
-def _say_small() -> None:
+def _print_small_memory() -> None:
     print(
         f"{SHARED_MEMORY}: {_shared_bytes() / 2**20:.0f} MB of shared memory are free, so reading "
         "processes use pipes, which are slower; Docker gives more by --shm-size 2g",
@@ -63,21 +62,21 @@ def _say_small() -> None:
     )
 
 
-def _begin(number: int) -> None:
+def _start(number: int) -> None:
     leave_signals_to_parent()
-    # multiprocessing prints what cannot be handed over, and goes on without it
+    # multiprocessing only prints what cannot be handed over, and continues without it
     Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
 
 
-def _begin_by_value(number: int) -> None:
-    _begin(number)
-    ForkingPickler.register(Tensor, _by_value)  # in the place of torch's, in this process alone
+def _start_by_value(number: int) -> None:
+    _start(number)
+    ForkingPickler.register(Tensor, _reduce_by_value)  # replaces torch's in this process
 
 
 def _end(error: Exception, item: object) -> None:
     print(
-        f"error: a reading process cannot hand over what it has read ({error}); it may be that "
-        f"{SHARED_MEMORY} is full: make it larger (Docker: --shm-size 2g), or take fewer "
+        f"error: a reading process cannot hand over what it has read ({error}); "
+        f"{SHARED_MEMORY} may be full: make it larger (Docker: --shm-size 2g), or use fewer "
         "num_workers",
         file=sys.stderr,
         flush=True,
@@ -85,19 +84,19 @@ def _end(error: Exception, item: object) -> None:
     os._exit(1)
 
 
-def _by_value(tensor: Tensor) -> tuple[Any, ...]:
-    """As bytes; its layout in memory is kept."""
+def _reduce_by_value(tensor: Tensor) -> tuple[Any, ...]:
+    """Pickle a tensor as bytes; its memory layout is kept."""
     tensor = tensor.detach()
     size, stride = tuple(tensor.shape), tensor.stride()
     flat = tensor.as_strided((tensor.numel(),), (1,)) if _is_dense(tensor) else None
     if flat is None:
         tensor = tensor.contiguous()
         flat, stride = tensor.flatten(), tensor.stride()
-    return _rebuilt, (flat.view(torch.uint8).numpy(), tensor.dtype, size, stride)
+    return _rebuild, (flat.view(torch.uint8).numpy(), tensor.dtype, size, stride)
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements lie side by side in memory, in whatever order of the dimensions."""
+    """Whether its elements are contiguous in memory, in any order of the dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
         if size > 1 and stride != expected:
@@ -106,7 +105,7 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.numel() > 0
 
 
-def _rebuilt(
+def _rebuild(
     data: Any, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> Tensor:
     return torch.from_numpy(data).view(dtype).as_strided(size, stride)

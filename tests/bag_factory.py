@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,14 @@ def write_bags(
         digest = (digests or {}).get(slide_id, "")
         write_bag(bag_path(folder, slide_id), with_changes(made, slide_digest=digest))
     return folder
+
+
+def trainer_of(split: object) -> Any:
+    """As much of a Trainer as a DataModule asks, whose model has met the slides of ``split``."""
+    card = SimpleNamespace(split=split, bag_format=make_bag().header.bag_format())
+    model = SimpleNamespace(is_bound=True, card=card)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    return SimpleNamespace(lightning_module=model, world_size=1, global_rank=0, strategy=strategy)
 
 
 def write_cohort_csv(

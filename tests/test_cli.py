@@ -275,22 +275,24 @@ def test_another_checkpoint_never_replaces_what_a_folder_holds(
     parts = {row.slide_id: row.split for row in read_cohort(road.cohort)}
     parts |= {next(s for s, part in parts.items() if part == "test"): "train"}
     table.write_text("\n".join(["slide_id,split", *(f"{s},{p}" for s, p in parts.items())]))
-    command = ["test", *evaluation(road, trained), "--data.split_table", str(table)]
+    command = ["test", *evaluation(road, trained), "--data.split.table", str(table)]
     assert main([*command, "--output", str(tmp_path / "test")]) == 2
     assert "holds the metrics of other test slides" in capsys.readouterr().err
 
 
 def test_split_options_of_the_command_line_are_obeyed_or_refused(road, trained, tmp_path, capsys):
     command = ["test", *evaluation(road, trained), "--output", str(tmp_path)]
-    assert main([*command, "--data.num_folds", "2", "--data.fold", "0"]) == 2
-    assert "data.num_folds: the split column already names val slides" in capsys.readouterr().err
+    assert main([*command, "--data.split.num_folds", "2", "--data.split.fold", "0"]) == 2
+    assert (
+        "data.split.num_folds: the split column already names val slides" in capsys.readouterr().err
+    )
     table = tmp_path / "table.csv"
     parts = {row.slide_id: row.split for row in read_cohort(road.cohort)}
     trained_on = next(s for s, part in parts.items() if part == "train")
     table.write_text(f"slide_id,split\n{trained_on},test\n")
     config = tmp_path / "options.yaml"
-    config.write_text(f"data:\n  init_args:\n    split_table: {table}\n")
-    for given in (["--data.split_table", str(table)], ["--config", str(config)]):
+    config.write_text(f"data:\n  init_args:\n    split: {{table: {table}}}\n")
+    for given in (["--data.split.table", str(table)], ["--config", str(config)]):
         assert main([*command, *given]) == 2
         assert f"{trained_on} (trained on)" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ import csv
 import inspect
 from collections import Counter
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from math import cos, exp, log, pi
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from dasmil.bags.output import ScaleOutput
 from dasmil.callbacks import BestCheckpoint
 from dasmil.cli import main
 from dasmil.data import BagDataModule, TileDataModule
-from dasmil.data.bags import DRAWING
+from dasmil.data.split import DRAWING, SplitOptions
 from dasmil.demo.slides import write_pyramid
 from dasmil.embedding.extractor import Extractor
 from dasmil.errors import InputError
@@ -405,7 +405,7 @@ def test_d16_the_rate_changes_once_an_epoch_over_all_epochs(tmp_path: Path) -> N
     trainer = quiet_trainer(tmp_path, max_epochs=4, callbacks=[rates], enable_checkpointing=False)
     module = small_module(learning_rate=0.1, min_learning_rate=0.02, bag_format=None, classes=None)
     trainer.fit(module, datamodule=data)
-    steps = len(data.part("train"))
+    steps = len(data.rows_of("train"))
     expected = [0.02 + 0.08 * (1 + cos(pi * epoch / 4)) / 2 for epoch in range(4)]
     assert rates.seen == pytest.approx([rate for rate in expected for _ in range(steps)])
 
@@ -432,11 +432,11 @@ def test_d17_one_tenth_of_the_training_patients_is_for_validation(tmp_path: Path
     patients = {s: f"{s[0]}-{int(s[1:]) // 2}" for s in labels}  # two slides each
     data = make_data(write_bags(tmp_path, labels, split, patients))
     for part, count in (("train", 36), ("val", 4), ("test", 6)):  # of each label
-        letters = Counter(row.slide_id[0] for row in data.part(part))
+        letters = Counter(row.slide_id[0] for row in data.rows_of(part))
         assert letters == {"n": count, "t": count}
     for patient in set(patients.values()):
-        assert len({data.split[s] for s in labels if patients[s] == patient}) == 1
-    assert {s for s, part in data.split.items() if part == "test"} == {
+        assert len({data.splits[s] for s in labels if patients[s] == patient}) == 1
+    assert {s for s, part in data.splits.items() if part == "test"} == {
         s for s, part in split.items() if part == "test"
     }
 
@@ -449,7 +449,7 @@ def test_d17_validation_is_the_test_part_only_by_switch_and_with_a_warning(
     assert not [w for w in recwarn if "D17" in str(w.message)]
     assert seen(data.val_dataloader()) == ["n2", "t2"]
     with pytest.warns(UserWarning, match="the validation slides are the test slides"):
-        released = make_data(folder, val_part="test")
+        released = make_data(folder, split=SplitOptions(val_part="test"))
     assert seen(released.val_dataloader()) == seen(released.test_dataloader()) == ["n3", "t3"]
 
 
@@ -464,7 +464,7 @@ def test_d17_fitting_opens_no_test_slide_unless_by_switch(
         opened.add(path.stem)
         return read_bag(path)
 
-    monkeypatch.setattr("dasmil.data.bags.read_bag", remember)
+    monkeypatch.setattr("dasmil.data.bag_dataset.read_bag", remember)
     fit_one_epoch(tmp_path, val_part=val_part)
     assert opened == {s for s, part in SPLIT.items() if part in ("train", val_part)}
 
@@ -513,11 +513,11 @@ def test_d18_the_other_threshold_is_chosen_on_validation_and_kept(tmp_path: Path
         expected = (upper + (normal if tumour > normal else max(normal, tumour))) / 2
         assert threshold == pytest.approx(expected, abs=1e-6)
 
-    tested = [row.slide_id for row in data.part("test")]
+    tested = [row.slide_id for row in data.rows_of("test")]
     scores = {s: positive_of(keeper.best_model_path, data, s)["x20"] for s in tested}
     for second in "tn":  # which of the two kinds is called tumour in the table
         labels = {row.slide_id: CLASSES[row.slide_id[0] == second] for row in data.rows}
-        write_bags(tmp_path, labels, data.split)
+        write_bags(tmp_path, labels, data.splits)
         for given in (chosen, *({s: {"youden": t} for s in chosen} for t in (0.0, 1.0))):
             module = dasmil.load(keeper.best_model_path)
             module.bind(replace(module.card, thresholds=deepcopy(given)))
@@ -731,12 +731,11 @@ DATA_NO_DIFFERENCE = {
     "scales",
     "num_workers",
     "test_fraction",
-    "split_seed",
+    "seed",
     "num_folds",
     "fold",
-    "split_table",
+    "table",
     "weighted_sampling",
-    "split",
     "allow_seen_slides",
     "other_cohort",
     "cache",
@@ -753,6 +752,7 @@ def test_a_preset_pins_every_switch_and_nothing_else(config: str) -> None:
     options = content["model"]["init_args"]
     assert nested_options(DASMIL, leaves(options)) == options  # each in its group
     content["model"]["init_args"] = leaves(options)
+    content["data"]["init_args"] = leaves(content["data"]["init_args"])
     expected = {
         "model": {"init_args": column(TABLE, config)},
         "data": {"init_args": column(DATA_TABLE, config)},
@@ -770,7 +770,7 @@ def test_the_config_without_a_preset_and_the_code_have_the_default_column() -> N
     parameters = inspect.signature(BagDataModule.__init__).parameters
     drawn = inspect.signature(split_cohort).parameters  # None is "not given" in the DataModule
     of_data = {name: p.default for name, p in parameters.items()}
-    of_data |= {name: drawn[DRAWING[name]].default for name in DRAWING}
+    of_data |= asdict(SplitOptions()) | {name: drawn[name].default for name in DRAWING}
     for defaults, table in ((leaves(DASMIL().options), TABLE), (of_data, DATA_TABLE)):
         for name, value in column(table, "mil.yaml").items():
             assert defaults[name] == value, name
@@ -779,8 +779,9 @@ def test_the_config_without_a_preset_and_the_code_have_the_default_column() -> N
 def test_no_switch_is_forgotten() -> None:
     """A new argument of model or data is either in the table or said to be no difference."""
     assert set(leaves(DASMIL().options)) == set(TABLE) | NO_DIFFERENCE
-    parameters = set(inspect.signature(BagDataModule.__init__).parameters) - {"self"}
-    assert parameters == set(DATA_TABLE) | DATA_NO_DIFFERENCE
+    parameters = set(inspect.signature(BagDataModule.__init__).parameters) - {"self", "split"}
+    of_split = {field.name for field in fields(SplitOptions)}
+    assert parameters | of_split == set(DATA_TABLE) | DATA_NO_DIFFERENCE
     numbers = {row[0] for row in (TABLE | DATA_TABLE).values()}
     assert {f"D{n}" for n in range(1, 18)} <= numbers
 

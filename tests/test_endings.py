@@ -103,9 +103,9 @@ def test_fit(road, tmp_path, ending, capsys, name):
 
 REFUSED = {
     "unknown label": ["--data.classes", "[normal,other]"],
-    "no slide of a class": ["--data.num_folds", "11", "--data.fold", "0"],
+    "no slide of a class": ["--data.split.num_folds", "11", "--data.split.fold", "0"],
     "no epochs": ["--trainer.max_epochs", "-1"],
-    "no validation slide": ["--data.val_fraction", "0", "--data.split_table", "none.csv"],
+    "no validation slide": ["--data.split.val_fraction", "0", "--data.split.table", "none.csv"],
 }
 
 

@@ -304,14 +304,16 @@ def test_a_training_that_cannot_be_taken_up_is_said(run, tmp_path, capsys, what)
     content["settings"]["trainer.max_epochs"] = 50
     torch.save(OTHER_STATES[what](content), last)
     said = refusal([*command, "--trainer.max_epochs", "50"], capsys)
-    assert str(last) in said and "goes on with the settings that it began with" not in said
+    assert str(last) in said and "resumes only with the settings" not in said
 
 
 def test_other_settings_are_said_with_the_checkpoint(run, tmp_path, capsys):
     command = changed_run(run, tmp_path / "run")
     said = refusal([*command, "--trainer.max_epochs", "50"], capsys)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    assert said.startswith(f"error: {last}: its training goes on with the settings that it began")
+    assert said.startswith(
+        f"error: {last}: a training resumes only with the settings of its config"
+    )
     assert "trainer.max_epochs 50 instead of" in said
 
 

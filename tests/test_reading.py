@@ -52,7 +52,7 @@ def load(dataset: Dataset) -> list:
 @pytest.mark.parametrize("free", [64 * 2**20, 2**40], ids=["small", "large"])
 def test_tensors_arrive_as_they_are(free: int, monkeypatch, capsys) -> None:
     monkeypatch.setattr(reading, "_shared_bytes", lambda: free)
-    reading._say_small.cache_clear()
+    reading._print_small_memory.cache_clear()
     dataset = Tensors()
     for _ in range(2):
         for expected, found in zip(map(dataset.__getitem__, range(4)), load(dataset), strict=True):
@@ -68,14 +68,14 @@ def test_what_cannot_be_handed_over_ends_the_run_with_a_sentence(capfd) -> None:
     """multiprocessing would print a traceback, and the loader wait for ever."""
     with pytest.raises(RuntimeError) as caught:
         load(TooLarge())
-    assert "a reading process has ended" in reading.say_lost(caught.value)
+    assert "a reading process has ended" in reading.describe_lost_reader(caught.value)
     said = capfd.readouterr().err
     assert "cannot hand over what it has read (unable to write to file" in said
     assert "Traceback" not in said
 
 
 def test_other_errors_are_none_of_a_lost_process() -> None:
-    assert reading.say_lost(RuntimeError("out of memory")) == ""
+    assert reading.describe_lost_reader(RuntimeError("out of memory")) == ""
 
 
 SMALL_SHM = ["unshare", "--map-root-user", "--mount", "bash", "-c"]

@@ -39,7 +39,7 @@ def atlas(shared_data, tmp_path_factory):
     assert main(embed_command(root / "tiles", root / "bags", random)) == 0
     configs = ["--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "dasmil.yaml")]
     data = ["--data.bags", str(root / "bags"), "--data.classes", "[benign,malignant]"]
-    split = ["--data.val_fraction", "0.2"]
+    split = ["--data.split.val_fraction", "0.2"]
     assert main(["fit", *configs, *data, *split, "--output", str(root / "runs" / "dasmil")]) == 0
     checkpoint = root / "runs" / "dasmil" / "checkpoints" / "best.ckpt"
     model = ["--ckpt_path", str(checkpoint), "--bags", str(root / "bags")]

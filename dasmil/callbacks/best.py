@@ -10,22 +10,22 @@ from dasmil.errors import InputError
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the epoch with the best monitored metric; of ties the one with the lowest loss.
+    """Keeps the epoch with the best monitored metric, and of ties the one with the lowest loss.
 
-    With few validation slides many epochs tie, and Lightning alone keeps the first of them.
+    With few validation slides many epochs tie, and Lightning keeps the first of them.
 
     Parameters
     ----------
     monitor:
         name of the metric that decides.
     mode:
-        whether the largest value is best (max), or the smallest (min).
+        whether the largest (max) or the smallest value (min) is best.
     ties:
         name of the metric whose smallest value decides between epochs with equal values.
     filename:
-        of the checkpoint, without its suffix.
+        file name of the checkpoint without its suffix.
     kwargs:
-        further arguments of Lightning's ModelCheckpoint, but for save_top_k: one epoch is kept.
+        further arguments of Lightning's ModelCheckpoint; save_top_k must be 1.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class BestCheckpoint(ModelCheckpoint):
     ):
         if kwargs.get("save_top_k", 1) != 1:
             raise InputError(
-                "BestCheckpoint keeps one epoch; for save_top_k take Lightning's ModelCheckpoint"
+                "BestCheckpoint keeps one epoch; for save_top_k use Lightning's ModelCheckpoint"
             )
         fixed = {"auto_insert_metric_name": False, "enable_version_counter": False}
         super().__init__(filename=filename, monitor=monitor, mode=mode, **{**fixed, **kwargs})

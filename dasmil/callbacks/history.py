@@ -1,4 +1,4 @@
-"""The course of a training: ``history.csv``, one row per epoch, and its curves as a picture."""
+"""The history of a training: ``history.csv`` with one row per epoch, and a picture of curves."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from dasmil.callbacks.run_folder import run_folder
+from dasmil.callbacks.run_folder import logger_folder
 from dasmil.errors import InputError
 from dasmil.files import atomic_path
 from dasmil.reports.training_curves import columns_with_values, curves_figure, natural_order
@@ -16,56 +16,55 @@ from dasmil.tables import read_csv, write_csv
 
 TABLE, PICTURE = "history.csv", "curves.png"
 FIRST_COLUMNS = ("epoch", "step", "learning_rate")
-DRAW_SECONDS = 60  # between two pictures while training goes on
+DRAW_SECONDS = 60  # between two pictures during the training
 DPI = 110
 
 
 class History(Callback):
     """Writes ``history.csv`` after each epoch, and ``curves.png`` now and then and at the end.
 
-    A row holds the epoch, the steps of the optimiser so far, the learning rate of the last one (of
-    its first group of parameters), and all that was logged: means over the epoch where the model
-    logs them, else the value of the last step; names that end in ``_step`` are left out. A cell of
-    an epoch that was not validated is empty.
+    A row holds the epoch, the optimiser's steps so far, the learning rate of the last step (of the
+    first group of parameters), and all that was logged: the mean over the epoch if the model logs
+    it, else the value of the last step. Names that end in ``_step`` are skipped. Cells of ``val``
+    are empty for an epoch without validation.
 
-    The row stands before the checkpoint of its epoch is saved, so this callback comes before those
-    that save; a training that goes on from a checkpoint keeps the rows up to it, and its table is
-    in the end that of one that was never broken off. Nothing is written without a logger, which
-    names the folder.
+    A row is written before the checkpoint of its epoch is saved, so this callback comes before
+    those that save. A resumed training keeps the rows up to its checkpoint, so its table ends as
+    that of an uninterrupted training. The logger names the folder; without one, nothing is written.
     """
 
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.rows: list[dict[str, Any]] = []
-        self._broken_off: dict[int, dict[str, Any]] = {}
+        self._interrupted: dict[int, dict[str, Any]] = {}  # rows of epochs that are trained again
         self._learning_rate: float | None = None
         self._validated = False
         self._drawn = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.folder = run_folder(trainer)
+        self.folder = logger_folder(trainer)
         epoch = trainer.current_epoch
         earlier = [] if self.folder is None or epoch == 0 else _read_rows(self.folder / TABLE)
         self.rows = [row for row in earlier if row["epoch"] < epoch]
-        self._broken_off = {row["epoch"]: row for row in earlier if row["epoch"] >= epoch}
+        self._interrupted = {row["epoch"]: row for row in earlier if row["epoch"] >= epoch}
         self._drawn = time.monotonic()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The checks before the training were no epoch's validation."""
+        """Ignore Lightning's sanity check, which runs before the first epoch."""
         self._validated, self._learning_rate = False, None
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """At the end of an epoch the schedule has set the rate of the next one already."""
+        """Read the rate here: at the end of an epoch the schedule has set the next one."""
         self._learning_rate = float(optimizer.param_groups[0]["lr"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation of this epoch has been before; the checkpoint of it comes after."""
-        logged = dict(trainer.callback_metrics)  # in every process: means are put together here
+        """Write the row after the validation of the epoch, and before its checkpoint."""
+        logged = dict(trainer.callback_metrics)  # in every process: means are reduced here
         if self.folder is None or not trainer.is_global_zero:
             return
         row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
@@ -73,10 +72,10 @@ class History(Callback):
         row |= {
             name: float(value)
             for name, value in logged.items()
-            if _kept(name, logged) and (self._validated or not name.startswith("val"))
+            if _is_kept(name, logged) and (self._validated or not name.startswith("val"))
         }
-        if self._learning_rate is None:  # all its steps were made before the checkpoint was saved
-            row = self._broken_off.get(trainer.current_epoch, row)
+        if self._learning_rate is None:  # its steps were made before the checkpoint was saved
+            row = self._interrupted.get(trainer.current_epoch, row)
         self.rows.append(row)
         write_csv(self.folder / TABLE, _columns(self.rows), self.rows)
         if time.monotonic() - self._drawn > DRAW_SECONDS:
@@ -95,7 +94,7 @@ class History(Callback):
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a table with their epochs as numbers; none where there is no table yet."""
+    """Rows of a table with their epochs as numbers; [] if there is no table yet."""
     if not path.is_file():
         return []
     _, rows = read_csv(path)
@@ -107,14 +106,14 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         ) from error
 
 
-def _kept(name: str, logged: Mapping[str, Any]) -> bool:
-    """Not what is of one step alone, nor Lightning's second name of a mean over the epoch."""
+def _is_kept(name: str, logged: Mapping[str, Any]) -> bool:
+    """Skip values of single steps and Lightning's duplicate ``*_epoch`` names."""
     second_name = name.endswith("_epoch") and name.removesuffix("_epoch") in logged
     return not name.endswith("_step") and not second_name
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of all rows, in an order that depends on the names alone: x5 before x10."""
+    """Columns of all rows, in an order that depends on the names alone: x5 before x10."""
     return [
         *FIRST_COLUMNS,
         *sorted(columns_with_values(rows) - set(FIRST_COLUMNS), key=natural_order),

@@ -1,4 +1,4 @@
-"""Lines in place of Lightning's progress bar, for output that is no terminal."""
+"""Lines instead of Lightning's progress bar, for output that is no terminal."""
 
 import time
 from typing import Any
@@ -11,7 +11,7 @@ from dasmil.progress import progress
 class LogLines(Callback):
     """Print one line per epoch, and one every two minutes of an epoch or an evaluation.
 
-    An epoch's line holds the losses and the AUROC that were logged, and how long it took.
+    The line of an epoch holds the logged losses and AUROCs, and its duration.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class LogLines(Callback):
         names = [name for name in metrics if name.split("/")[-1] in ("loss", "auroc")]
         names.sort(key=lambda name: (name[:5] != "train", name[-4:] != "loss"))
         if "val/auroc" in names and any(name.count("/") == 2 for name in names):
-            names.remove("val/auroc")  # the finest scale's, which has a name of its own
+            names.remove("val/auroc")  # that of the last scale, which is listed by its own name
         shown = [
             f"{name} {float(metrics[name]):.4f}"
             for name in names

@@ -1,4 +1,4 @@
-"""What ``predict`` leaves on disk: one table of slides, and per slide its tiles and pictures."""
+"""The files of ``predict``: one table of slides, and per slide a table of tiles and pictures."""
 
 import json
 import os
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dasmil.bags import Bag, BagGraph
 from dasmil.bags.output import ScaleOutput
-from dasmil.callbacks.evaluation import checkpoint_of
-from dasmil.data.bags import BagDataModule, UnreadBag
-from dasmil.distributed import gather_lists
+from dasmil.callbacks.evaluation_writer import checkpoint_of
+from dasmil.data.bag_dataset import UnreadBag
+from dasmil.data.bags import BagDataModule
+from dasmil.data.distributed import gather_lists
 from dasmil.errors import DiskFullError, InputError
 from dasmil.files import write_text
 from dasmil.json_text import parse_json
@@ -34,11 +35,11 @@ ROWS_AT_ONCE = 65_536
 class PredictionWriter(Callback):
     """Writes predictions.csv, instances/<slide_id>.csv and overlays/<slide_id>_<scale>.png.
 
-    ``predictions.json`` names the checkpoint that all of them come from.
+    ``predictions.json`` names the checkpoint of all of them.
 
     A slide whose bag cannot be read, or whose output is not finite, has the state ``failed`` in the
-    table, and no other file. A row is added when its slide is done; in the end the rows are sorted.
-    The trainer's model and datamodule tell it the classes, the labels and where bags lie.
+    table, and no other file. A row is added as soon as its slide is done; at the end the rows are
+    sorted. The Trainer's model and DataModule give the classes, the labels and the bags.
 
     Parameters
     ----------
@@ -65,14 +66,14 @@ class PredictionWriter(Callback):
         self.scales = pl_module.output_scales
         self.classes, self.logit_classes = pl_module.classes, pl_module.logit_classes
         self.thresholds = pl_module.card.thresholds or {}
-        self.splits = data.parts_in_study()
+        self.splits = data.describe_met_slides()
         name, self.checkpoint = checkpoint_of(trainer)
-        self._name_checkpoint(name, trainer.is_global_zero)
+        self._record_checkpoint(name, trainer.is_global_zero)
         if trainer.is_global_zero:
             if self.table.exists() and not self._before.exists():
                 os.replace(self.table, self._before)
             write_csv(self.table, self._columns(), [])
-        trainer.strategy.barrier()  # then every process adds its rows
+        trainer.strategy.barrier()  # every process adds rows to the new table
 
     @property
     def table(self) -> Path:
@@ -80,7 +81,7 @@ class PredictionWriter(Callback):
 
     @property
     def _before(self) -> Path:
-        """The whole table of an earlier run, until this one has ended."""
+        """The complete table of an earlier run, kept until this one has ended."""
         return self.output / "predictions.before.csv"
 
     def _columns(self) -> list[str]:
@@ -90,8 +91,8 @@ class PredictionWriter(Callback):
         known = ("slide_id", "patient_id", "label", "split")
         return [*known, *logits, *probabilities, *called, CHECKPOINT, "state", "message"]
 
-    def _name_checkpoint(self, name: str, is_first: bool) -> None:
-        """Say whose output the folder holds, before there is any; it never mixes two models'."""
+    def _record_checkpoint(self, name: str, is_global_zero: bool) -> None:
+        """Record whose output the folder holds; refuse a folder of another checkpoint."""
         path = self.output / "predictions.json"
         before = ""
         if path.is_file():
@@ -104,7 +105,7 @@ class PredictionWriter(Callback):
                 f"({before[:SHORT_HASH] or 'not known'}, this one is "
                 f"{self.checkpoint[:SHORT_HASH]}); give another --output to keep both"
             )
-        if is_first:
+        if is_global_zero:
             about = {"checkpoint": name, CHECKPOINT: self.checkpoint}
             write_text(path, json.dumps(about, indent=2) + "\n")
 
@@ -147,7 +148,7 @@ class PredictionWriter(Callback):
         self.unread = {name: reason for name, reason in failed.items() if reason != NOT_FINITE}
 
     def _known(self, slide_id: str) -> dict[str, Any]:
-        """What a row says of a slide before there is any output."""
+        """The columns of a slide that do not depend on the output."""
         row = self.rows[slide_id]
         return {
             "slide_id": slide_id,
@@ -161,7 +162,7 @@ class PredictionWriter(Callback):
     def _write_slide(
         self, outputs: Mapping[str, ScaleOutput], batch: BagGraph, number: int
     ) -> dict[str, Any]:
-        """Write the files of a slide; returns its part of the table.
+        """Write the files of a slide; returns its columns of the table.
 
         Raises
         ------
@@ -174,17 +175,14 @@ class PredictionWriter(Callback):
         for scale, output in outputs.items():
             rows = all_rows[scale]
             bag_logits[scale] = output.bag_logits[number].float().cpu()
-            of_tiles = {"logit": output.instance_logits, "attention": output.attention}
+            scores = {"logit": output.instance_logits, "attention": output.attention}
             tiles[scale] = {
                 name: values[rows].float().cpu()
-                for name, values in of_tiles.items()
+                for name, values in scores.items()
                 if values is not None
             }
-        parts = [
-            *bag_logits.values(),
-            *(part for found in tiles.values() for part in found.values()),
-        ]
-        if not all(bool(part.isfinite().all()) for part in parts):
+        values = [*bag_logits.values(), *(x for kinds in tiles.values() for x in kinds.values())]
+        if not all(bool(x.isfinite().all()) for x in values):
             raise InputError(NOT_FINITE)
         self._write_instances(bag, tiles)
         self._write_overlays(bag, bag_logits, tiles)
@@ -212,7 +210,7 @@ class PredictionWriter(Callback):
         return row | self._called(probabilities)
 
     def _called(self, probabilities: Tensor) -> dict[str, str]:
-        """The class that a slide (P,) is called: at 0.5, and at each threshold of validation."""
+        """The class of a slide with probabilities (P,): at 0.5, and at each stored threshold."""
         if len(self.classes) > 2:
             return {"called": self.classes[int(probabilities.argmax())]}
         points = {"called_at_0.5": 0.5}
@@ -222,22 +220,19 @@ class PredictionWriter(Callback):
         return {name: self.classes[positive > threshold] for name, threshold in points.items()}
 
     def _write_instances(self, bag: Bag, tiles: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """The table of the tiles, with what the method says of each."""
+        """Write the table of the tiles with the scores of each."""
         kinds = list(next(iter(tiles.values())))
         columns = ["scale", "row", "col", "x0_px0", "y0_px0", "size_px0"]
         columns += [f"{kind}/{name}" for kind in kinds for name in self.logit_classes]
 
         def records() -> Iterator[dict[str, Any]]:
-            for scale, found in tiles.items():
-                scores = [found[kind] for kind in kinds]
-                together = (
-                    torch.cat(scores, dim=1) if scores else torch.empty(len(bag.grid[scale]), 0)
-                )
-                parts = (bag.grid[scale], bag.boxes_px0(scale), together)
-                # Python's numbers take ten times the memory
-                some = zip(*(part.split(ROWS_AT_ONCE) for part in parts), strict=True)
-                values = (row for block in some for row in zip(*(part.tolist() for part in block)))
-                for (row, col), (left, top, right, _), scores_of_tile in values:
+            for scale, of_scale in tiles.items():
+                scores = [torch.empty(len(bag.grid[scale]), 0), *(of_scale[kind] for kind in kinds)]
+                parts = (bag.grid[scale], bag.boxes_px0(scale), torch.cat(scores, dim=1))
+                # in blocks, because Python's numbers take ten times the memory
+                blocks = zip(*(part.split(ROWS_AT_ONCE) for part in parts), strict=True)
+                rows = (row for block in blocks for row in zip(*(part.tolist() for part in block)))
+                for (row, col), (left, top, right, _), scores_of_tile in rows:
                     place = [scale, row, col, left, top, right - left]
                     yield dict(zip(columns, [*place, *scores_of_tile], strict=True))
 
@@ -249,22 +244,22 @@ class PredictionWriter(Callback):
         bag_logits: Mapping[str, Tensor],
         tiles: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        """Instance probability and attention of the slide's predicted (or only) logit class."""
+        """Draw instance probability and attention of the predicted (or only) logit's class."""
         row = self.rows[bag.slide_id]
         canvas, problem = slide_canvas(row, bag)
         if problem:
             self._notes.append(f"overlay of {bag.slide_id} on an empty canvas: {problem}")
         if not any(bag.num_tiles().values()):
-            self._notes.append(f"{bag.slide_id} has no tiles: its prediction rests on no evidence")
+            self._notes.append(f"{bag.slide_id} has no tiles: its prediction has no evidence")
         number = int(bag_logits[list(bag_logits)[-1]].argmax())
         name = self.logit_classes[number]
-        for scale, found in tiles.items():
+        for scale, of_scale in tiles.items():
             scores = {}
-            if "logit" in found:
-                probability = class_probabilities(found["logit"])[:, self.classes.index(name)]
+            if "logit" in of_scale:
+                probability = class_probabilities(of_scale["logit"])[:, self.classes.index(name)]
                 scores[f"instance probability: {name}"] = probability.numpy()
-            if "attention" in found:
-                weight = found["attention"][:, number].numpy()
+            if "attention" in of_scale:
+                weight = of_scale["attention"][:, number].numpy()
                 scores["attention (1: largest, at least 2 x mean)"] = relative_attention(weight)
             if not scores:
                 continue
@@ -277,7 +272,7 @@ class PredictionWriter(Callback):
 
 
 def _checkpoint_in(path: Path) -> str:
-    """The SHA-256 that a predictions.json names; "" if it is damaged."""
+    """The SHA-256 of the checkpoint in a predictions.json; "" if the file is damaged."""
     try:
         return str(dict(parse_json(path.read_bytes())).get(CHECKPOINT, ""))
     except (TypeError, ValueError):

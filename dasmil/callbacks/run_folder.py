@@ -1,4 +1,4 @@
-"""The folder of a ``fit``: how it came to be, and how one that was broken off goes on in it."""
+"""The folder of a ``fit``: the record of its starts, and its checkpoints if it has moved."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,17 +17,17 @@ CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 
 
-def run_folder(trainer: Trainer) -> Path | None:
-    """The folder of a run, which the logger names; None without a logger.
+def logger_folder(trainer: Trainer) -> Path | None:
+    """The folder of a run, which its logger names; None without a logger.
 
-    Every process must call it: the folder is broadcast.
+    Every process must call it, because the folder is broadcast.
     """
     folder = trainer.log_dir if trainer.loggers else None
     return None if folder is None else Path(folder)
 
 
-def run_folder_of(checkpoint: Path) -> Path | None:
-    """The folder of the ``fit`` that wrote a checkpoint; None where it lies elsewhere by now."""
+def folder_of_checkpoint(checkpoint: Path) -> Path | None:
+    """The folder of the ``fit`` that wrote a checkpoint; None if the checkpoint was moved."""
     folder = checkpoint.parent.parent
     written_there = checkpoint.parent.name == CHECKPOINTS and (folder / "config.yaml").is_file()
     return folder if written_there else None
@@ -37,13 +37,13 @@ class RunFolder(Callback):
     """Record each start of a ``fit`` in its folder; re-locate its checkpoints if that has moved.
 
     ``provenance.json`` gets the start, ``split.csv`` the split. They are written when the first
-    epoch begins: a module may still refuse to train in ``on_train_start``, which comes after that
-    of the callbacks, and a ``fit`` that is refused changes nothing.
+    epoch begins, because a module may still refuse to train in its ``on_train_start``, and a
+    refused ``fit`` changes nothing.
 
     Parameters
     ----------
-    command: the verb and its arguments as they were typed.
-    seed: of ``seed_everything``.
+    command: the verb and its arguments as the user typed them.
+    seed: that of ``seed_everything``.
     """
 
     def __init__(self, command: Sequence[str] = (), seed: int | None = None):
@@ -55,7 +55,7 @@ class RunFolder(Callback):
         if self.begun:
             return
         self.begun = True
-        folder, data = run_folder(trainer), getattr(trainer, "datamodule", None)
+        folder, data = logger_folder(trainer), getattr(trainer, "datamodule", None)
         if folder is None or not trainer.is_global_zero:
             return
         record_start(folder, self.seed, self.command, trainer.world_size)
@@ -65,9 +65,9 @@ class RunFolder(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """A folder may be named in another way now, or have been moved.
+        """Re-locate the checkpoints of a folder that has moved or is named in another way.
 
-        Lightning goes by the name alone, and would take the next epoch for the best one.
+        Lightning compares names alone, and would take the next epoch for the best one.
         """
         for keeper in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(keeper.state_key)
@@ -82,11 +82,11 @@ class RunFolder(Callback):
 
 
 class Trace:
-    """What a ``fit`` has put into its folder, to be removed if the fit is refused.
+    """The files that a ``fit`` adds to its folder, which are removed if the fit is refused.
 
     Parameters
     ----------
-    folder: of the run, before anything of this fit is in it; None if it has none.
+    folder: folder of the run before this fit writes into it; None if it has none.
     """
 
     def __init__(self, folder: Path | None):
@@ -104,7 +104,7 @@ class Trace:
             else:
                 path.unlink(missing_ok=True)
         for path in self._missing:
-            with suppress(OSError):  # others may have put something there
+            with suppress(OSError):  # another process may have added a file
                 path.rmdir()
 
 

@@ -39,7 +39,7 @@ from dasmil.embedding.writer import BagWriter, Embedded, bag_header
 from dasmil.errors import InputError, some_of
 from dasmil.files import map_files, must_exist, write_text
 from dasmil.geometry import Tiles
-from dasmil.reading import reader_options, say_lost
+from dasmil.reading import describe_lost_reader, reader_options
 from dasmil.slides.cohort import SlideRow, describe_leaving, read_cohort, write_cohort
 from dasmil.slides.tile_table import read_tiles, slide_changed, tiles_path
 from dasmil.work.worker import STALE_AFTER_S, Worker
@@ -284,7 +284,7 @@ def _predict(trainer: Trainer, module: EmbeddingModule, writer: BagWriter) -> No
     try:
         trainer.predict(module, return_predictions=False)
     except RuntimeError as error:
-        if not say_lost(error):
+        if not describe_lost_reader(error):
             raise
         suspects = writer.worker.claimed()
         for slide_id in suspects:

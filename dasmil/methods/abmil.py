@@ -3,7 +3,6 @@
 Paper: Ilse et al., ICML 2018, section 2.4, Eq. 8 (plain) and Eq. 9 (gated).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +10,12 @@ from torch import nn
 
 from dasmil.bags import BagGraph
 from dasmil.bags.output import ScaleOutput
-from dasmil.modules.mil import SingleScaleModule
 from dasmil.modules.options import OptimizerOptions
+from dasmil.modules.single_scale import SingleScaleModule
 from dasmil.nn.attention import AttentionScores, attention_pool
 from dasmil.tensors import bag_rows, precisely
 
-# as released, but for the cosine schedule
+# as released, except for the cosine schedule
 RELEASED = OptimizerOptions(
     learning_rate=5e-4, betas=(0.9, 0.999), weight_decay=1e-4, decay_below=None
 )
@@ -29,11 +28,11 @@ class NetworkOptions:
     Parameters
     ----------
     attention_dim:
-        L, width of the hidden layer of the attention.
+        L, width of the attention's hidden layer.
     gated:
-        whether a sigmoid gate multiplies the tanh (Eq. 9), or not (Eq. 8).
+        whether a sigmoid gate multiplies the tanh (Eq. 9) or not (Eq. 8).
     hidden_dim:
-        width of a layer with ReLU before the attention; null: it reads the features.
+        width of a layer with ReLU before the attention; null: no such layer.
     """
 
     attention_dim: int = 128
@@ -51,7 +50,7 @@ class ABMIL(SingleScaleModule):
     optimizer:
         learning rate, schedule and weight decay.
     options:
-        of :class:`dasmil.modules.MILModule`, and the scale.
+        options of :class:`dasmil.modules.SingleScaleModule`.
     """
 
     def __init__(
@@ -63,19 +62,18 @@ class ABMIL(SingleScaleModule):
         super().__init__(optimizer=optimizer, **options)
         self.network_options = network
 
-    def build(self, in_dims: Mapping[str, int], num_logits: int) -> nn.Module:
+    def build_network(self, scale: str, in_dim: int, num_logits: int) -> nn.Module:
         """One attention pooling."""
-        (scale, in_dim), *_ = in_dims.items()
         return ABMILNetwork(scale, in_dim, num_logits, self.network_options)
 
 
 class ABMILNetwork(nn.Module):
-    """An attention over the tiles, and a linear classifier of the sum that it weights.
+    """An attention over the tiles, and a linear classifier of the attention-weighted sum.
 
     Parameters
     ----------
-    scale: whose tiles it reads.
-    in_dim: width of their features.
+    scale: scale to read.
+    in_dim: width D of its features.
     num_logits: C.
     options: see :class:`NetworkOptions`.
     """
@@ -91,7 +89,7 @@ class ABMILNetwork(nn.Module):
         self.classifier = nn.Linear(in_dim, num_logits)
 
     def forward(self, graph: BagGraph) -> dict[str, ScaleOutput]:
-        """Bag logits and attention."""
+        """Bag logits (B, C) and attention (N, C), the same for every class."""
         ptr = graph.ptr[self.scale]
         h = self.trunk(graph.features[self.scale].to(self.classifier.weight.dtype))  # (N, K)
         attention, embedding = attention_pool(self.attention(h), h, ptr)

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from dasmil.bags import BagGraph
 from dasmil.bags.output import ScaleOutput
 from dasmil.losses import bag_loss
-from dasmil.modules.mil import SingleScaleModule
 from dasmil.modules.options import OptimizerOptions
+from dasmil.modules.single_scale import SingleScaleModule
 from dasmil.nn.attention import AttentionScores, attention_pool
 from dasmil.tensors import bag_rows, precisely
 
-# as released, but for the cosine schedule
+# as released, except for the cosine schedule
 RELEASED = OptimizerOptions(
     learning_rate=2e-4, betas=(0.9, 0.999), weight_decay=1e-5, decay_below=None
 )
-HARD = log(1000)  # from this lead of the largest logit on, the smooth SVM is the hard one
+HARD = log(1000)  # if the largest logit leads by this much, the smooth SVM equals the hard one
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class NetworkOptions:
     gated:
         whether a sigmoid gate multiplies the tanh.
     dropout:
-        after the trunk, and in the attention.
+        probability of dropout after the trunk and in the attention.
     """
 
     branches: Literal["single", "multi"] = "single"
@@ -61,14 +61,14 @@ class ObjectiveOptions:
     Parameters
     ----------
     instance:
-        its weight; the label loss has the rest to 1.
+        weight w of the loss of the tiles; that of the label loss is 1 - w.
     instance_loss:
         ``cross_entropy``, or the smooth top-1 ``svm``.
     num_instances:
-        k, tiles of the highest and of the lowest attention; fewer in a smaller bag.
+        k, number of tiles of the highest and of the lowest attention; fewer in a smaller bag.
     subtyping:
-        whether the tiles of the highest attention also train the classifiers of all other
-        classes, as tiles that are not of them.
+        whether the tiles of the highest attention also train the tile classifiers of all other
+        classes, as negative tiles.
     """
 
     instance: float = 0.3
@@ -79,7 +79,7 @@ class ObjectiveOptions:
 
 @dataclass
 class CLAMOutput(ScaleOutput):
-    """Also the vectors of the tiles, for the loss.
+    """Also holds the hidden vectors of the tiles, for the loss.
 
     Parameters
     ----------
@@ -92,6 +92,8 @@ class CLAMOutput(ScaleOutput):
 class CLAM(SingleScaleModule):
     """Clustering-constrained attention MIL (Lu et al. 2021); one scale, no edges.
 
+    W processes learn what one process learns that accumulates the gradients of W batches.
+
     Parameters
     ----------
     network:
@@ -101,9 +103,9 @@ class CLAM(SingleScaleModule):
     optimizer:
         learning rate, schedule and weight decay.
     one_logit:
-        false: CLAM has a classifier per class.
+        one logit for two classes; CLAM has a classifier per class.
     options:
-        of :class:`dasmil.modules.MILModule`, and the scale.
+        options of :class:`dasmil.modules.SingleScaleModule`.
     """
 
     network: "CLAMNetwork"
@@ -120,20 +122,19 @@ class CLAM(SingleScaleModule):
         self.network_options = network
         self.objective_options = objective
 
-    def build(self, in_dims: Mapping[str, int], num_logits: int) -> nn.Module:
+    def build_network(self, scale: str, in_dim: int, num_logits: int) -> nn.Module:
         """Trunk, attention, and classifiers of bags and tiles."""
-        (scale, in_dim), *_ = in_dims.items()
         return CLAMNetwork(scale, in_dim, num_logits, len(self.classes), self.network_options)
 
     @property
     def uses_all_weights(self) -> bool:
-        """Without subtyping the classifiers of tiles of all other classes rest."""
+        """False: without subtyping only one tile classifier per bag gets a gradient."""
         return False
 
     def objective(
         self, output: Mapping[str, ScaleOutput], graph: BagGraph
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(1 - w) of the label loss and w of the loss of the tiles, per bag, shape (B,)."""
+        """(1 - w) · label loss + w · loss of the tiles per bag, shape (B,), and both terms."""
         (scale, found), *_ = output.items()
         assert isinstance(found, CLAMOutput) and found.hidden is not None
         label_loss = bag_loss(found.bag_logits, graph.labels)
@@ -143,7 +144,7 @@ class CLAM(SingleScaleModule):
         return total, {f"bag/{scale}": label_loss, f"instance/{scale}": tile_loss}
 
     def _tile_losses(self, output: CLAMOutput, ptr: Tensor, labels: Tensor) -> Tensor:
-        """(B,); zero for a bag without tiles."""
+        """The loss of the tiles per bag, shape (B,); 0 for a bag without tiles."""
         assert output.hidden is not None and output.attention is not None
         losses = []
         for number, label in enumerate(labels.tolist()):
@@ -152,7 +153,14 @@ class CLAM(SingleScaleModule):
         return torch.stack(losses)
 
     def _tile_loss(self, hidden: Tensor, attention: Tensor, label: int) -> Tensor:
-        """Of a bag with (n, K) tiles and (n, A) attention; the choice of tiles has no gradient."""
+        """The loss of the tiles of one bag; the choice of tiles has no gradient.
+
+        Parameters
+        ----------
+        hidden: (n, K).
+        attention: (n, A).
+        label: index of the bag's class.
+        """
         options = self.objective_options
         k = min(options.num_instances, len(hidden))
         if k == 0:
@@ -182,10 +190,10 @@ class CLAMNetwork(nn.Module):
 
     Parameters
     ----------
-    scale: whose tiles it reads.
-    in_dim: width of their features.
+    scale: scale to read.
+    in_dim: width D of its features.
     num_logits: C.
-    num_classes: of which each has a classifier of tiles.
+    num_classes: number of tile classifiers, one per class.
     options: see :class:`NetworkOptions`.
     """
 
@@ -204,13 +212,13 @@ class CLAMNetwork(nn.Module):
         self.tile_classifiers = nn.ModuleList(nn.Linear(width, 2) for _ in range(num_classes))
 
     def forward(self, graph: BagGraph) -> dict[str, ScaleOutput]:
-        """Bag logits, attention and the vectors of the tiles."""
+        """Bag logits (B, C), attention (N, C) and the hidden vectors (N, K) of the tiles."""
         ptr = graph.ptr[self.scale]
         h = self.trunk(graph.features[self.scale].to(self.classifier.weight.dtype))  # (N, K)
         attention, embeddings = attention_pool(self.attention(h), h, ptr)  # (B, A, K)
         weight, bias = self.classifier.weight, self.classifier.bias
         with torch.autocast(h.device.type, enabled=False):
-            logits = (embeddings.to(weight.dtype) * weight).sum(2) + bias  # of its own vector
+            logits = (embeddings.to(weight.dtype) * weight).sum(2) + bias  # each of its own vector
         attention = attention.expand(-1, logits.shape[1])
         return {self.scale: CLAMOutput(logits, None, attention, bag_rows(ptr), hidden=h)}
 
@@ -218,7 +226,7 @@ class CLAMNetwork(nn.Module):
 def smooth_svm(logits: Tensor, targets: Tensor) -> Tensor:
     """The smooth top-1 SVM loss with margin 1 and temperature 1 (Berrada et al., ICLR 2018).
 
-    Where the largest logit leads by ln 1000 or more, it is the hard one.
+    If the largest logit leads by ln 1000 or more, it is the hard loss.
 
     Parameters
     ----------
@@ -227,7 +235,7 @@ def smooth_svm(logits: Tensor, targets: Tensor) -> Tensor:
 
     Returns
     -------
-    (n,)
+    Loss per row, shape (n,).
     """
     own = logits.gather(1, targets[:, None])
     raised = logits + 1 - F.one_hot(targets, logits.shape[1]).to(logits.dtype) - own

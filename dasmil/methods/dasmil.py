@@ -1,7 +1,7 @@
 """DAS-MIL: a graph over all scales, an attention head per scale, and distillation between them.
 
-Paper: Bontempo et al. 2023, section 3 and Fig. 1. Codes such as D6 name the ways in which paper and
-released code differ; ``.github/docs/paper.md`` explains each.
+Paper: Bontempo et al. 2023, section 3 and Fig. 1. Codes such as D6 name differences between paper
+and released code; ``.github/docs/paper.md`` explains each.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class NetworkOptions:
     Parameters
     ----------
     hidden_dim:
-        width between the two graph layers.
+        width between the two graph layers (D13).
     out_dim:
         width of the contextualised features H.
     heads:
@@ -48,15 +48,16 @@ class NetworkOptions:
         variance of the bag classifier's first weights: lecun (1 / fan-in) or torch
         (a third of it) (D16).
     contextualize:
-        false leaves the graph out: the heads see the extractors' features (Table 5).
+        whether there is a graph; without it the heads read the extractors' features (Table 5).
     concatenate_parents:
-        a head sees each tile's vector with its parent's before it, [10x ‖ 20x]
-        (Table 4); the coarsest scale has no parents.
+        whether a head reads each tile's vector after its parent's, [10x ‖ 20x] (Table 4); the
+        coarsest scale has no parents.
     coarse_instances:
-        the heads of all scales but the finest see ``all`` tiles, or only those that
+        whether the heads of all scales but the finest read ``all`` tiles, or only those that
         are ``parents`` of a tile (D12).
     pooling:
-        of a head: the paper's attention, or for comparison the mean or max of instance logits.
+        pooling of a head: the paper's attention, or for comparison the mean or max of the
+        instance logits.
     """
 
     hidden_dim: int = 384
@@ -83,35 +84,35 @@ class ObjectiveOptions:
     Parameters
     ----------
     distillation:
-        λ, weight of L_KD; (1 − λ) discounts label losses.
+        λ, weight of L_KD; bag losses are multiplied by (1 − λ), see ``discounted``.
     criticality:
         β, weight of L_CRIT.
     instance:
-        weight of the max-instance label loss, which is never discounted (D7).
+        weight of the max-instance label loss, which is never multiplied by (1 − λ) (D7).
     temperature:
         τ of L_KD.
     discounted:
-        the bag losses that (1 − λ) discounts: of the ``coarse`` scales, or of the finest,
-        ``fine``, as printed (D6).
+        which bag losses are multiplied by (1 − λ): those of the ``coarse`` scales, or that of
+        the finest, ``fine``, as printed (D6).
     distillation_pairs:
-        who teaches a scale when M > 2: the next finer one (``neighbours``), or the
-        ``finest``.
+        which scale teaches another if there are more than two: the next finer one
+        (``neighbours``), or the ``finest``.
     kl_direction:
-        KL(teacher ‖ student), or the other way round (D1).
+        KL(teacher ‖ student) or KL(student ‖ teacher) (D1).
     squared_temperature:
-        τ² before the KL (D2).
+        whether the KL is multiplied by τ² (D2).
     class_distribution:
-        softmax over the classes, or a two-point distribution per class (D3).
+        softmax over the classes, or one two-point distribution per class (D3).
     epsilon:
-        (p + 1e-7) / (1 + 1e-8) instead of log space (D5).
+        whether the KL uses (p + 1e-7) / (1 + 1e-8) instead of log space (D5).
     criticality_scores:
         what Eq. 2 compares: instance logits, or attention (D10).
     children_pooling:
         GraphPooling of Eq. 2: mean or max of the children (D9).
     criticality_reduction:
-        of Eq. 2 over the tiles: mean or sum (D8).
+        reduction of Eq. 2 over the tiles: mean or sum (D8).
     detach_teacher:
-        no gradient reaches the finer scale from Eq. 1 and Eq. 2 (D11).
+        whether Eq. 1 and Eq. 2 give no gradient to the teaching scale (D11).
     """
 
     distillation: float = 1.0
@@ -148,7 +149,7 @@ class DASMIL(MILModule):
     objective:
         weights of the losses, and switches between paper and released code.
     options:
-        of :class:`MILModule`.
+        options of :class:`MILModule`.
     """
 
     def __init__(
@@ -162,31 +163,27 @@ class DASMIL(MILModule):
         self.objective_options = objective
 
     def build(self, in_dims: Mapping[str, int], num_logits: int) -> nn.Module:
-        """The PGNN and a head per scale."""
+        """Make the graph network and a head per scale."""
         return DASMILNetwork(in_dims, num_logits, self.network_options)
 
     @property
     def uses_edges(self) -> bool:
-        """Without the graph there are none."""
+        """Whether there is a graph."""
         return self.network_options.contextualize
 
     @property
     def output_scales(self) -> tuple[str, ...]:
-        """All of them."""
+        """All scales that the network reads."""
         return self.scales
 
     def objective(
         self, output: Mapping[str, ScaleOutput], graph: BagGraph
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 3 per bag, shape (B,), and its individual terms."""
-        weights = self.card.class_weights
-        class_weights = (
-            None if weights is None else torch.tensor(weights, device=graph.labels.device)
-        )
         return objective(
             *(output, graph.parent, graph.ptr, graph.labels),
             self.objective_options,
-            class_weights,
+            self.label_weight(graph.labels),
         )
 
 
@@ -230,7 +227,7 @@ class DASMILNetwork(nn.Module):
         self.heads = nn.ModuleDict({module_key(s): head(width) for s, width in targets.items()})
 
     def forward(self, graph: BagGraph) -> dict[str, ScaleOutput]:
-        """What each scale says, coarse to fine."""
+        """The output of each scale, coarse to fine."""
         if self.pgnn is None:
             h = dict(graph.in_dtype(next(self.parameters()).dtype).features)
         else:
@@ -251,7 +248,7 @@ class DASMILNetwork(nn.Module):
 
 
 def _rows_or_zero(x: Tensor, rows: Tensor) -> Tensor:
-    """(N, K) rows of x; zeros where the row is -1."""
+    """The rows (N, K) of x; zeros for a row of -1."""
     return torch.cat([x, x.new_zeros(1, x.shape[1])])[rows]
 
 
@@ -261,21 +258,21 @@ def objective(
     ptr: Mapping[str, Tensor],
     labels: Tensor,
     options: ObjectiveOptions,
-    class_weights: Tensor | None = None,
+    label_weight: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 3 for M scales, each but the finest taught by a finer one.
+    """Eq. 3 for M scales; each but the finest is taught by a finer one.
 
     Σ_taught (1 − λ) L_CE(y) + L_CE(y_finest) + λ Σ L_KD + β Σ L_CRIT + instance Σ L_max
 
     Parameters
     ----------
-    output: what the model says of each scale, coarse to fine.
+    output: output of each scale, coarse to fine.
     parent: per scale but the coarsest (N_s,) row in the next coarser scale, -1 for none.
     ptr: per scale (B + 1,) boundaries of the bags.
     labels: (B,) int64 class index.
     options: weights and switches.
-    class_weights: (P,) by which the label losses of a slide of each class count in the total; 1
-        where None. What a scale is taught by another needs no label and is not weighted.
+    label_weight: (B,) weights of the bags' label losses in the total, or one weight for all.
+        Distillation terms use no labels and are not weighted.
 
     Returns
     -------
@@ -286,16 +283,15 @@ def objective(
     finest = scales[-1]
     terms: dict[str, Tensor] = {}
     total = torch.zeros_like(labels, dtype=output[finest].bag_logits.dtype)
-    weight = 1.0 if class_weights is None else class_weights[labels]  # (B,)
     for scale in scales:
-        says = output[scale]
-        assert says.instance_logits is not None
+        of_scale = output[scale]
+        assert of_scale.instance_logits is not None
         is_discounted = (scale == finest) == (options.discounted == "fine") and len(scales) > 1
         discount = 1.0 - options.distillation if is_discounted else 1.0
-        label_loss = bag_loss(says.bag_logits, labels)
-        top_loss = max_instance_loss(says.instance_logits, ptr[scale], labels, says.shown)
+        label_loss = bag_loss(of_scale.bag_logits, labels)
+        top_loss = max_instance_loss(of_scale.instance_logits, ptr[scale], labels, of_scale.shown)
         terms[f"bag/{scale}"], terms[f"instance/{scale}"] = label_loss, top_loss
-        total = total + weight * (discount * label_loss + options.instance * top_loss)
+        total = total + label_weight * (discount * label_loss + options.instance * top_loss)
 
     for number, coarse in enumerate(scales[:-1]):
         fine = finest if options.distillation_pairs == "finest" else scales[number + 1]
@@ -314,7 +310,7 @@ def _teach(
     ptr: Tensor,
     options: ObjectiveOptions,
 ) -> tuple[Tensor, Tensor]:
-    """L_KD and L_CRIT (B,) of a coarse scale that a finer one teaches."""
+    """L_KD and L_CRIT, each of shape (B,), of a coarse scale that a finer one teaches."""
     kd = distillation_loss(
         student.bag_logits,
         teacher.bag_logits,

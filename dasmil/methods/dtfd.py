@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from dasmil.bags import BagGraph
 from dasmil.bags.output import ScaleOutput
+from dasmil.data.seeds import draw_seed, training_seed
 from dasmil.errors import InputError
 from dasmil.losses import bag_loss
-from dasmil.modules.mil import SingleScaleModule
 from dasmil.modules.options import OptimizerOptions
+from dasmil.modules.single_scale import SingleScaleModule
 from dasmil.nn.attention import AttentionScores, attention_pool
 from dasmil.tensors import bag_rows, precisely
 
-# as released, but for the cosine schedule
+# as released, except for the cosine schedule
 RELEASED = OptimizerOptions(
     learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, decay_below=None
 )
@@ -35,12 +36,13 @@ class NetworkOptions:
     Parameters
     ----------
     num_pseudo_bags:
-        into which the tiles of a slide are drawn; fewer in a slide of fewer tiles.
+        number of pseudo-bags into which the tiles of a slide are dealt; fewer if it has fewer
+        tiles.
     distillation:
-        what a pseudo-bag gives the second tier: its embedding (``afs``), its tiles of the
-        highest score (``maxs``), or those of the highest and the lowest (``maxmins``).
+        what a pseudo-bag gives to the second tier: its embedding (``afs``), its tiles of the
+        highest score (``maxs``), or those of the highest and the lowest score (``maxmins``).
     num_instances:
-        tiles of all pseudo-bags together that are of the highest score.
+        number of highest-scoring tiles over all pseudo-bags.
     hidden_dim:
         width of the projected features.
     attention_dim:
@@ -57,18 +59,18 @@ class NetworkOptions:
         if self.num_instances < self.num_pseudo_bags:
             raise InputError(
                 f"num_instances: {self.num_instances} are fewer than the {self.num_pseudo_bags} "
-                "pseudo-bags, of which each gives at least one"
+                "pseudo-bags; give at least one per pseudo-bag"
             )
 
 
 @dataclass
 class DTFDOutput(ScaleOutput):
-    """Also the first tier's output.
+    """Also holds the first tier's output.
 
     Parameters
     ----------
-    pseudo_logits: (P, C), of all pseudo-bags of all bags.
-    pseudo_ptr: (B + 1,) boundaries of the bags among them.
+    pseudo_logits: logits of the pseudo-bags of all bags, (P, C).
+    pseudo_ptr: boundaries of the bags among them, (B + 1,).
     """
 
     pseudo_logits: Tensor | None = None
@@ -78,22 +80,24 @@ class DTFDOutput(ScaleOutput):
 class DTFD(SingleScaleModule):
     """Double-tier feature distillation MIL (Zhang et al. 2022); one scale, no edges.
 
-    Each tier has its own loss and its own optimiser; no gradient of the second loss reaches the
-    first tier, so that one backward pass of their sum is the released two.
+    Each tier has its own loss and its own optimiser. No gradient of the second loss reaches the
+    first tier, so one backward pass of their sum equals the two released ones.
 
-    In training, each step draws other pseudo-bags. Those of an evaluation depend on the slide
-    alone, so that a metric is the same each time.
+    In training, each epoch draws other pseudo-bags of a slide. Those of an evaluation depend on the
+    slide alone, so a metric is the same each time. W processes with B slides per batch learn
+    what one process learns with W · B slides per batch. Lightning cannot accumulate gradients for
+    several optimisers.
 
     Parameters
     ----------
     network:
         the two tiers.
     optimizer:
-        learning rate, schedule and weight decay, of both optimisers.
+        learning rate, schedule and weight decay of both optimisers.
     one_logit:
-        false: DTFD has a logit per class.
+        one logit for two classes; DTFD has a logit per class.
     options:
-        of :class:`dasmil.modules.MILModule`, and the scale.
+        options of :class:`dasmil.modules.SingleScaleModule`.
     """
 
     network: "DTFDNetwork"
@@ -109,11 +113,12 @@ class DTFD(SingleScaleModule):
         self.network_options = network
         self.automatic_optimization = False
         if optimizer.decay_below is not None:
-            raise InputError("optimizer.decay_below: DTFD's weight decay always acts; give null")
+            raise InputError(
+                "model.optimizer.decay_below: DTFD's weight decay always acts; set it to null"
+            )
 
-    def build(self, in_dims: Mapping[str, int], num_logits: int) -> nn.Module:
+    def build_network(self, scale: str, in_dim: int, num_logits: int) -> nn.Module:
         """Both tiers."""
-        (scale, in_dim), *_ = in_dims.items()
         return DTFDNetwork(scale, in_dim, num_logits, self.network_options)
 
     def objective(
@@ -132,7 +137,8 @@ class DTFD(SingleScaleModule):
         return total, {f"bag/{scale}": second, f"pseudo_bag/{scale}": first}
 
     def training_step(self, graph: BagGraph, batch_idx: int) -> Any:
-        """A step of each optimiser."""
+        """Take a step of each optimiser."""
+        self.network.deal_seed = draw_seed(training_seed(), self.current_epoch)
         total, terms = self.objective(self(graph), graph)
         optimizers: Any = self.optimizers()
         for optimizer in optimizers:
@@ -142,7 +148,7 @@ class DTFD(SingleScaleModule):
             nn.utils.clip_grad_norm_(part.parameters(), CLIP)
         for optimizer in optimizers:
             optimizer.step()
-        self.note_losses(graph, total.detach(), {k: v.detach() for k, v in terms.items()})
+        self.log_losses(graph, total.detach(), {k: v.detach() for k, v in terms.items()})
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
@@ -151,7 +157,7 @@ class DTFD(SingleScaleModule):
             schedule.step()
 
     def configure_optimizers(self) -> Any:
-        """One per tier."""
+        """One optimiser per tier."""
         return [self.adam(self.network.first_tier()), self.adam(self.network.second.parameters())]
 
 
@@ -160,8 +166,8 @@ class DTFDNetwork(nn.Module):
 
     Parameters
     ----------
-    scale: whose tiles it reads.
-    in_dim: width of their features.
+    scale: scale to read.
+    in_dim: width D of its features.
     num_logits: C.
     options: see :class:`NetworkOptions`.
     """
@@ -170,6 +176,7 @@ class DTFDNetwork(nn.Module):
         super().__init__()
         self.scale = scale
         self.options = options
+        self.deal_seed = 0  # of the pseudo-bags of an epoch
         width = options.hidden_dim
         self.projection = nn.Linear(in_dim, width, bias=False)
         self.attention = AttentionScores(width, options.attention_dim)
@@ -182,24 +189,23 @@ class DTFDNetwork(nn.Module):
         )
 
     def first_tier(self) -> list[nn.Parameter]:
-        """The weights of the first tier."""
+        """The parameters of the first tier."""
         parts = (self.projection, self.attention, self.classifier)
         return [weight for part in parts for weight in part.parameters()]
 
     def forward(self, graph: BagGraph) -> dict[str, ScaleOutput]:
-        """Logits of the second tier, and of the pseudo-bags."""
+        """Bag logits (B, C) of the second tier, attention (N, C), and the pseudo-bags' logits."""
         ptr = graph.ptr[self.scale]
         x = graph.features[self.scale].to(self.classifier.weight.dtype)
         sizes = ptr.diff().tolist()
         orders = [
-            self._order(size, slide_id)
-            for size, slide_id in zip(sizes, graph.slide_ids, strict=True)
+            self.deal(size, slide_id) for size, slide_id in zip(sizes, graph.slide_ids, strict=True)
         ]
-        of_bags = [
-            self.of_bag(part, order.to(x.device))
-            for part, order in zip(x.split(sizes), orders, strict=True)
+        outputs = [
+            self.forward_bag(bag, order.to(x.device))
+            for bag, order in zip(x.split(sizes), orders, strict=True)
         ]
-        bag_logits, pseudo_logits, attention = zip(*of_bags, strict=True)
+        bag_logits, pseudo_logits, attention = zip(*outputs, strict=True)
         counts = torch.tensor([0, *map(len, pseudo_logits)], device=x.device)
         together = torch.cat(attention).expand(-1, bag_logits[0].shape[0])
         return {
@@ -210,26 +216,26 @@ class DTFDNetwork(nn.Module):
             )
         }
 
-    def _order(self, size: int, slide_id: str) -> Tensor:
-        """(n,) the tiles in the order in which they are dealt out."""
+    def deal(self, size: int, slide_id: str) -> Tensor:
+        """The order (n,) in which a slide's tiles are dealt out."""
+        seed = zlib.crc32(slide_id.encode())
         if self.training:
-            return torch.randperm(size)
-        generator = torch.Generator().manual_seed(zlib.crc32(slide_id.encode()))
-        return torch.randperm(size, generator=generator)
+            seed = draw_seed(self.deal_seed, seed)
+        return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
-    def of_bag(self, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one bag: its logits (C,), those of its pseudo-bags (G, C), and the attention (n, 1).
+    def forward_bag(self, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits (C,) of one bag, those (G, C) of its pseudo-bags, and the attention (n, 1).
 
-        The attention is that of the first tier inside the pseudo-bags, each of which counts alike.
+        The attention is that of the first tier within each pseudo-bag, divided by G.
 
         Parameters
         ----------
         x: (n, D) features.
-        order: (n,) the tiles in the order in which they are dealt out.
+        order: (n,) order in which the tiles are dealt out.
         """
         h = precisely(self.projection, x[order]).relu()  # (n, K)
         num_groups = max(1, min(self.options.num_pseudo_bags, len(h)))
-        groups = h.tensor_split(num_groups)  # the first ones get one tile more
+        groups = h.tensor_split(num_groups)  # the first groups get one tile more
         ptr = torch.tensor([0, *map(len, groups)], device=h.device).cumsum(0)
         attention, embedding = attention_pool(self.attention(h), h, ptr)
         embedding = embedding.squeeze(1)  # (G, K)
@@ -245,12 +251,12 @@ class DTFDNetwork(nn.Module):
     def _distil(
         self, h: Tensor, attention: Tensor, embedding: Tensor, groups: tuple[Tensor, ...]
     ) -> Tensor:
-        """(m, K) what the second tier reads; no gradient goes back through it."""
+        """The input (m, K) of the second tier; it has no gradient."""
         if self.options.distillation == "afs":
             return embedding.detach()
         n = self.options.num_instances // self.options.num_pseudo_bags
         with torch.no_grad():
-            # the class activation of each tile: how it adds to the logits of its pseudo-bag
+            # class activation of each tile: its contribution to the logits of its pseudo-bag
             scores = ((attention * h) @ self.classifier.weight.T).softmax(1)[:, -1]  # (N,)
         chosen = []
         for group, values in zip(groups, scores.split([len(g) for g in groups]), strict=True):

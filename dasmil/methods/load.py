@@ -1,4 +1,4 @@
-"""A trained model from its checkpoint alone."""
+"""Load a trained model from its checkpoint."""
 
 from importlib import import_module
 from pathlib import Path
@@ -16,21 +16,21 @@ from dasmil.modules.options import typed_options
 def load(checkpoint: str | Path, method: type[MILModule] | None = None) -> MILModule:
     """The model of a checkpoint, in eval mode on the CPU.
 
-    It knows its ``scales``, ``classes``, ``tile_px`` and, in its ``card``, the extractors whose
-    features it reads.
+    Its attributes are ``scales``, ``classes``, ``tile_px`` and ``card``, which describes the
+    extractors whose features it reads.
 
     Parameters
     ----------
     checkpoint: file that ``fit`` wrote.
-    method: its class, if that is none of :mod:`dasmil.methods`.
+    method: class of the model, if it is none of :mod:`dasmil.methods`.
 
     Raises
     ------
     InputError
-        if the file is missing, holds no model of bags, or would have to be unpickled.
+        if the file is missing, holds no model of bags, or would need unpickling.
     """
-    state, found, cls = read_checkpoint(Path(checkpoint), method)
-    model = cls(**typed_options(cls, found.options)).bind(found.card)
+    state, description, cls = read_checkpoint(Path(checkpoint), method)
+    model = cls(**typed_options(cls, description.options)).bind(description.card)
     model.load_state_dict(state)
     return model.eval()
 
@@ -38,11 +38,17 @@ def load(checkpoint: str | Path, method: type[MILModule] | None = None) -> MILMo
 def read_checkpoint(
     path: Path, method: type[MILModule] | None = None
 ) -> tuple[dict[str, Tensor], Description, type[MILModule]]:
-    """State dict, description and class of a checkpoint's model, checked against each other."""
+    """State dict, description and class of a checkpoint's model, checked against each other.
+
+    Raises
+    ------
+    InputError
+        as :func:`load`.
+    """
     content = load_checkpoint(path)
     cls = method or find_method(content, path)
-    found = read_card(content, path, cls)  # which also checks the weights
-    return content["state_dict"], found, cls
+    description = read_card(content, path, cls)  # also checks the weights
+    return content["state_dict"], description, cls
 
 
 def find_method(checkpoint: dict[str, Any], path: Path) -> type[MILModule]:

@@ -2,8 +2,9 @@
 
 from dasmil.modules.card import ModelCard
 from dasmil.modules.dino import DINOModule
-from dasmil.modules.mil import MILModule, SingleScaleModule
+from dasmil.modules.mil import MILModule
 from dasmil.modules.options import EvaluationOptions, OptimizerOptions
+from dasmil.modules.single_scale import SingleScaleModule
 
 __all__ = [
     "DINOModule",

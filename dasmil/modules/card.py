@@ -1,6 +1,6 @@
-"""What a checkpoint says of its model: the method, its options, and what ``fit`` has found out.
+"""The model of a checkpoint: its method, its options, and its card, which ``fit`` writes.
 
-A checkpoint may come from anyone, so all of it is checked before memory is taken.
+A checkpoint may come from anyone, so all of it is checked before memory is allocated.
 """
 
 from collections.abc import Mapping
@@ -56,30 +56,32 @@ OF_CARD = {
     "class_weights": either(NOTHING, WEIGHTS),
     "seed": either(NOTHING, whole(0, 2**63)),
 }
-CLOSER = {  # than the types of the options
+CLOSER = {  # closer limits than the options' types
     **{"attention_dropout": number(0, 1), "node_dropout": number(0, 1), "dropout": number(0, 1)},
     "betas": several(number(0, 1), 2, 2),
     "class_weights": either(NOTHING, one_of("balanced"), WEIGHTS),
 }
-DROPPED = ("gat_backend",)  # options of before 0.2 that changed nothing
+DROPPED = ("gat_backend",)  # options of versions before 0.2 that changed nothing
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What ``fit`` finds out, and a model needs beside its options and weights.
+    """What a model needs beside its options and weights; ``fit`` determines it.
+
+    D numbers: ``.github/docs/paper.md``.
 
     Parameters
     ----------
-    classes: in their order; of two, the second is the positive one.
+    classes: the labels in their order; of two, the second is the positive one.
     bag_format: scales, tile size and extractors of the bags, as
         :meth:`dasmil.bags.BagHeader.bag_format` returns them; only the scales that the model reads.
-    split: a record per slide of the study, see :mod:`dasmil.slides.study`. Empty if it is not known
-        which slides the weights were trained on.
-    val_part: the part of the slides on which the checkpoint was chosen.
-    thresholds: per scale and operating point the probability from which on a slide is called
+    split: one record per slide of the study, see :mod:`dasmil.slides.study`. Empty if it is not
+        known which slides the weights were trained on.
+    val_part: the split on which the checkpoint was chosen: val or test.
+    thresholds: per scale and operating point the probability above which a slide is called
         positive; chosen on the validation slides (D18), unless they are the test slides.
-    class_weights: by which the label losses of each class count; null if all count alike.
-    seed: of the training; null if not known.
+    class_weights: weight of the label losses per class; None: all 1.
+    seed: seed of the training; None if not known.
     """
 
     classes: tuple[str, ...]
@@ -96,7 +98,7 @@ class ModelCard:
         return tuple(self.bag_format["scales"])
 
     def plain(self) -> dict[str, Any]:
-        """The card as a checkpoint holds it."""
+        """The card as plain values, as a checkpoint holds it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         split = self.split if isinstance(self.split, Mapping) else list(self.split)
         weights = None if self.class_weights is None else list(self.class_weights)
@@ -105,12 +107,13 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class Description:
-    """The model of a checkpoint, without its weights.
+    """The model of a checkpoint without its weights.
 
     Parameters
     ----------
     method: name of its class.
-    options: plain, as :func:`dasmil.modules.options.plain_options` makes them.
+    options: plain values, see :func:`dasmil.modules.options.plain_options`.
+    card: what ``fit`` has determined.
     """
 
     method: str
@@ -141,14 +144,14 @@ def read_card(checkpoint: Mapping[str, Any], where: object, method: type) -> Des
     ----------
     checkpoint: its content.
     where: its file, for messages.
-    method: the class that it must be of.
+    method: the class of its model.
 
     Raises
     ------
     InputError
-        if the checkpoint holds no model of that class, an option or an entry of the card is
-        unknown, missing or of another kind, or the weights are not numbers for such a model. No
-        memory is taken before that.
+        if the checkpoint holds no model of that class, if an option or an entry of the card is
+        unknown, missing or of another kind, or if the weights do not fit such a model. No memory
+        is allocated before that.
     """
     name = method_name(checkpoint, where)
     if name.rsplit(".", 1)[-1] != method.__name__:
@@ -156,21 +159,21 @@ def read_card(checkpoint: Mapping[str, Any], where: object, method: type) -> Des
     added = ("_class_path", "_instantiator")  # by Lightning's CLI
     options = {key: value for key, value in checkpoint[OPTIONS].items() if key not in added}
     card: Any = checkpoint.get(CARD)
-    if checkpoint.get(METHOD) is None:  # before 0.2
+    if checkpoint.get(METHOD) is None:  # of a version before 0.2
         card = {key: options.pop(key) for key in list(options) if key in OF_CARD}
         options, card = _from_before(method, options, card)
     _refuse_other_options(options, option_types(method), f"{where}: its options")
     refuse_other(card, OF_CARD, f"{where}: its card", ("classes", "bag_format"))
     try:
         _refuse_contradictions(card)
-        found = ModelCard(**{**card, "classes": tuple(card["classes"])})
-        with torch.device("meta"):  # shapes alone
+        model_card = ModelCard(**{**card, "classes": tuple(card["classes"])})
+        with torch.device("meta"):  # no memory
             model = method(**typed_options(method, options))
-            model.bind(found)
-    except ValueError as error:  # InputError is one, and torch raises it for a width or a share
+            model.bind(model_card)
+    except ValueError as error:  # also an InputError; torch raises it for a width or a probability
         raise InputError(f"{where}: {error}") from error
     refuse_other_keys(model, checkpoint.get("state_dict"), where)
-    return Description(name, options, found)
+    return Description(name, options, model_card)
 
 
 def _old_method(options: Mapping[str, Any]) -> str:
@@ -181,7 +184,7 @@ def _old_method(options: Mapping[str, Any]) -> str:
 def _from_before(
     method: type, options: dict[str, Any], card: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options and card of a checkpoint of before 0.2, whose card stood among its options."""
+    """Options and card of a checkpoint of a version before 0.2, which mixed the two."""
     weights = card.pop("class_weights", None)
     options = {k: v for k, v in options.items() if k not in DROPPED}
     options["class_weights"] = weights

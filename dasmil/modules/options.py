@@ -1,4 +1,4 @@
-"""Options of a method: typed parameters, of which some are small dataclasses."""
+"""Options of a module: typed parameters, some of which are small dataclasses."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -12,20 +12,22 @@ from dasmil.errors import InputError
 class OptimizerOptions:
     """Adam and a cosine schedule over the epochs (paper, section 4, "Optimization").
 
+    The paper gives the first learning rate only; ``.github/docs/paper.md`` (D16) explains the
+    other defaults.
+
     Parameters
     ----------
     learning_rate:
-        at the first step.
+        learning rate of the first epoch.
     min_learning_rate:
-        in the last epoch (D16).
+        end of the cosine schedule.
     betas:
-        of Adam (D16).
+        the two decay rates of Adam.
     weight_decay:
-        of Adam, as L2 (D16).
+        weight decay of Adam, as an L2 term.
     decay_below:
-        the weight decay acts in epochs after one in which the mean bag loss of every scale
-        over the training slides was less than this part of chance, the entropy of their labels;
-        null: always (D16).
+        weight decay acts after epochs in which the mean bag loss of every scale over the training
+        slides was below this share of chance, the entropy of their labels; null: always.
     """
 
     learning_rate: float = 2e-4
@@ -37,14 +39,14 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How slides are evaluated; nothing of it acts on the weights.
+    """How slides are evaluated; nothing here changes the weights.
 
     Parameters
     ----------
     specificity:
-        for which a second threshold is chosen on the validation slides.
+        specificity for which a second threshold is chosen on the validation slides.
     patient_pooling:
-        of the slides' probabilities if a patient has several slides.
+        mean or max of the slides' probabilities if a patient has several slides.
     """
 
     specificity: float = 0.9
@@ -56,21 +58,21 @@ class EvaluationOptions:
 
 
 def option_types(method: type) -> dict[str, Any]:
-    """The type of each option of a method, those of its base classes included."""
-    found: dict[str, Any] = {}
+    """The type of each option of a module, those of its base classes included."""
+    types: dict[str, Any] = {}
     for cls in method.__mro__:
         if "__init__" not in vars(cls):
             continue
         parameters = signature(cls.__init__).parameters  # type: ignore[misc]
         hints = get_type_hints(cls.__init__)  # type: ignore[misc]
-        found = {name: hints[name] for name in parameters if name in hints} | found
+        types = {name: hints[name] for name in parameters if name in hints} | types
         if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
-            break  # what is above takes nothing from here
-    return {name: hint for name, hint in found.items() if name not in ("return", "options")}
+            break  # base classes get no further options
+    return {name: hint for name, hint in types.items() if name not in ("return", "options")}
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as a checkpoint holds them: dictionaries, lists and scalars."""
+    """Options as dictionaries, lists and scalars, as a checkpoint holds them."""
     return {name: _plain(value) for name, value in options.items() if name[0] != "_"}
 
 
@@ -83,7 +85,7 @@ def _plain(value: Any) -> Any:
 
 
 def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain options by names such as ``objective.temperature``."""
+    """Plain options with names such as ``objective.temperature``."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
@@ -94,7 +96,7 @@ def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def typed_options(method: type, plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`plain_options`: arguments of a method.
+    """The inverse of :func:`plain_options`: arguments of a module.
 
     Raises
     ------
@@ -109,9 +111,9 @@ def typed_options(method: type, plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested_options(method: type, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of versions before 0.2, which all stood side by side, by their names of today.
+    """Put flat options, as versions before 0.2 had them, into today's groups.
 
-    A name that no option has stays as it is.
+    Names of no group are kept.
     """
     nested: dict[str, Any] = {}
     for name, value in flat.items():
@@ -124,7 +126,7 @@ def nested_options(method: type, flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def group_of(method: type, name: str) -> str:
-    """The option of a method whose dataclass has a field of this name; "" if none has."""
+    """The group of options that has a field of this name; "" if none has."""
     for option, hint in option_types(method).items():
         if is_dataclass(hint) and name in {field.name for field in fields(hint)}:
             return option

@@ -79,8 +79,8 @@ def split_cohort(
             by_patient = _move(labelled, "val", val_fraction, seed + 1)
     elif num_folds is not None:
         raise InputError(
-            "data.num_folds: the split column already names val slides; empty the split column of "
-            "these slides, or leave num_folds out"
+            "data.split.num_folds: the split column already names val slides; empty the split "
+            "column of these slides, or leave num_folds out"
         )
     else:
         by_patient = labelled
@@ -90,12 +90,14 @@ def split_cohort(
 
 def _check_fold(num_folds: int | None, fold: int | None) -> None:
     if (num_folds is None) != (fold is None):
-        raise InputError("data.fold and data.num_folds: give both, or neither")
+        raise InputError("data.split.fold and data.split.num_folds: give both, or neither")
     if num_folds is not None and num_folds < 2:
-        raise InputError(f"data.num_folds: {num_folds} is not a number of folds; give 2 or more")
+        raise InputError(
+            f"data.split.num_folds: {num_folds} is not a number of folds; give 2 or more"
+        )
     if num_folds is not None and fold is not None and not 0 <= fold < num_folds:
         raise InputError(
-            f"data.fold: there is no fold {fold} of {num_folds}; give a number from 0 to "
+            f"data.split.fold: there is no fold {fold} of {num_folds}; give a number from 0 to "
             f"{num_folds - 1}"
         )
 
@@ -138,7 +140,8 @@ def _hold_out(
     patients = [patient for stratum in _strata(rows, seed) for patient in stratum]
     if len(patients) < num_folds:
         raise InputError(
-            f"data.num_folds: {len(patients)} patients cannot be divided into {num_folds} folds"
+            f"data.split.num_folds: {len(patients)} patients cannot be divided into {num_folds} "
+            "folds"
         )
     chosen = set(patients[fold::num_folds])
     return [replace(r, split=part) if r.patient in chosen else r for r in rows]
@@ -227,7 +230,7 @@ def read_split_table(path: Path | str) -> dict[str, tuple[str, str | None]]:
     """
     found = next((p for p in (Path(path), configs_folder() / path) if p.is_file()), None)
     if found is None:
-        raise InputError(f"data.split_table: {path}: no such file, nor among dasmil's configs")
+        raise InputError(f"data.split.table: {path}: no such file, nor among dasmil's configs")
     columns, records = read_csv(found)
     if {"slide_id", "split"} <= set(columns):
         entries = [(r.line, r["slide_id"], r["split"], r.get("label") or None) for r in records]

@@ -10,8 +10,8 @@ from lightly.transforms.dino_transform import DINOTransform
 from PIL import Image
 from table import Row, seconds
 
-from dasmil.data.augment import DrawnTiles, PilViews, TensorViews
 from dasmil.data.tiles import TileDataset
+from dasmil.data.views import DrawnTiles, PilViews, TensorViews
 from dasmil.slides.cohort import SlideRow
 
 AREA = "DINO's views"

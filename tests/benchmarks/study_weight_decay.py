@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bag_factory import CLASSES, make_bag, write_cohort_csv
 
 from dasmil.bags import bag_path, write_bag
-from dasmil.data import BagDataModule
+from dasmil.data import BagDataModule, SplitOptions
 from dasmil.methods import DASMIL
 from dasmil.methods.dasmil import NetworkOptions
 from dasmil.modules import OptimizerOptions
@@ -223,10 +223,7 @@ def train(task: Task, bags: Path, variant: Variant, seed: int, fold: int | None)
         batch_size=BATCH,
         cache="ram",
         num_workers=0,
-        num_folds=task.num_folds,
-        fold=fold,
-        val_fraction=task.val_fraction,
-        split_seed=seed,
+        split=SplitOptions(task.val_fraction, seed=seed, num_folds=task.num_folds, fold=fold),
     )
     module = StudyModule(variant, task)
     trainer = Trainer(

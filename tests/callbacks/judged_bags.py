@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from dasmil.bags import bag_path, join_graphs, read_bag, write_bag
 from dasmil.bags.output import ScaleOutput
-from dasmil.callbacks.instances import InstanceTruth
+from dasmil.callbacks.instance_truth import InstanceTruth
 from dasmil.data import BagDataModule
 
 SIZE_PX0 = (4096, 4096)  # 8 x 8 tiles of x20, 512 px wide

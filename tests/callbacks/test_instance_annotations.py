@@ -8,8 +8,8 @@ import pytest
 from callbacks.judged_bags import box_xml, geojson, refusal, run, set_header, tile_rows
 from PIL import Image
 
-from dasmil.callbacks import instances
-from dasmil.callbacks.instances import InstanceTruth
+from dasmil.callbacks import instance_truth
+from dasmil.callbacks.instance_truth import InstanceTruth
 from dasmil.demo.slides import TRUTH_DOWNSAMPLE, write_cohort
 from dasmil.errors import InputError
 from dasmil.geometry import Extent
@@ -48,7 +48,7 @@ def test_a_refused_annotation_leaves_its_slide_out_and_no_other(bags, tmp_path, 
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == (
         f"error: {tmp_path / 'truth'}: 1 annotation(s) are refused, their slides are left out of "
-        f"the figures of instances: t2; the first: {callback.refused['t2']}"
+        f"the instance metrics: t2; the first: {callback.refused['t2']}"
     )
     for folder in ("instance_truth", "detections/x20"):
         written = sorted(path.stem for path in (tmp_path / "out" / folder).iterdir())
@@ -56,14 +56,14 @@ def test_a_refused_annotation_leaves_its_slide_out_and_no_other(bags, tmp_path, 
 
 
 def test_what_a_reader_did_not_foresee_costs_its_slide_too(bags, monkeypatch):
-    read = instances.read_annotation
+    read = instance_truth.read_annotation
 
     def fail_at_t2(path, *rest):
         if path.stem == "t2":
             raise PermissionError(13, "Permission denied", str(path))
         return read(path, *rest)
 
-    monkeypatch.setattr(instances, "read_annotation", fail_at_t2)
+    monkeypatch.setattr(instance_truth, "read_annotation", fail_at_t2)
     said = refusal(bags, "t2")
     assert said.startswith(f"{bags.parent / 'truth' / 't2.xml'}: PermissionError: ")
     assert said.endswith("; correct or remove it")
@@ -78,7 +78,7 @@ def test_if_all_annotations_are_refused_there_are_no_figures(bags, tmp_path, cap
     assert run(bags, callback) == {} == callback.metrics == callback.curves
     assert list(callback.refused) == ["t1", "t2"]
     said = capsys.readouterr().err
-    assert "2 annotation(s) are refused, all that there are, so there are no figures" in said
+    assert "2 annotation(s) are refused, so there are no instance metrics" in said
     assert not (tmp_path / "out" / "froc.csv").exists()
 
 
@@ -205,7 +205,9 @@ def test_points_have_no_froc(bags, tmp_path):
 def test_a_positive_slide_without_annotation_is_left_out_and_named(bags, tmp_path):
     (tmp_path / "truth" / "t2.xml").unlink()
     callback = InstanceTruth(tmp_path / "truth")
-    with pytest.warns(UserWarning, match=r"1 test slide\(s\) of class tumour .* figures .*: t2$"):
+    with pytest.warns(
+        UserWarning, match=r"1 test slide.* of class tumour .* instance metrics: t2$"
+    ):
         logged = run(bags, callback)
     assert logged["test/x20/instance_auroc"] == 1
     assert logged["test/x20/froc"] == 1  # t2's corner is no false positive either
@@ -236,7 +238,7 @@ def test_the_truth_of_the_demo(tmp_path):
     counted = 0
     for row in read_cohort(table):
         path = tmp_path / "truth" / f"{row.slide_id}.png"
-        annotation = instances.read_annotation(path, Extent((1024, 1024), Mpp(0.5)))
+        annotation = instance_truth.read_annotation(path, Extent((1024, 1024), Mpp(0.5)))
         corners = np.array(list(product(range(0, 1024, 64), repeat=2)))
         positive = annotation.positive(
             annotation.overlap(np.concatenate([corners, corners + 64], axis=1))

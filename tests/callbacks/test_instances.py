@@ -13,8 +13,8 @@ from PIL import Image
 from road import CONFIGS
 
 from dasmil.bags import bag_path, read_bag
-from dasmil.callbacks import instances
-from dasmil.callbacks.instances import InstanceTruth
+from dasmil.callbacks import instance_truth
+from dasmil.callbacks.instance_truth import InstanceTruth
 from dasmil.callbacks.predictions import PredictionWriter
 from dasmil.cli import main
 from dasmil.data import BagDataModule
@@ -199,7 +199,7 @@ def test_a_slide_that_comes_twice_counts_once(bags, tmp_path, monkeypatch):
     """As a sampler repeats slides for several processes, whatever rank has them."""
     once = InstanceTruth(tmp_path / "truth")
     run(bags, once)
-    monkeypatch.setattr(instances, "gather_lists", lambda items: [*items[::-1], *items[:1]])
+    monkeypatch.setattr(instance_truth, "gather_lists", lambda items: [*items[::-1], *items[:1]])
     twice = InstanceTruth(tmp_path / "truth")
     run(bags, twice, batch_size=3)
     assert twice.metrics == once.metrics and len(once.metrics) == 6

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bag_factory import CLASSES, write_bags
+from bag_factory import CLASSES, trainer_of, write_bags
 
-from dasmil.data import BagDataModule
+from dasmil.data import BagDataModule, SplitOptions
 from dasmil.errors import InputError
 from dasmil.slides.study import SlideRecord, plain_records, read_records
 from dasmil.tables import write_csv
@@ -33,11 +33,21 @@ def study(digests: bool = True, patients: bool = True) -> list[dict[str, str | N
     )
 
 
-def evaluated(folder: Path, stage: str = "test", **options: Any) -> list[str]:
-    """Names of the evaluated slides."""
-    data = BagDataModule(folder, CLASSES, num_workers=0, **{"split": study(), **options})
+def evaluated(
+    folder: Path, stage: str = "test", met: Any = None, other_cohort: bool = False, **options: Any
+) -> list[str]:
+    """Names of the evaluated slides.
+
+    Parameters
+    ----------
+    met: slides that the model has met; those of :func:`study` if None.
+    options: of the split.
+    """
+    split = SplitOptions(**options)
+    data = BagDataModule(folder, CLASSES, num_workers=0, split=split, other_cohort=other_cohort)
+    data.trainer = trainer_of(study() if met is None else met)
     data.setup(stage)
-    return [row.slide_id for row in data.part("test" if stage == "test" else data.val_part)]
+    return [row.slide_id for row in data.rows_of("test" if stage == "test" else data.val_part)]
 
 
 def write_table(path: Path, split: dict[str, str]) -> str:
@@ -100,11 +110,11 @@ def test_without_digests_the_names_decide(
     folder = write_bags(tmp_path, {**LABELS, "new": "normal"})
     assert evaluated(folder) == ["n3", "t3", "new"]
     assert "9 bag(s) hold no digest" in capsys.readouterr().out
-    assert evaluated(folder, split=SPLIT) == ["n3", "t3", "new"]  # of an older checkpoint
+    assert evaluated(folder, met=SPLIT) == ["n3", "t3", "new"]  # of an older checkpoint
     assert "holds no digests of its slides, only their names and no patients" in (
         capsys.readouterr().out
     )
-    assert evaluated(folder, split=study(), other_cohort=True) == [*NAMES, "new"]
+    assert evaluated(folder, other_cohort=True) == [*NAMES, "new"]
 
 
 def test_a_fit_says_nothing_of_digests_when_it_validates_its_own_slides(
@@ -112,7 +122,7 @@ def test_a_fit_says_nothing_of_digests_when_it_validates_its_own_slides(
 ) -> None:
     data = BagDataModule(write_bags(tmp_path, LABELS, SPLIT), CLASSES, num_workers=0)
     data.setup("fit")
-    data.given_split = data.study()  # which the trained module holds
+    data.trainer = trainer_of(data.study())
     data.setup("validate")
     assert capsys.readouterr().out == (
         "validate: 2 slides are validated, 6 are left out: 4 trained on (n0, t0, n1, t1), 2 in the "
@@ -139,37 +149,38 @@ def test_new_slides_of_a_patient_that_was_trained_on_are_left_out_by_name(
 def test_the_table_knows_patients_that_an_older_checkpoint_does_not(tmp_path: Path) -> None:
     labels: dict[str, str | None] = {"n0": "normal", "again": "normal", "n3": "normal"}
     folder = write_bags(tmp_path, labels, patients={"n0": "Mustermann", "again": "Mustermann"})
-    assert evaluated(folder, split=SPLIT) == ["n3"]
-    data = BagDataModule(folder, CLASSES, split=SPLIT)
+    assert evaluated(folder, met=SPLIT) == ["n3"]
+    data = BagDataModule(folder, CLASSES)
+    data.trainer = trainer_of(SPLIT)
     data.setup("predict")  # nothing is measured there
-    assert data.parts_in_study() == {"n0": "train", "again": "patient in train", "n3": "test"}
+    assert data.describe_met_slides() == {"n0": "train", "again": "patient in train", "n3": "test"}
 
 
 def test_a_split_table_that_is_given_is_obeyed_or_refused(tmp_path: Path) -> None:
     folder = write_bags(tmp_path / "bags", {**LABELS, "new": "normal"}, SPLIT | {"new": "test"})
     table = write_table(tmp_path / "fair.csv", {"new": "test", "n3": "train", "n2": "val"})
     with pytest.warns(UserWarning, match="does not name"):
-        assert evaluated(folder, split_table=table) == ["new"]
+        assert evaluated(folder, table=table) == ["new"]
     with pytest.warns(UserWarning, match="does not name"):
-        assert evaluated(folder, "validate", split_table=table) == ["n2"]
+        assert evaluated(folder, "validate", table=table) == ["n2"]
     table = write_table(
         tmp_path / "unfair.csv", {**SPLIT, "n0": "test", "n2": "test", "new": "val"}
     )
     with pytest.raises(
-        InputError, match=r"data\.split_table: 2 slide.*n0 \(trained on\), n2 \(val"
+        InputError, match=r"data\.split\.table: 2 slide.*n0 \(trained on\), n2 \(val"
     ):
-        evaluated(folder, split_table=table)
+        evaluated(folder, table=table)
     table = write_table(tmp_path / "no_val.csv", SPLIT | dict.fromkeys(("n2", "t2"), "train"))
     with pytest.warns(UserWarning, match="does not name"):  # validation was drawn from train
-        assert evaluated(folder, "validate", split_table=table) == ["n2", "t2"]
+        assert evaluated(folder, "validate", table=table) == ["n2", "t2"]
 
 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"num_folds": 2, "fold": 0}, "data.num_folds, data.fold"),
-        ({"test_fraction": 0.9}, "data.test_fraction"),
-        ({"split_seed": 0, "test_fraction": 0.9}, "data.test_fraction, data.split_seed"),
+        ({"num_folds": 2, "fold": 0}, "data.split.num_folds, data.split.fold"),
+        ({"test_fraction": 0.9}, "data.split.test_fraction"),
+        ({"seed": 0, "test_fraction": 0.9}, "data.split.test_fraction, data.split.seed"),
     ],
 )
 def test_options_that_draw_are_refused_if_they_contradict_the_checkpoint(
@@ -183,11 +194,11 @@ def test_options_that_draw_are_refused_if_they_contradict_the_checkpoint(
 def test_the_options_of_the_fit_may_be_given_again(tmp_path: Path) -> None:
     labels = {f"{c}{n}": CLASSES[c == "t"] for n in range(10) for c in "nt"}
     folder = write_bags(tmp_path, labels)
-    options: dict[str, Any] = {"num_folds": 5, "fold": 3, "split_seed": 0}
-    fitted = BagDataModule(folder, CLASSES, num_workers=0, val_fraction=0.3, **options)
+    options: dict[str, Any] = {"num_folds": 5, "fold": 3, "seed": 0}
+    fitted = BagDataModule(folder, CLASSES, num_workers=0, split=SplitOptions(0.3, **options))
     fitted.setup("fit")
-    tested = [row.slide_id for row in fitted.part("test")]
-    assert evaluated(folder, split=fitted.study(), **options) == tested
+    tested = [row.slide_id for row in fitted.rows_of("test")]
+    assert evaluated(folder, met=fitted.study(), **options) == tested
 
 
 @pytest.mark.parametrize("unknown", [{}, []])
@@ -200,20 +211,21 @@ def test_a_checkpoint_that_does_not_know_its_slides_asks_for_a_split(
         with pytest.raises(
             InputError, match=rf"does not know which slides .* name the {part} slid"
         ):
-            evaluated(folder, stage, split=unknown)
+            evaluated(folder, stage, met=unknown)
     with pytest.raises(InputError, match="does not know which slides"):
-        evaluated(folder, split=unknown, num_folds=2, fold=0)
+        evaluated(folder, met=unknown, num_folds=2, fold=0)
     table = write_table(tmp_path / "split.csv", SPLIT)
     with pytest.warns(UserWarning, match=rf"does not know .* only {table} says that the test sl"):
-        assert evaluated(folder, split=unknown, split_table=table) == ["n3", "t3"]
+        assert evaluated(folder, met=unknown, table=table) == ["n3", "t3"]
     column = write_bags(tmp_path / "b", LABELS, {"n3": "test", "n2": "val"})
     with pytest.warns(UserWarning, match=r"only the column split of .* says that the test slides"):
-        assert evaluated(column, split=unknown) == ["n3"]
+        assert evaluated(column, met=unknown) == ["n3"]
     with pytest.warns(UserWarning, match=r"says that the val slides are not among them"):
-        assert evaluated(column, "validate", split=unknown) == ["n2"]
-    data = BagDataModule(folder, CLASSES, split=unknown)
+        assert evaluated(column, "validate", met=unknown) == ["n2"]
+    data = BagDataModule(folder, CLASSES)
+    data.trainer = trainer_of(unknown)
     data.setup("predict")
-    assert data.parts_in_study() == {}
+    assert data.describe_met_slides() == {}
 
 
 def test_one_slide_under_two_names_in_two_parts_is_refused_by_fit(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """A method that is none of ours: the mean of the features, and a linear classifier."""
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 from torch_geometric.utils import segment
 
@@ -14,9 +12,8 @@ from dasmil.tensors import bag_rows
 class Mean(SingleScaleModule):
     """Mean pooling."""
 
-    def build(self, in_dims: Mapping[str, int], num_logits: int) -> nn.Module:
+    def build_network(self, scale: str, in_dim: int, num_logits: int) -> nn.Module:
         """One linear layer."""
-        (scale, in_dim), *_ = in_dims.items()
         return MeanNetwork(scale, nn.Linear(in_dim, num_logits))
 
 

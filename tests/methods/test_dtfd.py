@@ -34,7 +34,7 @@ def dtfd(case: Case, distillation: str) -> DTFD:
         len(case.weights["attention.attention_V.0.bias"]),
     )
     module = case.bind(DTFD(options), 2, NAMES)
-    module.network._order = lambda size, slide_id: case.inputs["permutation"].long()
+    module.network.deal = lambda size, slide_id: case.inputs["permutation"].long()
     return module
 
 
@@ -78,6 +78,6 @@ def test_a_slide_of_fewer_tiles_than_pseudo_bags_has_fewer() -> None:
 def test_evaluation_deals_the_tiles_of_a_slide_out_alike_each_time() -> None:
     case = Case("dtfd")
     module, graph = dtfd(case, "afs"), case.graph()
-    del module.network._order
+    del module.network.deal
     first, second = (module(graph)["x20"].bag_logits for _ in range(2))
     assert torch.equal(first, second)

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -76,23 +74,6 @@ def test_a_training_that_goes_on_ends_with_the_weights_of_one_that_was_not_broke
         assert torch.equal(weight, again.state_dict()[key]), key
         changed += not torch.equal(weight, first.state_dict()[key])
     assert changed > 0 and again.trainer.current_epoch == 2
-
-
-@pytest.mark.parametrize("name", ["CLAM", "DTFD"])
-@pytest.mark.slow
-def test_a_method_of_resting_weights_or_two_optimisers_trains_in_two_processes(
-    name: str, tmp_path: Path
-) -> None:
-    labels = {f"s{n}": CLASSES[n % 2] for n in range(6)}
-    split = {f"s{n}": "train" if n < 4 else "val" for n in range(6)}
-    folder = write_bags(tmp_path / "bags", labels, split)
-    command = [sys.executable, "-m", "dasmil", "fit", "--config", str(CONFIGS / "mil.yaml")]
-    command += ["--config", str(CONF / "bags.yaml"), "--model.class_path", name]
-    command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
-    command += ["--data.bags", str(folder), "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
 
 @pytest.mark.parametrize(

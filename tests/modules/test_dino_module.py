@@ -9,11 +9,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from road import NUM_SLIDES
 
-from dasmil.data import TileDataModule
-from dasmil.data.augment import TensorViews
+from dasmil.data import SplitOptions, TileDataModule, ViewOptions
+from dasmil.data.views import TensorViews
 from dasmil.embedding.restricted import load_checkpoint
 from dasmil.errors import InputError
 from dasmil.modules import DINOModule, dino
+from dasmil.modules.dino import HeadOptions, ScheduleOptions
+from dasmil.modules.options import typed_options
 from dasmil.slides.cohort import read_cohort
 from dasmil.slides.study import SlideRecord, plain_records, read_records
 
@@ -22,15 +24,14 @@ SMALL = {
     "backbone_options": {"depth": 1, "embed_dim": 24, "num_heads": 2},
     "image_size": 32,
     "drop_path": 0.0,
-    "output_dim": 32,
-    "hidden_dim": 16,
-    "bottleneck_dim": 8,
+    "head": HeadOptions(output_dim=32, hidden_dim=16, bottleneck_dim=8),
 }
+VIEWS = {"global_crop_px": 32, "local_crop_px": 16, "num_local_crops": 1}
 
 
-def small_data(road, **options):
-    crops = {"global_crop_px": 32, "local_crop_px": 16, "num_local_crops": 1}
-    options = {"batch_size": 4, "tiles_per_epoch": 16, "num_workers": 0, **crops, **options}
+def small_data(road, views=(), **options):
+    views = ViewOptions(**{**VIEWS, **dict(views)})
+    options = {"batch_size": 4, "tiles_per_epoch": 16, "num_workers": 0, "views": views, **options}
     return TileDataModule(road.tiles, "x20", **options)
 
 
@@ -70,7 +71,7 @@ def watched(road, tmp_path_factory):
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    module = DINOModule(**SMALL, warmup_epochs=1, learning_rate=0.064, weight_decay=(0.1, 0.3))
+    module = DINOModule(**SMALL, optimizer=ScheduleOptions(0.064, 1e-6, 1, (0.1, 0.3)))
     trainer.fit(module, datamodule=small_data(road))
     with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
         logged = [row for row in csv.DictReader(file) if row["train/loss_step"]]
@@ -139,12 +140,12 @@ def test_a_collapse_would_show(watched):
     _, logged, module = watched
     for row in logged:
         assert 0 < float(row["teacher/entropy"]) <= float(row["teacher/entropy_of_mean"]) + 1e-5
-        assert float(row["teacher/entropy_of_mean"]) <= log(SMALL["output_dim"]) + 1e-5
+        assert float(row["teacher/entropy_of_mean"]) <= log(SMALL["head"].output_dim) + 1e-5
     assert float(logged[-1]["teacher/centre_norm"]) > 0
     seen = {}
     module.log_dict = seen.update
     module._log_teacher(module.dino_loss.center[0].expand(4, -1))
-    assert float(seen["teacher/entropy"]) == pytest.approx(log(SMALL["output_dim"]), rel=1e-5)
+    assert float(seen["teacher/entropy"]) == pytest.approx(log(SMALL["head"].output_dim), rel=1e-5)
 
 
 def test_the_checkpoint_knows_what_it_was_trained_on(road):
@@ -162,11 +163,10 @@ def test_a_training_that_goes_on_has_seen_the_slides_of_before_too(road, tmp_pat
     before = read_records(content["extractor"]["trained_on"])
     table = tmp_path / "split.csv"
     table.write_text(f"slide_id,split\n{before[0].slide_id},train\n{before[1].slide_id},test\n")
-    data = small_data(road, split_table=str(table), val_fraction=0.0)
+    data = small_data(road, split=SplitOptions(0.0, table=str(table)))
     del content["settings"], content["steps"]  # an older version goes on with any settings
     torch.save(content, tmp_path / "before.ckpt")
-    hparams = content["hyper_parameters"]
-    module = DINOModule(**{key: hparams[key] for key in hparams if key[0] != "_"})
+    module = DINOModule(**typed_options(DINOModule, content["hyper_parameters"]))
     trainer = Trainer(
         max_epochs=content["epoch"] + 2,
         logger=False,
@@ -254,7 +254,8 @@ def test_lightlys_own_transform_can_be_chosen(road, monkeypatch):
 
     monkeypatch.setattr(TensorViews, "__call__", refuse)
     monkeypatch.setattr(TensorViews, "draw", refuse)
-    assert 0 < first_loss(road, augmentation_backend="pil") < 2 * log(SMALL["output_dim"])
+    loss = first_loss(road, views={"augmentation_backend": "pil"})
+    assert 0 < loss < 2 * log(SMALL["head"].output_dim)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -279,8 +280,11 @@ def test_under_autocast_the_loss_is_that_of_float32():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"local_crop_px": 20}, "data.local_crop_px: 20 px is no whole number .* take 16 or 32"),
-        ({"global_crop_px": 40}, "data.global_crop_px: 40 px is no whole .* take 32 or 48"),
+        (
+            {"local_crop_px": 20},
+            "data.views.local_crop_px: 20 px is no whole .* take 16 or 32",
+        ),
+        ({"global_crop_px": 40}, "data.views.global_crop_px: 40 px is no whole .* take 32 or 48"),
     ],
 )
 def test_crops_that_are_no_whole_number_of_patches_are_refused(road, tmp_path, options, words):
@@ -294,7 +298,7 @@ def test_crops_that_are_no_whole_number_of_patches_are_refused(road, tmp_path, o
         default_root_dir=tmp_path,
     )
     with pytest.raises(InputError, match=words):
-        trainer.fit(DINOModule(**SMALL), datamodule=small_data(road, **options))
+        trainer.fit(DINOModule(**SMALL), datamodule=small_data(road, options))
 
 
 def test_an_image_size_that_is_no_whole_number_of_patches_is_refused():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from bag_factory import write_bags
+from processes import run_in_two
 from road import CONF, CONFIGS
-from test_two_processes import run
 
 from dasmil.cli import main
 from dasmil.slides.cohort import read_cohort
@@ -25,37 +25,63 @@ def bags(tmp_path_factory) -> Path:
     return write_bags(tmp_path_factory.mktemp("exact") / "bags", labels, dict(names), patients)
 
 
-def fit(bags: Path, runs: Path, name: str) -> list[str]:
-    configs = ["--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "dasmil.yaml")]
+def fit(bags: Path, runs: Path, name: str, config: str = "dasmil.yaml") -> list[str]:
+    configs = ["--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / config)]
     return ["fit", *configs, "--data.bags", str(bags), "--output", str(runs / name)]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(bags) -> Path:
-    """Of one process that puts the gradients of two slides together."""
+    """Of one process that accumulates the gradients of two slides."""
     runs = bags.parent / "runs"
     assert main([*fit(bags, runs, "one"), "--trainer.accumulate_grad_batches", "2"]) == 0
     return runs / "one" / "checkpoints" / "best.ckpt"
 
 
-def test_two_processes_learn_what_one_learns_from_two_slides_a_step(bags, checkpoint):
-    """The same slides in the same steps, the same dropout, and the last step is full in both."""
-    runs = checkpoint.parents[2]
-    run(fit(bags, runs, "two"))
+def assert_same_weights(runs: Path, num_steps: int) -> None:
     one, two = (
         torch.load(runs / name / "checkpoints" / "last.ckpt", weights_only=True)
         for name in ("one", "two")
     )
-    assert one["global_step"] == two["global_step"] == 2 * 3  # 2 epochs of 5 slides, in pairs
+    assert one["global_step"] == two["global_step"] == num_steps
     for name, weights in one["state_dict"].items():
         torch.testing.assert_close(weights, two["state_dict"][name], atol=1e-6, rtol=1e-5)
+
+
+def test_two_processes_learn_what_one_learns_from_two_slides_a_step(bags, checkpoint):
+    """The same slides in the same steps, the same dropout, and the last step is full in both."""
+    runs = checkpoint.parents[2]
+    run_in_two(fit(bags, runs, "two"))
+    assert_same_weights(runs, 2 * 3)  # 2 epochs of 5 slides, in pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options", "num_steps"),
+    [
+        ("CLAM", ["--trainer.accumulate_grad_batches", "2"], 4),  # dropout, and unused weights
+        ("DTFD", ["--data.batch_size", "2"], 8),  # two optimisers, which cannot accumulate
+    ],
+)
+def test_two_processes_learn_the_same_with_other_methods(
+    bags, tmp_path, method, options, num_steps
+):
+    """Two epochs of four slides, in pairs."""
+    split = tmp_path / "split.csv"
+    rows = [row for row in read_cohort(bags / "cohort.csv") if row.slide_id != "train4"]
+    split.write_text("slide_id,split\n" + "".join(f"{r.slide_id},{r.split}\n" for r in rows))
+    both = ["--model.class_path", method, "--data.split.table", str(split)]
+    both += ["--trainer.max_epochs", "2"]
+    assert main([*fit(bags, tmp_path, "one", "bags.yaml"), *both, *options]) == 0
+    run_in_two([*fit(bags, tmp_path, "two", "bags.yaml"), *both])
+    assert_same_weights(tmp_path, num_steps)
 
 
 @pytest.mark.slow
 def test_figures_are_the_same_to_the_last_digit(bags, checkpoint, tmp_path):
     arguments = ["test", "--ckpt_path", str(checkpoint), "--bags", str(bags)]
     assert main([*arguments, "--data.batch_size", "4", "--output", str(tmp_path / "one")]) == 0
-    run([*arguments, "--output", str(tmp_path / "two")])
+    run_in_two([*arguments, "--output", str(tmp_path / "two")])
     for name in ("test_metrics.json", "test_metrics.csv", "test_slides.csv"):
         one, two = ((tmp_path / part / name).read_text() for part in ("one", "two"))
         assert one == two
@@ -73,7 +99,7 @@ def test_fewer_slides_than_processes(bags, checkpoint, tmp_path):
     arguments = ["test", "--ckpt_path", str(checkpoint), "--bags", str(few)]
     with pytest.warns(UserWarning, match=r"6 slide\(s\) of cohort.csv have no bag file"):
         assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
-    run([*arguments, "--output", str(tmp_path / "two")])
+    run_in_two([*arguments, "--output", str(tmp_path / "two")])
     one, two = (
         json.loads((tmp_path / part / "test_metrics.json").read_text()) for part in ("one", "two")
     )
@@ -82,7 +108,7 @@ def test_fewer_slides_than_processes(bags, checkpoint, tmp_path):
     assert one["test/accuracy"] in (0.0, 1.0)
 
     output = tmp_path / "predictions"
-    run(["predict", "--ckpt_path", checkpoint, "--bags", few, "--output", output])
+    run_in_two(["predict", "--ckpt_path", checkpoint, "--bags", few, "--output", output])
     table = (output / "predictions.csv").read_text().splitlines()
     assert len(table) == 1 + PARTS["train"] + PARTS["val"] + 1
 

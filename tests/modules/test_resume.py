@@ -18,6 +18,7 @@ from road import fit_dasmil, fit_dino
 from dasmil.cli import main
 from dasmil.errors import InputError
 from dasmil.modules import DINOModule
+from dasmil.modules.dino import ScheduleOptions
 
 TESTS = Path(__file__).parents[1]
 
@@ -148,14 +149,8 @@ def test_a_training_goes_on_with_its_own_settings_or_not_at_all(road, tmp_path, 
     said = capsys.readouterr().err
     assert all(f"{name} {now} instead of {then}" in said for name, (now, then) in changed.items())
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    more = [
-        "--trainer.max_steps",
-        "-1",
-        "--data.cache",
-        "ram",
-        "--model.evaluation.specificity",
-        "0.8",
-    ]
+    more = ["--trainer.max_steps", "-1", "--data.cache", "ram"]
+    more += ["--model.evaluation.specificity", "0.8"]
     assert main(["fit", "--resume", str(run), *more]) == 0
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
 
@@ -176,8 +171,11 @@ def test_dino_goes_on_with_its_own_schedule_or_not_at_all(road, tmp_path):
 
     path = fit(Stop())
     for options, words in (
-        ({"learning_rate": 1.0}, "model.learning_rate 1.0 instead of 0.0005"),
-        ({"weight_decay": (0.0, 0.0)}, r"model.weight_decay \[0.0, 0.0\] instead of \[0.04, 0.4\]"),
+        ({"optimizer": ScheduleOptions(1.0)}, "model.optimizer.learning_rate 1.0 instead of 0.0"),
+        (
+            {"optimizer": ScheduleOptions(weight_decay=(0.0, 0.0))},
+            r"model.optimizer.weight_decay \[0.0, 0.0\] instead of \[0.04, 0.4\]",
+        ),
         ({"max_steps": 6}, "trainer.max_steps 6 instead of -1"),
         ({"tiles": 8}, "data.tiles_per_epoch 8 instead of 16"),
     ):

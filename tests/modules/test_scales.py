@@ -118,19 +118,6 @@ def test_a_scale_that_no_bag_holds_is_refused_by_fit(
 
 def test_a_word_that_is_no_choice_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     configs = ["--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "dasmil.yaml")]
-    assert (
-        main(
-            [
-                "fit",
-                *configs,
-                "--data.bags",
-                "B",
-                "--output",
-                "R",
-                "--model.objective.kl_direction",
-                "x",
-            ]
-        )
-        == 2
-    )
+    command = ["fit", *configs, "--data.bags", "B", "--output", "R"]
+    assert main([*command, "--model.objective.kl_direction", "x"]) == 2
     assert "kl_direction" in capsys.readouterr().err

@@ -4,40 +4,22 @@ Each command has a port of its own: another test may take one that Lightning fin
 """
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
-from itertools import count
 
 import pytest
 import torch
+from processes import run_in_two
 from road import embed_command, fit_dasmil, fit_dino
 
 from dasmil.bags import bag_path, read_bag
 from dasmil.slides.cohort import read_cohort
-
-PORTS = count(10_000 + 37 * (os.getpid() % 500))  # below those that systems hand out
-TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-
-
-def run(arguments, code=0):
-    """A command with two processes; its output is shown when it ends with another code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(next(PORTS))}
-    command = [sys.executable, "-m", "dasmil", *map(str, arguments), *TWO]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "sync_dist" not in done.stderr and "\r" not in done.stdout + done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith(("warning: ", "error: "))]
-    assert len(set(said)) == len(said), done.stderr
-    return done.stderr if code else done.stdout
 
 
 @pytest.fixture(scope="module")
 def checkpoint(road):
     """DAS-MIL after one step of each of two processes."""
     runs = road.root / "runs_ddp"
-    run(
+    run_in_two(
         [
             *fit_dasmil(road.bags, runs),
             "--trainer.max_epochs",
@@ -58,7 +40,7 @@ def test_dasmil_fits_one_step(checkpoint):
 
 @pytest.mark.slow
 def test_an_error_of_both_processes_is_said_once(road, tmp_path):
-    said = run(
+    said = run_in_two(
         [*fit_dasmil(road.bags, tmp_path), "--model.optimizer.learning_rate", "1e38"], code=2
     )
     assert said.count("error: fit: the loss of step 1 is not finite") == 1
@@ -67,7 +49,7 @@ def test_an_error_of_both_processes_is_said_once(road, tmp_path):
 @pytest.mark.slow
 def test_dino_fits_one_step(road):
     runs = road.root / "runs_ddp"
-    run([*fit_dino(road.tiles, "x20", runs), "--trainer.limit_train_batches", "1"])
+    run_in_two([*fit_dino(road.tiles, "x20", runs), "--trainer.limit_train_batches", "1"])
     state = torch.load(runs / "dino_x20" / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["global_step"] == 1
     assert state["extractor"]["scale"] == "x20"
@@ -76,7 +58,7 @@ def test_dino_fits_one_step(road):
 @pytest.mark.slow
 def test_embed_gives_the_same_bags(road):
     bags = road.root / "bags_ddp"
-    printed = run(embed_command(road.tiles, bags, road.dino))
+    printed = run_in_two(embed_command(road.tiles, bags, road.dino))
     rows = read_cohort(road.cohort)
     assert f"embed: {len(rows)} done" in printed
     for row in rows:
@@ -91,14 +73,14 @@ def test_embed_with_one_slide_left_for_two_processes(road):
     shutil.copytree(road.bags, bags)
     left = bag_path(bags, read_cohort(road.cohort)[0].slide_id)
     left.unlink()
-    assert "0 failed" in run(embed_command(road.tiles, bags, road.dino))
+    assert "0 failed" in run_in_two(embed_command(road.tiles, bags, road.dino))
     assert left.exists()
 
 
 @pytest.mark.slow
 def test_predict_writes_every_slide_once(road, checkpoint):
     output = road.root / "predictions_ddp"
-    run(["predict", "--ckpt_path", checkpoint, "--bags", road.bags, "--output", output])
+    run_in_two(["predict", "--ckpt_path", checkpoint, "--bags", road.bags, "--output", output])
     with open(output / "predictions.csv", newline="") as file:
         predicted = [row["slide_id"] for row in csv.DictReader(file)]
     assert predicted == [row.slide_id for row in read_cohort(road.cohort)]

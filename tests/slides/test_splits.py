@@ -105,8 +105,8 @@ def test_where_the_table_has_a_test_part_the_fold_is_for_validation() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"fold": 3}, "data.fold and data.num_folds: give both"),
-        ({"num_folds": 5}, "data.fold and data.num_folds: give both"),
+        ({"fold": 3}, "data.split.fold and data.split.num_folds: give both"),
+        ({"num_folds": 5}, "data.split.fold and data.split.num_folds: give both"),
         ({"num_folds": 5, "fold": 5}, "there is no fold 5 of 5; give a number from 0 to 4"),
         ({"num_folds": 5, "fold": -1}, "there is no fold -1 of 5"),
         ({"num_folds": 1, "fold": 0}, "1 is not a number of folds"),
@@ -121,7 +121,7 @@ def test_folds_that_make_no_sense_are_refused(options: dict[str, int], words: st
 def test_a_table_with_a_validation_part_has_no_folds() -> None:
     rows = make_rows("a", 5, split="train") + make_rows("b", 5, split="val")
     with pytest.raises(
-        InputError, match=r"data\.num_folds: the split column already names val slides"
+        InputError, match=r"split\.num_folds: the split column already names val slides"
     ):
         split_cohort(rows, num_folds=2, fold=0)
 
@@ -198,7 +198,7 @@ def test_labels_by_other_names_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_a_split_table_that_is_nowhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"data\.split_table: .*nowhere\.csv: no such file"):
+    with pytest.raises(InputError, match=r"data\.split\.table: .*nowhere\.csv: no such file"):
         split_cohort(make_rows("a", 2), split_table=tmp_path / "nowhere.csv")
 
 

@@ -112,9 +112,9 @@ class Run(Step):
         fitted = read_config(config)
         try:
             data = fitted["data"]["init_args"]
-            table = data.get("split_table")
+            table = (data.get("split") or {}).get("table")
             return [
-                *(("--data.split_table", table) if table else ()),
+                *(("--data.split.table", table) if table else ()),
                 *("--data.allow_seen_slides", str(data["allow_seen_slides"]).lower()),
                 *("--trainer.accelerator", str(fitted["trainer"]["accelerator"])),
             ]

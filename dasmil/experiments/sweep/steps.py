@@ -27,7 +27,12 @@ class Fold:
         return f"fold {self.number}"
 
     def arguments(self) -> list[str]:
-        return ["--data.num_folds", str(self.num_folds), "--data.fold", str(self.number)]
+        return [
+            "--data.split.num_folds",
+            str(self.num_folds),
+            "--data.split.fold",
+            str(self.number),
+        ]
 
 
 def fold_folder(parent: Path, fold: Fold | None) -> Path:

@@ -109,7 +109,7 @@ def mil4wsi_checkpoint(
     preset = _preset(residual)
     _refuse_other_classes(file, widths, classes)
     bag_format = _bag_format(file, widths, parse_scales(scales), extractors, tile_px)
-    val_part = preset["data"]["init_args"]["val_part"]
+    val_part = preset["data"]["init_args"]["split"]["val_part"]
 
     with torch.device("meta"):  # only shapes are needed
         model = DASMIL(**typed_options(DASMIL, _options(preset, widths, residual)))

@@ -243,8 +243,8 @@ def test_each_fold_goes_its_own_road(arguments, cohort, own, tmp_path, stand_in,
         assert option(embed, "--tiles") == [f"{out}/tiles"]
         assert option(embed, "--output") == [f"{out}/bags/fold_{fold}"]
         for call in (x10, x20, runs[0], runs[2]):
-            assert option(call, "--data.num_folds") == ["2"]
-            assert option(call, "--data.fold") == [str(fold)]
+            assert option(call, "--data.split.num_folds") == ["2"]
+            assert option(call, "--data.split.fold") == [str(fold)]
         for fit, test in (runs[:2], runs[2:]):
             assert option(fit, "--data.bags") == option(test, "--bags")
             assert option(fit, "--data.bags") == [f"{out}/bags/fold_{fold}"]
@@ -269,13 +269,13 @@ def test_without_folds_there_is_one_road(arguments, tmp_path, stand_in, compared
     out = tmp_path / "out"
     assert option(embed, "--extractors.x20") == [f"{out}/extractors/x20/checkpoints/last.ckpt"]
     assert option(embed, "--output") == option(fit, "--data.bags") == [f"{out}/bags"]
-    assert not any("--data.fold" in call for call in (tile, extractor, embed, fit))
+    assert not any("--data.split.fold" in call for call in (tile, extractor, embed, fit))
 
 
 def test_given_bags_serve_all_folds(tmp_path, bags, own, stand_in, compared):
     assert sweep(tmp_path / "out", bags, configs=(str(own),), seeds=(0,), folds=3) == 0
     fits = [call for call in stand_in.new_calls() if call.startswith("fit")]
-    assert [option(fit, "--data.fold") for fit in fits] == [["0"], ["1"], ["2"]]
+    assert [option(fit, "--data.split.fold") for fit in fits] == [["0"], ["1"], ["2"]]
     assert all(option(fit, "--data.bags") == [str(bags)] for fit in fits)
 
 

@@ -223,14 +223,14 @@ def test_a_run_of_other_extractors_is_refused_even_when_their_folders_are_gone(t
 def test_a_run_is_tested_as_it_was_fitted(tmp_path, bags, allowed):
     run = plan_one(tmp_path)
     fitted = {
-        "data": {"init_args": {"allow_seen_slides": allowed, "split_table": "list.csv"}},
+        "data": {"init_args": {"allow_seen_slides": allowed, "split": {"table": "list.csv"}}},
         "trainer": {"accelerator": "cpu"},
     }
     write_text(run.folder / "config.yaml", yaml.safe_dump(fitted))
     arguments = run.test()
     seen = arguments.index("--data.allow_seen_slides")
     assert arguments[seen + 1] == ("true" if allowed else "false")
-    assert arguments[arguments.index("--data.split_table") + 1] == "list.csv"
+    assert arguments[arguments.index("--data.split.table") + 1] == "list.csv"
     assert arguments[-2:] == ["--trainer.accelerator", "cpu"]
 
 

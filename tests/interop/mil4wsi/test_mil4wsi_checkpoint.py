@@ -162,7 +162,7 @@ def test_nothing_is_tested_unless_a_table_names_the_test_slides(tmp_path, capsys
     given = ["--ckpt_path", str(tmp_path / "model.ckpt"), "--bags", str(tmp_path / "bags"), *QUIET]
     assert main(["test", *given, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "does not know which slides it was trained on" in error and "--data.split_table" in error
+    assert "does not know which slides it was trained on" in error and "--data.split.table" in error
     assert main(["predict", *given, "--output", str(tmp_path / "predictions")]) == 0
 
 

@@ -1,4 +1,4 @@
-"""What every process knows of, put together."""
+"""Gather Python objects from all processes."""
 
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def gather_lists(items: list[T]) -> list[T]:
-    """The items of all processes, in the order of their ranks; every process gets the same list."""
+    """The items of all processes in the order of their ranks, the same list in every process."""
     if not (dist.is_available() and dist.is_initialized()):
         return items
     parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
@@ -18,7 +18,7 @@ def gather_lists(items: list[T]) -> list[T]:
 
 
 def is_true_anywhere(flag: Tensor) -> bool:
-    """Whether a bool scalar is True in any process; every process gets the same answer."""
+    """Whether a bool scalar is True in any process, the same answer in every process."""
     if dist.is_available() and dist.is_initialized():
         flag = flag.int()
         dist.all_reduce(flag, dist.ReduceOp.MAX)

@@ -13,7 +13,7 @@ from modules.test_mil_module import quiet_trainer
 from dasmil.bags import bag_path, write_bag
 from dasmil.data import BagDataModule
 from dasmil.modules import MILModule
-from dasmil.modules.decay import BagLosses
+from dasmil.modules.weight_decay import BagLosses
 
 OF_THE_RELEASE = {"decay_below": None, "bag_classifier_init": "torch"}
 VAL = dict.fromkeys(["s12", "s13", "s14", "s15"], "val")
@@ -71,8 +71,8 @@ def test_the_worst_scale_is_compared_with_the_entropy_of_the_labels() -> None:
     """Three slides of four are negative: to know that much is chance."""
     chance = log(4) - 0.75 * log(3)
     losses = BagLosses()
-    losses.note(torch.tensor([0, 1]), [torch.tensor([0.1, 0.2]), torch.tensor([0.5, chance])])
-    losses.note(torch.tensor([0, 0]), [torch.tensor([0.1, 0.0]), torch.tensor([1.5, chance])])
-    assert losses.take() == pytest.approx((2.0 + 2 * chance) / 4 / chance)
-    losses.note(torch.tensor([2, 2]), [torch.zeros(2)])
-    assert losses.take() == inf
+    losses.add(torch.tensor([0, 1]), [torch.tensor([0.1, 0.2]), torch.tensor([0.5, chance])])
+    losses.add(torch.tensor([0, 0]), [torch.tensor([0.1, 0.0]), torch.tensor([1.5, chance])])
+    assert losses.pop_worst() == pytest.approx((2.0 + 2 * chance) / 4 / chance)
+    losses.add(torch.tensor([2, 2]), [torch.zeros(2)])
+    assert losses.pop_worst() == inf

@@ -1,7 +1,7 @@
-"""Operations on the views of many tiles at once, few and large as a GPU wants them.
+"""Operations on many views at once: few and large ones, as a GPU needs.
 
-``x`` is (N, 3, H, W) of levels from 0 to 255, which are not rounded in between, as PIL rounds them.
-What was drawn for each of the N is (N, ...) on the CPU, so that nothing here waits for the GPU.
+``x`` is (N, 3, H, W) of levels from 0 to 255; unlike PIL they are not rounded between operations.
+The random numbers of the N views are (N, ...) on the CPU, so that nothing waits for the GPU.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dasmil.data.augment_cpu import CONTRAST, GREY, HUE, SATURATION, half_kernel
+from dasmil.data.views_cpu import CONTRAST, GREY, HUE, SATURATION, half_kernel
 
 
-def change(x: Tensor, mask: Tensor, operation: Callable[..., Tensor], *drawn: Tensor) -> None:
-    """In place: do the operation to the views that the mask (N,) names, with what they drew."""
+def apply_where(x: Tensor, mask: Tensor, operation: Callable[..., Tensor], *drawn: Tensor) -> None:
+    """Apply an operation in place to the views that the mask (N,) selects.
+
+    Parameters
+    ----------
+    drawn: (N, ...) further arguments of the operation.
+    """
     numbers = mask.nonzero().flatten()
     if len(numbers):
         index = numbers.to(x.device, non_blocking=True)
@@ -22,7 +27,7 @@ def change(x: Tensor, mask: Tensor, operation: Callable[..., Tensor], *drawn: Te
 
 
 def crop(tiles: Tensor, box_px: Tensor, side_px: int) -> Tensor:
-    """Cut out and resample by PIL's bicubic filter, as two matrices a view: rows and columns.
+    """Crop and resample by PIL's bicubic filter, as two matrices per view: rows and columns.
 
     Parameters
     ----------
@@ -44,7 +49,7 @@ def crop(tiles: Tensor, box_px: Tensor, side_px: int) -> Tensor:
 
 
 def _resampling(start: Tensor, length: Tensor, side_px: int, size_px: int) -> Tensor:
-    """(B, V) starts and lengths of crops → (B, V, side, S) weights of a tile's S pixels."""
+    """Weights (B, V, side, S) of a tile's S pixels for crops of given starts and lengths (B, V)."""
     start, length = start[..., None, None], length[..., None, None]
     out = torch.arange(side_px, device=start.device, dtype=torch.float32)[:, None]
     pixel = torch.arange(size_px, device=start.device, dtype=torch.float32)
@@ -58,10 +63,15 @@ def _resampling(start: Tensor, length: Tensor, side_px: int, size_px: int) -> Te
 
 
 def jitter_colour(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """torchvision's ColorJitter: its four operations with their factors, in this order; in place.
+    """Apply torchvision's ColorJitter in place: its four operations in the given order.
 
-    Brightness, contrast and saturation are one: towards black, the mean grey level, or each
-    pixel's own grey level, or away from it.
+    Brightness, contrast and saturation are one operation here: they blend with black, with the
+    mean grey level, or with each pixel's own grey level.
+
+    Parameters
+    ----------
+    order: (N, 4) numbers of the operations.
+    factors: (N, 4) by number of the operation.
     """
     ordered = factors.gather(1, order)  # (N, 4)
     is_hue = order == HUE
@@ -70,7 +80,7 @@ def jitter_colour(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     to_pixel = (1 - kept).where(order == SATURATION, 0)
     weights = torch.stack([kept, to_mean, to_pixel]).to(x.device, non_blocking=True)
     for number in range(order.shape[1]):
-        change(x, shift[:, number] != 0, shift_hue, shift[:, number])
+        apply_where(x, shift[:, number] != 0, shift_hue, shift[:, number])
         kept, to_mean, to_pixel = weights[:, :, number, None, None, None]  # (N, 1, 1, 1)
         grey = to_grey(x)
         target = grey * to_pixel + grey.mean((2, 3), keepdim=True) * to_mean
@@ -79,7 +89,7 @@ def jitter_colour(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """The hue of HSV turned by ``shift`` rounds; saturation and value stay."""
+    """Rotate the hue of HSV by ``shift`` (N,) turns; saturation and value stay."""
     red, green, blue = x.split(1, 1)
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - low
@@ -94,7 +104,7 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def to_grey(x: Tensor) -> Tensor:
-    """(N, 3, H, W) → (N, 1, H, W)."""
+    """The grey levels (N, 1, H, W)."""
     red, green, blue = x.split(1, 1)
     return red * GREY[0] + green * GREY[1] + blue * GREY[2]
 
@@ -113,10 +123,10 @@ def blur(x: Tensor, sigma_px: Tensor) -> Tensor:
 
 
 def solarize(x: Tensor, threshold: int) -> Tensor:
-    """Levels from the threshold on are inverted; PIL's would have been rounded before."""
+    """Invert levels from the threshold on; PIL would have rounded them before."""
     return torch.where(x < threshold - 0.5, x, 255 - x)
 
 
 def _per_view(drawn: Tensor, x: Tensor) -> Tensor:
-    """(N,) → (N, 1, 1, 1) where x is."""
+    """Reshape (N,) to (N, 1, 1, 1) on the device of ``x``."""
     return drawn.to(x.device, non_blocking=True).view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Tables, intervals and figures of an evaluation."""
+"""Tables, confidence intervals and figures of an evaluation."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from dasmil.callbacks.instances import InstanceTruth
+from dasmil.callbacks.instance_truth import InstanceTruth
 from dasmil.data.bags import BagDataModule
 from dasmil.errors import InputError, some_of
 from dasmil.files import file_sha256
@@ -23,7 +23,7 @@ from dasmil.tables import read_csv
 
 
 def checkpoint_of(trainer: Trainer) -> tuple[str, str]:
-    """Name and SHA-256 of the checkpoint that a Trainer evaluates; empty if there is none."""
+    """File name and SHA-256 of the checkpoint that a Trainer evaluates; "" if there is none."""
     if not trainer.ckpt_path:  # Lightning sets it after the setup hooks
         return "", ""
     path = Path(trainer.ckpt_path)
@@ -31,20 +31,20 @@ def checkpoint_of(trainer: Trainer) -> tuple[str, str]:
 
 
 class EvaluationWriter(Callback):
-    """Writes what ``validate`` or ``test`` has measured, and prints the AUROC.
+    """Writes the metrics of ``validate`` or ``test``, and prints the AUROC.
 
-    It refuses to replace metrics of another checkpoint or of other slides before the evaluation
-    begins. In the validation of each epoch of a ``fit`` it does nothing.
+    Before the evaluation begins, it refuses to replace metrics of another checkpoint or of other
+    slides. It does nothing in the validations of a ``fit``.
 
     Parameters
     ----------
     output: folder for ``test_metrics.csv``, ``test_slides.csv``, ``figures/`` and so on; None:
         nothing is written.
-    replaces: whether metrics of another checkpoint are replaced, as those of a run that goes on.
+    replaces: whether metrics of another checkpoint are replaced, as a resumed run does.
 
     Attributes
     ----------
-    is_incomplete: whether slides are left out of the metrics, or there are no metrics.
+    is_incomplete: whether slides are missing from the metrics, or there are no metrics.
     """
 
     def __init__(self, output: Path | None = None, replaces: bool = False):
@@ -66,27 +66,27 @@ class EvaluationWriter(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, pl_module, "test")
 
-    def _write(self, trainer: Trainer, module: Any, part: str) -> None:
-        """By one process; every process knows whether anything is left out."""
-        judges = [each for each in trainer.callbacks if isinstance(each, InstanceTruth)]  # type: ignore[attr-defined]
-        refused = {slide: why for judge in judges for slide, why in judge.refused.items()}
+    def _write(self, trainer: Trainer, module: Any, split: str) -> None:
+        """Write in one process; set ``is_incomplete`` in every process."""
+        truths = [each for each in trainer.callbacks if isinstance(each, InstanceTruth)]  # type: ignore[attr-defined]
+        refused = {slide: why for truth in truths for slide, why in truth.refused.items()}
         evaluation, failed = module.evaluation, module.failed
         self.is_incomplete = bool(refused or failed)
         if not trainer.is_global_zero:
             return
-        verb = "validate" if part == "val" else "test"
+        verb = "validate" if split == "val" else "test"
         if failed:
-            say_not_finite(verb, failed, "; so no metrics are written")
+            print_not_finite(verb, failed, "; so no metrics are written")
         else:
-            print(*auroc_lines(part, evaluation), sep="\n")
+            print(*auroc_lines(split, evaluation), sep="\n")
         if self.output is None:
             return
         more = module.mean_losses()
-        for judge in judges:
-            more |= judge.metrics
+        for truth in truths:
+            more |= truth.metrics
         name, digest = checkpoint_of(trainer)
         write_evaluation(
-            *(self.output, part, evaluation, more),
+            *(self.output, split, evaluation, more),
             {"checkpoint": name or None, "checkpoint_sha256": digest or None},
             pooling=module.evaluation_options.patient_pooling,
             failed=failed,
@@ -94,18 +94,18 @@ class EvaluationWriter(Callback):
         )
         if failed:
             return
-        figures = evaluation_figures(evaluation, part)
+        figures = evaluation_figures(evaluation, split)
         save_figures(self.output / "figures", figures)
-        show_in_tensorboard(self.output, part, figures)
-        print(f"{verb}: metrics {self.output / f'{part}_metrics.csv'}, {self.output / 'figures'}")
+        show_in_tensorboard(self.output, split, figures)
+        print(f"{verb}: metrics {self.output / f'{split}_metrics.csv'}, {self.output / 'figures'}")
 
-    def _refuse_other_metrics(self, trainer: Trainer, part: str) -> None:
+    def _refuse_other_metrics(self, trainer: Trainer, split: str) -> None:
         data: BagDataModule | None = getattr(trainer, "datamodule", None)
         if data is None or self.output is None or self.replaces:
             return
-        if not evaluation_file(self.output, part).is_file():
+        if not evaluation_file(self.output, split).is_file():
             return
-        _, before = read_checkpoint(self.output, part)
+        _, before = read_checkpoint(self.output, split)
         _, now = checkpoint_of(trainer)
         if before != now:
             raise InputError(
@@ -113,18 +113,18 @@ class EvaluationWriter(Callback):
                 f"({before[:SHORT_HASH] or 'not known'}, this one is "
                 f"{now[:SHORT_HASH] or 'not known'}); give --output to keep both"
             )
-        _, rows = read_csv(self.output / f"{part}_slides.csv")
-        evaluated = data.part(data.val_part if part == "val" else "test")
+        _, rows = read_csv(self.output / f"{split}_slides.csv")
+        evaluated = data.rows_of(data.val_part if split == "val" else "test")
         other = {row["slide_id"] for row in rows} ^ {row.slide_id for row in evaluated}
         if other:
             raise InputError(
-                f"{self.output}: holds the metrics of other {part} slides (the two differ in "
+                f"{self.output}: holds the metrics of other {split} slides (the two differ in "
                 f"{some_of(sorted(other))}); give --output to keep both"
             )
 
 
-def say_not_finite(verb: str, slide_ids: list[str], consequence: str = "") -> None:
-    """Name slides whose output is not finite."""
+def print_not_finite(verb: str, slide_ids: list[str], consequence: str = "") -> None:
+    """Print the slides whose output is not finite."""
     print(
         f"error: {verb}: the output is not finite for {len(slide_ids)} slide(s), which have no "
         f"class: {some_of(slide_ids)}{consequence}; run it again with --trainer.precision 32-true, "

@@ -1,8 +1,8 @@
-"""Instances against what was marked on the slides: AUROC of the tiles, FROC of the lesions."""
+"""Instances compared with annotations: AUROC of the tiles, FROC of the lesions."""
 
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -12,19 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dasmil.bags import Bag, BagGraph
 from dasmil.data.bags import BagDataModule
-from dasmil.distributed import gather_lists
+from dasmil.data.distributed import gather_lists
 from dasmil.errors import InputError, say_error, some_of
-from dasmil.files import atomic_path, write_text
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.froc import (
-    FALSE_POSITIVES,
     NMS_RADIUS_UM,
-    Detections,
     Froc,
     Lesions,
     SlideHits,
@@ -36,7 +32,8 @@ from dasmil.metrics.froc import (
 )
 from dasmil.metrics.instance import instance_auroc, instance_auroc_per_slide
 from dasmil.names import path_inside
-from dasmil.reports.shown import show_finest, show_line
+from dasmil.reports.froc import write_detections, write_froc, write_instance_truth
+from dasmil.reports.shown import show_line
 from dasmil.slides.annotation import (
     ENDINGS,
     Areas,
@@ -47,18 +44,17 @@ from dasmil.slides.annotation import (
     marks_points,
     read_annotation,
 )
-from dasmil.tables import write_csv
 
 
 @dataclass(frozen=True)
 class Marked:
-    """What an annotation makes of a slide's tiles.
+    """A slide's tiles by its annotation.
 
     Parameters
     ----------
     overlap: per scale (N_s,) share of each tile that is marked, or its number of points.
     truth: per scale (N_s,) bool.
-    lesions: for the FROC; None where there is none, or nothing is marked.
+    lesions: for the FROC; None if there is no FROC or nothing is marked.
     """
 
     overlap: Mapping[str, npt.NDArray[Any]]
@@ -68,14 +64,14 @@ class Marked:
 
 @dataclass(frozen=True)
 class SlideTruth:
-    """What one slide adds to the figures, per scale.
+    """What one slide adds to the metrics, per scale.
 
     Parameters
     ----------
     scores: (N_s,) probabilities of the positive class; of a method without instance logits, the
         attention.
     truth: (N_s,) bool.
-    hits: of the slide's detections; nothing where there is no FROC.
+    hits: of the slide's detections; empty if there is no FROC.
     """
 
     slide_id: str
@@ -85,31 +81,31 @@ class SlideTruth:
 
 
 class InstanceTruth(Callback):
-    """Figures of the instances where it is known which tiles are positive; of two classes.
+    """Instance metrics of two classes, from annotations that say which tiles are positive.
 
     ``test/x20/instance_auroc`` over all tiles, ``test/x20/instance_auroc_per_slide`` (mean over the
-    slides with tiles of both kinds) and, where all annotations are areas, ``test/x20/froc``: the
+    slides with tiles of both kinds) and, if all annotations are areas, ``test/x20/froc``: the
     mean sensitivity of Camelyon16 (:mod:`dasmil.metrics.froc`).
 
-    A slide of the first (negative) class without an annotation is negative everywhere. Where a
-    slide of the positive class has none, its truth is not known: it is left out, and named. So is
-    a slide whose annotation is refused. If all annotations are, there are no figures.
+    A slide of the first (negative) class without an annotation is negative everywhere. A slide of
+    the positive class without one is left out and named, because its truth is not known. A slide
+    whose annotation is refused is left out too. If all are refused, there are no instance metrics.
 
     Parameters
     ----------
     truth:
-        folder with one annotation a slide (:mod:`dasmil.slides.annotation`).
+        folder with one annotation per slide (:mod:`dasmil.slides.annotation`).
     min_share:
-        a tile is positive when at least this share of it is marked; or one point lies in it.
+        a tile is positive if at least this share of it is marked, or if it contains a point.
     output:
         folder for froc.csv, froc.png, detections/<scale>/<slide_id>.csv, which the challenge's own
         script reads, and instance_truth/<slide_id>.csv: every tile with the share of it that is
         marked (overlap; or its number of points), whether that makes it positive, and its
-        probability. Nothing is written where None.
+        probability. None: nothing is written.
     froc:
         whether to compute the FROC.
     classes:
-        of the annotations, those that are lesions; as the format has it where None.
+        classes of the annotations that are lesions; None: the default of each file format.
 
     Attributes
     ----------
@@ -158,7 +154,7 @@ class InstanceTruth(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._judge_batch(outputs, batch)
+        self._add_batch(outputs, batch)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -168,21 +164,21 @@ class InstanceTruth(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._conclude(trainer, pl_module, "test")
 
-    def _find_files(self, data: BagDataModule, part: str) -> None:
-        """Before anything is computed: which slides have which annotation."""
+    def _find_files(self, data: BagDataModule, split: str) -> None:
+        """Find the annotations before anything is computed."""
         if len(data.classes) != 2:
             raise InputError(
-                f"{self.truth}: figures of instances are of two classes, the model has "
+                f"{self.truth}: instance metrics need two classes, the model has "
                 f"{len(data.classes)} ({', '.join(data.classes)}); leave the truth out"
             )
-        rows = data.part(part)
+        rows = data.rows_of(split)
         slide_ids = [row.slide_id for row in rows]
         self._files = find_truths(self.truth, slide_ids)
         if not self._files:
             some = next(iter(slide_ids), "<slide_id>")
             names = ", ".join(f"{some}{ending}" for ending in ENDINGS)
             raise InputError(
-                f"{self.truth}: no annotation of any of the {len(rows)} {part} slides; for {some} "
+                f"{self.truth}: no annotation of any of the {len(rows)} {split} slides; for {some} "
                 f"it would be one of {names}"
             )
         self._negative = {row.slide_id for row in rows if row.label == data.classes[0]}
@@ -193,24 +189,24 @@ class InstanceTruth(Callback):
         unknown = sorted(set(slide_ids) - self._files.keys() - self._negative)
         if unknown:
             warnings.warn(
-                f"{self.truth}: {len(unknown)} {part} slide(s) of class {data.classes[1]} have no "
-                "annotation and are left out of the figures of instances: "
+                f"{self.truth}: {len(unknown)} {split} slide(s) of class {data.classes[1]} have no "
+                "annotation and are left out of the instance metrics: "
                 f"{some_of(unknown)}",
                 stacklevel=2,
             )
 
     def _look_into_files(self) -> None:
-        """Whether there is a FROC, and whether the classes that are asked for are there."""
-        found, points = set[str](), [False]
+        """Check whether there is a FROC, and whether the requested classes occur."""
+        present, points = set[str](), [False]
         for slide_id, path in self._files.items():
             try:
                 points.append(marks_points(path, self.classes))
-                found |= class_names(path) if self.classes else set()
-            except Exception as error:  # it costs one slide, and is told with it
+                present |= class_names(path) if self.classes else set()
+            except Exception as error:  # it costs one slide only
                 self._refuse(slide_id, error)
         self._has_froc = self.froc and not any(points)
         if self.classes and not self._are_all_refused:
-            self._refuse_missing_classes(self.classes, found)
+            self._refuse_missing_classes(self.classes, present)
 
     def _refuse(self, slide_id: str, error: Exception) -> None:
         message = say_error(error)
@@ -218,56 +214,60 @@ class InstanceTruth(Callback):
             message = f"{self._files.get(slide_id, slide_id)}: {message}; correct or remove it"
         self.refused[slide_id] = message
 
-    def _refuse_missing_classes(self, classes: Collection[str], found: set[str]) -> None:
-        """A class that no annotation has is a typing mistake, or rare."""
-        known = {name.strip().lower() for name in found}
+    def _refuse_missing_classes(self, classes: Collection[str], present: set[str]) -> None:
+        """Refuse classes of which none occurs; a single one may be a typo, or rare."""
+        known = {name.strip().lower() for name in present}
         missing = [name for name in classes if name.strip().lower() not in known]
         if len(missing) == len(classes):
             raise InputError(
                 f"{self.truth}: no annotation is of the classes {', '.join(classes)}; there "
-                f"are {_listed(found) or 'none, as in masks and tables of points'}"
+                f"are {_listed(present) or 'none, as in masks and tables of points'}"
             )
         if missing:
             warnings.warn(
                 f"{self.truth}: no annotation is of the classes {', '.join(missing)}; there are "
-                f"{_listed(found)}",
+                f"{_listed(present)}",
                 stacklevel=2,
             )
 
-    def _judge_batch(self, outputs: Any, batch: BagGraph) -> None:
+    def _add_batch(self, outputs: Any, batch: BagGraph) -> None:
         for number, slide_id in enumerate(batch.slide_ids):
             is_known = slide_id in self._files or slide_id in self._negative
             if not is_known or slide_id in self.refused:
                 continue
             rows, scores = batch.rows(number), {}
             for scale, output in outputs.items():
-                found = output.tile_scores()[rows[scale]].float().cpu()
+                values = output.tile_scores()[rows[scale]].float().cpu()
                 is_logit = output.instance_logits is not None
-                scores[scale] = class_probabilities(found)[:, 1] if is_logit else found[:, -1]
+                scores[scale] = class_probabilities(values)[:, 1] if is_logit else values[:, -1]
             if not all(bool(values.isfinite().all()) for values in scores.values()):
                 self._failed.append(slide_id)
                 continue
             bag = batch.bag(number)
             try:
                 marked = self._read_marked(bag, scores)
-            except Exception as error:  # whatever its file holds; the others go on
+            except Exception as error:  # a file may hold anything, and costs one slide only
                 self._refuse(slide_id, error)
                 continue
-            self._slides.append(self._judge(bag, scores, marked))
+            self._slides.append(self._compare(bag, scores, marked))
 
     def _read_marked(self, bag: Bag, scales: Collection[str]) -> Marked:
-        """All that needs the annotation; a picture may turn out to be damaged only here."""
+        """Read the annotation; a damaged picture may be noticed only here."""
         annotation = self._annotation(bag)
         overlap = {scale: annotation.overlap(bag.boxes_px0(scale).numpy()) for scale in scales}
         truth = {
-            scale: torch.from_numpy(annotation.positive(found, self.min_share))
-            for scale, found in overlap.items()
+            scale: torch.from_numpy(annotation.positive(values, self.min_share))
+            for scale, values in overlap.items()
         }
         lesions = self._lesions(annotation, bag.tiles.extent.mpp) if self._has_froc else None
         return Marked(overlap, truth, lesions)
 
-    def _judge(self, bag: Bag, scores: Mapping[str, Tensor], marked: Marked) -> SlideTruth:
-        self._write_tiles(bag, marked.overlap, marked.truth, scores)
+    def _compare(self, bag: Bag, scores: Mapping[str, Tensor], marked: Marked) -> SlideTruth:
+        if self.output is not None:
+            path = path_inside(self.output / "instance_truth", f"{bag.slide_id}.csv")
+            write_instance_truth(
+                path, bag, marked.overlap, marked.truth, scores, self._positive_class
+            )
         hits = {}
         if self._has_froc:
             radius_px0 = NMS_RADIUS_UM / bag.tiles.extent.mpp
@@ -276,17 +276,19 @@ class InstanceTruth(Callback):
                 on_slide = np.clip(boxes_px0, 0, bag.tiles.extent.size_px0 * 2)
                 found = detections(scores[scale].numpy(), on_slide, radius_px0)
                 hits[scale] = slide_hits(found, marked.lesions)
-                self._write_detections(scale, bag.slide_id, found)
+                if self.output is not None:
+                    folder = self.output / "detections"
+                    write_detections(path_inside(folder, scale, f"{bag.slide_id}.csv"), found)
         return SlideTruth(bag.slide_id, scores, marked.truth, hits)
 
     def _annotation(self, bag: Bag) -> Points | Areas:
-        """Nothing marked on a negative slide; what its file says of any other."""
+        """The annotation of a slide; an empty one for a negative slide without a file."""
         path, extent = self._files.get(bag.slide_id), bag.tiles.extent
         if path is None:
             return Polygons(extent.size_px0)
         if not extent.mpp_is_known:
             raise InputError(
-                f"{path}: the tiles of {bag.slide_id} have no place in level-0 pixels, since it "
+                f"{path}: the tiles of {bag.slide_id} have no place in level-0 pixels, because it "
                 "was imported without its mpp; give --cohort of `import stamp` a table with the "
                 "column mpp"
             )
@@ -305,52 +307,14 @@ class InstanceTruth(Callback):
         downsample = evaluation_downsample(mpp)
         return evaluation_lesions(annotation.mask(downsample), downsample)
 
-    def _write_tiles(
-        self,
-        bag: Bag,
-        overlap: Mapping[str, npt.NDArray[Any]],
-        truth: Mapping[str, Tensor],
-        scores: Mapping[str, Tensor],
-    ) -> None:
-        """With the columns of ``predict``'s instances/<slide_id>.csv that say where a tile lies."""
-        if self.output is None:
-            return
-        columns = ["slide_id", "scale", "row", "col", "x0_px0", "y0_px0", "size_px0"]
-        columns += ["overlap", "positive", f"prob/{self._positive_class}"]
-
-        def records() -> Iterator[dict[str, Any]]:
-            for scale in scores:
-                values = zip(
-                    bag.grid[scale].tolist(),
-                    bag.boxes_px0(scale).tolist(),
-                    overlap[scale].tolist(),
-                    truth[scale].int().tolist(),
-                    scores[scale].tolist(),
-                    strict=True,
-                )
-                for (row, col), (left, top, right, _), *judged in values:
-                    place = [bag.slide_id, scale, row, col, left, top, right - left]
-                    yield dict(zip(columns, [*place, *judged], strict=True))
-
-        path = path_inside(self.output / "instance_truth", f"{bag.slide_id}.csv")
-        write_csv(path, columns, records())
-
-    def _write_detections(self, scale: str, slide_id: str, found: Detections) -> None:
-        """Confidence, x and y in level-0 pixels, without a header."""
-        if self.output is not None:
-            rows = zip(found.scores.tolist(), found.xy_px0.tolist(), strict=True)
-            lines = [f"{score!r},{x},{y}\n" for score, (x, y) in rows]
-            path = path_inside(self.output / "detections", scale, f"{slide_id}.csv")
-            write_text(path, "".join(lines))
-
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Figures of all slides, each once, the same in every process.
+        """Compute and log the metrics over all slides, each once; equal in every process.
 
         There are none if the output of a slide is not finite, or all annotations are refused.
         """
         self.refused = dict(sorted(gather_lists(list(self.refused.items()))))
         if trainer.is_global_zero and self.refused:
-            self._say_refused()
+            self._print_refused()
             self._remove_files_of_refused()
         if gather_lists(self._failed) or self._are_all_refused:
             return
@@ -374,14 +338,14 @@ class InstanceTruth(Callback):
                 stacklevel=2,
             )
         elif self.curves and trainer.is_global_zero and self.output is not None:
-            _write_curves(self.output, self.curves)
+            write_froc(self.output, self.curves)
 
     @property
     def _are_all_refused(self) -> bool:
         return self.refused.keys() >= self._files.keys()
 
     def _remove_files_of_refused(self) -> None:
-        """Those that an earlier evaluation has written."""
+        """Remove the files of refused slides that an earlier evaluation has written."""
         if self.output is None:
             return
         folders = [self.output / "instance_truth", *self.output.glob("detections/*")]
@@ -391,12 +355,10 @@ class InstanceTruth(Callback):
             for name in ("froc.csv", "froc.png"):
                 (self.output / name).unlink(missing_ok=True)
 
-    def _say_refused(self) -> None:
-        consequence = (
-            f"their slides are left out of the figures of instances: {some_of(self.refused)}"
-        )
+    def _print_refused(self) -> None:
+        consequence = f"their slides are left out of the instance metrics: {some_of(self.refused)}"
         if self._are_all_refused:
-            consequence = "all that there are, so there are no figures of instances"
+            consequence = "so there are no instance metrics"
         print(
             f"error: {self.truth}: {len(self.refused)} annotation(s) are refused, {consequence}; "
             f"the first: {next(iter(self.refused.values()))}",
@@ -405,38 +367,5 @@ class InstanceTruth(Callback):
 
 
 def _listed(names: Collection[str]) -> str:
-    """Classes that files name, for a sentence."""
+    """Names of classes for an error message."""
     return some_of([show_line(name) for name in sorted(names)])
-
-
-def _write_curves(folder: Path, curves: Mapping[str, Froc]) -> None:
-    rows = [
-        {"scale": scale, "false_positives_per_slide": fps, "sensitivity": sensitivity}
-        for scale, curve in curves.items()
-        for fps, sensitivity in curve.at.items()
-    ]
-    write_csv(folder / "froc.csv", list(rows[0]), rows)
-    with atomic_path(folder / "froc.png") as temporary:
-        froc_figure(curves).savefig(temporary, dpi=150)
-
-
-def froc_figure(curves: Mapping[str, Froc]) -> Figure:
-    """Curve of every scale, with dots where the score is read; false positives on a log axis."""
-    figure = Figure(figsize=(5.5, 5), layout="constrained")
-    axes = figure.add_subplot()
-    low, high = FALSE_POSITIVES[0] / 2, FALSE_POSITIVES[-1] * 2
-    scales, left_out = show_finest(list(curves))
-    for scale in scales:
-        curve = curves[scale]
-        at = np.geomspace(low, high, 500)
-        ascending = curve.false_positives[::-1], curve.sensitivity[::-1]
-        (line,) = axes.plot(at, np.interp(at, *ascending), label=f"{scale}: {curve.score:.3f}")
-        axes.plot(list(curve.at), list(curve.at.values()), "o", color=line.get_color())
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(FALSE_POSITIVES, [f"{value:g}" for value in FALSE_POSITIVES])
-    axes.set(xlim=(low, high), ylim=(-0.01, 1.01))
-    axes.set(xlabel="false positives per slide (mean)", ylabel="sensitivity (lesions found)")
-    title = "FROC as in Camelyon16; mean sensitivity at the dots"
-    axes.set_title("\n".join(filter(None, [title, left_out])))
-    axes.legend(loc="best")
-    return figure

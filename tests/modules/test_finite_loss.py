@@ -19,7 +19,7 @@ from dasmil.data import BagDataModule
 from dasmil.data.tiles import TileDataset
 from dasmil.errors import InputError
 from dasmil.methods import DASMIL
-from dasmil.modules import DINOModule, finite
+from dasmil.modules import DINOModule, finite_loss
 
 PARTS = ("train", "train", "train", "train", "val", "val", "test", "test", "test", "test")
 
@@ -52,7 +52,7 @@ def test_a_training_whose_loss_is_not_finite_stops_and_names_the_slide(
     tmp_path, monkeypatch, together
 ):
     """Whether it is noticed in the middle of the epoch, or at its end."""
-    monkeypatch.setattr(finite, "READ_TOGETHER", together)
+    monkeypatch.setattr(finite_loss, "CHECKED_STEPS", together)
     data = BagDataModule(make_bags(tmp_path), CLASSES, num_workers=0)
     keepers = [ModelCheckpoint(tmp_path / "kept", name, monitor=m) for name, m in
                (("best", "val/loss"), ("last", None))]  # fmt: skip
@@ -119,13 +119,13 @@ def test_dino_stops_and_names_the_slides_of_the_tiles_of_the_step(road, tmp_path
 
 
 def test_the_first_step_of_all_processes_is_named(monkeypatch):
-    monkeypatch.setattr(finite, "is_true_anywhere", lambda flag: True)
-    monkeypatch.setattr(finite, "gather_lists", lambda mine: [*mine, (3, ["other"])])
-    guard = finite.FiniteLoss()
+    monkeypatch.setattr(finite_loss, "is_true_anywhere", lambda flag: True)
+    monkeypatch.setattr(finite_loss, "gather_lists", lambda mine: [*mine, (3, ["other"])])
+    guard = finite_loss.FiniteLoss()
     guard.watch(3, torch.tensor(1.0), lambda: ["a"])
     with pytest.raises(InputError, match="the loss of step 3 is not finite; its slides are other;"):
         guard.check()
-    guard = finite.FiniteLoss()
+    guard = finite_loss.FiniteLoss()
     guard.watch(2, torch.tensor(float("nan")), lambda: ["b"])
     guard.watch(3, torch.tensor(1.0), lambda: ["a"])
     with pytest.raises(InputError, match="the loss of step 2 is not finite; its slides are b;"):

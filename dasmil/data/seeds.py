@@ -1,7 +1,7 @@
-"""Random numbers that depend on where in the training they are drawn, and on nothing before.
+"""Random numbers that depend only on the place in the training at which they are drawn.
 
-So a training that was broken off and goes on draws what it would have drawn, and several processes
-draw together what one draws alone.
+So a resumed training draws what it would have drawn, and several processes together draw what one
+process draws alone.
 """
 
 import os
@@ -11,7 +11,7 @@ import torch
 
 
 def training_seed() -> int:
-    """Seed of ``seed_everything``, the same in every process; 0 where none was set."""
+    """Seed of ``seed_everything``, the same in every process; 0 if none was set."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 

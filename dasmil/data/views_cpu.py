@@ -1,4 +1,4 @@
-"""The views of one tile on the CPU, in bytes as PIL has them, by torch's resampling and OpenCV."""
+"""Operations on one view on the CPU, in bytes as in PIL, by torch's resampling and OpenCV."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dasmil.slides.reader import RgbArray
 
-GREY = (0.299, 0.587, 0.114)  # of red, green, blue; ITU-R 601, as PIL and torchvision have it
+GREY = (0.299, 0.587, 0.114)  # weights of red, green, blue: ITU-R 601, as in PIL and torchvision
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers in its ColorJitter
-BLUR_PASSES = 3  # PIL's Gaussian is a box blur done three times
+BLUR_PASSES = 3  # PIL's Gaussian blur is a box blur applied three times
 
 
 def crop(tile: Tensor, box_px: Sequence[int], side_px: int) -> RgbArray:
-    """Cut out and resample by PIL's bicubic filter, which averages where it shrinks.
+    """Crop and resample by PIL's bicubic filter, which averages if it shrinks.
 
     Parameters
     ----------
@@ -30,13 +30,13 @@ def crop(tile: Tensor, box_px: Sequence[int], side_px: int) -> RgbArray:
     """
     top, left, height, width = box_px
     box = tile[None, :, top : top + height, left : left + width]
-    box = box.contiguous(memory_format=torch.channels_last)  # else resampled to channels first
+    box = box.contiguous(memory_format=torch.channels_last)  # else the result has channels first
     view = F.interpolate(box, (side_px, side_px), mode="bicubic", antialias=True)
     return view[0].permute(1, 2, 0).numpy()
 
 
 def jitter_colour(view: RgbArray, order: Sequence[int], factors: Sequence[float]) -> RgbArray:
-    """torchvision's ColorJitter: its four operations with their factors, in this order."""
+    """Apply torchvision's ColorJitter: its four operations with their factors, in this order."""
     for operation in order:
         if operation == HUE and factors[HUE] != 0:
             view = shift_hue(view, factors[HUE])
@@ -46,7 +46,7 @@ def jitter_colour(view: RgbArray, order: Sequence[int], factors: Sequence[float]
 
 
 def _mix(view: RgbArray, operation: int, factor: float) -> RgbArray:
-    """Towards black, the mean grey level, or each pixel's own grey level; or away from it."""
+    """Blend with black, with the mean grey level, or with each pixel's own grey level."""
     mix = factor * np.eye(3, 4)  # RGB and 1 → RGB
     if operation == CONTRAST:
         mix[:, 3] = (1 - factor) * cv2.mean(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY))[0]
@@ -56,9 +56,9 @@ def _mix(view: RgbArray, operation: int, factor: float) -> RgbArray:
 
 
 def shift_hue(view: RgbArray, shift: float) -> RgbArray:
-    """The hue of HSV turned by ``shift`` rounds; saturation and value stay."""
+    """Rotate the hue of HSV by ``shift`` turns; saturation and value stay."""
     hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(int(shift * 255) % 256)  # cut off as torchvision does it with PIL
+    hsv[..., 0] += np.uint8(int(shift * 255) % 256)  # truncated as torchvision does with PIL
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL), dtype=np.uint8)
 
 
@@ -75,9 +75,13 @@ def blur(view: RgbArray, sigma_px: float) -> RgbArray:
 
 
 def half_kernel(sigma_px: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    """(N,) → (N, reach + 1) weights of PIL's Gaussian blur at distance 0, 1, ... pixels.
+    """Weights (N, reach + 1) of PIL's Gaussian blur at distances of 0, 1, ... pixels.
 
     A box has whole pixels up to its radius and a part of the next (Gwosdek et al. 2011).
+
+    Parameters
+    ----------
+    sigma_px: (N,).
     """
     variance = sigma_px.astype(np.float64)[:, None] ** 2 / BLUR_PASSES  # of one box
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
@@ -93,5 +97,5 @@ def half_kernel(sigma_px: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
 
 
 def solarize(view: RgbArray, threshold: int) -> RgbArray:
-    """Levels from the threshold on are inverted."""
+    """Invert levels from the threshold on."""
     return np.where(view < threshold, view, 255 - view)

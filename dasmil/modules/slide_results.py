@@ -1,10 +1,11 @@
-"""What is kept of each slide that is evaluated, and all slides put together.
+"""Per-slide results of an evaluation, and how they are merged across processes.
 
-Every process keeps its slides, all are gathered at the end of the epoch, and each slide counts
-once, however often a sampler had to repeat it: the metrics of a checkpoint do not depend on the
-number of processes, as long as each has the same number of threads.
+Every process keeps the results of its slides. At the end of the epoch all are gathered, and each
+slide counts once, however often a sampler repeated it. So the metrics of a checkpoint do not depend
+on the number of processes, if each has the same number of threads.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite
@@ -14,20 +15,21 @@ from torch import Tensor
 
 from dasmil.bags import BagGraph
 from dasmil.bags.output import ScaleOutput
-from dasmil.distributed import gather_lists
+from dasmil.data.distributed import gather_lists
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.evaluated_slides import Evaluation
 
-CONSTANT = 1e-3  # bag logits that differ by less are one
+CONSTANT = 1e-3  # bag logits that differ by less count as equal
 
 
 @dataclass(frozen=True)
 class SlideResult:
-    """One slide; tensors on the CPU.
+    """The result of one slide; tensors on the CPU.
 
     Parameters
     ----------
-    logits: per scale (C,).
+    label: index of its class.
+    logits: bag logits (C,) per scale.
     losses: the terms of the objective, and their weighted sum ``loss``.
     """
 
@@ -44,13 +46,13 @@ def slide_results(
     losses: Mapping[str, Tensor],
     patients: Mapping[str, str],
 ) -> list[SlideResult]:
-    """One result a bag; a slide without a patient is its own."""
+    """One result per bag; a slide without a patient counts as a patient of its own."""
     return [
         SlideResult(
             slide_id,
             patients.get(slide_id, slide_id),
             int(graph.labels[bag]),
-            {scale: says.bag_logits[bag].float().cpu() for scale, says in output.items()},
+            {scale: each.bag_logits[bag].float().cpu() for scale, each in output.items()},
             {name: float(term[bag]) for name, term in losses.items()},
         )
         for bag, slide_id in enumerate(graph.slide_ids)
@@ -64,7 +66,7 @@ def gather_results(results: list[SlideResult]) -> list[SlideResult]:
 
 
 def not_finite(results: Sequence[SlideResult]) -> list[str]:
-    """The slides that have a logit or a loss that is not finite: they have no class."""
+    """The slide_ids with a logit or a loss that is not finite; these slides have no class."""
     return [
         result.slide_id
         for result in results
@@ -73,21 +75,33 @@ def not_finite(results: Sequence[SlideResult]) -> list[str]:
     ]
 
 
-def constant_scales(results: Sequence[SlideResult]) -> list[str]:
-    """The scales whose bag logits hardly differ between the slides: they have learned nothing."""
+def warn_constant_scales(results: Sequence[SlideResult], model: str) -> None:
+    """Warn of the scales that have learned nothing: their bag logits hardly differ between slides.
+
+    Adam turns weight decay into whole steps towards zero if gradients are smaller.
+
+    Parameters
+    ----------
+    model: which model it is, for the sentence.
+    """
     if len(results) < 2:
-        return []
+        return
     logits = {s: torch.stack([r.logits[s] for r in results]) for s in results[0].logits}
-    return [s for s, z in logits.items() if float((z.amax(0) - z.amin(0)).max()) < CONSTANT]
+    constant = [s for s, z in logits.items() if float((z.amax(0) - z.amin(0)).max()) < CONSTANT]
+    if constant:
+        warnings.warn(
+            f"{', '.join(constant)}: {model} gives bag logits that differ by less than "
+            f"{CONSTANT:g} over the {len(results)} validation slides: this scale has "
+            "learned nothing; set model.standardize to true, or train for longer, and if "
+            "model.optimizer.decay_below is null, lower model.optimizer.weight_decay",
+            stacklevel=2,
+        )
 
 
-def evaluation_of(
-    results: Sequence[SlideResult],
-    classes: tuple[str, ...],
-    thresholds: Mapping[str, Mapping[str, float]] | None,
-    specificity: float,
+def evaluate_results(
+    results: Sequence[SlideResult], classes: tuple[str, ...], specificity: float
 ) -> Evaluation:
-    """All slides of a part, as the figures are computed from them."""
+    """The slides of a split, as the metrics are computed from them."""
     return Evaluation(
         classes=classes,
         slide_ids=tuple(result.slide_id for result in results),
@@ -97,13 +111,13 @@ def evaluation_of(
             scale: class_probabilities(torch.stack([r.logits[scale] for r in results]))
             for scale in results[0].logits
         },
-        thresholds=thresholds,
+        thresholds=None,
         specificity=specificity,
     )
 
 
 def mean_losses(results: Sequence[SlideResult]) -> dict[str, float]:
-    """Mean over the slides of each term of the objective, and of their weighted sum, ``loss``."""
+    """Mean over the slides of each term of the objective and of their weighted sum ``loss``."""
     return {
         name: fsum(result.losses[name] for result in results) / len(results)
         for name in results[0].losses

@@ -1,32 +1,35 @@
-"""When weight decay acts: not before the bag heads have learned something (D16)."""
+"""When weight decay acts: not before the bag heads have learned something (D16).
+
+D numbers: ``.github/docs/paper.md``.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dasmil.distributed import gather_lists
+from dasmil.data.distributed import gather_lists
 
 
 class BagLosses:
     """The bag loss of every training slide of an epoch, per scale.
 
-    Adam turns an L2 term into whole steps towards zero if the gradient is smaller than the term. It
-    is smaller in a bag head that has learned nothing yet, and then the head stays as it is.
+    If the gradient is smaller than the L2 term, Adam turns the term into whole steps towards zero.
+    In a bag head that has learned nothing yet the gradient is smaller, and the head never learns.
     """
 
     def __init__(self) -> None:
         self._steps: list[Tensor] = []
 
-    def note(self, labels: Tensor, losses: Sequence[Tensor]) -> None:
-        """Keep the labels (B,) of a step, and the bag losses (B,) per scale."""
+    def add(self, labels: Tensor, losses: Sequence[Tensor]) -> None:
+        """Add the labels (B,) of a step and its bag losses per scale, (B,) each."""
         self._steps.append(torch.stack([labels.to(losses[0].dtype), *losses], dim=1).detach())
 
-    def take(self) -> float:
-        """The largest mean loss of a scale as part of chance, the entropy of the labels.
+    def pop_worst(self) -> float:
+        """The largest mean loss of a scale relative to chance, the entropy of the labels.
 
         Forgets the slides. Every process must call it after the same step; all get the same value.
-        With slides of one class alone there is no chance to compare with: infinity.
+        Infinity if all slides are of one class, because their entropy is 0.
         """
         slides = torch.cat(gather_lists([torch.cat(self._steps).cpu()])).double()
         self._steps.clear()

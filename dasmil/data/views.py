@@ -1,11 +1,12 @@
 """DINO's views of a tile: lightly's transform of PIL images, or the same without PIL.
 
-Both draw from the tile's seed alone, so views depend neither on the batch nor on who makes them.
+Both draw from the tile's seed alone, so views do not depend on the batch or the process.
 """
 
 import random
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +14,71 @@ from lightly.transforms.dino_transform import DINOTransform
 from PIL import Image
 from torch import Tensor
 
-from dasmil.data import augment_cpu, augment_gpu
+from dasmil.data import views_cpu, views_gpu
 from dasmil.errors import InputError
 from dasmil.slides.reader import RgbArray
 
-CROP_TRIES = 10  # torchvision's RandomResizedCrop then takes the whole image
+CROP_TRIES = 10  # after which torchvision's RandomResizedCrop takes the whole image
 NEUTRAL = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}  # in this order
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """The views of a tile that DINO sees.
+
+    Parameters
+    ----------
+    global_crop_px:
+        side of the two large crops in pixels.
+    global_crop_scale:
+        smallest and largest share of the tile that a large crop covers.
+    local_crop_px:
+        side of the small crops in pixels.
+    local_crop_scale:
+        smallest and largest share of the tile that a small crop covers.
+    num_local_crops:
+        number of small crops per tile.
+    vertical_flip:
+        probability of a vertical flip; tissue has no natural orientation.
+    augmentation:
+        further arguments of lightly's ``DINOTransform``.
+    augmentation_backend:
+        ``pil`` runs lightly's transform itself; ``tensor`` does the same several times faster: on
+        a GPU for the whole batch at once, else in the reading processes.
+    """
+
+    global_crop_px: int = 224
+    global_crop_scale: tuple[float, float] = (0.4, 1.0)
+    local_crop_px: int = 96
+    local_crop_scale: tuple[float, float] = (0.05, 0.4)
+    num_local_crops: int = 6
+    vertical_flip: float = 0.5
+    augmentation: dict[str, Any] | None = None
+    augmentation_backend: Literal["tensor", "pil"] = "tensor"
+
+    def make_transform(self, mean: Sequence[float], std: Sequence[float]) -> DINOTransform:
+        """lightly's transform, which normalises by a mean and a standard deviation per channel.
+
+        Raises
+        ------
+        InputError
+            if lightly refuses ``augmentation``.
+        """
+        try:
+            return DINOTransform(
+                global_crop_size=self.global_crop_px,
+                global_crop_scale=self.global_crop_scale,
+                local_crop_size=self.local_crop_px,
+                local_crop_scale=self.local_crop_scale,
+                n_local_views=self.num_local_crops,
+                vf_prob=self.vertical_flip,
+                normalize={"mean": list(mean), "std": list(std)},
+                **(self.augmentation or {}),
+            )
+        except (IndexError, TypeError, ValueError) as error:
+            raise InputError(
+                f"data.views.augmentation: lightly's DINOTransform refuses it: {error}"
+            ) from error
 
 
 class PilViews:
@@ -40,16 +100,16 @@ class PilViews:
 
 
 class DrawnTiles(NamedTuple):
-    """Tiles, and what was drawn for each of their V views.
+    """Tiles, and the random numbers of their V views.
 
-    All but the tiles stays on the CPU: it says which views an operation meets, and asking a GPU
-    for that would mean waiting for it.
+    All but the tiles stays on the CPU: it decides which views an operation is applied to, and
+    reading it from a GPU would mean waiting for it.
     """
 
     tiles: Tensor  # (B, 3, S, S) uint8
     box_px: Tensor  # (B, V, 4) top, left, height, width of the crop
     turned: Tensor  # (B, V, 3) left to right, upside down, by a quarter
-    order: Tensor  # (B, V, 4) numbers of what is jittered first, second, ...
+    order: Tensor  # (B, V, 4) numbers of the colour operations in their order
     factors: Tensor  # (B, V, 4) as in NEUTRAL
     grey: Tensor  # (B, V)
     sigma_px: Tensor  # (B, V) of the blur; 0 is none
@@ -57,10 +117,10 @@ class DrawnTiles(NamedTuple):
 
 
 class TensorViews:
-    """What lightly's ``DINOTransform`` does, several times faster.
+    """The views of lightly's ``DINOTransform``, several times faster.
 
-    Every probability and range is read from the transform itself. First all is drawn for a tile;
-    then its views are made, at once on the CPU, or later with those of other tiles on a GPU.
+    Every probability and range is read from the transform itself. First all random numbers of a
+    tile are drawn. Then its views are made: at once on the CPU, or later for a batch on a GPU.
 
     Parameters
     ----------
@@ -69,7 +129,7 @@ class TensorViews:
     Raises
     ------
     InputError
-        when it holds an operation that only PIL can do here.
+        if it holds an operation that only PIL can do here.
     """
 
     def __init__(self, transform: DINOTransform):
@@ -100,7 +160,7 @@ class TensorViews:
         self._gain, self._offset = 1 / (255 * std), -mean / std  # of levels 0 to 255
 
     def __call__(self, pixels: RgbArray, seed: int) -> list[Tensor]:
-        """(S, S, 3) → per view (3, side, side), on the CPU."""
+        """Views of a tile (S, S, 3), each (3, side, side) on the CPU."""
         drawn = self.draw(pixels, seed)
         parts = (part.tolist() for part in drawn[1:])
         return [
@@ -120,14 +180,14 @@ class TensorViews:
         sigma_px: float,
         is_solarized: bool,
     ) -> Tensor:
-        view = augment_cpu.crop(tile, box_px, side_px)
-        view = augment_cpu.jitter_colour(view, order, factors)
+        view = views_cpu.crop(tile, box_px, side_px)
+        view = views_cpu.jitter_colour(view, order, factors)
         if is_grey:
-            view = augment_cpu.to_grey(view)
+            view = views_cpu.to_grey(view)
         if sigma_px > 0:
-            view = augment_cpu.blur(view, sigma_px)
+            view = views_cpu.blur(view, sigma_px)
         if is_solarized:
-            view = augment_cpu.solarize(view, self._threshold)
+            view = views_cpu.solarize(view, self._threshold)
         x = torch.from_numpy(view).permute(2, 0, 1).float().contiguous()
         mirrored, upset, quarter = turned
         if mirrored or upset:
@@ -135,7 +195,7 @@ class TensorViews:
         return self._normalize(x.rot90(1, (1, 2)) if quarter else x)
 
     def draw(self, pixels: RgbArray, seed: int) -> DrawnTiles:
-        """(S, S, 3) → what :meth:`batch` makes the views of this tile of, not yet stacked."""
+        """The random numbers of a tile (S, S, 3) for :meth:`batch`, without the dimension B."""
         generator = np.random.default_rng(seed)
         num_views = len(self.sides_px)
         boxes_px = self._draw_boxes_px(generator, pixels.shape[0])
@@ -161,7 +221,7 @@ class TensorViews:
         )
 
     def _draw_boxes_px(self, generator: np.random.Generator, side_px: int) -> np.ndarray:
-        """(V, 4) as torchvision's RandomResizedCrop: the first try that fits in, or the whole."""
+        """Boxes (V, 4) as torchvision's RandomResizedCrop draws: the first that fits, or all."""
         num_views = len(self.sides_px)
         u = generator.random((2, num_views, CROP_TRIES))
         area = side_px**2 * _between(self._area[:, None], u[0])
@@ -175,60 +235,60 @@ class TensorViews:
 
     @torch.no_grad()
     def batch(self, drawn: DrawnTiles) -> list[Tensor]:
-        """Per view (B, 3, side, side), where the tiles are."""
+        """Per view (B, 3, side, side), on the device of the tiles."""
         views: list[Tensor] = [drawn.tiles] * len(self.sides_px)
         for side_px in dict.fromkeys(self.sides_px):
             places = [place for place, side in enumerate(self.sides_px) if side == side_px]
-            alike = self._alike(
+            same_size = self._make_same_size(
                 DrawnTiles(drawn.tiles, *(part[:, places] for part in drawn[1:])), side_px
             )
             for number, place in enumerate(places):
-                views[place] = alike.unflatten(0, (-1, len(places)))[:, number]
+                views[place] = same_size.unflatten(0, (-1, len(places)))[:, number]
         return views
 
-    def _alike(self, drawn: DrawnTiles, side_px: int) -> Tensor:
-        """(B · V, 3, side, side): V views of the same size of each tile."""
-        x = augment_gpu.crop(drawn.tiles, drawn.box_px, side_px)
+    def _make_same_size(self, drawn: DrawnTiles, side_px: int) -> Tensor:
+        """V views of the same size per tile, shape (B · V, 3, side, side)."""
+        x = views_gpu.crop(drawn.tiles, drawn.box_px, side_px)
         turned, order, factors, is_grey, sigma_px, is_solarized = (
             part.flatten(0, 1) for part in drawn[2:]
         )
-        augment_gpu.jitter_colour(x, order, factors)
-        augment_gpu.change(x, is_grey, augment_gpu.to_grey)
-        augment_gpu.change(x, sigma_px > 0, augment_gpu.blur, sigma_px)
-        augment_gpu.change(x, is_solarized, lambda v: augment_gpu.solarize(v, self._threshold))
-        augment_gpu.change(x, turned[:, 0], lambda v: v.flip(3))
-        augment_gpu.change(x, turned[:, 1], lambda v: v.flip(2))
-        augment_gpu.change(x, turned[:, 2], lambda v: v.rot90(1, (2, 3)))
+        views_gpu.jitter_colour(x, order, factors)
+        views_gpu.apply_where(x, is_grey, views_gpu.to_grey)
+        views_gpu.apply_where(x, sigma_px > 0, views_gpu.blur, sigma_px)
+        views_gpu.apply_where(x, is_solarized, lambda v: views_gpu.solarize(v, self._threshold))
+        views_gpu.apply_where(x, turned[:, 0], lambda v: v.flip(3))
+        views_gpu.apply_where(x, turned[:, 1], lambda v: v.flip(2))
+        views_gpu.apply_where(x, turned[:, 2], lambda v: v.rot90(1, (2, 3)))
         return self._normalize(x)
 
     def _normalize(self, x: Tensor) -> Tensor:
-        """In place, of levels from 0 to 255."""
+        """Normalise levels from 0 to 255 in place."""
         return x.mul_(self._gain.to(x.device)).add_(self._offset.to(x.device))
 
 
 def _operations(steps: Any) -> dict[str, Any]:
-    """The steps of one of lightly's transforms by the name of their class."""
+    """The operations of one of lightly's transforms by the name of their class."""
     known = {
         *("RandomResizedCrop", "RandomHorizontalFlip", "RandomVerticalFlip", "RandomRotate"),
         *("RandomApply", "ColorJitter", "RandomGrayscale", "GaussianBlur", "RandomSolarization"),
         *("ToTensor", "Normalize"),
     }
-    found = {type(step).__name__: step for step in steps}
-    rotation = found.pop("RandomRotateDegrees", None)
+    steps_by_name = {type(step).__name__: step for step in steps}
+    rotation = steps_by_name.pop("RandomRotateDegrees", None)
     if rotation is not None and rotation.transform.p > 0:
         raise InputError(
-            "data.augmentation.rr_degrees: only PIL turns by other angles than 90° here; leave it "
-            "out, or set data.augmentation_backend to pil"
+            "data.views.augmentation.rr_degrees: only PIL turns by other angles than 90° here; "
+            "leave it out, or set data.views.augmentation_backend to pil"
         )
-    unknown = sorted(set(found) - known)
+    unknown = sorted(set(steps_by_name) - known)
     if unknown:
         raise InputError(
-            f"data.augmentation: this version of lightly has {', '.join(unknown)}, which only PIL "
-            "does here; set data.augmentation_backend to pil"
+            f"data.views.augmentation: this version of lightly has {', '.join(unknown)}, which "
+            "only PIL does here; set data.views.augmentation_backend to pil"
         )
-    return found
+    return steps_by_name
 
 
 def _between(ends: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Uniform in (..., 2) ends."""
+    """The values at shares ``u`` between two ``ends`` (..., 2)."""
     return ends[..., 0] + u * (ends[..., 1] - ends[..., 0])
