@@ -7,13 +7,17 @@ occurs once, what replaces it, the test files that must fail, and the test that 
 program fills in the last column. It ends with the survivors: each shows a missing test.
 """
 
+import importlib
+import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".md")
@@ -74,6 +78,24 @@ def _is_row(line: str) -> bool:
     return line.startswith("| dasmil/")
 
 
+def run_tests(arguments: Sequence[str], repository: Path) -> tuple[int, str]:
+    """Exit code and output of pytest in a fork of this process, which has imported torch."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            os.chdir(repository)
+            sys.path[0] = str(repository)  # instead of the folder of this file
+            sys.dont_write_bytecode = True
+            code = pytest.main([*PYTEST, *arguments])
+            sys.stdout.flush()
+            os._exit(code)
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(status), output.read()
+
+
 def first_failure(mutant: Mutant, repository: Path) -> str:
     """The name of the first test that fails under a mutant, or ``none``."""
     original = (repository / mutant.file).read_text()
@@ -81,15 +103,12 @@ def first_failure(mutant: Mutant, repository: Path) -> str:
     try:
         known = [] if mutant.killed_by in ("", SURVIVED) else [["-k", mutant.killed_by]]
         for selection in [*known, []]:  # first the test that failed before, then all
-            command = [sys.executable, "-m", "pytest", *PYTEST, *selection, *mutant.test_files()]
-            done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
-            failure = re.search(
-                r"^(?:FAILED|ERROR) \S+?(?:::(\w+)|$|\s)", done.stdout, re.MULTILINE
-            )
-            if done.returncode == 1 and failure:
+            code, output = run_tests([*selection, *mutant.test_files()], repository)
+            failure = re.search(r"^(?:FAILED|ERROR) \S+?(?:::(\w+)|$|\s)", output, re.MULTILINE)
+            if code == 1 and failure:
                 return failure[1] or "import"
-            if done.returncode not in (0, 1, 5):
-                raise RuntimeError(f"pytest could not run:\n{done.stdout}{done.stderr}")
+            if code not in (0, 1, 5):
+                raise RuntimeError(f"pytest could not run:\n{output}")
         return SURVIVED
     finally:
         (repository / mutant.file).write_text(original)
@@ -125,6 +144,8 @@ def _write_row(mutant: Mutant, result: Mutant) -> None:
 
 
 if __name__ == "__main__":
+    for heavy in ("lightning.pytorch", "matplotlib.figure", "timm", "torch_geometric.nn"):
+        importlib.import_module(heavy)  # once for all mutants
     alive = run(*sys.argv[1:])
     print(f"{len(alive)} survivors", *alive, sep="\n")
     sys.exit(bool(alive))
