@@ -6,7 +6,13 @@ from dasmil.errors import InputError
 
 
 def configs_folder() -> Path:
-    """``configs/``: in the installed package, or beside it in a clone."""
+    """The folder ``configs/``: in the installed package, or next to it in a clone.
+
+    Raises
+    ------
+    InputError
+        if there is none.
+    """
     package = Path(__file__).parent
     for folder in (package / "configs", package.parent / "configs"):
         if folder.is_dir():
@@ -15,7 +21,13 @@ def configs_folder() -> Path:
 
 
 def find_config(name: str) -> Path:
-    """A config where it is given, else in dasmil's own folder ``configs/``."""
+    """A config by its path, else by its name in dasmil's own folder ``configs/``.
+
+    Raises
+    ------
+    InputError
+        if there is no such config.
+    """
     short = name.removeprefix("configs/")
     for path in (Path(name), configs_folder() / short):
         if path.is_file():

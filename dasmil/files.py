@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and where dasmil's own configs lie."""
+"""Files: written whole or not at all, listed, and checked before they are opened."""
 
 import errno
 import hashlib
@@ -19,33 +19,32 @@ from dasmil.errors import FULL, DiskFullError, InputError
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-READING_THREADS = 16  # on a network file system each look at a file waits for an answer
+READING_THREADS = 16  # network file systems answer slowly, but many requests at once
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to ``path`` when the block ends well.
+    """Yield a temporary path in the same folder; rename it to ``path`` if the block succeeds.
 
-    The content has reached the disk before the name does, so that also a machine that loses its
-    power leaves the whole file or none.
+    The content reaches the disk before the name does, so even a power failure leaves the whole file
+    or none.
 
     Raises
     ------
     DiskFullError
-        when nothing more can be written there.
+        if the disk is full.
     """
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(6)}.tmp{path.suffix}")
     try:
-        with said_when_full(path):
+        with report_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.touch()
-            mode = temporary.stat().st_mode  # as the user's umask has it
+            mode = temporary.stat().st_mode  # given by the user's umask
             yield temporary
             _flush(temporary)
-            if (
-                temporary.stat().st_mode != mode
-            ):  # safetensors makes files that only their owner reads
+            # safetensors creates files that only their owner may read
+            if temporary.stat().st_mode != mode:
                 with suppress(OSError):  # a disk without modes
                     temporary.chmod(mode)
             os.replace(temporary, path)
@@ -54,8 +53,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def said_when_full(path: Path) -> Iterator[None]:
-    """Tells a full disk from all other errors of writing a file."""
+def report_full_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left" errors into :class:`DiskFullError`; re-raise all others."""
     try:
         yield
     except Exception as error:
@@ -78,41 +77,43 @@ def _flush(path: Path) -> None:
 def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
-    said = str(error)  # of safetensors: "(os error 28)", older ones "Os { code: 28, ..."
-    return any(f"os error {n})" in said or f"code: {n}," in said for n in FULL)
+    text = str(error)  # of safetensors: "(os error 28)", in older versions "Os { code: 28, ..."
+    return any(f"os error {n})" in text or f"code: {n}," in text for n in FULL)
 
 
-def left_behind(folder: Path) -> list[Path]:
-    """Files that a process had begun in this folder, and not ended."""
+def list_unfinished(folder: Path) -> list[Path]:
+    """Temporary files of :func:`atomic_path` that a killed process has left in a folder."""
     if not folder.is_dir():
         return []
     return [p for p in folder.iterdir() if re.match(r"\..*\.[0-9a-f]{12}\.tmp(\.|$)", p.name)]
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def link_once(source: Path, path: Path) -> None:
-    """Make ``path`` a copy of a small file where nothing of its name is.
+    """Make ``path`` a hard link to a small file if no file has its name.
 
-    It comes whole and at once; on a disk without hard links it is empty for a moment.
+    Creating the link is atomic. On a disk without hard links the file is copied, and is empty for a
+    moment.
 
     Raises
     ------
     FileExistsError
-        when something is; a file system lets one process alone succeed.
+        if ``path`` exists; of several processes exactly one succeeds.
     DiskFullError
-        when nothing more can be written there.
+        if the disk is full.
     """
-    with said_when_full(path):
+    with report_full_disk(path):
         try:
             os.link(source, path)
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
-            with open(path, "x", encoding="utf-8") as file:  # the next best that such a disk has
+            with open(path, "x", encoding="utf-8") as file:
                 file.write(source.read_text(encoding="utf-8"))
 
 
@@ -123,10 +124,10 @@ def file_sha256(path: Path) -> str:
 
 
 def map_files(function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
-    """Call a function that reads a file for each item, in threads; results are in order.
+    """Call a function that reads a file on each item, in threads; results keep the order.
 
-    The threads stay idle afterwards. Python 3.11 may hang in a process that is forked while a
-    thread of its parent ends, and DataLoader forks soon after the bags have been opened.
+    The threads stay idle afterwards: Python 3.11 may hang in a process that is forked while a
+    thread of its parent ends, and DataLoader forks soon after the bags are opened.
     """
     return _readers().map(function, items)
 
@@ -140,26 +141,33 @@ os.register_at_fork(after_in_child=_readers.cache_clear)  # threads do not survi
 
 
 def files_below(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
-    """Files in a folder and all folders below it; each folder once, also if links lead to it."""
+    """List the files in a folder and all folders below it, each folder once.
+
+    Folders and files that cannot be read are skipped with a warning.
+
+    Parameters
+    ----------
+    leave_out: a folder whose files are not listed.
+    """
     seen = set()
-    folders, links = deque([folder]), deque[Path]()  # a folder keeps its own name before a link's
+    folders, links = deque([folder]), deque[Path]()  # links last: a folder goes by its own name
     while folders or links:
         current = folders.popleft() if folders else links.popleft()
         resolved = current.resolve()
-        is_ours = leave_out is not None and leave_out.resolve() in (resolved, *resolved.parents)
-        if is_ours or resolved in seen:
+        is_left_out = leave_out is not None and leave_out.resolve() in (resolved, *resolved.parents)
+        if is_left_out or resolved in seen:
             continue
         seen.add(resolved)
         try:
             entries = list(os.scandir(current))
         except OSError as error:
-            warnings.warn(f"{current}: its files are left out: {error.strerror}", stacklevel=2)
+            warnings.warn(f"{current}: its files are skipped: {error.strerror}", stacklevel=2)
             continue
         for entry in entries:
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError as error:  # of a link that leads to itself or into a closed folder
-                warnings.warn(f"{entry.path}: is left out: {error.strerror}", stacklevel=2)
+            except OSError as error:  # a link to itself or into a folder that cannot be read
+                warnings.warn(f"{entry.path}: skipped: {error.strerror}", stacklevel=2)
                 continue
             if is_folder:
                 (links if entry.is_symlink() else folders).append(Path(entry.path))
@@ -169,14 +177,14 @@ def files_below(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
 
 def must_exist(path: Path, advice: str) -> None:
     """Raise :class:`InputError` with advice if a path does not exist."""
-    if not os.path.exists(path):  # noqa: PTH110 - of a name that no file can have Path raises
+    if not os.path.exists(path):  # noqa: PTH110 - Path raises if no file can have the name
         raise InputError(f"{path}: does not exist; {advice}")
 
 
 def must_be_file(path: Path, advice: str) -> None:
     """Raise :class:`InputError` with advice unless a path is a regular file, or a link to one.
 
-    Opening a FIFO waits for ever, and a device has no end.
+    Opening a FIFO would wait forever, and a device has no end.
     """
     must_exist(path, advice)
     if path.is_dir():

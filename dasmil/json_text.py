@@ -1,4 +1,4 @@
-"""JSON that others may have written: parsed within bounds."""
+"""JSON of files that anyone may have written: parsed within bounds."""
 
 import json
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ from typing import Any
 from dasmil.errors import InputError, some_of
 from dasmil.files import must_be_file
 
-MAX_DEPTH = 64  # of JSON that others may have written; ours has at most 5
+MAX_DEPTH = 64  # dasmil writes at most 5
 
 
 def pack_metadata(entries: Mapping[str, str]) -> dict[str, str]:
-    """Entries as one: safetensors writes several in random order, and equal files must be equal."""
+    """Pack entries into one: safetensors writes several in random order, so files would differ."""
     return {"dasmil": json.dumps(dict(entries), sort_keys=True)}
 
 
 def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """The inverse of :func:`pack_metadata`; nothing where a file is not one of ours.
+    """The inverse of :func:`pack_metadata`; an empty dict if dasmil did not write the file.
 
     Raises
     ------
@@ -26,17 +26,17 @@ def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """
     entries = parse_json((metadata or {}).get("dasmil", "{}"))
     if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
-        raise ValueError("its entries are no texts by name")
+        raise ValueError("its entries are no dictionary of texts")
     return entries
 
 
-def parse_json(text: str | bytes, most_deep: int = MAX_DEPTH) -> Any:
-    """The plain value that a JSON text from outside stands for.
+def parse_json(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
+    """The value of a JSON text.
 
     Raises
     ------
     ValueError
-        if it is damaged, nested more than ``most_deep`` times, or holds a number that is not
+        if it is damaged, nested more than ``max_depth`` times, or holds a number that is not
         finite.
     """
     try:
@@ -44,18 +44,22 @@ def parse_json(text: str | bytes, most_deep: int = MAX_DEPTH) -> Any:
         value = DECODER.decode(text)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
-    if text.count("{") + text.count("[") > most_deep:
-        _refuse_deep(value, most_deep)
+    if text.count("{") + text.count("[") > max_depth:
+        _refuse_deep(value, max_depth)
     return value
 
 
 def read_json_object(path: Path, advice: str) -> dict[str, Any]:
-    """The object in a JSON file of ours.
+    """The object in a JSON file.
+
+    Parameters
+    ----------
+    advice: what to do if the file cannot be read, the end of the message.
 
     Raises
     ------
     InputError
-        if there is no such file, or it is damaged; with advice.
+        if the file is missing, damaged, or holds another value.
     """
     must_be_file(path, advice)
     try:
@@ -87,16 +91,17 @@ def _finite(text: str) -> float:
 DECODER = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_finite)
 
 
-def describe_changes(found: str, wanted: str, also_new: bool = True) -> str:
-    """How two sets of parameters, both as JSON, differ: ``tile_px 64 → 32, tissue.mpp 8 → 4``.
+def describe_changes(old: str, new: str, also_new: bool = True) -> str:
+    """The differences of two sets of parameters: ``tile_px 64 → 32, tissue.mpp 8 → 4``.
 
     Parameters
     ----------
-    also_new: whether it counts if ``found`` lacks a parameter, as an older version's set may.
+    old, new: the sets, as JSON.
+    also_new: whether to report parameters that ``old`` lacks, as an older version's set may.
     """
-    old, new = (_flat(json.loads(text)) for text in (found, wanted))
-    keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and (also_new or k in old)]
-    return some_of([f"{key} {old.get(key, 'unknown')} → {new.get(key, 'unknown')}" for key in keys])
+    a, b = (_flat(json.loads(text)) for text in (old, new))
+    keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and (also_new or k in a)]
+    return some_of([f"{key} {a.get(key, 'unknown')} → {b.get(key, 'unknown')}" for key in keys])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

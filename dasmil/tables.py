@@ -1,4 +1,4 @@
-"""Tables: CSV as spreadsheets save it, and as dasmil writes it."""
+"""CSV tables: read as spreadsheets save them, written whole or not at all."""
 
 import codecs
 import csv
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from dasmil.errors import InputError, some_of
-from dasmil.files import atomic_path, said_when_full
+from dasmil.files import atomic_path, report_full_disk
 
-DELIMITERS = ",;\t"  # of tables; the first of those that a header has equally many of
-SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx and .ods files begin, and .xls
-EXECUTED = re.compile(r"'*[=@\t\r]")  # how cells begin that a spreadsheet would execute
+DELIMITERS = ",;\t"  # the one that the header has most of, else the first
+SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # first bytes of .xlsx and .ods, and of .xls
+EXECUTED = re.compile(r"'*[=@\t\r]")  # start of cells that a spreadsheet would execute
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows as dictionaries; a missing value or None becomes an empty cell.
+    """Write rows, whole or not at all; a missing value or None becomes an empty cell.
 
-    An apostrophe is set before a text that a spreadsheet would execute; :func:`read_csv` takes it
-    off.
+    A text that a spreadsheet would execute gets a leading apostrophe, which :func:`read_csv`
+    removes.
     """
     with (
         atomic_path(path) as temporary,
@@ -32,11 +32,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 
 
 def append_csv(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
-    """One more row of a table of :func:`write_csv`; it is whole or not there."""
+    """Add one row to a table of :func:`write_csv`, whole or not at all."""
     text = io.StringIO(newline="")
     _write_rows(text, columns, [row])
     line = text.getvalue().encode(errors="backslashreplace")
-    with said_when_full(path), open(path, "ab", buffering=0) as file:
+    with report_full_disk(path), open(path, "ab", buffering=0) as file:
         file.write(line)
 
 
@@ -54,7 +54,7 @@ def _unquoted(cell: str) -> str:
 
 
 class Row(dict[str, str]):
-    """Column → cell of one row of a table, and the number of its line in the file."""
+    """One row of a table: column → cell, and the number of its line in the file."""
 
     def __init__(self, cells: Iterable[tuple[str, str]], line: int):
         super().__init__(cells)
@@ -62,11 +62,11 @@ class Row(dict[str, str]):
 
 
 def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], list[Row]]:
-    """Column names, and the rows with every value stripped.
+    """Read column names, and rows whose values are stripped.
 
-    Cells are separated by commas, semicolons or tabs, whichever the header has most of; a first
-    line such as ``sep=;`` decides, as in Excel. The text is UTF-8, or UTF-16 with its mark. Rows
-    and columns without any text are skipped.
+    Commas, semicolons or tabs separate cells, whichever the header has most of; a first line such
+    as ``sep=;`` overrides that, as in Excel. The text is UTF-8, or UTF-16 with a byte order mark.
+    Rows and columns without any text are skipped.
 
     Parameters
     ----------
@@ -75,32 +75,32 @@ def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], lis
     Raises
     ------
     InputError
-        if there is no such table, it is a spreadsheet, its text is in another encoding, a column
-        name stands twice, or a row has more or fewer cells than the header.
+        if the file does not exist, is a spreadsheet or has another encoding, a column name occurs
+        twice, or a row has more or fewer cells than the header.
     """
     lines = _read_lines(path)
-    told = re.fullmatch(r"sep=(.)\s*", lines[0]) if lines else None
+    separator = re.fullmatch(r"sep=(.)\s*", lines[0]) if lines else None
     header = re.sub(r'"[^"]*"', "", lines[0]) if lines else ""
-    delimiter = told[1] if told else max(DELIMITERS, key=header.count)
+    delimiter = separator[1] if separator else max(DELIMITERS, key=header.count)
     reader = csv.reader(lines, delimiter=delimiter)
     rows = []
     try:
-        if told:
+        if separator:
             next(reader)
         columns = [_unquoted(name).strip() for name in next(reader, [])]
         while columns and not columns[-1]:
             columns.pop()
         if twice := [name for name, times in Counter(columns).items() if times > 1]:
             raise InputError(
-                f"{path}: the column {some_of(twice)} stands twice; remove or rename one of them"
+                f"{path}: the column {some_of(twice)} occurs twice; remove or rename one of them"
             )
         for cells in reader:
             if not any(map(str.strip, cells)):
                 continue
             if len(cells) < len(columns) or any(map(str.strip, cells[len(columns) :])):
                 raise InputError(
-                    f"{path} line {reader.line_num}: it has not the {len(columns)} cells of the "
-                    "header"
+                    f"{path} line {reader.line_num}: it does not have the {len(columns)} cells of "
+                    "the header"
                 )
             pairs = zip(columns, cells, strict=False)
             stripped = ((k, _unquoted(v if k in verbatim else v.strip())) for k, v in pairs)
@@ -111,7 +111,7 @@ def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], lis
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Lines of a table with their ends, from its encoding."""
+    """Decode a table into lines, with their line ends."""
     if not path.is_file():
         raise InputError(f"{path}: no such table")
     data = path.read_bytes()
@@ -132,5 +132,5 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def to_number(text: str) -> float:
-    """The number in a cell, with a point or a decimal comma; ValueError if it is none."""
+    """The number in a cell, with a decimal point or comma; ValueError if it holds none."""
     return float(text if "." in text else text.replace(",", "."))

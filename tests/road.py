@@ -10,6 +10,7 @@ REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
 COLON = REPOSITORY / "tests" / "benchmarks" / "colon"
 CONF = REPOSITORY / "tests" / "conf"
+RANDOM: dict[str, Path | str] = {"x10": "random:test_vit", "x20": "random:test_vit"}
 NUM_SLIDES = {"train": 6, "val": 2, "test": 3}  # 3: not a multiple of two processes
 
 

@@ -195,7 +195,7 @@ def test_a_process_that_works_for_another_one_gets_no_signal_while_it_starts():
     from dasmil.work.process import ChildProcess
 
     child = ChildProcess(abs)
-    psutil.Process(child._process.pid).send_signal(signal.SIGTERM)
+    psutil.Process(child.process.pid).send_signal(signal.SIGTERM)
     child.begin(-3)
     assert child.result() == 3
     child.kill()

@@ -1,4 +1,4 @@
-"""A frozen backbone with its normalisation: tiles in, one vector a tile out."""
+"""A frozen network with its normalisation: tiles → one feature vector per tile."""
 
 import hashlib
 import json
@@ -25,19 +25,19 @@ from dasmil.embedding.networks import (
 from dasmil.embedding.pooling import Pooling, pool
 from dasmil.embedding.record import BACKBONE_PREFIX, ExtractorRecord
 from dasmil.embedding.restricted import load_checkpoint, refuse_no_numbers
-from dasmil.embedding.weights import load_weights, refuse_other_keys, say
+from dasmil.embedding.weights import load_weights, print_once, refuse_other_keys
 from dasmil.errors import InputError
 from dasmil.slides.study import SlideRecord, plain_records, read_records
 from dasmil.units import Scale
 
 CHECKPOINT_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".safetensors", ".bin"})
-NOT_OURS = "a file of weights alone is given with its network: model NAME and weights FILE"
+WEIGHTS_ONLY = "to give a file of weights, name its network too: model NAME and weights FILE"
 Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
 class ExtractorSource:
-    """Where an extractor comes from, and how it is to differ from what its source says.
+    """Where an extractor comes from, and which settings of its source to change.
 
     Parameters
     ----------
@@ -48,16 +48,16 @@ class ExtractorSource:
         file of weights (.safetensors, .pth, .pt, .bin) instead of timm's pretrained ones; every
         key must fit the network.
     pooling:
-        own, as the network's head pools; cls, the class token; mean, of the patch tokens or of a
-        convolutional network's map; cls_mean, both side by side.
+        own, as the network's head pools; cls, the class token; mean, the mean of the patch tokens
+        or of a convolutional network's map; cls_mean, both concatenated.
     image_size:
-        side in px to which tiles are resampled; without, timm's for that name.
+        side in px to which tiles are resampled; default: timm's for that name.
     mean:
-        of RGB in 0..1, to be subtracted; without, timm's for that name.
+        of RGB in 0..1, subtracted from tiles; default: timm's for that name.
     std:
-        of RGB in 0..1, to be divided by; without, timm's for that name.
+        of RGB in 0..1, by which tiles are divided; default: timm's for that name.
     interpolation:
-        of tiles of another size than image_size; without, timm's for that name.
+        for tiles whose side is not image_size; default: timm's for that name.
     options:
         arguments of the timm network, such as {init_values: 1e-5, dynamic_img_size: true}; layers
         by name, such as {mlp_layer: SwiGLUPacked, act_layer: SiLU}.
@@ -73,7 +73,7 @@ class ExtractorSource:
     options: dict[str, Any] = field(default_factory=dict)
 
     def asked(self) -> dict[str, Any]:
-        """What differs from the defaults, as plain values."""
+        """The model and the settings that differ from the defaults, as plain values."""
         default = ExtractorSource(self.model)
         return {
             key: value
@@ -83,29 +83,29 @@ class ExtractorSource:
 
 
 class Extractor(nn.Module):
-    """A frozen network with all that is done to a tile before it and to its features after it.
+    """A frozen network with the preprocessing of its tiles and the pooling of its features.
 
     Parameters
     ----------
     backbone: images (N, 3, S, S) → features (N, D).
     name: its timm name.
-    image_size: S; tiles of another size are resampled to it, whole.
+    image_size: S; whole tiles of another size are resampled to it.
     mean, std: the normalisation of RGB in 0..1.
-    trained_on: the slides whose pixels the weights have seen, which they may not be tested on; None
-        where not known.
+    trained_on: the slides whose pixels the weights have seen, on which they must not be tested;
+        None if not known.
     pooling: see :func:`dasmil.embedding.pooling.pool`.
     interpolation: of the resampling, antialiased as PIL's.
-    options: what the backbone was made with beside its name, as plain values.
+    options: arguments of the backbone beside its name, as plain values.
 
     Raises
     ------
     InputError
-        when the network cannot pool so, or takes no images of that size.
+        if the network cannot pool in this way, or takes no images of that size.
     """
 
     mean: Tensor
     std: Tensor
-    repository: str | None = None  # on the hub, with the commit that was read
+    repository: str | None = None  # on the hub, with the commit
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class Extractor(nn.Module):
             "image_size": image_size,
             "pooling": pooling,
             "interpolation": interpolation,
-            "options": json.loads(json.dumps(dict(options or {}))),  # as a bag file gives it back
+            "options": json.loads(json.dumps(dict(options or {}))),  # as a bag file returns them
         }
         self.card = ExtractorCard(
             fingerprint=_fingerprint(backbone.state_dict(), settings),
@@ -152,7 +152,7 @@ class Extractor(nn.Module):
         except (AssertionError, RuntimeError, ValueError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise InputError(
-                f"extractor {name!r}: cannot embed images of {image_size} px ({reason}); give the "
+                f"extractor {name!r}: cannot embed images of {image_size} px ({reason}); give an "
                 f"image_size that it takes, such as {nearest_sizes(self.backbone, image_size)}"
             ) from error
         if (
@@ -161,14 +161,14 @@ class Extractor(nn.Module):
             and not torch.equal(features, self._features_of_noise(image_size, border=image_size))
         ):
             raise InputError(
-                f"extractor {name!r}: the right and lower border of an image of {image_size} px "
-                "changes nothing, since it makes no whole patch; take an image_size of "
+                f"extractor {name!r}: it ignores the right and lower border of an image of "
+                f"{image_size} px, which is no whole patch; choose an image_size of "
                 f"{nearest_sizes(self.backbone, image_size)}"
             )
         return features.shape[1]
 
     def _features_of_noise(self, image_size: int, border: int = 0) -> Tensor:
-        """(1, D) of an image that is the same at each call, but for its last rows and columns."""
+        """(1, D) of one fixed image whose last ``border`` rows and columns are inverted."""
         images = torch.rand(
             1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)
         )
@@ -179,13 +179,13 @@ class Extractor(nn.Module):
             return pool(self.backbone, images, self.pooling)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 RGB → (N, D)."""
+        """Embed tiles (N, 3, H, W) uint8 RGB as features (N, D)."""
         x = tiles.to(torch.float32, copy=True)
         if x.shape[-1] != self.card.image_size:
             size = (self.card.image_size, self.card.image_size)
             x = F.interpolate(x, size, mode=self.card.interpolation, antialias=True)
-            x.round_().clamp_(0, 255)  # pixels, as PIL gives them: bicubic overshoots
-        x.sub_(255 * self.mean).div_(255 * self.std)  # in place: small networks wait for this
+            x.round_().clamp_(0, 255)  # as PIL does: bicubic overshoots
+        x.sub_(255 * self.mean).div_(255 * self.std)  # in place: else slower than small networks
         return pool(self.backbone, x.to(self.mean.dtype), self.pooling)
 
 
@@ -198,17 +198,23 @@ def _fingerprint(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> st
 
 
 def load_extractor(source: str | ExtractorSource, scale: Scale, tile_px: int) -> Extractor:
-    """An extractor from a DINO checkpoint file, or from timm by name.
+    """Load an extractor from a DINO checkpoint file, or from timm by name.
 
-    A timm network comes with timm's normalisation, image size and interpolation for that name.
-    Tiles are resampled whole: of timm's ``crop_pct``, which crops the border off, nothing is kept.
+    A timm network has timm's normalisation, image size and interpolation for that name. Whole tiles
+    are resampled: timm's ``crop_pct``, which crops the border off, is ignored.
 
     Parameters
     ----------
     source: path of a checkpoint of ``fit --config configs/dino.yaml`` or ``import``; or a timm name
         (pretrained weights); or ``random:`` and a timm name (random weights, the same at every
-        call); or all of :class:`ExtractorSource`.
-    scale, tile_px: the tiles it is to embed; a checkpoint of another scale is refused.
+        call); or an :class:`ExtractorSource`.
+    scale, tile_px: the tiles to embed.
+
+    Raises
+    ------
+    InputError
+        if the source cannot be read, its settings contradict each other, or it is a checkpoint of
+        another scale or tile size.
     """
     if isinstance(source, str):
         source = ExtractorSource(source)
@@ -223,33 +229,33 @@ def _from_timm(source: ExtractorSource) -> Extractor:
     is_random = name != source.model
     if is_random and source.weights:
         raise InputError(
-            f"extractor {source.model!r}: random weights and the file {source.weights} are both "
-            "asked for; leave one of them out"
+            f"extractor {source.model!r}: it names both random weights and the file "
+            f"{source.weights}; leave one of them out"
         )
-    found = HubNetwork(name)
+    network = HubNetwork(name)
     if is_on_hub(name) or not (is_random or source.weights):
-        found = fetch_network(name, with_weights=source.weights is None)
+        network = fetch_network(name, with_weights=source.weights is None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         backbone = create_network(
-            found.name, {**found.options, **source.options}, found.overlay, name
+            network.name, {**network.options, **source.options}, network.overlay, name
         )
     if source.weights:
         load_weights(backbone, name, Path(source.weights))
         if source.mean is None or source.std is None:
-            say(
-                f"{source.weights}: tiles are normalised as timm says for {name}; set mean and std "
-                "where these weights were trained with others"
+            print_once(
+                f"{source.weights}: tiles are normalised with timm's mean and std of {name}; set "
+                "both if these weights were trained with others"
             )
-    elif found.repository:
-        refuse_no_numbers(backbone.state_dict(), found.repository)
-        say(f"extractor {name!r}: taken from hf-hub:{found.repository}")
+    elif network.repository:
+        refuse_no_numbers(backbone.state_dict(), network.repository)
+        print_once(f"extractor {name!r}: read from hf-hub:{network.repository}")
     config = resolve_data_config({}, model=backbone)
-    made_for = source.options.get("img_size", config["input_size"][-1])
-    if not isinstance(made_for, int):
+    native_size = source.options.get("img_size", config["input_size"][-1])
+    if not isinstance(native_size, int):
         raise InputError(f"extractor {name!r}: img_size must be one whole number, tiles are square")
-    image_size = made_for if source.image_size is None else source.image_size
-    if image_size != made_for:
+    image_size = native_size if source.image_size is None else source.image_size
+    if image_size != native_size:
         resize_network(backbone, name, image_size)
     extractor = Extractor(
         backbone,
@@ -257,28 +263,28 @@ def _from_timm(source: ExtractorSource) -> Extractor:
         image_size,
         tuple(source.mean or config["mean"]),
         tuple(source.std or config["std"]),
-        () if is_random else None,  # random weights have seen nothing
+        () if is_random else None,  # random weights have seen no slide
         source.pooling,
         source.interpolation or config["interpolation"],
         source.options,
     )
-    extractor.repository = found.repository
+    extractor.repository = network.repository
     return extractor
 
 
 def _from_checkpoint(path: Path, source: ExtractorSource, scale: Scale, tile_px: int) -> Extractor:
     if path.suffix in (".safetensors", ".bin"):
-        raise InputError(f"{path}: {NOT_OURS}")
+        raise InputError(f"{path}: {WEIGHTS_ONLY}")
     checkpoint = load_checkpoint(path)
     if "extractor" not in checkpoint:
         raise InputError(
             f"{path}: holds no extractor; give a checkpoint of `fit --config configs/dino.yaml`, "
-            f"or of `import dino-checkpoint`; {NOT_OURS}"
+            f"or of `import dino-checkpoint`; {WEIGHTS_ONLY}"
         )
     asked = sorted(source.asked().keys() - {"model", "pooling"})
     if asked:
         raise InputError(
-            f"{path}: a DINO checkpoint says its {', '.join(asked)} itself; leave that out"
+            f"{path}: a DINO checkpoint holds its {', '.join(asked)} itself; leave that out"
         )
     record = ExtractorRecord.read(checkpoint["extractor"], path)
     mpp, trained_px = record.mpp or scale.mpp, record.tile_px or tile_px
@@ -289,7 +295,7 @@ def _from_checkpoint(path: Path, source: ExtractorSource, scale: Scale, tile_px:
         )
     weights = _backbone_of(checkpoint.get("state_dict"))
     try:
-        with torch.device("meta"):  # the weights are compared before memory is taken
+        with torch.device("meta"):  # compare the weights before memory is allocated
             sketch = vit_backbone(record.name, record.image_size, record.options)
         refuse_other_keys(sketch, weights, path)
         backbone = vit_backbone(record.name, record.image_size, record.options)
@@ -309,7 +315,7 @@ def _from_checkpoint(path: Path, source: ExtractorSource, scale: Scale, tile_px:
 
 
 def _backbone_of(weights: Any) -> dict[str, Any]:
-    """The teacher's backbone among a checkpoint's weights; whether they are some is asked later."""
+    """The weights of the teacher's backbone; :func:`refuse_other_keys` checks them."""
     named = weights.items() if isinstance(weights, Mapping) else ()
     return {
         key.removeprefix(BACKBONE_PREFIX): weight
@@ -319,6 +325,6 @@ def _backbone_of(weights: Any) -> dict[str, Any]:
 
 
 def _tiles(scale: str | None, mpp: float | None, tile_px: int | None) -> str:
-    """The tiles in words, as far as known."""
+    """Tiles in words, as far as known."""
     words = [scale, "tiles", tile_px and f"of {tile_px} px", mpp and f"({mpp:g} µm/px)"]
     return " ".join(str(word) for word in words if word)

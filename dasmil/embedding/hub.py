@@ -1,6 +1,6 @@
-"""Networks that a user has named on the Hugging Face hub: the one place that fetches.
+"""Fetch networks that a user has named on the Hugging Face hub; no other module fetches.
 
-A repository is read at one commit, which is recorded, and of it JSON and safetensors alone.
+A repository is read at one commit, which is recorded, and only its JSON and safetensors are read.
 """
 
 import json
@@ -20,7 +20,7 @@ PREFIXES = ("hf-hub:", "hf_hub:")
 REPOSITORY = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_CONFIG_BYTES = 2**20
-KEPT = {  # of a repository's configuration of the weights
+KEPT = {  # values of a repository's configuration that describe its weights
     "mean": several(number(-10, 10), 3, 3),
     "std": several(number(1e-6, 10), 3, 3),
     "input_size": several(whole(1, 2**13), 3, 3),
@@ -37,10 +37,10 @@ class HubNetwork:
     Parameters
     ----------
     name: its timm name.
-    options: arguments of the network, as the repository says them.
-    overlay: what timm is to know of the weights, with their file.
-    repository: with the commit, such as ``timm/resnet18.a1_in1k@0123…``; None if it is not on the
-        hub.
+    options: arguments of the network, from the repository.
+    overlay: values that replace those of timm's pretrained configuration, with the file of weights.
+    repository: with the commit, such as ``timm/resnet18.a1_in1k@0123…``; None if the network is not
+        on the hub.
     """
 
     name: str
@@ -50,18 +50,18 @@ class HubNetwork:
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a user names a repository."""
+    """Whether a name is that of a repository."""
     return name.startswith(PREFIXES)
 
 
 def fetch_network(name: str, with_weights: bool = True) -> HubNetwork:
-    """The network that a user has named, from the local cache or the hub.
+    """Fetch a network from the local cache or the hub.
 
     Parameters
     ----------
-    name: ``hf-hub:ORG/NAME``, with ``@REVISION`` or the newest one; or a timm name, whose
-        pretrained weights timm keeps on the hub.
-    with_weights: of a repository; else its configuration alone.
+    name: ``hf-hub:ORG/NAME@REVISION``, without ``@REVISION`` the newest one; or a timm name, whose
+        pretrained weights are on the hub.
+    with_weights: if False, fetch only the configuration of a repository.
 
     Raises
     ------
@@ -69,11 +69,11 @@ def fetch_network(name: str, with_weights: bool = True) -> HubNetwork:
         if there is no such repository, it cannot be reached, or it holds no safetensors.
     """
     if is_on_hub(name):
-        return _of_repository(name, with_weights)
+        return _fetch_repository(name, with_weights)
     refuse_unknown(name)
     try:
         known = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # of a tag that it does not know
+    except RuntimeError as error:  # for an unknown tag
         raise InputError(f"extractor {name!r}: {error}") from error
     if known is None or not known.hf_hub_id:
         raise InputError(
@@ -85,18 +85,18 @@ def fetch_network(name: str, with_weights: bool = True) -> HubNetwork:
     return HubNetwork(name, {}, _overlay(path), f"{repository}@{path.parent.name}")
 
 
-def _of_repository(name: str, with_weights: bool) -> HubNetwork:
-    found = REPOSITORY.fullmatch(name.partition(":")[2])
-    if found is None:
+def _fetch_repository(name: str, with_weights: bool) -> HubNetwork:
+    match = REPOSITORY.fullmatch(name.partition(":")[2])
+    if match is None:
         raise InputError(f"extractor {name!r}: write hf-hub:ORG/NAME or hf-hub:ORG/NAME@REVISION")
-    repository, revision = found.groups()
+    repository, revision = match.groups()
     path = _fetch(name, repository, revision, CONFIG)
-    commit = path.parent.name  # of a snapshot in the cache; both files are of one
+    commit = path.parent.name  # the folder of a snapshot in the cache; both files are of one commit
     config = _read_config(name, path)
     options = {
         key: value
         for key, value in config.get("model_args", {}).items()
-        if key not in ("num_classes", "in_chans")  # always 0 and 3 here
+        if key not in ("num_classes", "in_chans")  # dasmil sets both
     }
     about = config.get("pretrained_cfg", config)
     kept = {key: value for key, value in about.items() if key in KEPT}
@@ -126,30 +126,23 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
 
 
 def _fetch(name: str, repository: str, revision: str | None, file: str) -> Path:
-    """A file of a repository: its path in the local cache, in a folder named by the commit."""
+    """The path of a repository's file in the local cache, in a folder named by the commit."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
-    except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError):  # it may be there, but cannot be reached
-            raise _unreachable(name, error) from error
-        raise InputError(
-            f"extractor {name!r}: the repository {repository} holds no {file}, and nothing but "
-            "JSON and safetensors is taken from there; download its file of weights and give that "
-            "as weights"
-        ) from error
     except Exception as error:  # the hub's client raises the errors of several libraries
-        raise _unreachable(name, error) from error
-
-
-def _unreachable(name: str, error: Exception) -> InputError:
-    advice = "or name a file of weights"
-    if not is_on_hub(name):
-        advice = f"or write {RANDOM}{name} for random ones"
-    return InputError(
-        f"extractor {name!r}: its pretrained weights are not in the local cache and cannot be "
-        f"downloaded ({type(error).__name__}); download them once on a machine with a network, "
-        + advice
-    )
+        # LocalEntryNotFoundError: the file may exist, but cannot be reached
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise InputError(
+                f"extractor {name!r}: the repository {repository} holds no {file}, and only JSON "
+                "and safetensors are read from there; download its file of weights and give that "
+                "as weights"
+            ) from error
+        random = f"write {RANDOM}{name} for random ones"
+        raise InputError(
+            f"extractor {name!r}: its pretrained weights are not in the local cache and cannot be "
+            f"downloaded ({type(error).__name__}); download them once on a machine with a network, "
+            f"or {'name a file of weights' if is_on_hub(name) else random}"
+        ) from error

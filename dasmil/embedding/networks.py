@@ -1,12 +1,12 @@
-"""Networks of timm, by name and options: the one place where they are made.
+"""Create timm's networks by name and options; no other module creates them.
 
-Name and options may come from a file of anyone, so they are data: names that timm knows, options of
-an architecture. Nothing is fetched here; :mod:`dasmil.embedding.hub` fetches what a user has named.
+Name and options may come from a file that anyone wrote. So only names that timm knows and options
+of an architecture are accepted. Nothing is fetched: :mod:`dasmil.embedding.hub` does that.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -20,54 +20,35 @@ from dasmil.plain import SWITCH, WORD, either, number, refuse_other, several, wh
 
 RANDOM = "random:"
 MAX_PARAMETERS = 8 * 10**9  # timm's largest network has 6.7 · 10⁹
-MAX_TOKENS = 2**14  # of an image: 2048 px in patches of 16
+MAX_TOKENS = 2**14  # per image: 2048 px in patches of 16
 COUNT, AMOUNT = whole(0, 2**14), number(-1e4, 1e4)
-DEPTHS = either(whole(0, 128), several(whole(0, 64), 1, 8))  # layers take time to make
+DEPTHS = either(whole(0, 128), several(whole(0, 64), 1, 8))  # layers take time to create
 COUNTS, AMOUNTS, SWITCHES = (either(k, several(k, 1, 16)) for k in (COUNT, AMOUNT, SWITCH))
-# arguments of timm's networks that a record or a user may set; those that name a file, an address
-# or code of another place are none of them
+# Arguments of timm's networks that a record or a user may set. Arguments that name a file, an
+# address or code are not among them.
 OPTIONS = {
-    **dict.fromkeys(("depth", "depths", "layers"), DEPTHS),
-    **dict.fromkeys(
-        (
-            *("img_size", "patch_size", "embed_dim", "embed_dims", "num_heads", "dims", "channels"),
-            *("widths", "window_size", "kernel_size", "kernel_sizes"),
-            *("reg_tokens", "num_reg_tokens", "ref_feat_shape", "swiglu_align_to", "num_kv_heads"),
-            *("stem_size", "stem_width", "stem_stride", "base_width", "cardinality", "groups"),
-            *("output_stride", "head_hidden_size", "num_features", "head_dim", "head_mul"),
-        ),
-        COUNTS,
-    ),
-    **dict.fromkeys(
-        (
-            *("mlp_ratio", "mlp_ratios", "init_values", "norm_eps", "expand_ratio", "bottle_ratio"),
-            *("layer_scale_init_value", "ls_init_value", "head_init_scale", "rope_temperature"),
-            *("drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"),
-            *("attn_drop_rate", "channel_multiplier", "width_mult", "depth_mult", "se_ratio"),
-        ),
-        AMOUNTS,
-    ),
-    **dict.fromkeys(
-        (
-            *("qkv_bias", "qkv_fused", "qk_norm", "proj_bias", "class_token", "no_embed_class"),
-            *("pre_norm", "final_norm", "fc_norm", "pool_include_prefix", "dynamic_img_size"),
-            *("dynamic_img_pad", "strict_img_size", "scale_attn_norm", "scale_mlp_norm"),
-            *("scale_attn_inner", "scale_mlp", "swiglu_mlp", "fix_init", "use_abs_pos_emb"),
-            *("use_rel_pos_bias", "use_shared_rel_pos_bias", "use_rot_pos_emb", "use_fc_norm"),
-            *("use_post_norm", "use_pre_transformer_norm", "use_post_transformer_norm"),
-            *("conv_mlp", "conv_bias", "use_grn", "avg_down", "distilled", "always_partition"),
-        ),
-        SWITCHES,
-    ),
-    **dict.fromkeys(
-        (
-            *("global_pool", "pos_embed", "weight_init", "attn_type", "rope_type", "stem_type"),
-            *("rope_grid_indexing", "pad_type"),
-            *("act_layer", "norm_layer", "mlp_layer", "attn_layer", "embed_layer", "conv_layer"),
-            *("embed_norm_layer", "aa_layer", "se_layer"),
-        ),
-        WORD,
-    ),
+    name: kind
+    for kind, names in {
+        DEPTHS: "depth depths layers",
+        COUNTS: "img_size patch_size embed_dim embed_dims num_heads dims channels widths "
+        "window_size kernel_size kernel_sizes reg_tokens num_reg_tokens ref_feat_shape "
+        "swiglu_align_to num_kv_heads stem_size stem_width stem_stride base_width "
+        "cardinality groups output_stride head_hidden_size num_features head_dim head_mul",
+        AMOUNTS: "mlp_ratio mlp_ratios init_values norm_eps expand_ratio bottle_ratio "
+        "layer_scale_init_value ls_init_value head_init_scale rope_temperature drop_rate "
+        "drop_path_rate pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate "
+        "channel_multiplier width_mult depth_mult se_ratio",
+        SWITCHES: "qkv_bias qkv_fused qk_norm proj_bias class_token no_embed_class pre_norm "
+        "final_norm fc_norm pool_include_prefix dynamic_img_size dynamic_img_pad strict_img_size "
+        "scale_attn_norm scale_mlp_norm scale_attn_inner scale_mlp swiglu_mlp fix_init "
+        "use_abs_pos_emb use_rel_pos_bias use_shared_rel_pos_bias use_rot_pos_emb use_fc_norm "
+        "use_post_norm use_pre_transformer_norm use_post_transformer_norm conv_mlp conv_bias "
+        "use_grn avg_down distilled always_partition",
+        WORD: "global_pool pos_embed weight_init attn_type rope_type stem_type rope_grid_indexing "
+        "pad_type act_layer norm_layer mlp_layer attn_layer embed_layer conv_layer "
+        "embed_norm_layer aa_layer se_layer",
+    }.items()
+    for name in names.split()
 }
 
 
@@ -77,21 +58,21 @@ def create_network(
     overlay: Mapping[str, Any] | None = None,
     called: str | None = None,
 ) -> nn.Module:
-    """A timm network without its classifier; its weights are random unless an overlay names a file.
+    """Create a timm network without its classifier, with random weights unless an overlay has some.
 
     Parameters
     ----------
-    name: as timm knows it.
+    name: timm's name.
     options: arguments of the network, as plain values; layers by their names.
-    overlay: of timm's pretrained configuration, see :mod:`dasmil.embedding.hub`; never from a
-        record.
-    called: what the user calls it, if that is another name.
+    overlay: values that replace those of timm's pretrained configuration, see
+        :class:`dasmil.embedding.hub.HubNetwork`; never from a record.
+    called: the name that the user gave, if it is another one.
 
     Raises
     ------
     InputError
-        when timm does not know the name, an option is none of an architecture or of another kind,
-        the network would be too large, or timm does not take the options.
+        if timm does not know the name, an option is unknown or of another kind, the network would
+        be too large, or timm rejects the options.
     """
     where = f"extractor {(called or name)!r}"
     refuse_unknown(name, called)
@@ -100,8 +81,8 @@ def create_network(
     arguments = {**_with_layers(name, given), "num_classes": 0}
     file = (overlay or {}).get("file")
     try:
-        if given:  # else it is as large as timm has made it
-            with torch.device("meta"):  # shapes alone
+        if given:  # without options its size is known to be sane
+            with torch.device("meta"):  # shapes only
                 sketch = timm.create_model(name, pretrained=False, **arguments)
             _refuse_large(sketch, Path(file).stat().st_size if file else MAX_PARAMETERS, where)
         return timm.create_model(
@@ -112,10 +93,10 @@ def create_network(
         )
     except InputError:
         raise
-    except Exception as error:  # networks raise many kinds for arguments that they do not take
+    except Exception as error:  # networks raise many kinds for arguments that they reject
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(": ")
         raise InputError(
-            f"{where}: timm does not make it"
+            f"{where}: timm cannot create it"
             + (f" with the options {given}" if given else "")
             + f" ({reason})"
         ) from error
@@ -125,42 +106,50 @@ def refuse_unknown(name: str, called: str | None = None) -> None:
     """Raise :class:`InputError` unless a name is one of timm's own networks, with a tag or not."""
     if re.fullmatch(r"\w+(\.\w+)?", name) and timm.is_model(name):
         return
-    near = ", ".join(get_close_matches(name, timm.list_models(), 3))
     raise InputError(
         f"extractor {(called or name)!r}: neither a checkpoint file nor a timm model"
-        + (f"; near it: {near}" if near else "")
+        + _near(name, timm.list_models())
     )
 
 
-def _refuse_large(network: nn.Module, most: int, where: str) -> None:
-    found = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
-    if found > most:
+def _near(name: str, names: Sequence[str]) -> str:
+    near = ", ".join(get_close_matches(name, names, 3))
+    return f"; similar names: {near}" if near else ""
+
+
+def _refuse_large(network: nn.Module, maximum: int, where: str) -> None:
+    size = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+    if size > maximum:
         raise InputError(
-            f"{where}: its options ask for {found:.1e} weights, more than {most:.1e}; take others"
+            f"{where}: its options ask for {size:.1e} weights, the limit is {maximum:.1e}"
         )
 
 
 def _with_layers(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with classes for the names of layers; timm itself knows short ones, lower case."""
-    made = dict(options)
+    """Replace names of layers by classes; timm itself knows short names, in lower case."""
+    replaced = dict(options)
     for key, value in options.items():
         if not (key.endswith("_layer") and isinstance(value, str)) or value.islower():
             continue
-        made[key] = getattr(timm.layers, value, getattr(nn, value, None))
-        layer = getattr(made[key], "func", made[key])  # SwiGLUPacked, for one, is a partial
+        replaced[key] = getattr(timm.layers, value, getattr(nn, value, None))
+        layer = getattr(replaced[key], "func", replaced[key])  # SwiGLUPacked is a partial
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
-            near = ", ".join(get_close_matches(value, [*dir(timm.layers), *dir(nn)], 3))
             raise InputError(
                 f"extractor {name!r}: {key} {value!r} is no layer of timm.layers or torch.nn"
-                + (f"; near it: {near}" if near else "")
+                + _near(value, [*dir(timm.layers), *dir(nn)])
             )
-    return made
+    return replaced
 
 
 def resize_network(network: Any, name: str, image_size: int) -> None:
-    """Let it take images of this side in px; a position embedding is resampled, as timm does it.
+    """Let a network take images of another side in px; timm resamples its position embedding.
 
-    Convolutional networks take any size, and are left as they are.
+    Convolutional networks take any size and do not change.
+
+    Raises
+    ------
+    InputError
+        if the network cannot take the size.
     """
     if not hasattr(network, "set_input_size"):
         return
@@ -171,14 +160,14 @@ def resize_network(network: Any, name: str, image_size: int) -> None:
 
 
 def nearest_sizes(network: Any, image_size: int) -> str:
-    """The sides in px next to this one that a network's stride divides, in words."""
+    """The nearest sides in px that are multiples of a network's stride, in words."""
     stride = total_stride(network)
     below = image_size // stride * stride
     return " or ".join(f"{size}" for size in (below, below + stride) if size)
 
 
 def total_stride(network: Any) -> int:
-    """Pixels of the image between two places of a network's last map; 1 where it does not say."""
+    """Pixels of the image per cell of a network's last feature map; 1 if timm does not tell."""
     strides = [info["reduction"] for info in getattr(network, "feature_info", ())]
     return max([*strides, *_patch(network)], default=1)
 
@@ -190,31 +179,36 @@ def _patch(network: Any) -> tuple[int, ...]:
 
 
 def vit_backbone(name: str, image_size: int, options: Mapping[str, Any]) -> nn.Module:
-    """A timm ViT that also takes images of other sizes, as DINO's small crops need.
+    """Create a timm ViT that also takes images of other sizes, such as DINO's small crops.
 
     Parameters
     ----------
-    name, options: as :func:`create_network` takes them.
-    image_size: side in px of the images that it is made for.
+    name, options: as for :func:`create_network`.
+    image_size: side in px of most images.
 
     Raises
     ------
     InputError
-        when timm has no such ViT, or images of this size are no whole number of patches, or of too
-        many.
+        if timm has no such ViT, or images of this size are no whole number of patches, or too many.
     """
     sizes = {"img_size": image_size, "dynamic_img_size": True}
     network = create_network(name, {**options, **sizes})
     refuse_cut_patches(network, name, "image_size", image_size)
     if math.prod(image_size // side for side in _patch(network)) > MAX_TOKENS:
         raise InputError(
-            f"image_size: {image_size} px are more than {MAX_TOKENS} patches of {name}; take fewer"
+            f"image_size: {image_size} px are more than {MAX_TOKENS} patches of {name}"
         )
     return network
 
 
 def refuse_cut_patches(network: Any, name: str, what: str, size: int) -> None:
-    """A ViT sees whole patches alone, unless it pads: the rest of an image is lost on it."""
+    """Raise :class:`InputError` if an image has a cut patch, which a ViT ignores unless it pads.
+
+    Parameters
+    ----------
+    what: the setting, for the message.
+    size: side of the image in px.
+    """
     pads = getattr(getattr(network, "patch_embed", None), "dynamic_img_pad", False)
     cut = [patch for patch in _patch(network) if size % patch]
     if size < 1 or (cut and not pads):

@@ -1,4 +1,4 @@
-"""From a timm network's tokens or feature maps to one vector an image."""
+"""A timm network's tokens or feature map → one vector per image."""
 
 from typing import Any, Literal
 
@@ -11,17 +11,18 @@ Pooling = Literal["own", "cls", "mean", "cls_mean"]
 
 
 def pool(network: Any, images: Tensor, pooling: Pooling) -> Tensor:
-    """(N, 3, S, S) → (N, D); ``cls_mean`` gives (N, 2 D).
+    """Embed images (N, 3, S, S) as features (N, D), or (N, 2 D) with ``cls_mean``.
 
-    ``own`` is what the network's own head makes before its classifier. The others take what
-    ``forward_features`` gives as it is, without the norm that some networks put behind their own
-    pooling: ``cls`` the class token; ``mean`` the mean of the patch tokens (never of class or
+    ``own`` is the output of the network's own head before its classifier. The other poolings use
+    the output of ``forward_features``, without the norm that some networks apply after their own
+    pooling: ``cls`` is the class token; ``mean`` is the mean of the patch tokens (not of class or
     register tokens), or of a convolutional network's map.
 
     Raises
     ------
     InputError
-        when the network has no class token to take, or does not say which tokens are patches.
+        if the network has no class token, does not tell which tokens are patches, or has no pooling
+        of its own.
     """
     if pooling == "own":
         features = network(images)
@@ -40,9 +41,9 @@ def pool(network: Any, images: Tensor, pooling: Pooling) -> Tensor:
 
 
 def _mean(network: Any, features: Any) -> Tensor:
-    """Over the patches alone."""
+    """(N, D), over the patches only."""
     if isinstance(features, Tensor) and features.ndim == 4:
-        is_channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"  # Swin, for one
+        is_channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"  # such as Swin
         return features.mean((1, 2) if is_channels_last else (2, 3))
     if not _tells_patches(network, features):
         raise InputError("which of its tokens are patches is not known; leave pooling out")
@@ -50,6 +51,6 @@ def _mean(network: Any, features: Any) -> Tensor:
 
 
 def _tells_patches(network: Any, features: Any) -> bool:
-    """Whether these are tokens (N, L, D), and timm says how many come before the patches'."""
+    """Whether features are tokens (N, L, D), and timm gives the number before the patches."""
     is_tokens = isinstance(features, Tensor) and features.ndim == 3
     return is_tokens and hasattr(network, "num_prefix_tokens")

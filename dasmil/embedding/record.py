@@ -1,6 +1,6 @@
-"""What a DINO checkpoint says of its backbone; a record may come from anyone, so it is checked."""
+"""What a DINO checkpoint records of its backbone; anyone may have written it, so it is checked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,22 +12,21 @@ from dasmil.units import Scale
 BACKBONE_PREFIX = "teacher.backbone."
 
 
-def _is_scale(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and bool(Scale.parse(value))
-    except InputError:
-        return False
+def _accepted_by(parse: Callable[[Any], object], words: str) -> Kind:
+    """Values that a function accepts."""
+
+    def holds(value: Any) -> bool:
+        try:
+            parse(value)
+        except (InputError, TypeError):
+            return False
+        return True
+
+    return Kind(words, holds)
 
 
-def _are_records(value: Any) -> bool:
-    try:
-        return read_records(value) is not None
-    except InputError:
-        return False
-
-
-SCALE = Kind("a scale such as x20", _is_scale)
-STUDY = Kind("records of slides", _are_records)
+SCALE = _accepted_by(Scale.parse, "a scale such as x20")
+STUDY = _accepted_by(read_records, "records of slides")
 KINDS = {
     "name": TEXT,
     "options": by_name(TEXT, Kind("an option of a network", lambda _: True), 0, 64),
@@ -43,17 +42,18 @@ KINDS = {
 
 @dataclass(frozen=True)
 class ExtractorRecord:
-    """What a DINO checkpoint says of its backbone, under the key ``extractor``; plain values.
+    """What a DINO checkpoint records of its backbone, under the key ``extractor``; plain values.
 
     Parameters
     ----------
     name: timm name of the backbone.
-    options: arguments of the backbone that differ from the name's, see
+    options: arguments of the backbone that differ from the name's defaults, see
         :data:`dasmil.embedding.networks.OPTIONS`.
-    image_size: side in pixels at which tiles are to be embedded.
-    scale, mpp, tile_px: the tiles it was trained on; None where not known.
-    trained_on: records of the slides it has seen, :mod:`dasmil.slides.study`, as plain values
-        (slide_ids in older checkpoints); None where not known.
+    image_size: side in pixels at which tiles are embedded.
+    mean, std: the normalisation of RGB in 0..1.
+    scale, mpp, tile_px: the tiles that the backbone was trained on; None if not known.
+    trained_on: records of the slides that it has seen (:mod:`dasmil.slides.study`), as plain
+        values, or slide_ids in older checkpoints; None if not known.
     """
 
     name: str
@@ -68,17 +68,17 @@ class ExtractorRecord:
 
     @classmethod
     def read(cls, values: Any, where: object) -> "ExtractorRecord":
-        """The record of a checkpoint.
+        """Check and return the record of a checkpoint.
 
         Parameters
         ----------
-        values: what the checkpoint holds under ``extractor``.
+        values: the value of ``extractor`` in the checkpoint.
         where: the checkpoint, for messages.
 
         Raises
         ------
         InputError
-            when a value is missing, unknown, or of another kind.
+            if a value is missing, unknown, or of another kind.
         """
         names = [field.name for field in fields(cls)]
         refuse_other(values, KINDS, f"{where}: its record of the extractor", required=names)

@@ -1,7 +1,7 @@
-"""Files of weights: read without running anything that is in them, and loaded strictly."""
+"""Files of weights: read without running their code, and loaded strictly."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from dasmil.files import must_be_file
 
 WRAPPERS = ("state_dict", "model", "teacher")
 PREFIXES = ("module.", "backbone.")
-HEADS = ("head", "fc")  # classifiers; timm names a network's own in its configuration
-OPTIONS = {  # part of a key → the network's option that decides whether there is such a key
+HEADS = ("head", "fc")  # classifiers; timm's configuration names a network's own
+OPTION_OF_KEY = {  # part of a key → the option by which a network has such keys
     ".ls1.": "init_values",
     "reg_token": "reg_tokens",
     "fc_norm.": "global_pool",
@@ -28,22 +28,23 @@ OPTIONS = {  # part of a key → the network's option that decides whether there
 
 
 def load_weights(network: nn.Module, name: str, path: Path) -> None:
-    """Put a file's weights into a timm network without classifier; every key must fit.
+    """Load a file's weights into a timm network without classifier; every key must fit.
 
-    A file is a state dict, or holds one under ``state_dict``, ``model`` or ``teacher`` (which is
-    taken where a ``student`` is beside it). ``module.`` and then ``backbone.`` is taken off the
-    keys when all but the classifier's begin with it. What is dropped, and said, is the classifier
-    alone: ``head.*``, ``fc.*`` and what timm calls so, where the network has no such key.
+    A file is a state dict, or holds one under ``state_dict``, ``model`` or ``teacher`` (even if it
+    also holds a ``student``). The prefix ``module.`` and then ``backbone.`` is removed if all keys
+    but the classifier's have it. Only the classifier is dropped, with a printed note: ``head.*``,
+    ``fc.*`` and the keys that timm calls so, if the network has no such key.
 
     Parameters
     ----------
-    path: .safetensors, or a file of torch.save (.pth, .pt, .bin) with nothing but tensors and plain
+    name: of the network, for messages.
+    path: .safetensors, or a file of torch.save (.pth, .pt, .bin) that holds only tensors and plain
         values.
 
     Raises
     ------
     InputError
-        when the file cannot be read safely, keys are missing, unexpected or of another shape, or
+        if the file cannot be read safely, keys are missing, unexpected or of another shape, or
         values are complex, NaN or infinite.
     """
     wanted = network.state_dict()
@@ -53,22 +54,22 @@ def load_weights(network: nn.Module, name: str, path: Path) -> None:
     weights = {key: weight for key, weight in weights.items() if key not in dropped}
 
     if misfit := Misfit.of(wanted, weights):
-        reshaped = {key: weights[key] for key in misfit.reshaped}
-        cause = _likely_cause(network, misfit.missing, misfit.unexpected, reshaped)
+        cause = _likely_cause(network, misfit, weights)
         raise InputError(f"{path}: these weights do not fit {name} ({misfit}); {cause}")
     refuse_no_numbers(weights, path)
     network.load_state_dict(weights)
     if dropped:
-        say(f"{path}: its classifier is not needed and is left out: {', '.join(dropped)}")
+        print_once(f"{path}: its classifier is not needed and is left out: {', '.join(dropped)}")
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """Keys of weights that are not those of a network.
+    """How the keys of weights differ from those of a network.
 
     Parameters
     ----------
-    reshaped: keys of another shape, and the two shapes in words.
+    missing, unexpected: keys that only the network has, and that only the weights have.
+    reshaped: keys of another shape → the two shapes in words.
     """
 
     missing: Sequence[str]
@@ -77,8 +78,8 @@ class Misfit:
 
     @classmethod
     def of(cls, wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> "Misfit | None":
-        """The difference between what a network has and what a file holds; None if they agree."""
-        found = cls(
+        """The difference between a network's state dict and weights; None if they fit."""
+        misfit = cls(
             [key for key in wanted if key not in weights],
             [key for key in weights if key not in wanted],
             {
@@ -87,7 +88,7 @@ class Misfit:
                 if key in wanted and weight.shape != wanted[key].shape
             },
         )
-        return found if any((found.missing, found.unexpected, found.reshaped)) else None
+        return misfit if any((misfit.missing, misfit.unexpected, misfit.reshaped)) else None
 
     def __str__(self) -> str:
         kinds = {
@@ -99,11 +100,13 @@ class Misfit:
 
 
 def refuse_other_keys(network: nn.Module, weights: Any, where: object) -> None:
-    """Raise :class:`InputError` if a checkpoint's weights are not numbers for this network.
+    """Raise :class:`InputError` unless a checkpoint's weights are finite and fit a network.
 
     Parameters
     ----------
-    network: may lie on torch's meta device, where it takes no memory.
+    network: may be on torch's meta device, where it takes no memory.
+    weights: the value of ``state_dict`` in the checkpoint.
+    where: the checkpoint, for messages.
     """
     if not is_state_dict(weights):
         raise InputError(f"{where}: holds no weights by name; give a whole checkpoint")
@@ -116,21 +119,21 @@ def refuse_other_keys(network: nn.Module, weights: Any, where: object) -> None:
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by key, out of a wrapper that holds them."""
+    """The tensors of a file by key, from the top level or from a wrapper."""
     content = _read(path)
     if is_state_dict(content):
         return content
-    held = [key for key in WRAPPERS if is_state_dict(content.get(key))]
-    if len(held) != 1:
-        what = f"several sets of weights ({', '.join(held)})" if held else "no weights"
+    wrappers = [key for key in WRAPPERS if is_state_dict(content.get(key))]
+    if len(wrappers) != 1:
+        held = f"several sets of weights ({', '.join(wrappers)})" if wrappers else "no weights"
         raise InputError(
-            f"{path}: {what} where they are looked for, at the top or under one of "
-            f"{', '.join(WRAPPERS)} (a student alone is not taken: DINO's result is its teacher); "
-            f"it holds {some_of(content)}: save the state dict of the network alone"
+            f"{path}: holds {held} at its top level or under one of {', '.join(WRAPPERS)} (a "
+            "student is not accepted: DINO's result is its teacher), but "
+            f"{some_of(content)}; save only the state dict of the network"
         )
-    if held == ["teacher"] and "student" in content:
-        say(f"{path}: holds a teacher and a student; the teacher is taken")
-    return content[held[0]]
+    if wrappers == ["teacher"] and "student" in content:
+        print_once(f"{path}: holds a teacher and a student; the teacher is used")
+    return content[wrappers[0]]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -158,37 +161,32 @@ def _without_prefixes(weights: dict[str, Tensor], heads: tuple[str, ...]) -> dic
     return weights
 
 
-def _likely_cause(
-    network: nn.Module,
-    missing: Collection[str],
-    unexpected: Collection[str],
-    of_another_shape: Mapping[str, Tensor],
-) -> str:
-    if missing and not of_another_shape:
+def _likely_cause(network: nn.Module, misfit: "Misfit", weights: Mapping[str, Tensor]) -> str:
+    missing, unexpected, reshaped = misfit.missing, misfit.unexpected, set(misfit.reshaped)
+    if missing and not reshaped:
         for key in unexpected:
             prefix = next((key.removesuffix(m) for m in missing if key.endswith(f".{m}")), None)
             if prefix and all(prefix + m in unexpected for m in missing):
                 return f"all keys begin with {prefix!r}: save them without it"
-    if not missing and not unexpected and set(of_another_shape) == {"pos_embed"}:
-        size = _trained_size(network, of_another_shape["pos_embed"])
+    if not missing and not unexpected and reshaped == {"pos_embed"}:
+        size = _trained_size(network, weights["pos_embed"])
         return "they were trained at another image size" + (
-            f": give `options: {{img_size: {size}}}`, and image_size where tiles are to enter at "
-            "another one"
+            f": give `options: {{img_size: {size}}}`, and image_size if tiles enter at another one"
             if size
             else "; give it as img_size in options"
         )
-    hints = {
+    options = {
         option
-        for part, option in OPTIONS.items()
+        for part, option in OPTION_OF_KEY.items()
         if any(part in f".{key}" for key in (*missing, *unexpected))
     }
-    if hints:
-        return f"the cause may be the network's options ({', '.join(sorted(hints))})"
+    if options:
+        return f"the cause may be the network's options ({', '.join(sorted(options))})"
     return "the cause may be another architecture, or another option of it"
 
 
 def _trained_size(network: Any, position: Tensor) -> int | None:
-    """Side in px of the images that a position embedding (1, T, D) is for; None if not a square."""
+    """Side in px of the images of a position embedding (1, T, D); None if it is not square."""
     prefix = network.state_dict()["pos_embed"].shape[1] - network.patch_embed.num_patches
     side = math.isqrt(max(0, position.shape[1] - prefix))
     if side == 0 or side**2 + prefix != position.shape[1]:
@@ -197,6 +195,6 @@ def _trained_size(network: Any, position: Tensor) -> int | None:
 
 
 @rank_zero_only
-def say(sentence: str) -> None:
-    """Print it, in one process of many."""
+def print_once(sentence: str) -> None:
+    """Print a sentence; of several processes only rank 0 does."""
     print(sentence)

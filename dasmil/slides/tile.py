@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection, wait
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +113,7 @@ def tile(
             print(f"tile: {line}")
         write_cohort(output / "cohort.csv", rows)
         status = tile_status(output)
-        worker.on_beat = status.write
+        worker.write_status = status.write
         rows = refuse_faulty(rows, worker)
         num_processes = min(workers or os.cpu_count() or 1, len(rows))
         _tile_all(rows, output, parameters, num_processes, slide_timeout, worker)
@@ -153,7 +154,7 @@ def _tile_all(
     try:
         with progress(desc="tile", total=len(rows), unit="slide") as bar:
             while waiting or running:
-                while idle and (row := _next_slide(waiting, worker)) is not None:
+                while idle and (row := worker.claim_next(waiting, attrgetter("slide_id"))):
                     process = idle.pop()
                     process.begin(row)
                     running[process.connection] = _Running(process, row, time.monotonic())
@@ -164,7 +165,7 @@ def _tile_all(
                 for connection in [c for c in running if c in ready]:
                     process, row, _ = running.pop(connection)
                     # keep the original duration if the slide was done earlier
-                    seconds = worker.last(row.slide_id).get("seconds")
+                    seconds = worker.last_record(row.slide_id).get("seconds")
                     worker.settle(row.slide_id, {"seconds": seconds, **_result(process, row)})
                     idle.append(process)
                 late = [c for c, task in running.items() if task.seconds > slide_timeout]
@@ -205,22 +206,6 @@ def _too_late(row: SlideRow, slide_timeout: float) -> StatusRow:
         "--slide_timeout"
     )
     return {"state": "failed", "message": message, "seconds": slide_timeout}
-
-
-def _next_slide(waiting: deque[SlideRow], worker: Worker) -> SlideRow | None:
-    """Claim the next slide; slides of other workers stay in ``waiting`` until settled."""
-    held = worker.held_by_others()
-    for _ in range(len(waiting)):
-        row = waiting.popleft()
-        if worker.is_settled(row.slide_id):
-            continue
-        if row.slide_id not in held and worker.claim(row.slide_id):
-            if not worker.is_settled(row.slide_id):  # else settled between the two calls
-                return row
-            worker.release(row.slide_id)
-            continue
-        waiting.append(row)
-    return None
 
 
 def _result(process: ChildProcess, row: SlideRow) -> StatusRow:

@@ -1,1 +1,1 @@
-"""Many processes on one folder: who works on which slide, and what has become of each."""
+"""Many processes on one folder: which slide each works on, and the state of every slide."""

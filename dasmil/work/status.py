@@ -1,4 +1,4 @@
-"""The status of a cohort: one row a slide, from the files that are there and what workers wrote."""
+"""The status of a cohort: one row per slide, from its files and the records of the workers."""
 
 import os
 import time
@@ -11,26 +11,26 @@ from typing import Any
 from dasmil.errors import InputError, shown
 from dasmil.names import name_fault
 from dasmil.tables import write_csv
-from dasmil.work.worker import Board
+from dasmil.work.board import WAITING, Board
 
-MAX_NAMED = 10  # slides of a kind that a summary names
+MAX_NAMED = 10  # slides per state that a summary names
 STATES = ("done", "empty", "failed", "not tiled", "running", "waiting")
 
 
 @dataclass
 class Status:
-    """What has become of every slide.
+    """The state of every slide.
 
-    ``done`` and ``empty`` (no tile) slides have their file; ``failed`` ones a reason; ``running``
-    ones a living worker; all others wait.
+    ``done`` and ``empty`` (no tile) slides have a file, ``failed`` ones a reason, and ``running``
+    ones a living worker. All others are ``waiting``.
 
     Parameters
     ----------
     folder: the output of the verb.
     slide_ids: the cohort, in its order.
-    columns: of the table between the state and the seconds.
-    path: the file of a slide.
-    describe: the row of a file that no worker has written a line of.
+    columns: of the table, between ``state`` and ``seconds``.
+    path: returns the file of a slide.
+    describe: returns the row of a file that no worker has recorded.
     """
 
     folder: Path
@@ -50,25 +50,25 @@ class Status:
         return self.folder / "status.csv"
 
     def update(self) -> list[dict[str, Any]]:
-        """The rows as of now."""
+        """Read files and records again, and return the rows."""
         board = self._board
         running = board.held(time.time())
         files = self._files()
         self.rows = []
         for slide_id in self.slide_ids:
-            row = {"state": "waiting", **board.records.get(slide_id, {})}
+            row = board.record(slide_id)
             if slide_id in running:
-                row = {"state": "running", "message": board.where(running[slide_id])}
+                row = {"state": "running", "message": board.describe(running[slide_id])}
             elif str(self._paths.get(slide_id)) in files:
-                if row["state"] == "waiting":  # its worker was killed before it could say so
+                if row["state"] == "waiting":  # its worker was killed before it recorded the slide
                     row = dict(self._describe(slide_id))
             elif row["state"] in ("done", "empty"):
-                row = {"state": "waiting", "message": "its file has gone; it is made anew"}
+                row = {**WAITING, "message": "its file is gone; the next run re-creates it"}
             self.rows.append({**row, "slide_id": slide_id})
         return self.rows
 
     def write(self) -> None:
-        """``status.csv`` as of now."""
+        """Write ``status.csv`` if a row has changed."""
         columns = ["slide_id", "state", *self.columns, "seconds", "message"]
         before, rows = self.rows, self.update()
         if rows == before and self.table.exists():
@@ -76,18 +76,19 @@ class Status:
         write_csv(self.table, columns, ({c: _cell(r.get(c)) for c in columns} for r in rows))
 
     def summary(self, verb: str) -> str:
-        """The counts in a line, under lines of the slides that are not done."""
+        """A line per slide that is not done, then a line with the number of slides per state."""
         return "\n".join([*self.complaints(), self.counts(verb)])
 
     def counts(self, verb: str) -> str:
-        found = Counter(row["state"] for row in self.rows)
-        words = [f"{found[state]} {state}" for state in STATES if found[state] or state == "done"]
-        if not found["failed"]:
+        num_slides = Counter(row["state"] for row in self.rows)
+        named = [s for s in STATES if num_slides[s] or s == "done"]
+        words = [f"{num_slides[state]} {state}" for state in named]
+        if not num_slides["failed"]:
             words.append("0 failed")
         return f"{verb}: {', '.join(words)}; see {self.table}"
 
     def complaints(self) -> Iterator[str]:
-        """A line for each warning and each slide that is not done, and at most ten of a kind."""
+        """A line per warning and per slide that is not done, at most ten per state."""
         warnings = [row for row in self.rows if row.get("warning")]
         yield from self._named("warning", warnings, "warning")
         for state in STATES[1:-1]:
@@ -103,7 +104,7 @@ class Status:
             yield f"{kind}: and {len(rows) - MAX_NAMED} more"
 
     def _files(self) -> set[str]:
-        """One listing: on a network file system each question about a file waits for an answer."""
+        """One listing: checking files one by one is slow on network file systems."""
         folders = {path.parent for path in self._paths.values()}
         return {file.path for folder in folders if folder.is_dir() for file in os.scandir(folder)}
 
@@ -112,7 +113,7 @@ class Status:
             try:
                 self._described[slide_id] = self.describe(self._paths[slide_id])
             except InputError as error:
-                self._described[slide_id] = {"state": "waiting", "message": str(error)}
+                self._described[slide_id] = {**WAITING, "message": str(error)}
         return self._described[slide_id]
 
 

@@ -197,7 +197,7 @@ def test_a_file_of_weights_gives_what_timm_gives(tmp_path, capsys):
     with torch.inference_mode():
         expected = network(normalised(tiles, (0.5,) * 3, (0.5,) * 3))  # timm's for test_vit
         assert torch.allclose(extractor(tiles), expected, atol=1e-5)
-    assert "normalised as timm says for test_vit; set mean and std" in capsys.readouterr().out
+    assert "normalised with timm's mean and std of test_vit; set both" in capsys.readouterr().out
     assert extractor.trained_on is None
     assert extractor.card.interpolation == "bicubic"
     assert "w.safetensors" not in json.dumps(extractor.card.options)
@@ -308,7 +308,7 @@ def source_of(road, **settings):
 
 
 def test_a_dino_checkpoint_says_the_rest_itself(road):
-    with pytest.raises(InputError, match="says its image_size, options itself"):
+    with pytest.raises(InputError, match="holds its image_size, options itself"):
         load_extractor(source_of(road, image_size=64, options={"depth": 2}), X20, 32)
 
 
@@ -320,15 +320,18 @@ def test_a_border_that_does_nothing_yet_is_no_cut_patch():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model": SMALL, "weights": "w.pth"}, r"random weights and the file w\.pth are both"),
-        ({"model": "w.safetensors"}, "is given with its network: model NAME and weights FILE"),
+        ({"model": SMALL, "weights": "w.pth"}, r"both random weights and the file w\.pth"),
+        ({"model": "w.safetensors"}, "name its network too: model NAME and weights FILE"),
         ({"options": {"depht": 2}}, r"options: 'depht' cannot be set; did you mean depth"),
-        ({"options": {"act_layer": "silly"}}, r"timm does not make it .*KeyError.*silly"),
+        ({"options": {"act_layer": "silly"}}, r"timm cannot create it .*KeyError.*silly"),
         (  # an assertion without words
             {"model": "random:test_resnet", "options": {"output_stride": 7}},
             r"'output_stride': 7} \(AssertionError\)$",
         ),
-        ({"options": {"mlp_layer": "SwiGluPacked"}}, r"is no layer .*; near it: SwiGLUPacked"),
+        (
+            {"options": {"mlp_layer": "SwiGluPacked"}},
+            r"similar names: SwiGLUPacked",
+        ),
         ({"options": {"mlp_layer": "Format"}}, "is no layer of timm.layers or torch.nn"),
         ({"options": {"act_layer": nn.SiLU}}, r"act_layer .*is not a word"),
         ({"options": {"num_classes": 5}}, "options: 'num_classes' cannot be set"),
@@ -336,10 +339,10 @@ def test_a_border_that_does_nothing_yet_is_no_cut_patch():
         ({"options": {"global_pool": ""}}, "does not pool by itself; name a pooling"),
         ({"image_size": 100}, r"test_vit.*100 px .*such as 96 or 112"),
         ({"image_size": 0}, r"test_vit"),
-        ({**PATCH_14, "image_size": 100}, "image of 100 px .*take an image_size of 98 or 112"),
+        ({**PATCH_14, "image_size": 100}, "image of 100 px.*choose an image_size of 98 or 112"),
         (
             {"model": "random:test_convnext", "image_size": 250},
-            "250 px .*take an image_size of 224 or 256",
+            "250 px.*choose an image_size of 224 or 256",
         ),
         ({"options": {"img_size": [64, 64]}}, "img_size must be one whole number"),
         ({"model": "random:test_resnet", "pooling": "cls"}, r"'test_resnet': pooling cls needs a"),

@@ -64,7 +64,7 @@ def test_a_repository_is_taken_from_the_cache_at_a_commit_that_is_recorded(cache
     assert extractor.card.name == "hf-hub:lab/small"
     assert extractor.card.mean == (0.5, 0.4, 0.3)
     assert extractor.repository == f"lab/small@{COMMITS[0]}"
-    assert f"taken from hf-hub:lab/small@{COMMITS[0]}" in capsys.readouterr().out
+    assert f"read from hf-hub:lab/small@{COMMITS[0]}" in capsys.readouterr().out
     tiles = torch.randint(256, (3, 3, 160, 160), dtype=torch.uint8)
     mean, std = (
         torch.tensor(values).view(3, 1, 1) for values in ((0.5, 0.4, 0.3), (0.2, 0.25, 0.5))

@@ -58,7 +58,7 @@ def test_of_teacher_and_student_the_teacher_is_taken_and_it_is_said(weights, tmp
     student = {key: weight + 1 for key, weight in weights.items()}
     path = save(tmp_path / "dino.pth", {"student": student, "teacher": weights})
     assert same(loaded(path), weights)
-    assert "holds a teacher and a student; the teacher is taken" in capsys.readouterr().out
+    assert "holds a teacher and a student; the teacher is used" in capsys.readouterr().out
 
 
 def test_a_classifier_is_left_out_by_name(weights, tmp_path, capsys):
@@ -167,11 +167,13 @@ def test_two_sets_of_weights_are_not_chosen_from(weights, tmp_path):
 
 
 def test_a_student_alone_is_not_taken(weights, tmp_path):
-    assert "a student alone is not taken" in refused(save(tmp_path / "w.pth", {"student": weights}))
+    assert "a student is not accepted" in refused(save(tmp_path / "w.pth", {"student": weights}))
 
 
 def test_a_file_without_weights_says_what_it_holds(tmp_path):
-    assert "it holds epoch, loss" in refused(save(tmp_path / "w.pth", {"epoch": 1, "loss": 2.0}))
+    assert "but epoch, loss; save only" in refused(
+        save(tmp_path / "w.pth", {"epoch": 1, "loss": 2.0})
+    )
 
 
 def test_missing_and_broken_files(tmp_path):

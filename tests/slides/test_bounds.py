@@ -9,7 +9,7 @@ import tifffile
 from bag_factory import make_card
 
 from dasmil.demo.slides import write_pyramid
-from dasmil.embedding.writer import bag_header
+from dasmil.embedding.embed_slide import bag_header
 from dasmil.errors import InputError
 from dasmil.geometry import Extent
 from dasmil.slides.annotation import read_annotation

@@ -103,7 +103,7 @@ def test_a_slide_without_patient_is_its_own_patient() -> None:
         ("slide_id|path\ns1|a.svs\n", "column path and slide_id is missing"),
         ("", "column path and slide_id is missing"),
         ("slide_id,path\n", "holds no slides"),
-        ("slide_id,path\ns1,a.svs\ns2\n", " line 3: it has not the 2 cells of the header"),
+        ("slide_id,path\ns1,a.svs\ns2\n", " line 3: it does not have the 2 cells of the header"),
         ("slide_id,path\ns1,a.svs\n,b.svs\n", " line 3: slide_id is empty; fill it"),
         ("sep=;\nslide_id;path\n\n ;a.svs\n", " line 4: slide_id is empty"),
         (
@@ -321,7 +321,7 @@ def test_links_that_lead_to_no_file_cost_a_warning(tmp_path: Path) -> None:
     touch(tmp_path, "a.svs", "b.svs")
     (tmp_path / "round.svs").symlink_to("round.svs")
     (tmp_path / "gone.svs").symlink_to("nowhere.svs")
-    with pytest.warns(UserWarning, match=r"round\.svs: is left out: Too many levels of symbolic"):
+    with pytest.warns(UserWarning, match=r"round\.svs: skipped: Too many levels of symbolic"):
         assert [row.slide_id for row in read_cohort(tmp_path)] == ["a", "b"]
 
 

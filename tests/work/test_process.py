@@ -52,7 +52,7 @@ from dasmil.work.process import ChildProcess
 if __name__ == "__main__":
     child = ChildProcess(time.sleep)
     child.begin(60)
-    print(child._process.pid, flush=True)
+    print(child.process.pid, flush=True)
     time.sleep(60)
 """
 
@@ -76,6 +76,6 @@ def test_the_death_of_the_parent_ends_it_in_the_middle_of_a_task(tmp_path) -> No
 
 def test_a_death_between_two_tasks_costs_none(child: ChildProcess) -> None:
     assert ask(child, 3) == 6
-    os.kill(child._process.pid, signal.SIGKILL)  # as by the system where memory is short
-    child._process.join()
+    os.kill(child.process.pid, signal.SIGKILL)  # as by the system where memory is short
+    child.process.join()
     assert ask(child, 4) == 8

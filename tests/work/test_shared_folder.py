@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from road import embed_command
+from road import RANDOM, embed_command, tile_command
 
 from dasmil.bags import bag_path
 from dasmil.slides.cohort import read_cohort
@@ -17,7 +17,6 @@ from dasmil.slides.tile_table import tiles_path
 from dasmil.tables import read_csv
 
 WITHOUT_HASTE = Path(__file__).with_name("without_haste.py")
-RANDOM: dict[str, Path | str] = {"x10": "random:test_vit", "x20": "random:test_vit"}
 
 
 VERBS = ["tile", pytest.param("embed", marks=pytest.mark.slow)]
@@ -58,11 +57,6 @@ class Command:
         return output
 
 
-def tile_command(road, output: Path) -> list[str]:
-    options = ["--tile_px", "32", "--scales", "[x10,x20]", "--workers", "1"]
-    return ["tile", "--cohort", str(road.cohort), "--output", str(output), *options]
-
-
 def slide_ids(road) -> list[str]:
     return [row.slide_id for row in read_cohort(road.cohort)]
 
@@ -71,7 +65,9 @@ def slide_ids(road) -> list[str]:
 def test_two_commands_share_a_cohort(road, tmp_path, verb) -> None:
     output = tmp_path / "output"
     args = (
-        tile_command(road, output) if verb == "tile" else embed_command(road.tiles, output, RANDOM)
+        tile_command(road.cohort, output)
+        if verb == "tile"
+        else embed_command(road.tiles, output, RANDOM)
     )
     commands = [Command(tmp_path / f"notes{number}", args) for number in range(2)]
     for command in commands:
@@ -87,7 +83,7 @@ def test_two_commands_share_a_cohort(road, tmp_path, verb) -> None:
 def test_a_killed_command_loses_nothing(road, tmp_path, verb) -> None:
     output, whole = tmp_path / "output", tmp_path / "whole"
     if verb == "tile":
-        args, path, reference = tile_command(road, output), tiles_path, road.tiles
+        args, path, reference = tile_command(road.cohort, output), tiles_path, road.tiles
     else:
         args, path, reference = embed_command(road.tiles, output, RANDOM), bag_path, whole
         Command(tmp_path / "notes", embed_command(road.tiles, whole, RANDOM), 0.0).end()
@@ -109,7 +105,7 @@ def test_a_killed_command_loses_nothing(road, tmp_path, verb) -> None:
 @pytest.mark.slow
 def test_sigterm_gives_the_slides_back_at_once(road, tmp_path) -> None:
     for verb, args in (
-        ("tile", tile_command(road, tmp_path / "tiles")),
+        ("tile", tile_command(road.cohort, tmp_path / "tiles")),
         ("embed", embed_command(road.tiles, tmp_path / "bags", RANDOM)),
     ):
         command = Command(tmp_path / verb, args)

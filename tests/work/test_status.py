@@ -47,7 +47,7 @@ def test_each_state_has_its_cause(folder: Path) -> None:
         rows = {row["slide_id"]: row for row in status.rows}
         assert f"process {os.getpid()}" in rows["d"]["message"]
         assert rows["f"]["tiles/x20"] == 5
-        assert "has gone" in rows["c"]["message"]
+        assert "is gone" in rows["c"]["message"]
     assert states(status) == "done failed waiting waiting waiting done"
 
 

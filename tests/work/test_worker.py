@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from dasmil.errors import DiskFullError
-from dasmil.work import worker as module
-from dasmil.work.worker import Board, Worker
+from dasmil.work.board import STALE_AFTER_S, Board
+from dasmil.work.worker import Worker
 
 STRANGER = """
 import sys, time
@@ -45,9 +45,9 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def be_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def move_to_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that whether its process runs cannot be asked, but by its heartbeat."""
-    monkeypatch.setattr(module, "_machine", lambda: "another")
+    monkeypatch.setattr("dasmil.work.board.machine_name", lambda: "another")
 
 
 def age(folder: Path, seconds: float) -> None:
@@ -124,10 +124,10 @@ def test_a_killed_worker_of_another_machine_is_known_by_its_silence(
     stranger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kill(stranger)
-    be_of_another_machine(monkeypatch)
+    move_to_another_machine(monkeypatch)
     with Worker(tmp_path) as worker:
         assert not worker.claim("a")  # it may live
-        age(tmp_path, module.STALE_AFTER_S - 5)
+        age(tmp_path, STALE_AFTER_S - 5)
         assert not worker.claim("a")
         age(tmp_path, 10)
         assert worker.claim("a")
@@ -159,25 +159,25 @@ def test_who_was_taken_for_dead_learns_of_it(
 def test_the_heartbeat_keeps_a_worker_alive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("dasmil.work.worker.HEARTBEAT_S", 0.01)
     with Worker(tmp_path) as worker:
         age(tmp_path, 1000)
         before = worker.path.stat().st_mtime
         assert comes(lambda: worker.path.stat().st_mtime > before)
 
 
-def test_a_beat_that_fails_does_not_end_the_heart(
+def test_a_status_that_cannot_be_written_does_not_end_its_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("dasmil.work.worker.HEARTBEAT_S", 0.01)
     beats = []
 
-    def on_beat() -> None:
+    def write_status() -> None:
         beats.append(1)
         if len(beats) < 3:
             raise DiskFullError("full")
 
-    with Worker(tmp_path, on_beat=on_beat):
+    with Worker(tmp_path, write_status=write_status):
         assert comes(lambda: len(beats) > 4)
 
 
@@ -266,10 +266,10 @@ def test_an_error_on_its_way_is_heard_though_the_disk_is_full(
     with pytest.raises(RuntimeError, match="the first"), Worker(tmp_path) as worker:
         worker.claim("a")
 
-        def full(*_: object, **__: object) -> None:
-            raise OSError(28, "No space left on device")
+        def full(handle: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(worker, "_append", full)
+        monkeypatch.setattr(os, "fsync", full)
         raise RuntimeError("the first")
     assert claims_in(tmp_path) == []
 
@@ -278,9 +278,9 @@ def test_a_note_settles_nothing(tmp_path: Path) -> None:
     with Worker(tmp_path) as worker:
         worker.note("a", {"state": "waiting"})
         worker.note("b", {"state": "not tiled"})
-        assert worker.last("b")["state"] == "waiting"  # until the files are read
+        assert worker.last_record("b")["state"] == "waiting"  # until the files are read
         assert not worker.is_settled("a") and not worker.is_settled("b")
-        assert worker.last("b")["state"] == "not tiled"
+        assert worker.last_record("b")["state"] == "not tiled"
         assert worker.claim("b")
         worker.settle("b", {"state": "done"})
         assert worker.is_settled("b")
@@ -333,24 +333,24 @@ def test_of_two_that_want_different_things_the_later_one_is_refused(tmp_path: Pa
         time.sleep(0.02)  # file systems tell times to some milliseconds
         with Worker(tmp_path, wants={"x": "2"}) as second, Worker(tmp_path, wants={"x": "1"}) as c:
             assert first.refused_by("x") is None
-            assert second.refused_by("x") == first.board.where(first.name)
+            assert second.refused_by("x") == first.board.describe(first.name)
             assert c.refused_by("y") is None
         assert Worker(tmp_path).board.wants(first.name) == {}  # its lines are not read yet
     with Worker(tmp_path, wants={"x": "2"}) as third:
         assert third.refused_by("x") is None  # the others have ended
 
 
-def test_the_heart_beats_while_a_large_table_is_written(
+def test_the_heartbeat_continues_while_a_large_table_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("dasmil.work.worker.HEARTBEAT_S", 0.01)
     writes, go_on = threading.Event(), threading.Event()
 
-    def on_beat() -> None:
+    def write_status() -> None:
         writes.set()
         assert go_on.wait(20)
 
-    with Worker(tmp_path, on_beat=on_beat) as worker:
+    with Worker(tmp_path, write_status=write_status) as worker:
         assert writes.wait(20)
         age(tmp_path, 1000)
         before = worker.path.stat().st_mtime
@@ -362,15 +362,15 @@ def test_the_heart_beats_while_a_large_table_is_written(
 def test_what_is_wrong_with_the_table_is_said_once_and_the_work_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("dasmil.work.worker.HEARTBEAT_S", 0.01)
     beats = []
 
-    def on_beat() -> None:
+    def write_status() -> None:
         beats.append(1)
         if len(beats) < 4:
             raise ValueError("no table")
 
-    with Worker(tmp_path, on_beat=on_beat):
+    with Worker(tmp_path, write_status=write_status):
         assert comes(lambda: len(beats) > 5)
     assert capsys.readouterr().err == "the status was not written: no table\n"
 
@@ -382,7 +382,7 @@ def test_a_faster_one_may_be_done_before_it_is_asked_who_it_was(
         raise FileExistsError(path)  # and gone again
 
     with Worker(tmp_path) as worker:
-        monkeypatch.setattr(module, "link_once", taken)
+        monkeypatch.setattr("dasmil.work.worker.link_once", taken)
         assert not worker.claim("a")
 
 

@@ -108,7 +108,7 @@ def import_slides(dest: Path, source: Source) -> int:
         write_cohort(dest / "cohort.csv", source.rows)
         _write_extractors(dest / EXTRACTORS, cards, source.tool)
         rows = refuse_faulty(source.rows, worker)
-        worker.on_beat = (status := bag_status(dest)).write
+        worker.write_status = (status := bag_status(dest)).write
         for row in progress(rows, f"import {source.tool}", unit="slide"):
             if worker.claim(row.slide_id):  # else another process works on it
                 _import_slide(dest, row, source, options, cards, worker)
@@ -128,7 +128,7 @@ def _import_slide(
     mpp = row.mpp if source.needs_mpp else None
     fault = row.fault_in("mpp") if source.needs_mpp else None
     tiling = json.dumps({**options, "mpp": mpp, "files": _files_digest(files)})
-    failed = worker.last(row.slide_id)["state"] == "failed"
+    failed = worker.last_record(row.slide_id)["state"] == "failed"
     if not fault and not failed and _is_done(path, source.tile_px, cards, tiling):
         worker.release(row.slide_id)
         return
