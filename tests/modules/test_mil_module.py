@@ -16,6 +16,7 @@ from dasmil.lightning_arguments import evaluation_defaults
 from dasmil.methods.dasmil import DASMIL, NetworkOptions, ObjectiveOptions
 from dasmil.modules import ModelCard
 from dasmil.modules.binding import refuse_other_data
+from dasmil.modules.slide_results import SlideResult, mean_losses
 from dasmil.slides.study import SlideRecord, plain_records
 
 SMALL = {"hidden_dim": 8, "out_dim": 8, "query_dim": 4}
@@ -438,3 +439,9 @@ def test_few_validation_slides_are_said(tmp_path):
     data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
     with pytest.warns(UserWarning, match="only 1 normal and 1 tumour slide.* choose the epoch"):
         quiet_trainer(tmp_path, max_epochs=1).fit(make_module(**SMALL), datamodule=data)
+
+
+def test_a_loss_is_the_mean_over_the_slides():
+    losses = [{"loss": 1.0, "bag/x20": 0.0}, {"loss": 2.0, "bag/x20": 5.0}]
+    results = [SlideResult(f"s{n}", f"s{n}", n, {}, each) for n, each in enumerate(losses)]
+    assert mean_losses(results) == {"loss": 1.5, "bag/x20": 2.5}
