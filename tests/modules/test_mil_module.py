@@ -99,7 +99,7 @@ def test_training_in_plain_python_learns_and_its_checkpoint_loads(tmp_path):
     seed_everything(0)  # the command line leaves its seed in the environment
     data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
     keeper = ModelCheckpoint(tmp_path / "kept", "best", monitor="val/auroc", mode="max")
-    trainer = quiet_trainer(tmp_path, max_epochs=30, callbacks=[keeper])
+    trainer = quiet_trainer(tmp_path, max_epochs=15, callbacks=[keeper])
     module = make_module(**SMALL, learning_rate=1e-2, node_dropout=0.0)
     trainer.fit(module, datamodule=data)
     figures = trainer.test(module, datamodule=data, verbose=False)[0]

@@ -354,6 +354,7 @@ def test_the_command_takes_the_rules_and_refuses_a_folder_made_with_others(
     assert "made with other parameters than asked for now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_real_slides_without_pen_lose_next_to_nothing(shared_data: Path) -> None:
     """19 H&E slides of 14 cases, all of them sharp, with every rule on."""
     slides = shared_data / "slides"

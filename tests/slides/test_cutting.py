@@ -153,7 +153,9 @@ def test_rows_inside_are_the_children_and_theirs(tmp_path: Path) -> None:
         ("native/tcga-cr-7395-01a-01-ts1.svs", 0.5),  # JPEG 2000, 1 and 2.0005
     ],
 )
-@pytest.mark.parametrize("scales", [SCALES, ("x5", "x10")], ids=" ".join)
+@pytest.mark.parametrize(
+    "scales", [SCALES, pytest.param(("x5", "x10"), marks=pytest.mark.slow)], ids=" ".join
+)
 def test_tiles_of_real_slides_are_those_that_are_read_one_by_one(
     shared_data: Path, file: str, mpp: float | None, scales: tuple[str, ...]
 ) -> None:

@@ -621,6 +621,7 @@ def test_real_slides_at_x20_are_tiled_at_three_scales(shared_data: Path, tmp_pat
     check_real(run)
 
 
+@pytest.mark.slow
 def test_real_slides_at_x5_are_tiled_as_a_cohort(shared_data: Path, tmp_path: Path) -> None:
     with open(shared_data / "slides" / "atlas_labels.csv", newline="", encoding="utf-8") as file:
         labels = [row for row in csv.DictReader(file) if row["file"].startswith("atlas_x5/")]
