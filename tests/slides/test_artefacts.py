@@ -252,7 +252,7 @@ def test_a_coarse_tile_goes_with_its_last_child() -> None:
     assert kept.tissue.mm2 == tiles.tissue.mm2
     none = without_blurred(kept, np.ones(59, bool))
     assert none.num_tiles() == {"x5": 0, "x10": 0}
-    assert without_blurred(none, np.zeros(0, bool)).excluded == {"blur": 0.0}
+    assert without_blurred(none, np.zeros(0, bool)).tissue.excluded == {"blur": 0.0}
 
 
 def draw_slide(path: Path) -> Path:
@@ -280,15 +280,15 @@ def test_a_slide_loses_what_was_drawn_on_it(drawn: Path, tmp_path: Path) -> None
         with Slide(SlideRow("s1", drawn)) as slide:
             status = tile_slide(slide, tmp_path / name, parameters)
         tables[name] = read_tiles(tiles_path(tmp_path / name, "s1"))
-        assert status["tissue_mm2"] == round(tables[name].tissue_mm2, 3)
+        assert status["tissue_mm2"] == round(tables[name].tissue.mm2, 3)
         assert status["message"].startswith("left out: pen ") == (name == "on")
     # without the rules the stroke is tissue from border to border
-    assert tables["off"].tissue_mm2 > 5
-    assert tables["off"].excluded == {}
+    assert tables["off"].tissue.mm2 > 5
+    assert tables["off"].tissue.excluded == {}
     # 2.048² mm, but for the stroke of 0.48 mm and its two margins of 0.05 mm
-    assert tables["on"].tissue_mm2 == pytest.approx(2.048 * (2.048 - 0.58), rel=0.02)
-    assert tables["on"].excluded["pen"] == pytest.approx(0.58 * 3.75 / 4.096**2, rel=0.02)
-    assert tables["on"].excluded["black"] == pytest.approx(0.35 / 4.096, rel=0.05)
+    assert tables["on"].tissue.mm2 == pytest.approx(2.048 * (2.048 - 0.58), rel=0.02)
+    assert tables["on"].tissue.excluded["pen"] == pytest.approx(0.58 * 3.75 / 4.096**2, rel=0.02)
+    assert tables["on"].tissue.excluded["black"] == pytest.approx(0.35 / 4.096, rel=0.05)
     rows, columns = tables["on"].grid["x10"].T  # a tile is 128 µm, sharp tissue 8..15
     assert set(rows) == {8, 9, 15}  # 9 loses a twelfth; 10 to 14 lose half and more
     assert set(columns) == set(range(8, 24))
@@ -297,7 +297,7 @@ def test_a_slide_loses_what_was_drawn_on_it(drawn: Path, tmp_path: Path) -> None
     picture = cv2.imread(str(qc_path(tmp_path / "on", "s1")))[..., ::-1]
     second = picture[26:666, 652:]  # 640 px of 6.4 µm
     np.testing.assert_allclose(second[250, 600], (30, 70, 170), atol=2)
-    assert tables["on"].excluded["blur"] == pytest.approx(blurred_rows / (3 + blurred_rows))
+    assert tables["on"].tissue.excluded["blur"] == pytest.approx(blurred_rows / (3 + blurred_rows))
 
 
 def tissue_mm2_of(pixels: np.ndarray, folder: Path, artefacts: ArtefactParameters) -> float:

@@ -374,7 +374,7 @@ def test_a_damaged_tile_table_is_named_and_made_anew(
         times = {p: p.stat().st_mtime_ns for p in output.glob("tiles/blank*")}
         capsys.readouterr()
         assert tile(two_slides, output, SCALES, tile_px=64, workers=1) == 0
-        said = [line for line in capsys.readouterr().out.splitlines() if "re-created" in line]
+        said = [line for line in capsys.readouterr().out.splitlines() if "re-creating" in line]
         assert len(said) == 1 and str(path) in said[0]
         assert path.read_bytes() == whole
         assert (output / "tiling.json").read_text() == parameters
@@ -669,7 +669,7 @@ def test_native_files_are_tiled(shared_data: Path, tmp_path: Path) -> None:
     }
     same = [{tuple(place) for place in run.tiles(s).grid["x20"].tolist()} for s in ("svs", "wrong")]
     assert len(same[0] ^ same[1]) <= 0.1 * len(same[0])  # the same region, re-encoded
-    assert run.tiles("dicom").size_px0 == run.tiles("svs").size_px0 == (2220, 2967)
+    assert run.tiles("dicom").extent.size_px0 == run.tiles("svs").extent.size_px0 == (2220, 2967)
     check_real(run)
 
 
