@@ -174,9 +174,7 @@ def _output_is_closed() -> bool:
 def _advice(name: str, stop: BaseException) -> str:
     """How to go on with a verb that was ended."""
     again = "run the same command again"
-    if (
-        name in VERBS and VERBS[name].resumes
-    ):  # also if it was ended in a fit: the demo runs its fits itself
+    if name in VERBS and VERBS[name].resumes:  # also in a fit of the demo, which runs it itself
         return f"{again}, what is done is kept"
     return " ".join(getattr(stop, "__notes__", ())) or again
 
@@ -268,11 +266,10 @@ def _call(function: Callable[..., int], verb: Verb, name: str, args: Sequence[st
 
 def _add_trainer(parser: Any) -> None:
     """Add Lightning's Trainer for a verb that trains nothing."""
-    from lightning.pytorch import Trainer
-
     from dasmil.help import hide_training
+    from dasmil.trainer import CommandLineTrainer
 
-    parser.add_class_arguments(Trainer, "trainer")
+    parser.add_class_arguments(CommandLineTrainer, "trainer")
     parser.set_defaults({"trainer.logger": False, "trainer.enable_checkpointing": False})
     parser.set_defaults({"trainer.enable_model_summary": False})
     hide_training(parser)

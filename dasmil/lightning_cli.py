@@ -52,6 +52,7 @@ from dasmil.modules.resume import (
     training_settings,
 )
 from dasmil.modules.training import TrainingModule
+from dasmil.trainer import CommandLineTrainer
 
 PARTS = {"fit": "val", "validate": "val", "test": "test"}  # which split each verb evaluates
 
@@ -109,6 +110,7 @@ class DasmilCLI(LightningCLI):
         super().__init__(
             LightningModule,
             LightningDataModule,
+            trainer_class=CommandLineTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,

@@ -192,3 +192,16 @@ def test_labels_are_text_whatever_yaml_makes_of_them(tmp_path, name, text, label
     ):
         assert parser.parse_args(["--more", "[no]", *args])[name] == labels
     assert parser.parse_args(["--config", str(tmp_path / "lines.yaml")]).more == [False]
+
+
+def test_one_batch_is_not_all_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever unions of int and float a library has asked ``typing`` for."""
+    names = ("limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval")
+    limits = [word for name in names for word in (f"--trainer.{name}", "1")]
+    fit = ["fit", "--config", "configs/mil.yaml", "--data.bags", "b", "--data.classes", "[a,b]"]
+    with pytest.raises(SystemExit):
+        main([*fit, "--output", "run", *limits, "--print_config"])
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert [(trainer[name], type(trainer[name])) for name in names] == [(1, int)] * 4
+    assert main([*fit, "--output", "run", "--trainer.limit_train_batches", "half"]) == 2
+    assert "trainer.limit_train_batches: 'half' is no number" in capsys.readouterr().err

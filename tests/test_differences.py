@@ -465,7 +465,7 @@ def test_d17_fitting_opens_no_test_slide_unless_by_switch(
         return read_bag(path)
 
     monkeypatch.setattr("dasmil.data.bag_dataset.read_bag", remember)
-    fit_one_epoch(tmp_path, val_part=val_part)
+    fit_one_epoch(tmp_path, split=SplitOptions(val_part=val_part))
     assert opened == {s for s, part in SPLIT.items() if part in ("train", val_part)}
 
 
@@ -794,7 +794,8 @@ def test_each_preset_can_be_trained_and_tested_with(config: str, tmp_path: Path)
     bag = without_first(make_bag("n0", dims=384, num_tiles=12), "x10", 1)
     write_bag(bag_path(folder, "n0"), bag)
     arguments = merged("mil.yaml", config)
-    data = BagDataModule(folder, CLASSES, **{**arguments["data"], "num_workers": 0})
+    split = SplitOptions(**arguments["data"].pop("split", {}))
+    data = BagDataModule(folder, CLASSES, split=split, **{**arguments["data"], "num_workers": 0})
     module = make_module(**arguments["model"])
     trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     trainer.fit(module, datamodule=data)

@@ -19,13 +19,13 @@ LEAVING += ["x" * 300, "ä" * 128, "=1+1", "@SUM(A1)", "\tx", "\rx", " ", "\udce
 OTHERS = {
     *("demo/run.py", "demo/slides.py", "reports/evaluation_files.py", "reports/figures.py"),
     *(
-        "callbacks/evaluation.py",
+        "callbacks/evaluation_writer.py",
         "experiments/sweep/runs.py",
         "experiments/sweep/steps.py",
         "experiments/sweep/sweep.py",
         "lightning_cli.py",
     ),
-    *("work/worker.py", "interop/features/export.py", "interop/features/clam.py"),
+    *("work/board.py", "work/worker.py", "interop/features/export.py", "interop/features/clam.py"),
 }
 
 

@@ -166,7 +166,8 @@ def _predict(trainer: Trainer, module: EmbeddingModule, writer: BagWriter) -> No
         suspects = writer.worker.claimed()
         cause = f"a reading process was killed while it read one of {', '.join(suspects)}"
         for slide_id in suspects:
-            writer.worker.note(slide_id, {"state": "failed", "message": cause, SUSPECT: True})
+            record = {"state": "failed", "message": cause, SUSPECT: len(suspects)}
+            writer.worker.note(slide_id, record)
         raise InputError(
             f"{writer.output}: {cause}: too little memory (take fewer num_workers), a damaged "
             f"file, or more than read_timeout ({module.dataset.timeout:g} s); run the same command "

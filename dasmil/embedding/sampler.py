@@ -9,7 +9,8 @@ from dasmil.embedding.dataset import WAIT, ChunkDataset
 from dasmil.work.worker import Worker
 
 PREFETCHED = 3  # chunks per reading process, by DataLoader and by Lightning, at most
-SUSPECT = "suspect"  # in the record of a slide that may have killed a reading process
+# in the record of a slide that may have killed a reading process: how many slides may have
+SUSPECT = "suspect"
 
 
 class ClaimingSampler(DistributedSampler[int]):
@@ -22,7 +23,8 @@ class ClaimingSampler(DistributedSampler[int]):
     again.
 
     Slides that may have killed a reading process come last, each after all chunks before it have
-    been read: if one kills again, nothing else is lost, and it is known which one did.
+    been read: if one kills again, nothing else is lost, and it is known which one did. The fewer
+    slides were suspected with it, and the larger it is, the later it comes.
 
     Parameters
     ----------
@@ -44,12 +46,15 @@ class ClaimingSampler(DistributedSampler[int]):
         self.worker = worker
         self.is_done = is_done
         self.lanes: list[deque[int]] = [deque() for _ in range(max(1, num_workers))]
-        self.suspects: list[int] = []
+        suspects: list[tuple[int, int, int]] = []  # minus the slides suspected with it, its tiles
         self.waiting: deque[int] = deque()
         num_tiles = [sum(table.num_tiles().values()) for table in dataset.tables]
         for slide in sorted(range(len(num_tiles)), key=lambda slide: -num_tiles[slide]):
-            is_suspect = worker.last_record(self._slide_id(slide)).get(SUSPECT, False)
-            (self.suspects if is_suspect else self.waiting).append(slide)
+            if num_suspected := worker.last_record(self._slide_id(slide)).get(SUSPECT, 0):
+                suspects.append((-num_suspected, num_tiles[slide], slide))
+            else:
+                self.waiting.append(slide)
+        self.suspects = [slide for *_, slide in sorted(suspects)]
 
     def __iter__(self) -> Iterator[int]:
         yield from self._deal_waiting()

@@ -38,6 +38,9 @@ class BagWriter(Callback):
         self._num_tiles = {t.slide_id: sum(t.num_tiles().values()) for t in module.dataset.tables}
         self._watchdog = Watchdog(lambda: f"pixels of {some_of(self.worker.claimed())}")
 
+    def setup(self, *_: Any, **__: Any) -> None:
+        self._watchdog.start()  # Lightning waits for the first chunk before on_predict_start
+
     def on_predict_start(self, *_: Any) -> None:
         end_on_sigterm()
         self._step_end = time.monotonic()
@@ -45,7 +48,6 @@ class BagWriter(Callback):
         self._bar = progress(
             desc="embed", total=total, unit="tile", disable=is_hidden, smoothing=0.05
         )
-        self._watchdog.start()
 
     def on_exception(self, *_: Any) -> None:
         self._watchdog.stop()

@@ -224,7 +224,7 @@ def test_min_share_decides_which_tiles_are_positive(bags, tmp_path):
 
 
 def test_more_than_two_classes_are_refused(bags, tmp_path):
-    with pytest.raises(InputError, match="of two classes, the model has 3"):
+    with pytest.raises(InputError, match="need two classes, the model has 3"):
         run(bags, InstanceTruth(tmp_path / "truth"), classes=[*CLASSES, "other"])
 
 

@@ -211,7 +211,7 @@ def test_the_source_is_never_overwritten(checkpoint, tmp_path, capsys):
     before = checkpoint.read_bytes()
     for out in (checkpoint, checkpoint.parent):
         assert main(["import", "dino-checkpoint", str(checkpoint), str(out)]) == 2
-        assert "name another file to write" in capsys.readouterr().err
+        assert "give another file to write" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
 
 

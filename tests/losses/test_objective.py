@@ -373,7 +373,8 @@ def test_a_slides_class_weighs_its_label_losses_and_nothing_else(
     options = ObjectiveOptions(0.3, 0.8, 0.6, 1.5, discounted=discounted)
     arguments = (inputs.output, inputs.parent, inputs.ptr, inputs.labels, options)
     plain, terms = objective(*arguments)
-    total, weighted_terms = objective(*arguments, torch.tensor(weights, dtype=torch.float64))
+    label_weight = torch.tensor(weights, dtype=torch.float64)[inputs.labels]  # (B,)
+    total, weighted_terms = objective(*arguments, label_weight)
     assert {n: t.tolist() for n, t in weighted_terms.items()} == {
         n: t.tolist() for n, t in terms.items()
     }
