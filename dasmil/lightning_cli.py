@@ -27,6 +27,7 @@ from dasmil.callbacks.run_folder import (
     Trace,
     folder_of_checkpoint,
     logger_folder,
+    refuse_used_folder,
 )
 from dasmil.data import BagDataModule
 from dasmil.embedding.restricted import load_checkpoint
@@ -247,6 +248,8 @@ class DasmilCLI(LightningCLI):
         if checkpoint is not None and Path(checkpoint).is_file():  # before anything is written
             settings = training_settings(self.trainer, self.model, self.datamodule)
             refuse_other_settings(load_checkpoint(Path(checkpoint)), settings, checkpoint)
+        if checkpoint is None:
+            refuse_used_folder(self.trainer)
         seed = self._get(self.config, "seed_everything")
         self.trace = Trace(logger_folder(self.trainer))
         self.run = RunFolder(self.command, seed)
@@ -310,10 +313,8 @@ class DasmilCLI(LightningCLI):
         if self.trainer.is_global_zero:
             print(f"fit: checkpoint {best}{self._describe_choice(keeper)}")
         if isinstance(self.model, MILModule) and keeper.best_model_path and folder is not None:
-            loggers, self.trainer.loggers = (
-                self.trainer.loggers,
-                [],
-            )  # the training curves are complete: don't log this validation
+            loggers = self.trainer.loggers
+            self.trainer.loggers = []  # the training curves are complete: do not log this
             self._add_callbacks(EvaluationWriter(folder / PARTS["fit"], replaces=True))
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
             self.trainer.loggers = loggers

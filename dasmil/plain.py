@@ -70,6 +70,18 @@ def several(kind: Kind, low: int, high: int) -> Kind:
     )
 
 
+def each_of(*kinds: Kind) -> Kind:
+    """A list of as many values as there are kinds, each of its own kind."""
+    return Kind(
+        f"{len(kinds)} values in a list: {', '.join(kind.words for kind in kinds)}",
+        lambda value: (
+            isinstance(value, list | tuple)
+            and len(value) == len(kinds)
+            and all(kind.holds(each) for kind, each in zip(kinds, value))
+        ),
+    )
+
+
 def by_name(name: Kind, kind: Kind, low: int, high: int) -> Kind:
     """A dictionary of ``low`` to ``high`` entries, with kinds of names and values."""
     return Kind(

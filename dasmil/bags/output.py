@@ -22,6 +22,11 @@ class ScaleOutput:
         it sees all. (D12: coarse tiles without children. D numbers: .github/docs/paper.md.)
 
     A method whose loss needs more returns a subclass with more fields.
+
+    Raises
+    ------
+    ValueError
+        naming the first tensor of another shape.
     """
 
     bag_logits: Tensor
@@ -29,6 +34,20 @@ class ScaleOutput:
     attention: Tensor | None
     bag_index: Tensor
     shown: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = (*self.bag_index.shape, *self.bag_logits.shape[1:])  # (N, C)
+        if self.bag_logits.ndim != 2 or self.bag_index.ndim != 1:
+            raise ValueError(
+                f"ScaleOutput: bag_logits {tuple(self.bag_logits.shape)} must be (B, C) and "
+                f"bag_index {tuple(self.bag_index.shape)} (N,)"
+            )
+        for name in ("instance_logits", "attention"):
+            values = getattr(self, name)
+            if values is not None and values.shape != shape:
+                raise ValueError(
+                    f"ScaleOutput: {name} {tuple(values.shape)} must be (N, C), here {shape}"
+                )
 
     def tile_scores(self) -> Tensor:
         """(N, C) scores that rank tiles: their logits, else their attention.

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dasmil.data.bags import BagDataModule
+from dasmil.errors import InputError
 from dasmil.provenance import record_start
 from dasmil.slides.splits import SPLIT_COLUMNS
 from dasmil.tables import write_csv
@@ -31,6 +32,20 @@ def folder_of_checkpoint(checkpoint: Path) -> Path | None:
     folder = checkpoint.parent.parent
     written_there = checkpoint.parent.name == CHECKPOINTS and (folder / "config.yaml").is_file()
     return folder if written_there else None
+
+
+def refuse_used_folder(trainer: Trainer) -> None:
+    """Refuse to begin a fit in a folder that holds the checkpoints of another one.
+
+    Its new config and table of the split would otherwise describe the old checkpoints.
+    """
+    for keeper in trainer.checkpoint_callbacks:
+        folder = getattr(keeper, "dirpath", None)
+        if folder is not None and any(Path(folder).glob("*.ckpt")):
+            raise InputError(
+                f"{folder}: holds the checkpoints of a fit; go on with it by fit --resume "
+                f"{Path(folder).parent}, or choose another --output"
+            )
 
 
 class RunFolder(Callback):

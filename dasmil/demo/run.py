@@ -60,7 +60,7 @@ def demo(
         done = _done_commands(output)
         print(f"\n$ {command}" + ("   (done before)" if command in done else ""), flush=True)
         if command not in done:
-            code = run_verb(arguments)
+            code = run_verb(resumed(arguments))
             if code != 0:
                 raise InputError(
                     f"demo: the step {arguments[0]!r} failed with exit code {code}; see above"
@@ -68,6 +68,14 @@ def demo(
             write_text(output / STEPS, json.dumps([*done, command], indent=2))
     print_summary(output, cohort, names, time.monotonic() - start)
     return 0
+
+
+def resumed(arguments: list[str]) -> list[str]:
+    """The arguments that go on with an interrupted ``fit``; those of another step unchanged."""
+    folder = Path(arguments[arguments.index("--output") + 1]) if arguments[0] == "fit" else None
+    if folder is None or not (folder / "config.yaml").is_file():
+        return arguments
+    return ["fit", "--resume", str(folder)]
 
 
 def _done_commands(output: Path) -> list[str]:

@@ -3,8 +3,10 @@
 A checkpoint may come from anyone, so all of it is checked before memory is allocated.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -20,6 +22,7 @@ from dasmil.plain import (
     WORD,
     Kind,
     by_name,
+    each_of,
     either,
     named,
     number,
@@ -32,7 +35,7 @@ from dasmil.units import parse_scales
 
 MAX_WIDTH = 2**16
 MAX_SCALES = 16
-MAX_CLASSES = 10**4
+MAX_CLASSES = MAX_VALUES = 10**4
 METHOD, OPTIONS, CARD = "method", "hyper_parameters", "card"  # entries of a checkpoint
 WEIGHTS = several(number(0, 1e9), 2, MAX_CLASSES)
 RGB = several(number(-1e3, 1e3), 3, 3)
@@ -58,8 +61,14 @@ OF_CARD = {
 }
 CLOSER = {  # closer limits than the options' types
     **{"attention_dropout": number(0, 1), "node_dropout": number(0, 1), "dropout": number(0, 1)},
+    **{name: number(0, 1e6) for name in ("learning_rate", "min_learning_rate", "weight_decay")},
     "betas": several(number(0, 1), 2, 2),
     "class_weights": either(NOTHING, one_of("balanced"), WEIGHTS),
+}
+COUNT = re.compile(r".+_dim|num_.+|heads")  # names of options that are at least 1
+PLAIN: dict[Any, Kind] = {  # type of an option → what it may be
+    **{bool: SWITCH, int: whole(-MAX_WIDTH, MAX_WIDTH), float: number(-1e6, 1e6)},
+    **{str: WORD, type(None): NOTHING},
 }
 DROPPED = ("gat_backend",)  # options of versions before 0.2 that changed nothing
 
@@ -121,6 +130,13 @@ class Description:
     card: ModelCard
 
 
+def describe_model(method: type, options: Mapping[str, Any], card: ModelCard) -> dict[str, Any]:
+    """The entries of a checkpoint from which :func:`read_card` reads the model."""
+    is_shipped = method.__module__.startswith("dasmil.methods.")
+    name = method.__name__ if is_shipped else f"{method.__module__}.{method.__qualname__}"
+    return {METHOD: name, OPTIONS: options, CARD: card.plain()}
+
+
 def method_name(checkpoint: Mapping[str, Any], where: object) -> str:
     """The name of the class of a checkpoint's model.
 
@@ -162,7 +178,7 @@ def read_card(checkpoint: Mapping[str, Any], where: object, method: type) -> Des
     if checkpoint.get(METHOD) is None:  # of a version before 0.2
         card = {key: options.pop(key) for key in list(options) if key in OF_CARD}
         options, card = _from_before(method, options, card)
-    _refuse_other_options(options, option_types(method), f"{where}: its options")
+    refuse_other_options(method, options, f"{where}: its options")
     refuse_other(card, OF_CARD, f"{where}: its card", ("classes", "bag_format"))
     try:
         _refuse_contradictions(card)
@@ -170,7 +186,8 @@ def read_card(checkpoint: Mapping[str, Any], where: object, method: type) -> Des
         with torch.device("meta"):  # no memory
             model = method(**typed_options(method, options))
             model.bind(model_card)
-    except ValueError as error:  # also an InputError; torch raises it for a width or a probability
+    # a ValueError is also an InputError; torch raises these for a width or a probability
+    except (ValueError, RuntimeError, ArithmeticError) as error:
         raise InputError(f"{where}: {error}") from error
     refuse_other_keys(model, checkpoint.get("state_dict"), where)
     return Description(name, options, model_card)
@@ -205,30 +222,49 @@ def _refuse_contradictions(card: Mapping[str, Any]) -> None:
         raise InputError(f"it has {len(weights)} class_weights for {len(classes)} classes")
 
 
-def _refuse_other_options(options: Any, types: Mapping[str, Any], where: str) -> None:
-    """Check options against their types, those of dataclasses field by field."""
-    refuse_other(options, {name: _kind_of(name, hint) for name, hint in types.items()}, where)
+def refuse_other_options(method: type, options: Any, where: str) -> None:
+    """Check options against the types of a method's parameters, as they are checked when read.
+
+    Parameters
+    ----------
+    options: plain values, see :func:`dasmil.modules.options.plain_options`.
+    where: whose options they are, as the beginning of a sentence.
+
+    Raises
+    ------
+    InputError
+        naming the first option that a checkpoint cannot hold.
+    """
+    _refuse_other_values(options, option_types(method), where)
+
+
+def _refuse_other_values(values: Any, types: Mapping[str, Any], where: str) -> None:
+    """Check values against their types, those of dataclasses field by field."""
+    kinds = {name: CLOSER.get(name) or _kind_of(hint, name) for name, hint in types.items()}
+    refuse_other(values, kinds, where)
     for name, hint in types.items():
-        if is_dataclass(hint) and name in options:
-            _refuse_other_options(options[name], get_type_hints(hint), f"{where} {name}")
+        if is_dataclass(hint) and name in values:
+            _refuse_other_values(values[name], get_type_hints(hint), f"{where}.{name}")
 
 
-def _kind_of(name: str, hint: Any) -> Kind:
-    return CLOSER.get(name) or _kind_of_type(hint)
-
-
-def _kind_of_type(hint: Any) -> Kind:
+def _kind_of(hint: Any, name: str) -> Kind:
+    origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
         names = ", ".join(field.name for field in fields(hint))
         return Kind(f"a dictionary of {names}", lambda value: isinstance(value, dict))
-    if get_origin(hint) is Literal:
-        return one_of(*get_args(hint))
-    if get_origin(hint) is Union or len(get_args(hint)) > 1:
-        return either(*map(_kind_of_type, get_args(hint)))
-    return {
-        bool: SWITCH,
-        int: whole(1, MAX_WIDTH),
-        float: number(-1e6, 1e6),
-        str: WORD,
-        type(None): NOTHING,
-    }[hint]
+    if origin is Literal:
+        return one_of(*arguments)
+    if origin in (Union, UnionType):
+        return either(*(_kind_of(each, name) for each in arguments))
+    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
+        return several(_kind_of(arguments[0], name), 0, MAX_VALUES)
+    if origin is tuple:
+        return each_of(*(_kind_of(each, name) for each in arguments))
+    if hint is int and COUNT.fullmatch(name):
+        return whole(1, MAX_WIDTH)
+    if hint not in PLAIN:
+        raise InputError(
+            f"option {name}: a checkpoint cannot hold its type {hint}; use bool, int, float, str, "
+            "Literal, list or tuple of them, or a dataclass"
+        )
+    return PLAIN[hint]

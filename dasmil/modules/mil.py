@@ -27,7 +27,7 @@ from dasmil.modules.binding import (
     refuse_other_network,
     warn_few_slides,
 )
-from dasmil.modules.card import CARD, METHOD, OPTIONS, ModelCard, read_card
+from dasmil.modules.card import ModelCard, describe_model, read_card, refuse_other_options
 from dasmil.modules.finite_loss import ADVICE
 from dasmil.modules.options import EvaluationOptions, OptimizerOptions
 from dasmil.modules.resume import refuse_other_settings
@@ -218,6 +218,8 @@ class MILModule(TrainingModule):
             strategy._ddp_kwargs["find_unused_parameters"] = True  # Lightning has no setter
         if not isinstance(data, BagDataModule):
             return
+        if stage == "fit":  # so that the checkpoint can be read
+            refuse_other_options(type(self), self.options, "model")
         before = self._card
         if before is None:
             self.bind(ModelCard(tuple(data.classes), data.bag_format))
@@ -257,10 +259,7 @@ class MILModule(TrainingModule):
 
     def description(self) -> dict[str, Any]:
         """The entries of a checkpoint that describe its model, as plain values."""
-        cls = type(self)
-        is_shipped = cls.__module__.startswith("dasmil.methods.")
-        name = cls.__name__ if is_shipped else f"{cls.__module__}.{cls.__qualname__}"
-        return {METHOD: name, OPTIONS: self.options, CARD: self.card.plain()}
+        return describe_model(type(self), self.options, self.card)
 
     # Steps
 

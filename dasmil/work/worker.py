@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 
 class Worker:
-    """Claim slides of a folder, and record what became of them.
+    """Claim slides of a folder, and record their states.
 
     Use it as a context manager; meanwhile one thread keeps its heartbeat and another one writes the
     status.
@@ -168,7 +168,7 @@ class Worker:
                 self.board.claim_path(slide_id, number).unlink(missing_ok=True)
 
     def settle(self, slide_id: str, record: Mapping[str, Any]) -> None:
-        """Record what became of a claimed slide, and release it."""
+        """Record the state of a claimed slide, and release it."""
         self._append({"slide_id": slide_id, "time": self._now(), "settled": True, **record})
         self.release(slide_id)
 

@@ -97,7 +97,7 @@ def measure_reading(folder: Path, num_tiles: int, num_bags: int, num_workers: in
         "s",
         ours,
         peer,
-        f"{PYG}, likewise",
+        f"{PYG}, {num_workers} reading processes",
         step * num_bags / 10,
         "a tenth of its training steps",
         TARGET,

@@ -1,4 +1,6 @@
-"""A method that is none of ours: the mean of the features, and a linear classifier."""
+"""A method outside the package: the mean of the features, and a linear classifier."""
+
+from typing import Any
 
 from torch import Tensor, nn
 from torch_geometric.utils import segment
@@ -10,7 +12,17 @@ from dasmil.tensors import bag_rows
 
 
 class Mean(SingleScaleModule):
-    """Mean pooling."""
+    """Mean pooling, with options of several types."""
+
+    def __init__(
+        self,
+        shift: int = -1,
+        widths: list[int] | None = None,
+        pair: tuple[float, float] = (0.1, 0.2),
+        names: tuple[str, ...] = (),
+        **options: Any,
+    ):
+        super().__init__(**options)
 
     def build_network(self, scale: str, in_dim: int, num_logits: int) -> nn.Module:
         """One linear layer."""

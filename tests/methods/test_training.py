@@ -15,6 +15,7 @@ from road import CONF, CONFIGS, Road
 import dasmil
 from dasmil import methods
 from dasmil.bags import bag_graph, bag_path, read_bag
+from dasmil.bags.output import ScaleOutput
 from dasmil.cli import main
 from dasmil.data import BagDataModule
 from dasmil.modules import MILModule
@@ -137,6 +138,7 @@ def test_a_method_of_ones_own_is_named_in_code_or_on_the_command_line(
     run, own = tmp_path / "run", "methods.own_method.Mean"
     fit = ["fit", "--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "bags.yaml")]
     fit += ["--model.class_path", own, "--data.bags", str(road.bags), "--output", str(run)]
+    fit += ["--model.widths", "[3,0]", "--model.pair", "[0.5,2]", "--model.names", "[a,b]"]
     assert main(fit) == 0
     checkpoint = str(run / "checkpoints" / "best.ckpt")
     model = ["--ckpt_path", checkpoint, "--bags", str(road.bags), "--data.num_workers", "0"]
@@ -145,4 +147,63 @@ def test_a_method_of_ones_own_is_named_in_code_or_on_the_command_line(
     assert main(["test", *model, "--model.class_path", own]) == 0
     from methods.own_method import Mean
 
-    assert type(dasmil.load(checkpoint, method=Mean)) is Mean
+    loaded = dasmil.load(checkpoint, method=Mean)
+    assert type(loaded) is Mean
+    expected = {"shift": -1, "widths": [3, 0], "pair": [0.5, 2.0], "names": ["a", "b"]}
+    assert loaded.options.items() >= expected.items()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("network.attention_dim", "0", "model.network: attention_dim 0 is not a whole number"),
+        ("network.dropout", "3", "model.network: dropout 3.0 is not a number from 0 to 1"),
+        ("optimizer.learning_rate", "-1", "model.optimizer: learning_rate -1.0 is not a number"),
+    ],
+)
+def test_an_option_that_no_checkpoint_may_hold_is_refused_before_the_first_epoch(
+    road: Road, tmp_path: Path, capsys: pytest.CaptureFixture, option: str, value: str, message: str
+) -> None:
+    fit = ["fit", "--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "bags.yaml")]
+    fit += ["--model.class_path", "CLAM", "--data.bags", str(road.bags)]
+    fit += ["--output", str(tmp_path / "run"), f"--model.{option}", value]
+    assert main(fit) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fit_does_not_begin_in_the_folder_of_another_one(
+    road: Road, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Its config would describe the checkpoints of the other."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"")
+    (run / "config.yaml").write_text("before")
+    fit = ["fit", "--config", str(CONFIGS / "mil.yaml"), "--config", str(CONF / "bags.yaml")]
+    assert main([*fit, "--data.bags", str(road.bags), "--output", str(run)]) == 2
+    assert f"go on with it by fit --resume {run}" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == "before"
+    assert sorted(path.name for path in run.rglob("*")) == [
+        "checkpoints",
+        "config.yaml",
+        "last.ckpt",
+    ]
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"bag_logits": (2,)},
+        {"attention": (5,)},
+        {"attention": (5, 1)},
+        {"instance_logits": (4, 3)},
+        {"bag_index": (5, 1)},
+    ],
+)
+def test_an_output_of_other_shapes_is_refused_where_it_is_made(shapes: dict) -> None:
+    right = {"bag_logits": (2, 3), "instance_logits": (5, 3), "attention": (5, 3)}
+    right["bag_index"] = (5,)
+    ScaleOutput(**{name: torch.zeros(shape) for name, shape in right.items()})
+    with pytest.raises(ValueError, match=next(iter(shapes))):
+        ScaleOutput(**{name: torch.zeros(shape) for name, shape in (right | shapes).items()})

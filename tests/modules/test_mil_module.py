@@ -393,11 +393,18 @@ def test_balanced_weights_are_those_of_the_training_slides_and_weigh_the_label_l
         torch.testing.assert_close(total, weight * labels + taught)
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [1.0, -1.0]])
-def test_class_weights_must_be_one_a_class_and_not_negative(tmp_path, weights):
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], "model: class_weights"),
+        ([1.0, -1.0], "model: class_weights"),
+        ([1.0, 2.0, 3.0], "model.class_weights: .* must be 2 weights of 0 or more"),
+    ],
+)
+def test_class_weights_must_be_one_per_class_and_not_negative(tmp_path, weights, message):
     data = BagDataModule(uneven_bags(tmp_path), ["normal", "tumour"], num_workers=0)
     module = make_module(**SMALL, class_weights=weights)
-    with pytest.raises(InputError, match=r"model.class_weights: .* must be 2 weights of 0 or more"):
+    with pytest.raises(InputError, match=message):
         quiet_trainer(tmp_path, max_epochs=1).fit(module, datamodule=data)
 
 
