@@ -136,14 +136,13 @@ def shorten_error(message: str, parser: ArgumentParser) -> str:
             types.insert(0, f"one of {', '.join(choices)}")
         value = "it" if best.value is None else repr(best.value)
         return f"--{option}: {value} is not {' or '.join(dict.fromkeys(types))}"
+    if option:
+        options = [f"--{option}.{key}" for key in _parameters(best.class_path)]
     if match := re.match(r"unrecognized arguments: --([^\s=]+)", best.text):
         name = f"{option}.{match[1]}".strip(".")
-        options = [f"--{option}.{key}" for key in _parameters(best.class_path)]
         return f"--{name}: no such option{near(f'--{name}', options)}"
     if match := re.match(r"Option '(.*)' is not accepted", best.text):
-        name = ".".join([option, match[1]]).strip(".")
-        if option:
-            options = [f"--{option}.{key}" for key in _parameters(best.class_path)]
+        name = f"{option}.{match[1]}".strip(".")
         in_group = match[1].replace("_", ".", 1)  # split_seed is split.seed now
         moved = [
             known
