@@ -19,6 +19,8 @@ from dasmil.files import must_be_file
 from dasmil.help import D_NUMBER, PAPER_PAGE, HelpFormatter, arrange
 
 CONFIG = "--config"
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+SEE_HELP = ", see --help"
 PER_SCALE = re.compile(  # options that hold one value or several settings per scale
     r"--(extractors|features|patches)(?:\.(x\d+(?:\.\d+)?|[^.=]+)(?:\.(\w+))?)?(?:=(.*))?",
     re.DOTALL,
@@ -117,7 +119,7 @@ def shorten_error(message: str, parser: ArgumentParser) -> str:
         words = match[1].split()
         word = next((word for word in words if word.startswith("-")), words[0])
         name = word.split("=")[0]
-        return f"{name}: no such option{near(name, options)}"
+        return f"{name}: no such option{near(name, options) or SEE_HELP}"
     if match := re.match(
         r"argument (?:-\w/)?(\S+): expected (?:one|at least one) argument", message
     ):
@@ -138,20 +140,15 @@ def shorten_error(message: str, parser: ArgumentParser) -> str:
         return f"--{option}: {value} is not {' or '.join(dict.fromkeys(types))}"
     if option:
         options = [f"--{option}.{key}" for key in _parameters(best.class_path)]
-    if match := re.match(r"unrecognized arguments: --([^\s=]+)", best.text):
-        name = f"{option}.{match[1]}".strip(".")
-        return f"--{name}: no such option{near(f'--{name}', options)}"
-    if match := re.match(r"Option '(.*)' is not accepted", best.text):
-        name = f"{option}.{match[1]}".strip(".")
-        in_group = match[1].replace("_", ".", 1)  # split_seed is split.seed now
-        moved = [
-            known
-            for known in options
-            if known.count(".") > 1 and known.endswith((f".{match[1]}", f".{in_group}"))
-        ]
+    unknown = r"unrecognized arguments: --([^\s=]+)|Option '(.*)' is not accepted"
+    if match := re.match(unknown, best.text):
+        key = match[1] or match[2]
+        name = f"{option}.{key}".strip(".")
+        ends = (f".{key}", f".{key.replace('_', '.', 1)}")  # split_seed is split.seed now
+        moved = [known for known in options if known.count(".") > 1 and known.endswith(ends)]
         if len(moved) == 1:
             return f"--{name}: its name is {moved[0]}"
-        return f"--{name}: no such option{near(f'--{name}', options)}"
+        return f"--{name}: no such option{near(f'--{name}', options) or SEE_HELP}"
     if match := re.match(r"the following arguments are required: (.*)", best.text):
         names = (f"--{option}.{name}" for name in match[1].split(", "))
         return f"give {' and '.join(names)}"
@@ -233,7 +230,9 @@ def _parameters(class_path: str) -> list[str]:
     try:
         for cls in getattr(import_module(module), name).__mro__[:-1]:
             types = get_type_hints(cls.__init__)
-            for option in inspect.signature(cls.__init__).parameters:
+            for option, parameter in inspect.signature(cls.__init__).parameters.items():
+                if parameter.kind in VARIADIC:
+                    continue
                 kind = types.get(option)
                 inner = fields(kind) if is_dataclass(kind) else ()
                 names += [option, *(f"{option}.{field.name}" for field in inner)]

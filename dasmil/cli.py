@@ -197,7 +197,7 @@ def run(args: Sequence[str]) -> int:
             "`python tests/benchmarks/colon/crchisto.py FOLDER OUTPUT` in a clone of the repository"
         )
     if name not in VERBS:
-        raise InputError(f"no verb {name!r}{near(name, VERBS)}")
+        raise InputError(f"no verb {name!r}{near(name, VERBS) or ', see --help'}")
     verb = VERBS[name]
     module, _, attribute = verb.function.partition(":")
     function = getattr(import_module(f"dasmil.{module}"), attribute)

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 MAX_NAMED = 5
+MAX_NAME = 60  # letters that are compared; finding similar names takes their square
 NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -46,9 +47,15 @@ def some_of(texts: Collection[object]) -> str:
 
 
 def near(name: str, options: Iterable[str]) -> str:
-    """Suggest the option closest to a mistyped one, as the end of a sentence."""
-    matches = get_close_matches(name, list(options), n=1, cutoff=0.7)
-    return f"; did you mean {matches[0]}?" if matches else ", see --help"
+    """Suggest the name closest to a mistyped one, as the end of a sentence; "" if none is.
+
+    Only the part after the last dot decides: ``--data.`` alone makes no two options similar.
+    """
+    ends = {option: option.rpartition(".")[2] for option in options}
+    end = get_close_matches(name.rpartition(".")[2][:MAX_NAME], ends.values(), n=1, cutoff=0.7)
+    alike = [option for option in ends if ends[option] in end]
+    matches = get_close_matches(name[:MAX_NAME], alike, n=1, cutoff=0)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def input_error_in(error: BaseException | None) -> str:

@@ -13,6 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
 from dasmil.arguments import SentenceParser, find_configs, trainer_errors
 from dasmil.callbacks.evaluation_writer import EvaluationWriter, print_not_finite
@@ -247,7 +248,12 @@ class DasmilCLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path") or self.resume_from
         if checkpoint is not None and Path(checkpoint).is_file():  # before anything is written
             settings = training_settings(self.trainer, self.model, self.datamodule)
-            refuse_other_settings(load_checkpoint(Path(checkpoint)), settings, checkpoint)
+            content = load_checkpoint(Path(checkpoint))
+            refuse_other_settings(content, settings, checkpoint)
+            if content.get("epoch") == (self.trainer.max_epochs or 0) - 1:
+                rank_zero_only(print)(
+                    f"fit: {checkpoint} is of the last epoch; there is nothing left to train"
+                )
         if checkpoint is None:
             refuse_used_folder(self.trainer)
         seed = self._get(self.config, "seed_everything")
@@ -328,7 +334,9 @@ class DasmilCLI(LightningCLI):
         epoch = load_checkpoint(Path(keeper.best_model_path))["epoch"]
         counts = data.class_counts(data.val_part)
         slides = some_of([f"{number} {name}" for name, number in counts.items()])
+        chance = "; 0.5 is chance, train longer or check the labels"
         return (
-            f": epoch {epoch} of 0 to {self.trainer.current_epoch - 1}, chosen by {keeper.monitor} "
+            f": epoch {epoch} (last: {self.trainer.current_epoch - 1}), chosen by {keeper.monitor} "
             f"{float(score):.4f} of {sum(counts.values())} {data.val_part} slides ({slides})"
+            + (chance if keeper.monitor == "val/auroc" and score <= 0.5 else "")
         )

@@ -4,10 +4,9 @@ import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, near
 
 MAX_SHOWN = 60  # characters of a value in a message
 
@@ -149,7 +148,7 @@ def describe_fault(values: Any, kinds: Mapping[str, Kind], required: Collection[
         return f"{_show(values)} is no dictionary of {', '.join(kinds)}"
     for name, value in values.items():
         if name not in kinds:
-            return f"{_show(name)} cannot be set{_near(str(name), kinds)}"
+            return f"{_show(name)} cannot be set{near(str(name), kinds)}"
         if not kinds[name].holds(value):
             return f"{name} {_show(value)} is not {kinds[name].words}"
     missing = [name for name in required if name not in values]
@@ -160,8 +159,3 @@ def _show(value: Any) -> str:
     """The beginning of a value, however large or deep it is."""
     text = reprlib.repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
-
-
-def _near(name: str, names: Collection[str]) -> str:
-    found = get_close_matches(name[:MAX_SHOWN], names, n=1, cutoff=0.7)
-    return f"; did you mean {found[0]}?" if found else ""

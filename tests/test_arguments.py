@@ -26,6 +26,7 @@ MISTAKES = [  # command, what its sentence says
     (DINO, "give --data.tiles and --data.scale"),
     (FIT, "BAGS: does not exist; give data.bags the folder that embed wrote"),
     (f"{FIT} --data.classes [a]", "data.classes: ['a'] must name at least two"),
+    (f"{FIT} --data.quargs 1", "--data.quargs: no such option, see --help"),
     (f"{FIT} --data.bagz B", "--data.bagz: no such option; did you mean --data.bags?"),
     (
         f"{DASMIL} --data.bags BAGS --data.classes [a,b]",

@@ -39,7 +39,7 @@ def test_fit_prints_a_line_per_epoch(road, tmp_path, capsys):
     values = rf"train/loss {NUMBER}, val/loss {NUMBER}, "
     values += rf"val/x10/auroc {NUMBER}, val/x20/auroc {NUMBER}"
     for number in range(2):
-        assert re.fullmatch(rf"epoch {number} of 0 to 1: {values}, \d+\.\d s", lines[number])
+        assert re.fullmatch(rf"epoch {number} \(last: 1\): {values}, \d+\.\d s", lines[number])
     assert lines[2].startswith("fit: checkpoint ")
     assert len([line for line in lines if line.startswith("val: x")]) == 2
     assert len(lines) < 10
@@ -47,7 +47,7 @@ def test_fit_prints_a_line_per_epoch(road, tmp_path, capsys):
 
 def test_fit_of_an_extractor_prints_a_line_per_epoch(road, tmp_path, capsys):
     lines = lines_of([*fit_dino(road.tiles, "x20", tmp_path), *BAR], capsys)
-    assert re.fullmatch(rf"epoch 0 of 0 to 0: train/loss {NUMBER}, \d+\.\d s", lines[0])
+    assert re.fullmatch(rf"epoch 0 \(last: 0\): train/loss {NUMBER}, \d+\.\d s", lines[0])
     assert len(lines) == 2 and lines[1].startswith("fit: checkpoint ")
 
 

@@ -65,4 +65,4 @@ class LogLines(Callback):
 
 def _epoch(trainer: Trainer) -> str:
     total = trainer.max_epochs or 0
-    return f"epoch {trainer.current_epoch}" + (f" of 0 to {total - 1}" if total > 0 else "")
+    return f"epoch {trainer.current_epoch}" + (f" (last: {total - 1})" if total > 0 else "")

@@ -6,8 +6,7 @@ of an architecture are accepted. Nothing is fetched: :mod:`dasmil.embedding.hub`
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, near
 from dasmil.plain import SWITCH, WORD, either, number, refuse_other, several, whole
 
 RANDOM = "random:"
@@ -108,13 +107,8 @@ def refuse_unknown(name: str, called: str | None = None) -> None:
         return
     raise InputError(
         f"extractor {(called or name)!r}: neither a checkpoint file nor a timm model"
-        + _near(name, timm.list_models())
+        + near(name, timm.list_models())
     )
-
-
-def _near(name: str, names: Sequence[str]) -> str:
-    near = ", ".join(get_close_matches(name, names, 3))
-    return f"; similar names: {near}" if near else ""
 
 
 def _refuse_large(network: nn.Module, maximum: int, where: str) -> None:
@@ -136,7 +130,7 @@ def _with_layers(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
             raise InputError(
                 f"extractor {name!r}: {key} {value!r} is no layer of timm.layers or torch.nn"
-                + _near(value, [*dir(timm.layers), *dir(nn)])
+                + near(value, [*dir(timm.layers), *dir(nn)])
             )
     return replaced
 

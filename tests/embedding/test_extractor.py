@@ -330,7 +330,7 @@ def test_a_border_that_does_nothing_yet_is_no_cut_patch():
         ),
         (
             {"options": {"mlp_layer": "SwiGluPacked"}},
-            r"similar names: SwiGLUPacked",
+            r"did you mean SwiGLUPacked",
         ),
         ({"options": {"mlp_layer": "Format"}}, "is no layer of timm.layers or torch.nn"),
         ({"options": {"act_layer": nn.SiLU}}, r"act_layer .*is not a word"),

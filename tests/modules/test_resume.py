@@ -131,7 +131,7 @@ def test_a_training_goes_on_with_its_own_settings_or_not_at_all(road, tmp_path, 
     assert main([*fit_dasmil(road.bags, tmp_path, "run"), *options]) == 0
     said = capsys.readouterr().out
     assert re.search(
-        r"best.ckpt: epoch 0 of 0 to 0, chosen by val/auroc [\d.]+ of 2 val slides "
+        r"best.ckpt: epoch 0 \(last: 0\), chosen by val/auroc [\d.]+ of 2 val slides "
         r"\(1 normal, 1 tumour\)",
         said,
     )
@@ -153,6 +153,11 @@ def test_a_training_goes_on_with_its_own_settings_or_not_at_all(road, tmp_path, 
     more += ["--model.evaluation.specificity", "0.8"]
     assert main(["fit", "--resume", str(run), *more]) == 0
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
+    assert "nothing left to train" not in capsys.readouterr().out
+    assert main(["fit", "--resume", str(run)]) == 0
+    assert "last.ckpt is of the last epoch; there is nothing left to train" in (
+        capsys.readouterr().out
+    )
 
 
 def test_dino_goes_on_with_its_own_schedule_or_not_at_all(road, tmp_path):

@@ -61,7 +61,7 @@ def compare(
     labels:
         names of the methods; if not given, the names of their folders.
     output:
-        path of the table without its suffix: writes compare.md, compare.csv and compare.png.
+        folder for compare.md, compare.csv and compare.png.
     draws:
         number of random swaps in the paired test; if fewer swaps exist, each is made once.
     seed:
@@ -83,10 +83,9 @@ def compare(
     _refuse_unknown(metrics, methods)
     comparison = compare_methods(methods, metrics, draws, seed)
     text = markdown(comparison)
-    stem = output / "compare" if output.is_dir() else output
-    table, picture = (stem.with_name(f"{stem.name}.{kind}") for kind in ("md", "png"))
+    table, picture = output / "compare.md", output / "compare.png"
     write_text(table, text)
-    write_csv(stem.with_name(f"{stem.name}.csv"), CSV_COLUMNS, csv_rows(comparison))
+    write_csv(output / "compare.csv", CSV_COLUMNS, csv_rows(comparison))
     draw(picture, comparison)
     print(f"\n{text}\ntable {table}, picture {picture}", flush=True)
     return 0

@@ -135,6 +135,9 @@ def sweep(
     steps = in_order(sorted(runs, key=lambda run: run.fold.number if run.fold else 0))
     refuse_other_steps(steps)
     do_steps(steps, columns[0], make_slots(jobs, gpus(), os.cpu_count() or 1))
+    if not any(run.done for run in runs):
+        print("sweep: no run succeeded, so no table is written", flush=True)
+        return 1
 
     cells = [
         {column: Cell(tuple(run.metric(column) for run in runs_of_row)) for column in columns}
@@ -151,8 +154,8 @@ def sweep(
     return 0
 
 
-def compare_rows(rows: Sequence[SweepRow], table: Sequence[Sequence[Run]], stem: Path) -> None:
-    """Compare each row with the first: write ``<stem>.md``, ``.csv`` and ``.png``."""
+def compare_rows(rows: Sequence[SweepRow], table: Sequence[Sequence[Run]], output: Path) -> None:
+    """Compare each row with the first: write compare.md, .csv and .png into ``output``."""
     from dasmil.experiments.compare.compare import compare  # it needs torch
 
     labels: dict[Path, str] = {}
@@ -162,8 +165,8 @@ def compare_rows(rows: Sequence[SweepRow], table: Sequence[Sequence[Run]], stem:
     found = {path.parent for folder in labels for path in folder.rglob("run.json")}
     if found - planned:
         print(
-            f"sweep: no {stem.name}.md, because {min(found - planned)} is a run with another seed "
+            f"sweep: no {output.name}, because {min(found - planned)} is a run with another seed "
             "or other folds than this table; choose another --output to compare its rows"
         )
         return
-    compare(tuple(labels), labels=tuple(labels.values()), output=stem)
+    compare(tuple(labels), labels=tuple(labels.values()), output=output)

@@ -169,7 +169,7 @@ def test_the_table_says_why_the_auroc_of_the_same_fold_alone_has_no_interval(
 def test_a_metric_that_is_asked_for_twice_stands_there_once(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / n, MIXED[k:] + MIXED[:k], labels=TEN) for k, n in enumerate("abc")]
     compare(tuple(runs), ("brier", "brier"), output=tmp_path / "table", draws=9)
-    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+    with open(tmp_path / "table/compare.csv", newline="", encoding="utf-8") as file:
         found = [float(row["value"]) for row in csv.DictReader(file)]
     assert found == [results([run], "brier")[0].value for run in runs]
 
@@ -224,7 +224,7 @@ def test_the_verb_prints_the_table_and_writes_three_files(
     folders = [str(tmp_path / name) for name in ("right", "wrong")]
     options = ["--metrics", "[auroc,brier]", "--draws", "512", "--labels", "[ours,theirs]"]
     assert main(["compare", *folders, *options, "--output", str(tmp_path / "table")]) == 0
-    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    text = (tmp_path / "table/compare.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     assert "# Comparison on 10 test slides of 10 patients\n" in text
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
@@ -234,13 +234,13 @@ def test_the_verb_prints_the_table_and_writes_three_files(
     assert (row[4], row[6], row[8]) == ("0.053", "-0.893", "0.008")
     assert "in at most 512 ways" in text and "brier ↓" in text
     assert "few patients: 5 with slides of normal and 5 with slides of tumor" in text
-    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+    with open(tmp_path / "table/compare.csv", newline="", encoding="utf-8") as file:
         rows = {(row["metric"], row["method"]): row for row in csv.DictReader(file)}
     assert float(rows["auroc", "theirs"]["value"]) == pytest.approx(0.16 / 3)
     assert rows["auroc", "theirs"]["values"] == "0.0;0.0;0.16"
     assert rows["auroc", "ours"]["p"] == ""
     assert float(rows["auroc", "theirs"]["p"]) == 4 / 512
-    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "table/compare.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_names_the_checkpoint_of_each_run(tmp_path: Path) -> None:
@@ -248,19 +248,18 @@ def test_the_table_names_the_checkpoint_of_each_run(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", [0.1, 0.2, 0.8, 0.9], about=about)
     other = write_run(tmp_path / "other", [0.1, 0.2, 0.8, 0.9])
     compare((one, other), output=tmp_path / "table", draws=9)
-    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    text = (tmp_path / "table/compare.md").read_text(encoding="utf-8")
     assert f"- checkpoints of one: {one / 'test'} (best.ckpt 0123456789ab)\n" in text
     assert f"- checkpoints of other: {other / 'test'} (not known)\n" in text
-    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+    with open(tmp_path / "table/compare.csv", newline="", encoding="utf-8") as file:
         assert [row["checkpoints"] for row in csv.DictReader(file)][:2] == [
             "best.ckpt 0123456789ab",
             "",
         ]
 
 
-def test_a_folder_as_output_takes_the_files(tmp_path: Path) -> None:
+def test_the_output_is_a_folder(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [0.1, 0.2, 0.8, 0.9])
-    (tmp_path / "out").mkdir()
     compare((run,), output=tmp_path / "out", draws=9)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "compare.csv",

@@ -60,7 +60,7 @@ def test_a_sweep_by_command(road, tmp_path, capsys, monkeypatch):
     assert "broken seed 0: failed: error: " in said.out
     assert "has the label 'tumour'" in said.out
     assert f"| default | {Cell((begun.metric('x20/auroc'),))} | 0.973 | " in said.out
-    assert not (output / "sweep_compare.md").exists()
+    assert not (output / "sweep_compare" / "compare.md").exists()
 
     log = (begun.folder / "log.txt").read_text()
     assert f"fit --resume {begun.folder} " in log
@@ -77,7 +77,7 @@ def test_a_sweep_by_command(road, tmp_path, capsys, monkeypatch):
     assert code == 0
     assert "[1/1] base seed 0: done before\n" in said.out
     assert (begun.folder / "log.txt").read_text() == log
-    assert "default" in (output / "sweep_compare.md").read_text()
+    assert "default" in (output / "sweep_compare" / "compare.md").read_text()
 
     by_loss.write_text("trainer: {max_epochs: 4}\n")
     code, said = run_sweep(rows)
@@ -146,4 +146,4 @@ def test_the_road_of_each_fold_never_sees_what_it_is_tested_on(road, tmp_path, i
     assert cells["all", "x10/accuracy"]["n"] == "2"
     assert cells["mean", "x10/accuracy"]["n"] == "0"  # it reads x20 alone
     assert "mean ± sd over 2 folds × 1 seed (0)" in (output / "sweep.md").read_text()
-    assert (output / "sweep_compare.md").is_file()
+    assert (output / "sweep_compare" / "compare.md").is_file()

@@ -161,6 +161,7 @@ def test_a_run_goes_on_where_it_was_broken_off(tmp_path, bags, own, stand_in, co
         file.write("trainer: {accelerator: cpu}\n")
     stand_in.before("[ $verb = fit ] || exit 1")
     assert sweep(**arguments) == 1
+    assert not (tmp_path / "out" / "sweep.md").exists()  # it would have no number
     fit, test = stand_in.new_calls()
     assert fit == f"fit --resume {run.folder} --data.bags {bags}"
     assert test.startswith(f"test --ckpt_path {run.checkpoints}/best.ckpt --bags {bags} ")
@@ -184,7 +185,7 @@ def test_rows_are_compared_by_the_runs_of_their_table_alone(
     assert folders == {tmp_path / "out" / "own": "one"}
     capsys.readouterr()
     assert sweep(**arguments, seeds=(1,)) == 0
-    reason = f"sweep: no sweep_compare.md, because {tmp_path}/out/own/seed_0 is"
+    reason = f"sweep: no sweep_compare, because {tmp_path}/out/own/seed_0 is"
     assert reason in capsys.readouterr().out
     assert len(compared) == 1
 
