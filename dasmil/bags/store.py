@@ -13,9 +13,10 @@ from dasmil.bags.bag import Bag
 from dasmil.bags.header import BagHeader
 from dasmil.errors import InputError
 from dasmil.files import atomic_path
-from dasmil.headers import ITEM_BYTES, Header, read_header_of, refusing, tile_arrays
+from dasmil.headers import Header, read_header_of, refusing, tile_arrays
 from dasmil.json_text import pack_metadata
 
+ITEM_BYTES = {"F16": 2, "F32": 4}
 TILE_BYTES = 184  # of a graph, beside a tile's features: neighbours, parent and children
 
 
