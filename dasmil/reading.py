@@ -86,23 +86,10 @@ def _end(error: Exception, item: object) -> None:
 
 def _reduce_by_value(tensor: Tensor) -> tuple[Any, ...]:
     """Pickle a tensor as bytes; its memory layout is kept."""
-    tensor = tensor.detach()
-    size, stride = tuple(tensor.shape), tensor.stride()
-    flat = tensor.as_strided((tensor.numel(),), (1,)) if _is_dense(tensor) else None
-    if flat is None:
-        tensor = tensor.contiguous()
-        flat, stride = tensor.flatten(), tensor.stride()
-    return _rebuild, (flat.view(torch.uint8).numpy(), tensor.dtype, size, stride)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements are contiguous in memory, in any order of the dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return tensor.numel() > 0
+    dense = tensor.detach().clone()
+    flat = dense.as_strided((dense.numel(),), (1,))
+    values = flat.view(torch.uint8).numpy()
+    return _rebuild, (values, dense.dtype, tuple(dense.shape), dense.stride())
 
 
 def _rebuild(

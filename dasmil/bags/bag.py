@@ -105,10 +105,10 @@ class Bag:
                 f"asked for the scales {', '.join(scales)}, it has {', '.join(self.scales)}"
             )
         chosen = [name for name in self.scales if name in scales]
-        parent = {
-            fine: ancestor_rows(self._parents_between(coarse, fine)).numpy()
-            for coarse, fine in pairwise(chosen)
-        }
+        parent = {}
+        for coarse, fine in pairwise(chosen):
+            between = self.scales[self.scales.index(coarse) + 1 : self.scales.index(fine) + 1]
+            parent[fine] = ancestor_rows([self.parent[name] for name in between]).numpy()
         tiles = replace(
             self.tiles,
             scales=tuple(scale for scale in self.tiles.scales if scale.name in scales),
@@ -118,10 +118,6 @@ class Bag:
         features = {name: self.features[name] for name in chosen}
         extractors = {name: self.extractors[name] for name in chosen}
         return replace(self, tiles=tiles, features=features, extractors=extractors)
-
-    def _parents_between(self, coarse: str, fine: str) -> list[Tensor]:
-        first, last = self.scales.index(coarse) + 1, self.scales.index(fine) + 1
-        return [self.parent[name] for name in self.scales[first:last]]
 
     def validate(self) -> None:
         """Check every promise of the format.

@@ -6,7 +6,7 @@ scales, A is :attr:`BagGraph.union`.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -152,9 +152,9 @@ def join_graphs(graphs: Sequence[BagGraph]) -> BagGraph:
         features[name] = torch.cat([graph.features[name] for graph in graphs])
         grid[name] = torch.cat([graph.grid[name] for graph in graphs])
         if coarser is not None:
-            above = _starts([len(graph.features[coarser]) for graph in graphs])
+            above = accumulate((len(graph.features[coarser]) for graph in graphs), initial=0)
             rows = [graph.parent[name] for graph in graphs]
-            shifted = [r + (r >= 0) * start for r, start in zip(rows, above, strict=True)]
+            shifted = [r + (r >= 0) * start for r, start in zip(rows, above)]
             parent[name] = torch.cat(shifted)
         coarser = name
     neighbours = _join_edges(graphs)
@@ -176,7 +176,3 @@ def _join_edges(graphs: Sequence[BagGraph]) -> dict[str, Neighbours] | None:
     if not parts:
         return None
     return {name: join_neighbours([part[name] for part in parts]) for name in parts[0]}
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[:number]) for number in range(len(sizes))]

@@ -6,7 +6,7 @@ scales' grids, :func:`union_neighbours` is A with the relation "part of" between
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -80,11 +80,8 @@ class Neighbours:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Neighbours":
-        return Neighbours(
-            self.ptr.to(device, non_blocking=non_blocking),
-            self.index.to(device, non_blocking=non_blocking),
-            self.reverse.to(device, non_blocking=non_blocking),
-        )
+        parts = (self.ptr, self.index, self.reverse)
+        return Neighbours(*(part.to(device, non_blocking=non_blocking) for part in parts))
 
     def pin_memory(self) -> "Neighbours":
         return Neighbours(self.ptr.pin_memory(), self.index.pin_memory(), self.reverse.pin_memory())
@@ -142,7 +139,7 @@ def union_neighbours(
     """
     if len(neighbours) == 1:
         return next(iter(neighbours.values()))
-    first_node = dict(zip(neighbours, _sums([len(own) for own in neighbours.values()])))
+    first_node = dict(zip(neighbours, accumulate(map(len, neighbours.values()), initial=0)))
     counts = torch.cat([own.ptr.diff() for own in neighbours.values()])  # entries per node, (N,)
     above: dict[str, tuple[Tensor, Tensor]] = {}  # per scale: nodes of children and their parents
     for coarse, fine in pairwise(neighbours):
@@ -176,8 +173,8 @@ def union_neighbours(
 
 def join_neighbours(parts: Sequence[Neighbours]) -> Neighbours:
     """Join lists, without edges between them."""
-    nodes = _sums([len(part) for part in parts])
-    entries = _sums([len(part.index) for part in parts])
+    nodes = accumulate(map(len, parts), initial=0)
+    entries = list(accumulate((len(part.index) for part in parts), initial=0))
     ptrs = [part.ptr[:-1] + start for part, start in zip(parts, entries)]
     return Neighbours(
         ptr=torch.cat([*ptrs, parts[0].ptr.new_tensor([entries[-1]])]),
@@ -191,10 +188,3 @@ def _starts(counts: Tensor) -> Tensor:
     starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
     torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
     return starts
-
-
-def _sums(sizes: Sequence[int]) -> list[int]:
-    sums = [0]
-    for size in sizes:
-        sums.append(sums[-1] + size)
-    return sums

@@ -22,44 +22,16 @@ Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 COLUMNS = ("slide_id", "path", "label", "patient_id", "split", "mpp", "magnification")
-SLIDE_SUFFIXES = frozenset(
-    [
-        ".svs",
-        ".tif",
-        ".tiff",
-        ".ndpi",
-        ".vms",
-        ".vmu",
-        ".scn",
-        ".mrxs",
-        ".svslide",
-        ".bif",
-        ".dcm",
-        ".png",
-        ".jpg",
-        ".jpeg",
-    ]
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+SLIDE_SUFFIXES = PICTURE_SUFFIXES | set(
+    [".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm"]
 )
-NOT_KNOWN = frozenset(  # what other programs write for an empty cell, in lower case
-    (
-        "na",
-        "n/a",
-        "#n/a",
-        "<na>",
-        "nan",
-        "none",
-        "null",
-        "nil",
-        "unknown",
-        "not available",
-        "-",
-        "?",
-    )
+NOT_KNOWN = re.compile(  # what other programs write for an empty cell
+    r"n/?a|#n/a|<na>|nan|none|null|nil|unknown|not available|[-?]", re.IGNORECASE
 )
 MAX_SHOWN = 50  # characters of a cell in a sentence
 MAX_ID_BYTES = 200  # a file name has at most 255, and suffixes are added
 
-PICTURE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg"])
 #: ``1_macro``, ``1.svs-label``, ``thumbnail``: the slide's name, and what the picture shows
 PICTURE_OF_SLIDE = re.compile(
     r"(?:(.*)[-_. ])?(?:macro|label|thumb|thumbnail|overview)", re.IGNORECASE
@@ -339,7 +311,8 @@ def read_patients(
     Warns about cells such as "n/a" that are read as not known.
     """
     cells = [[text for text in map(record.get, columns) if text] for record in records]
-    patients = [next((text for text in texts if _is_known(text)), None) for texts in cells]
+    known = [[text for text in texts if not NOT_KNOWN.fullmatch(text)] for texts in cells]
+    patients = [texts[0] if texts else None for texts in known]
     taken = [texts[0] for texts, patient in zip(cells, patients) if texts and patient is None]
     if taken:
         warnings.warn(
@@ -348,10 +321,6 @@ def read_patients(
             stacklevel=2,
         )
     return patients
-
-
-def _is_known(text: str) -> bool:
-    return text.lower() not in NOT_KNOWN
 
 
 def positive_number(

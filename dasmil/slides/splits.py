@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from dasmil.config_files import configs_folder
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.slides.cohort import PARTS, SlideRow
 from dasmil.tables import read_csv
 
 SPLIT_COLUMNS = ("slide_id", "patient_id", "label", "split")
-SHOWN = 5  # names in a message
 
 
 def split_cohort(
@@ -62,7 +61,7 @@ def split_cohort(
     labelled = [row for row in rows if row.label is not None]
     given = {row.slide_id: row.split for row in labelled if row.split is not None}
     if given and len(given) < len(labelled):
-        names = _some(row.slide_id for row in labelled if row.split is None)
+        names = some_of([row.slide_id for row in labelled if row.split is None])
         raise InputError(f"split: only some slides have one; fill it for {names} too")
     if not given:
         by_patient = [replace(row, split="train") for row in labelled]
@@ -157,8 +156,8 @@ def refuse_overlap(rows: Sequence[SlideRow], digests: Mapping[str, str] | None =
     patients = _in_several_parts((row.patient, row) for row in rows)
     if patients:
         raise InputError(
-            f"split: patient {_some(patients)} has slides in more than one split "
-            f"({_some(patients.values())}); keep all slides of a patient together"
+            f"split: patient {some_of(patients)} has slides in more than one split "
+            f"({some_of(patients.values())}); keep all slides of a patient together"
         )
     for path, places in _in_several_parts((str(row.file), row) for row in rows).items():
         raise InputError(f"split: {places} are one file, {path}; keep it in one split")
@@ -204,14 +203,14 @@ def placed(rows: Sequence[SlideRow], table: Path | str) -> list[SlideRow]:
     if left_out:
         warnings.warn(
             f"{table}: does not name {len(left_out)} slide(s) of the cohort, which are left out: "
-            f"{_some(left_out)}",
+            f"{some_of(left_out)}",
             stacklevel=3,
         )
     absent = sorted(set(entries) - {row.slide_id for row in named})
     if absent:
         warnings.warn(
             f"{table}: {len(absent)} of its {len(entries)} slides are not in the cohort: "
-            f"{_some(absent)}",
+            f"{some_of(absent)}",
             stacklevel=3,
         )
     return [replace(row, split=entries[row.slide_id][0]) for row in named]
@@ -263,8 +262,3 @@ def _refuse_other_labels(
                 f"{path}: slide {row.slide_id} is {label} there and {row.label} in the cohort; "
                 "correct the cohort table"
             )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")

@@ -40,25 +40,16 @@ from dasmil.slides.annotation.points import Points, points_of
 
 UNCLASSIFIED = "None"  # as QuPath displays an object without a class
 CLASSES = Classes(
-    lesions=frozenset(
-        [
-            *("tumor", "tumour", "cancer", "carcinoma", "malignant", "positive"),
-            *("lesion", "metastasis", "metastases"),
-        ]
-    ),
+    lesions=frozenset({"tumor", "tumour", "cancer", "carcinoma", "malignant", "positive"})
+    | {"lesion", "metastasis", "metastases"},
     excluded=frozenset(["exclusion", "normal", "ignore*"]),
     others=frozenset(["stroma", "immune cells", "necrosis", "other", "negative"]),
 )
 NOT_MARKED = {  # object types; version 0.2 wrote the second kind into the id
-    "detection": "detection",
-    "PathDetectionObject": "detection",
-    "cell": "cell",
-    "PathCellObject": "cell",
-    "tile": "tile",
-    "PathTileObject": "tile",
-    "tmaCore": "TMA core",
-    "tma_core": "TMA core",
-    "TMACoreObject": "TMA core",
+    **dict.fromkeys(("detection", "PathDetectionObject"), "detection"),
+    **dict.fromkeys(("cell", "PathCellObject"), "cell"),
+    **dict.fromkeys(("tile", "PathTileObject"), "tile"),
+    **dict.fromkeys(("tmaCore", "tma_core", "TMACoreObject"), "TMA core"),
 }
 ROOTS = frozenset(["root", "PathRootObject"])  # of a hierarchy; holds objects, is none itself
 
