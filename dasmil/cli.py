@@ -230,12 +230,7 @@ def _call(function: Callable[..., int], verb: Verb, name: str, args: Sequence[st
     """Parse arguments by a function's signature and docstring, and call it."""
     from jsonargparse import ActionConfigFile
 
-    from dasmil.arguments import (
-        SentenceParser,
-        find_configs,
-        join_scales,
-        trainer_errors,
-    )
+    from dasmil.arguments import SentenceParser, find_configs, join_scales, trainer_errors
 
     document = inspect.getdoc(function) or ""
     about = document.split("\n\nParameters")[0]

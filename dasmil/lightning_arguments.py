@@ -108,10 +108,7 @@ def evaluation_defaults(args: Sequence[str]) -> tuple[dict[str, Any], ModelCard 
     }
     if given["bags"] is not None:
         data["bags"] = given["bags"]
-    model = {
-        "class_path": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": description.options,
-    }
+    model = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": description.options}
     return {
         "model": model,
         "data": {"class_path": "dasmil.data.BagDataModule", "init_args": data},

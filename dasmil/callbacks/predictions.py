@@ -239,10 +239,7 @@ class PredictionWriter(Callback):
         write_csv(self._instances(bag.slide_id), columns, records())
 
     def _write_overlays(
-        self,
-        bag: Bag,
-        bag_logits: Mapping[str, Tensor],
-        tiles: Mapping[str, Mapping[str, Tensor]],
+        self, bag: Bag, bag_logits: Mapping[str, Tensor], tiles: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
         """Draw instance probability and attention of the predicted (or only) logit's class."""
         row = self.rows[bag.slide_id]

@@ -11,13 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from dasmil.bags import (
-    Bag,
-    BagGraph,
-    bag_path,
-    join_graphs,
-    read_bag,
-)
+from dasmil.bags import Bag, BagGraph, bag_path, join_graphs, read_bag
 from dasmil.data.bag_checks import (
     choose_scales,
     describe_foreign_bag,
@@ -29,12 +23,7 @@ from dasmil.data.bag_checks import (
     refuse_seen_slides,
     warn_missing,
 )
-from dasmil.data.bag_dataset import (
-    BagDataset,
-    UnreadBag,
-    copy_to_cache,
-    feature_statistics,
-)
+from dasmil.data.bag_dataset import BagDataset, UnreadBag, copy_to_cache, feature_statistics
 from dasmil.data.sampler import TrainingSampler, sampling_weights, set_resumed_epoch
 from dasmil.data.seeds import training_seed
 from dasmil.data.split import (

@@ -26,11 +26,7 @@ import numpy as np
 from scipy.stats import norm
 
 from dasmil.metrics.clustered_slides import ClusteredSlides
-from dasmil.metrics.jackknife import (
-    auroc_without,
-    average_precision_without,
-    sensitivity_without,
-)
+from dasmil.metrics.jackknife import auroc_without, average_precision_without, sensitivity_without
 from dasmil.metrics.score_intervals import (
     EDGE,
     Interval,

@@ -78,12 +78,7 @@ def effective_number(slides: Array, within: Array) -> Array:
 
 
 def proportion_interval(
-    hits: Array,
-    of: BoolArray,
-    patients: IntArray,
-    within: Array,
-    quantile: float,
-    most: float = 1,
+    hits: Array, of: BoolArray, patients: IntArray, within: Array, quantile: float, most: float = 1
 ) -> Interval:
     """Wilson's interval of the mean hit over the slides that count.
 
