@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 
 from dasmil.arguments import SentenceParser, find_configs, trainer_errors
-from dasmil.callbacks.evaluation_writer import EvaluationWriter, print_not_finite
+from dasmil.callbacks.evaluation_writer import EvaluationWriter
 from dasmil.callbacks.history import History
 from dasmil.callbacks.hparams import HyperParameters
 from dasmil.callbacks.instance_truth import InstanceTruth
@@ -93,6 +93,8 @@ class DasmilCLI(LightningCLI):
     The checkpoint names the model, its classes and its split. Config files and the command line
     override them.
     """
+
+    writer: EvaluationWriter | PredictionWriter
 
     def __init__(self, verb: str, args: list[str]):
         self.verb = verb
@@ -267,7 +269,8 @@ class DasmilCLI(LightningCLI):
         truth, classes = self._get(self.config, "truth"), self._get(self.config, "truth_classes")
         if classes and not truth:
             raise InputError(f"{self.verb}: --truth_classes needs --truth, the annotations' folder")
-        self._add_callbacks(EvaluationWriter(self.output))
+        self.writer = EvaluationWriter(self.output)
+        self._add_callbacks(self.writer)
         if truth:
             judge = InstanceTruth(Path(truth), output=self.output, classes=classes or None)
             self._add_callbacks(judge)
@@ -277,7 +280,8 @@ class DasmilCLI(LightningCLI):
     def before_predict(self) -> None:
         if self.output is None:
             raise InputError("predict: give --output, the folder for predictions and overlays")
-        self._add_callbacks(PredictionWriter(self.output))
+        self.writer = PredictionWriter(self.output)
+        self._add_callbacks(self.writer)
 
     def _add_callbacks(self, *callbacks: Callback) -> None:
         """Insert callbacks before those that save checkpoints, which must be last."""
@@ -285,30 +289,10 @@ class DasmilCLI(LightningCLI):
 
     def after_validate(self) -> None:
         """Set the exit code, only in the first process: a non-zero one elsewhere would kill it."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EvaluationWriter) and self.trainer.is_global_zero:
-                self.exit_code = int(callback.is_incomplete)
+        if self.trainer.is_global_zero:
+            self.exit_code = int(self.writer.is_incomplete)
 
-    after_test = after_validate
-
-    def after_predict(self) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PredictionWriter) and self.trainer.is_global_zero:
-                if callback.failed:
-                    print_not_finite("predict", callback.failed)
-                if callback.unread:
-                    self._print_unread(callback)
-                self.exit_code = int(bool(callback.failed or callback.unread))
-
-    def _print_unread(self, writer: PredictionWriter) -> None:
-        """Print the slides whose bags could not be read."""
-        reason = next(iter(writer.unread.values()))
-        print(
-            f"error: predict: {len(writer.unread)} bag(s) could not be read, their slides have "
-            f"no class: {some_of(list(writer.unread))}; the first: {reason}; "
-            f"see {writer.table}",
-            file=sys.stderr,
-        )
+    after_test = after_predict = after_validate
 
     def after_fit(self) -> None:
         """Print the checkpoint, and evaluate that of a method on the validation slides."""
@@ -321,7 +305,8 @@ class DasmilCLI(LightningCLI):
         if isinstance(self.model, MILModule) and keeper.best_model_path and folder is not None:
             loggers = self.trainer.loggers
             self.trainer.loggers = []  # the training curves are complete: do not log this
-            self._add_callbacks(EvaluationWriter(folder / PARTS["fit"], replaces=True))
+            self.writer = EvaluationWriter(folder / PARTS["fit"], replaces=True)
+            self._add_callbacks(self.writer)
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
             self.trainer.loggers = loggers
             self.after_validate()

@@ -18,7 +18,7 @@ from dasmil.reports.evaluation_files import (
     read_checkpoint,
     write_evaluation,
 )
-from dasmil.reports.figures import evaluation_figures, save_figures, show_in_tensorboard
+from dasmil.reports.figures import evaluation_figures, write_figures
 from dasmil.tables import read_csv
 
 
@@ -28,6 +28,16 @@ def checkpoint_of(trainer: Trainer) -> tuple[str, str]:
         return "", ""
     path = Path(trainer.ckpt_path)
     return path.name, file_sha256(path)
+
+
+def refuse_other_checkpoint(folder: Path, what: str, before: str, now: str) -> None:
+    """Refuse to replace the output of another checkpoint; both are named by their SHA-256."""
+    if before != now:
+        raise InputError(
+            f"{folder}: holds the {what} of another checkpoint "
+            f"({before[:SHORT_HASH] or 'not known'}, this one is "
+            f"{now[:SHORT_HASH] or 'not known'}); give another --output to keep both"
+        )
 
 
 class EvaluationWriter(Callback):
@@ -94,9 +104,7 @@ class EvaluationWriter(Callback):
         )
         if failed:
             return
-        figures = evaluation_figures(evaluation, split)
-        save_figures(self.output / "figures", figures)
-        show_in_tensorboard(self.output, split, figures)
+        write_figures(self.output, split, evaluation_figures(evaluation, split))
         print(f"{verb}: metrics {self.output / f'{split}_metrics.csv'}, {self.output / 'figures'}")
 
     def _refuse_other_metrics(self, trainer: Trainer, split: str) -> None:
@@ -107,12 +115,7 @@ class EvaluationWriter(Callback):
             return
         _, before = read_checkpoint(self.output, split)
         _, now = checkpoint_of(trainer)
-        if before != now:
-            raise InputError(
-                f"{self.output}: holds the metrics of another checkpoint "
-                f"({before[:SHORT_HASH] or 'not known'}, this one is "
-                f"{now[:SHORT_HASH] or 'not known'}); give --output to keep both"
-            )
+        refuse_other_checkpoint(self.output, "metrics", before, now)
         _, rows = read_csv(self.output / f"{split}_slides.csv")
         evaluated = data.rows_of(data.val_part if split == "val" else "test")
         other = {row["slide_id"] for row in rows} ^ {row.slide_id for row in evaluated}

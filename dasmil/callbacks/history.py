@@ -10,14 +10,13 @@ from torch.optim import Optimizer
 
 from dasmil.callbacks.run_folder import logger_folder
 from dasmil.errors import InputError
-from dasmil.files import atomic_path
+from dasmil.reports.shown import save_figure
 from dasmil.reports.training_curves import columns_with_values, curves_figure, natural_order
 from dasmil.tables import read_csv, write_csv
 
 TABLE, PICTURE = "history.csv", "curves.png"
 FIRST_COLUMNS = ("epoch", "step", "learning_rate")
 DRAW_SECONDS = 60  # between two pictures during the training
-DPI = 110
 
 
 class History(Callback):
@@ -87,9 +86,7 @@ class History(Callback):
 
     def _draw(self) -> None:
         if self.folder is not None and self.rows:
-            figure = curves_figure(self.rows)
-            with atomic_path(self.folder / PICTURE) as temporary:
-                figure.savefig(temporary, dpi=DPI)
+            save_figure(self.folder / PICTURE, curves_figure(self.rows), dpi=110)
         self._drawn = time.monotonic()
 
 

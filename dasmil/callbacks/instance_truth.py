@@ -32,8 +32,9 @@ from dasmil.metrics.froc import (
 )
 from dasmil.metrics.instance import instance_auroc, instance_auroc_per_slide
 from dasmil.names import path_inside
-from dasmil.reports.froc import write_detections, write_froc, write_instance_truth
+from dasmil.reports.froc import write_detections, write_froc
 from dasmil.reports.shown import show_line
+from dasmil.reports.tile_scores import write_tiles
 from dasmil.slides.annotation import (
     ENDINGS,
     Areas,
@@ -44,22 +45,6 @@ from dasmil.slides.annotation import (
     marks_points,
     read_annotation,
 )
-
-
-@dataclass(frozen=True)
-class Marked:
-    """A slide's tiles by its annotation.
-
-    Parameters
-    ----------
-    overlap: per scale (N_s,) share of each tile that is marked, or its number of points.
-    truth: per scale (N_s,) bool.
-    lesions: for the FROC; None if there is no FROC or nothing is marked.
-    """
-
-    overlap: Mapping[str, npt.NDArray[Any]]
-    truth: Mapping[str, Tensor]
-    lesions: Lesions | None
 
 
 @dataclass(frozen=True)
@@ -245,29 +230,53 @@ class InstanceTruth(Callback):
                 continue
             bag = batch.bag(number)
             try:
-                marked = self._read_marked(bag, scores)
+                overlap, truth, lesions = self._read_marked(bag, scores)
             except Exception as error:  # a file may hold anything, and costs one slide only
                 self._refuse(slide_id, error)
                 continue
-            self._slides.append(self._compare(bag, scores, marked))
+            self._slides.append(self._compare(bag, scores, overlap, truth, lesions))
 
-    def _read_marked(self, bag: Bag, scales: Collection[str]) -> Marked:
-        """Read the annotation; a damaged picture may be noticed only here."""
+    def _read_marked(
+        self, bag: Bag, scales: Collection[str]
+    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Tensor], Lesions | None]:
+        """Read the annotation; a damaged picture may be noticed only here.
+
+        Returns
+        -------
+        Per scale (N_s,) the share of each tile that is marked, or its number of points; per scale
+        (N_s,) bool; and the lesions for the FROC, None if there is no FROC or nothing is marked.
+        """
         annotation = self._annotation(bag)
         overlap = {scale: annotation.overlap(bag.boxes_px0(scale).numpy()) for scale in scales}
         truth = {
             scale: torch.from_numpy(annotation.positive(values, self.min_share))
             for scale, values in overlap.items()
         }
-        lesions = self._lesions(annotation, bag.tiles.extent.mpp) if self._has_froc else None
-        return Marked(overlap, truth, lesions)
+        lesions = None
+        if self._has_froc and not isinstance(annotation, Points) and not annotation.is_empty:
+            downsample = evaluation_downsample(bag.tiles.extent.mpp)
+            lesions = evaluation_lesions(annotation.mask(downsample), downsample)
+        return overlap, truth, lesions
 
-    def _compare(self, bag: Bag, scores: Mapping[str, Tensor], marked: Marked) -> SlideTruth:
+    def _compare(
+        self,
+        bag: Bag,
+        scores: Mapping[str, Tensor],
+        overlap: Mapping[str, npt.NDArray[Any]],
+        truth: Mapping[str, Tensor],
+        lesions: Lesions | None,
+    ) -> SlideTruth:
         if self.output is not None:
             path = path_inside(self.output / "instance_truth", f"{bag.slide_id}.csv")
-            write_instance_truth(
-                path, bag, marked.overlap, marked.truth, scores, self._positive_class
-            )
+            columns: dict[str, dict[str, Any]] = {
+                scale: {
+                    "overlap": overlap[scale],
+                    "positive": truth[scale].int(),
+                    f"prob/{self._positive_class}": scores[scale],
+                }
+                for scale in scores
+            }
+            write_tiles(path, bag, columns, slide_id=bag.slide_id)
         hits = {}
         if self._has_froc:
             radius_px0 = NMS_RADIUS_UM / bag.tiles.extent.mpp
@@ -275,11 +284,11 @@ class InstanceTruth(Callback):
                 boxes_px0 = bag.boxes_px0(scale).numpy()
                 on_slide = np.clip(boxes_px0, 0, bag.tiles.extent.size_px0 * 2)
                 found = detections(scores[scale].numpy(), on_slide, radius_px0)
-                hits[scale] = slide_hits(found, marked.lesions)
+                hits[scale] = slide_hits(found, lesions)
                 if self.output is not None:
                     folder = self.output / "detections"
                     write_detections(path_inside(folder, scale, f"{bag.slide_id}.csv"), found)
-        return SlideTruth(bag.slide_id, scores, marked.truth, hits)
+        return SlideTruth(bag.slide_id, scores, truth, hits)
 
     def _annotation(self, bag: Bag) -> Points | Areas:
         """The annotation of a slide; an empty one for a negative slide without a file."""
@@ -299,13 +308,6 @@ class InstanceTruth(Callback):
                 "or the annotation (in a mask only what is positive differs from 0)"
             )
         return annotation
-
-    @staticmethod
-    def _lesions(annotation: Points | Areas, mpp: float) -> Lesions | None:
-        if isinstance(annotation, Points) or annotation.is_empty:
-            return None
-        downsample = evaluation_downsample(mpp)
-        return evaluation_lesions(annotation.mask(downsample), downsample)
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compute and log the metrics over all slides, each once; equal in every process.

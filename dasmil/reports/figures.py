@@ -10,11 +10,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from dasmil.files import atomic_path
 from dasmil.metrics import Evaluation
 from dasmil.metrics.evaluated_slides import YOUDEN
 from dasmil.metrics.score_intervals import wilson_interval
@@ -34,13 +34,12 @@ from dasmil.reports.figure_parts import (
     title_of,
 )
 from dasmil.reports.roc_figures import precision_recall_figure, roc_figure
-from dasmil.reports.shown import show_finest, show_name
+from dasmil.reports.shown import save_figure, show_finest, show_name
 
 HISTOGRAM_BINS = 20
 RARE = 20  # if the rest's bars are so many times higher, those of the class need a log axis
 MAX_CELLS = 20  # classes in a row of a confusion matrix; the others are counted together
 MAX_LEVEL_NAMES = 6  # with more classes their names are upright below a matrix
-DPI = 130
 
 
 def evaluation_figures(evaluation: Evaluation, split: str) -> dict[str, Figure]:
@@ -60,23 +59,19 @@ def evaluation_figures(evaluation: Evaluation, split: str) -> dict[str, Figure]:
     return {name: function(evaluation, split) for name, function in draw.items()}
 
 
-def save_figures(folder: Path, figures: Mapping[str, Figure]) -> None:
-    """Write ``<folder>/<name>.png`` per figure."""
-    for name, figure in figures.items():
-        with atomic_path(folder / f"{name}.png") as temporary:
-            figure.savefig(temporary, dpi=DPI)
+def write_figures(folder: Path, split: str, figures: Mapping[str, Figure]) -> None:
+    """Write ``figures/<name>.png``, and the same pictures for TensorBoard as ``test/<name>``.
 
-
-def show_in_tensorboard(folder: Path, split: str, figures: Mapping[str, Figure]) -> None:
-    """Write the figures as ``test/roc``, ...: TensorBoard lists the folder as a run.
-
-    Event files of an earlier evaluation are replaced.
+    TensorBoard lists the folder as a run. Event files of an earlier evaluation are replaced.
     """
     for earlier in folder.glob("events.out.tfevents.*"):
         earlier.unlink()
     with SummaryWriter(str(folder)) as writer:
         for name, figure in figures.items():
-            writer.add_figure(f"{split}/{name}", figure, close=False)
+            path = folder / "figures" / f"{name}.png"
+            save_figure(path, figure)
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            writer.add_image(f"{split}/{name}", pixels, dataformats="HWC")
 
 
 def calibration_figure(evaluation: Evaluation, split: str) -> Figure:

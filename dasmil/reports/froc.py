@@ -1,55 +1,15 @@
-"""Files of an evaluation of instances: tiles with their truth, detections, and FROC curves."""
+"""Files of an evaluation of lesions: detections and FROC curves."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from dasmil.bags import Bag
-from dasmil.files import atomic_path, write_text
+from dasmil.files import write_text
 from dasmil.metrics.froc import FALSE_POSITIVES, Detections, Froc
-from dasmil.reports.shown import show_finest
+from dasmil.reports.shown import save_figure, show_finest
 from dasmil.tables import write_csv
-
-
-def write_instance_truth(
-    path: Path,
-    bag: Bag,
-    overlap: Mapping[str, npt.NDArray[Any]],
-    truth: Mapping[str, Tensor],
-    scores: Mapping[str, Tensor],
-    positive_class: str,
-) -> None:
-    """Write the tiles of a slide, placed by the same columns as in ``instances/<slide_id>.csv``.
-
-    Parameters
-    ----------
-    overlap: per scale (N_s,) share of each tile that is marked, or its number of points.
-    truth: per scale (N_s,) bool.
-    scores: per scale (N_s,) probabilities of the positive class.
-    """
-    columns = ["slide_id", "scale", "row", "col", "x0_px0", "y0_px0", "size_px0"]
-    columns += ["overlap", "positive", f"prob/{positive_class}"]
-
-    def records() -> Iterator[dict[str, Any]]:
-        for scale in scores:
-            values = zip(
-                bag.grid[scale].tolist(),
-                bag.boxes_px0(scale).tolist(),
-                overlap[scale].tolist(),
-                truth[scale].int().tolist(),
-                scores[scale].tolist(),
-                strict=True,
-            )
-            for (row, col), (left, top, right, _), *judged in values:
-                place = [bag.slide_id, scale, row, col, left, top, right - left]
-                yield dict(zip(columns, [*place, *judged], strict=True))
-
-    write_csv(path, columns, records())
 
 
 def write_detections(path: Path, found: Detections) -> None:
@@ -71,8 +31,7 @@ def write_froc(folder: Path, curves: Mapping[str, Froc]) -> None:
         for fps, sensitivity in curve.at.items()
     ]
     write_csv(folder / "froc.csv", list(rows[0]), rows)
-    with atomic_path(folder / "froc.png") as temporary:
-        froc_figure(curves).savefig(temporary, dpi=150)
+    save_figure(folder / "froc.png", froc_figure(curves), dpi=150)
 
 
 def froc_figure(curves: Mapping[str, Froc]) -> Figure:

@@ -1,11 +1,17 @@
-"""How a figure shows names, and what it leaves out if there is too much.
+"""How a figure shows names, what it leaves out if there is too much, and how it is saved.
 
 The size of a figure does not grow with the number of classes, scales, runs or epochs: the first or
 the most frequent ones are drawn, and the figure says how many are left out.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from dasmil.files import atomic_path
+
+if TYPE_CHECKING:  # a sweep shows names before it needs matplotlib
+    from matplotlib.figure import Figure
 
 Item = TypeVar("Item")
 
@@ -42,3 +48,9 @@ def show_finest(scales: Sequence[str]) -> tuple[Sequence[str], str]:
 def describe_left_out(total: int, most: int, what: str) -> str:
     """``12 more classes are left out``; "" if none is."""
     return f"{total - most} more {what} are left out" if total > most else ""
+
+
+def save_figure(path: Path, figure: "Figure", dpi: int = 130) -> None:
+    """Write a figure, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)

@@ -17,9 +17,8 @@ from dasmil.reports.figures import (
     calibration_figure,
     confusion_figure,
     evaluation_figures,
-    save_figures,
     scores_figure,
-    show_in_tensorboard,
+    write_figures,
 )
 from dasmil.reports.roc_figures import GRID, precision_recall_figure, roc_figure
 
@@ -345,7 +344,7 @@ def test_the_finest_scales_are_drawn_and_the_others_are_counted():
 def test_names_of_classes_are_shown_as_they_are(tmp_path):
     """Matplotlib takes dollars for formulas, and leaves lines with a first _ out of legends."""
     figure = roc_figure(many_classes(3, name="_${}_{{ \x1b\n" + "x" * 300), "val")
-    save_figures(tmp_path, {"roc": figure})
+    write_figures(tmp_path, "val", {"roc": figure})
     assert " _\\$0_{ \ufffd xxx" in words(figure)
     assert max(map(len, words(figure).splitlines())) < 100
     assert all(line.isprintable() for line in words(figure).splitlines())
@@ -355,8 +354,8 @@ def test_names_of_classes_are_shown_as_they_are(tmp_path):
 def test_all_pictures_are_files_that_say_what_they_are_of(tmp_path, made):
     shown = made()
     figures = evaluation_figures(shown, "test")
-    save_figures(tmp_path, figures)
-    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(figures)
+    write_figures(tmp_path, "test", figures)
+    assert sorted(path.stem for path in (tmp_path / "figures").iterdir()) == sorted(figures)
     n = len(shown.slide_ids)
     for name, figure in figures.items():
         first, second = next(
@@ -364,14 +363,14 @@ def test_all_pictures_are_files_that_say_what_they_are_of(tmp_path, made):
         )
         assert first.removeprefix("test: ").split()[0].lower() == name.replace("_", "-")
         assert second.startswith(f"{n} slides of {n} patients (2 ")
-        with Image.open(tmp_path / f"{name}.png") as picture:
+        with Image.open(tmp_path / "figures" / f"{name}.png") as picture:
             assert picture.width > 500
 
 
 def test_tensorboard_shows_each_picture_once_however_often_it_is_asked(tmp_path):
     figures = {"roc": roc_figure(evaluation(), "test")}
     for _ in range(2):
-        show_in_tensorboard(tmp_path, "test", figures)
-    assert len(list(tmp_path.iterdir())) == 1
+        write_figures(tmp_path, "test", figures)
+    assert len(list(tmp_path.glob("events*"))) == 1
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["images"] == ["test/roc"]

@@ -4,12 +4,10 @@ import textwrap
 from math import isnan
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dasmil.experiments.compare.table import Comparison, direction
-from dasmil.files import atomic_path
-from dasmil.reports.shown import show_first, show_name
+from dasmil.reports.shown import save_figure, show_first, show_name
 
 ROW_INCHES = 0.42
 PANEL_INCHES = 2.9
@@ -25,7 +23,6 @@ def draw(path: Path, comparison: Comparison) -> None:
     height = 1.5 + ROW_INCHES * len(methods)
     width = 2.2 + PANEL_INCHES * len(shown)
     figure = Figure((width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, metric in zip(panels, shown):
         results = comparison.results[metric][: len(methods)]
@@ -59,5 +56,4 @@ def draw(path: Path, comparison: Comparison) -> None:
         + (f"\n{left_out}" if left_out else ""),
         fontsize=10,
     )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(path, figure)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from dasmil.experiments.sweep.runs import SweepRow
 from dasmil.experiments.sweep.table import Cell
-from dasmil.files import atomic_path
-from dasmil.reports.shown import show_first, show_name
+from dasmil.reports.shown import save_figure, show_first, show_name
 
 ROW_INCHES = 0.34
 PANEL_INCHES = 3.4
@@ -18,7 +17,6 @@ def draw(
     path: Path, title: str, rows: Sequence[SweepRow], cells: Sequence[Mapping[str, Cell]]
 ) -> None:
     """Draw one panel per column, one line per row: a dot per run, a bar at the mean, ◇ paper."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     has_paper = any(row.paper for row in rows)
@@ -26,7 +24,6 @@ def draw(
     rows, fewer_rows = show_first(rows, MAX_ROWS, "rows")
     height = 1.3 + ROW_INCHES * len(rows)
     figure = Figure((1.8 + PANEL_INCHES * len(columns), height), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for panel, column in zip(panels, columns):
         for y, (row, cells_of_row) in enumerate(zip(rows, cells)):
@@ -45,5 +42,4 @@ def draw(
     left_out = ", ".join(filter(None, [fewer_rows, fewer_columns]))
     lines = [show_name(title, MAX_LABEL), f"● a run, | their mean{paper}", left_out]
     figure.suptitle("\n".join(filter(None, lines)), fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(path, figure)
