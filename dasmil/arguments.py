@@ -381,14 +381,18 @@ def join_scales(args: Sequence[str]) -> list[str]:
 def _values_in_configs(args: Sequence[str], name: str) -> dict[str, Any]:
     """Values per scale of an option in the config files of a command; later files win."""
     values: dict[str, Any] = {}
-    for option, value in zip(args, [*args[1:], ""]):
-        if option.startswith(f"{CONFIG}="):
-            value = option.removeprefix(f"{CONFIG}=")
-        elif option != CONFIG:
-            continue
+    for _, value in given_options(args, CONFIG):
         config = _mapping(value, value) if value.startswith("{") else read_config(Path(value))
         values |= config.get(name) or {}
     return values
+
+
+def given_options(args: Sequence[str], *options: str) -> Iterator[tuple[str, str]]:
+    """These options and their values, as ``--option value`` or ``--option=value``."""
+    for word, following in zip(args, [*args[1:], ""]):
+        option, equals, value = word.partition("=")
+        if option in options:
+            yield option, value if equals else following
 
 
 def _mapping(text: str, where: str) -> dict[str, Any]:

@@ -265,6 +265,6 @@ def _add_trainer(parser: Any) -> None:
     from dasmil.trainer import CommandLineTrainer
 
     parser.add_class_arguments(CommandLineTrainer, "trainer")
-    parser.set_defaults({"trainer.logger": False, "trainer.enable_checkpointing": False})
-    parser.set_defaults({"trainer.enable_model_summary": False})
+    for option in ("logger", "enable_checkpointing", "enable_model_summary"):
+        parser.set_defaults({f"trainer.{option}": False})
     hide_training(parser)

@@ -99,18 +99,22 @@ def describe_changes(old: str, new: str, also_new: bool = True) -> str:
     old, new: the sets, as JSON.
     also_new: whether to report parameters that ``old`` lacks, as an older version's set may.
     """
-    a, b = (_flat(json.loads(text)) for text in (old, new))
+    a, b = (flatten(json.loads(text)) for text in (old, new))
     keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and (also_new or k in a)]
-    return some_of([f"{key} {a.get(key, 'unknown')} → {b.get(key, 'unknown')}" for key in keys])
+    return some_of([f"{key} {_show(a, key)} → {_show(b, key)}" for key in keys])
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            flat[prefix + key] = f"[{', '.join(map(str, value))}]"
+def _show(values: Mapping[str, Any], key: str) -> str:
+    value = values.get(key, "unknown")
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values by names such as ``objective.temperature``."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": each for key, each in flatten(value).items()}
         else:
-            flat[prefix + key] = str(value)
+            flat[name] = value
     return flat

@@ -1,14 +1,14 @@
 """Arguments of fit, validate, test and predict: completed and checked around the parser."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
-from dasmil.arguments import read_config
+from dasmil.arguments import given_options, read_config
 from dasmil.callbacks.run_folder import CHECKPOINTS, LAST
 from dasmil.errors import InputError
 from dasmil.files import must_exist
@@ -49,13 +49,8 @@ Write the scores of all slides in a folder of bags, their instance tables and th
 
   python -m dasmil predict --ckpt_path RUN/checkpoints/best.ckpt --bags BAGS --output OUT""",
 }
-FROM_CHECKPOINT = ("ckpt_path", "bags")
-NEEDED = {  # verb → options that --help shows first
-    "fit": ("config", "output"),
-    "validate": FROM_CHECKPOINT,
-    "test": FROM_CHECKPOINT,
-    "predict": (*FROM_CHECKPOINT, "output"),
-}
+EVALUATED = ("ckpt_path", "bags")
+NEEDED = {"fit": ("config", "output"), "predict": (*EVALUATED, "output")}  # what --help shows first
 CLASSES = (
     "classes (QuPath) or groups (ASAP) of the annotations that are lesions; quote one with a "
     "colon: '[\"Tumor: Positive\"]'"
@@ -94,20 +89,20 @@ def evaluation_defaults(args: Sequence[str]) -> tuple[dict[str, Any], ModelCard 
     InputError
         if the checkpoint or the class that ``--model`` names cannot be loaded.
     """
-    given, _ = _parse_known(args, "ckpt_path", "bags", "model", "model.class_path")
-    if given["ckpt_path"] is None:
+    given = dict(given_options(args, "--ckpt_path", "--bags", *MODELS))
+    if not given.get("--ckpt_path"):
         return {}, None
-    method = given["model.class_path"] or given["model"]
-    own_class = None if method is None else _import_method(method)
-    _, description, cls = read_checkpoint(Path(given["ckpt_path"]), own_class)
+    method = given.get("--model.class_path") or given.get("--model")
+    own_class = _import_method(method) if method else None
+    _, description, cls = read_checkpoint(Path(given["--ckpt_path"]), own_class)
     card = description.card
     data: dict[str, Any] = {
         "classes": list(card.classes),
         "scales": list(card.scales),
         "split": {"val_part": card.val_part},
     }
-    if given["bags"] is not None:
-        data["bags"] = given["bags"]
+    if given.get("--bags"):
+        data["bags"] = given["--bags"]
     model = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": description.options}
     return {
         "model": model,
@@ -144,10 +139,12 @@ def with_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
     InputError
         if RUN is not the folder of a fit.
     """
-    given, rest = _parse_known(args, "resume")
-    if given["resume"] is None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    given, rest = parser.parse_known_args(list(args))
+    if given.resume is None:
         return rest, None
-    folder = Path(given["resume"])
+    folder = given.resume
     config = folder / "config.yaml"
     must_exist(folder, "give --resume the folder of a fit")
     if not config.is_file():
@@ -156,15 +153,6 @@ def with_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
     last = folder / CHECKPOINTS / LAST
     arguments = ["--config", str(config), "--output", str(folder), *rest]
     return arguments, last if last.is_file() else None
-
-
-def _parse_known(args: Sequence[str], *names: str) -> tuple[dict[str, str | None], list[str]]:
-    """The values of some options, None for those that are not given, and the other arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        parser.add_argument(f"--{name}")
-    given, rest = parser.parse_known_args(list(args))
-    return vars(given), rest
 
 
 def _check_config_of_fit(config: Path) -> None:
@@ -210,7 +198,7 @@ def refuse_arguments(verb: str, args: Sequence[str]) -> None:
 
     The parser would answer with import paths and Python classes.
     """
-    for option, value in _given(args, *MODELS, *CONFIGS):
+    for option, value in given_options(args, *MODELS, *CONFIGS):
         is_file = option in CONFIGS and not value.startswith("{")
         if OLD_METHOD in (Path(value).read_text(encoding="utf-8") if is_file else value):
             raise InputError(
@@ -218,7 +206,7 @@ def refuse_arguments(verb: str, args: Sequence[str]) -> None:
                 "objective and optimizer; .github/docs/changes.md lists them"
             )
     known = (*known_methods(), "DINOModule")
-    for option, name in _given(args, *MODELS):
+    for option, name in given_options(args, *MODELS):
         if name.isidentifier() and name not in known:
             raise InputError(f"{option}: no method {name!r}; there are {', '.join(known)}")
     names = {word.split("=")[0] for word in args}
@@ -235,11 +223,3 @@ def refuse_arguments(verb: str, args: Sequence[str]) -> None:
     ):
         if not names & {option, f"--data.{option[2:]}"}:
             raise InputError(f"{verb}: give {option}, {what}")
-
-
-def _given(args: Sequence[str], *options: str) -> Iterator[tuple[str, str]]:
-    """These options and their values, as ``--option value`` or ``--option=value``."""
-    for word, following in zip(args, [*args[1:], ""]):
-        option, equals, value = word.partition("=")
-        if option in options:
-            yield option, value if equals else following

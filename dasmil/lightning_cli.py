@@ -38,6 +38,7 @@ from dasmil.help import hide_training
 from dasmil.lightning_arguments import (
     ABOUT,
     CLASSES,
+    EVALUATED,
     HELP,
     NEEDED,
     OPTIONS,
@@ -155,7 +156,7 @@ class DasmilCLI(LightningCLI):
         if subcommand in ("validate", "test"):
             kind = list[str] | None
             parser.add_argument("--truth_classes", type=kind, metavar="[NAME,...]", help=CLASSES)
-        parser.needed = NEEDED[subcommand]
+        parser.needed = NEEDED.get(subcommand, EVALUATED)
         parser.usage = " ".join(
             [f"python -m dasmil {subcommand}", *(f"--{name} PATH" for name in parser.needed)]
         )

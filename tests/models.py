@@ -9,10 +9,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from dasmil.bags.neighbours import Neighbours
+from dasmil.json_text import flatten
 from dasmil.methods import DASMIL
 from dasmil.methods.dasmil import DASMILNetwork, NetworkOptions
 from dasmil.modules import MILModule, ModelCard
-from dasmil.modules.options import flat_options, nested_options, typed_options
+from dasmil.modules.options import nested_options, typed_options
 from dasmil.nn import GAT
 
 
@@ -64,7 +65,7 @@ def make_network(
 
 def leaves(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of all groups side by side, by the last part of their names."""
-    return {name.rsplit(".", 1)[-1]: value for name, value in flat_options(options).items()}
+    return {name.rsplit(".", 1)[-1]: value for name, value in flatten(options).items()}
 
 
 class ReferenceGAT(GAT):

@@ -12,8 +12,9 @@ from road import COLON, CONFIGS
 from dasmil import methods
 from dasmil.data import BagDataModule, TileDataModule
 from dasmil.embedding.embed import embed
+from dasmil.json_text import flatten
 from dasmil.modules import DINOModule, MILModule
-from dasmil.modules.options import flat_options, plain_options
+from dasmil.modules.options import plain_options
 from dasmil.slides.tile import tile
 
 FITS = [
@@ -34,7 +35,7 @@ def defaults(path: Path, part: str) -> dict[str, Any]:
         name = model.get("class_path", "DASMIL")
         kind = DINOModule if is_dino else getattr(methods, name)
     if issubclass(kind, MILModule):
-        return flat_options(kind().options)
+        return flatten(kind().options)
     parameters = signature(kind.__init__).parameters
     return plain_options({name: p.default for name, p in parameters.items()})
 
@@ -44,7 +45,7 @@ def test_a_config_holds_what_differs_from_the_defaults(path: Path) -> None:
     """A preset pins every switch, also where it is the default."""
     content = yaml.safe_load(path.read_text())
     for part in ("model", "data"):
-        given = flat_options(content.get(part, {}).get("init_args", {}))
+        given = flatten(content.get(part, {}).get("init_args", {}))
         known = defaults(path, part)
         for name, value in given.items():
             dictionary = any(name.startswith(f"{option}.") for option in known)  # of free keys

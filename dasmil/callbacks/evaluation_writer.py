@@ -91,7 +91,7 @@ class EvaluationWriter(Callback):
             print(*auroc_lines(split, evaluation), sep="\n")
         if self.output is None:
             return
-        more = module.mean_losses()
+        more = dict(module.losses)
         for truth in truths:
             more |= truth.metrics
         name, digest = checkpoint_of(trainer)

@@ -32,6 +32,7 @@ class UnreadBag:
     reason: str
 
 
+@dataclass(eq=False)
 class BagDataset(Dataset[Any]):
     """One graph per slide, made from its bag file on access.
 
@@ -48,26 +49,18 @@ class BagDataset(Dataset[Any]):
         and any other that cannot be read gives an :class:`UnreadBag`. None: it raises InputError.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        rows: Sequence[SlideRow],
-        classes: Sequence[str],
-        scales: Sequence[str] | None = None,
-        edges: bool = True,
-        cache: dict[str, BagGraph] | None = None,
-        to_cache: Callable[[BagGraph], BagGraph] = copy,
-        unreadable: Mapping[str, str] | None = None,
-    ):
-        self.folder = folder
-        self.rows = rows
-        self.scales = scales
-        self.edges = edges
-        indices = {name: index for index, name in enumerate(classes)}
-        self.labels = [UNKNOWN if r.label is None else indices.get(r.label, UNKNOWN) for r in rows]
-        self.cache = cache
-        self.to_cache = to_cache
-        self.unreadable = unreadable
+    folder: Path
+    rows: Sequence[SlideRow]
+    classes: Sequence[str]
+    scales: Sequence[str] | None = None
+    edges: bool = True
+    cache: dict[str, BagGraph] | None = None
+    to_cache: Callable[[BagGraph], BagGraph] = copy
+    unreadable: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        indices: dict[str | None, int] = {name: index for index, name in enumerate(self.classes)}
+        self.labels = [indices.get(row.label, UNKNOWN) for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)

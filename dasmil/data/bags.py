@@ -24,6 +24,7 @@ from dasmil.data.bag_checks import (
     warn_missing,
 )
 from dasmil.data.bag_dataset import BagDataset, UnreadBag, copy_to_cache, feature_statistics
+from dasmil.data.distributed import processes
 from dasmil.data.sampler import TrainingSampler, sampling_weights, set_resumed_epoch
 from dasmil.data.seeds import training_seed
 from dasmil.data.split import (
@@ -158,7 +159,7 @@ class BagDataModule(LightningDataModule):
             self._has_fitted = True
             for split in ("train", self.val_part):
                 refuse_missing_classes(self.folder, split, self.class_counts(split))
-        if stage in EVALUATIONS and self._processes()[1] == 0:
+        if stage in EVALUATIONS and processes(self.trainer)[1] == 0:
             self._print_evaluated(stage)
         if stage != "predict" and self.val_part == "test":
             warn_test_is_validation(self.folder, self.splits.values())
@@ -172,10 +173,8 @@ class BagDataModule(LightningDataModule):
         if stage == "fit" and self.cache != "none":
             self._cached = {}
             slides = [row.slide_id for row in self.rows_of("train") + self.rows_of(self.val_part)]
-            processes = 1 if self.trainer is None else self.trainer.num_devices
-            refuse_large_cache(
-                self.folder, slides, self.scales, self.cache, self._device(), processes
-            )
+            copies = 1 if self.trainer is None else self.trainer.num_devices
+            refuse_large_cache(self.folder, slides, self.scales, self.cache, self._device(), copies)
 
     def rows_of(self, split: str) -> list[SlideRow]:
         """The slides of a split that have a bag; those of ``train`` also have tiles."""
@@ -215,7 +214,7 @@ class BagDataModule(LightningDataModule):
             weights = sampling_weights(dataset.labels, len(self.classes))
         sampler = TrainingSampler(
             len(dataset),
-            *self._processes(),
+            *processes(self.trainer),
             training_seed(),
             batch_size=self.batch_size,
             accumulated=1 if self.trainer is None else self.trainer.accumulate_grad_batches,
@@ -258,7 +257,7 @@ class BagDataModule(LightningDataModule):
         """
         dataset = self._dataset(rows, unreadable)
         sampler: DistributedSampler[BagGraph] = DistributedSampler(
-            dataset, *self._processes(), shuffle=False
+            dataset, *processes(self.trainer), shuffle=False
         )
         return DataLoader(dataset, batch_size=1, sampler=sampler, **self._loader_options())
 
@@ -280,12 +279,6 @@ class BagDataModule(LightningDataModule):
         """The card of the model; None if the model has none yet."""
         model = self._model()
         return model.card if getattr(model, "is_bound", False) else None
-
-    def _processes(self) -> tuple[int, int]:
-        """Number of processes, and rank of this one."""
-        if self.trainer is None:
-            return 1, 0
-        return self.trainer.world_size, self.trainer.global_rank
 
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device

@@ -1,11 +1,17 @@
-"""Gather Python objects from all processes."""
+"""The processes of a training, and Python objects of all of them."""
 
 from typing import TypeVar
 
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+def processes(trainer: Trainer | None) -> tuple[int, int]:
+    """Number of processes, and rank of this one; without a Trainer there is one."""
+    return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
 
 def gather_lists(items: list[T]) -> list[T]:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from dasmil.data.bag_checks import warn_missing
+from dasmil.data.distributed import processes
 from dasmil.data.sampler import set_resumed_epoch
 from dasmil.data.seeds import training_seed
 from dasmil.data.split import HELD_OUT, SplitOptions
@@ -30,6 +32,7 @@ OF_TRAINING = ("scale", "batch_size", "tiles_per_epoch", "views")
 MAX_OPEN_SLIDES = 32  # per reading process
 
 
+@dataclass(eq=False)
 class TileDataset(Dataset[Any]):
     """Views of single tiles; an index is (number of the slide, row of the tile, seed).
 
@@ -45,17 +48,12 @@ class TileDataset(Dataset[Any]):
         random numbers.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[SlideRow],
-        boxes_px0: Sequence[np.ndarray],
-        tile_px: int,
-        views: Callable[[RgbArray, int], Any],
-    ):
-        self.rows = rows
-        self.boxes_px0 = boxes_px0
-        self.tile_px = tile_px
-        self.views = views
+    rows: Sequence[SlideRow]
+    boxes_px0: Sequence[np.ndarray]
+    tile_px: int
+    views: Callable[[RgbArray, int], Any]
+
+    def __post_init__(self) -> None:
         self._open: dict[int, Slide] = {}
         self._damaged: set[int] = set()  # slides for which a warning was given
 
@@ -251,13 +249,8 @@ class TileDataModule(LightningDataModule):
 
     def _sampler(self) -> EvenSlideSampler:
         sizes = [len(boxes) for boxes in self.boxes_px0]
-        return EvenSlideSampler(
-            sizes,
-            self.tiles_per_epoch or sum(sizes),
-            self.trainer.world_size if self.trainer else 1,
-            self.trainer.global_rank if self.trainer else 0,
-            training_seed(),
-        )
+        num_tiles = self.tiles_per_epoch or sum(sizes)
+        return EvenSlideSampler(sizes, num_tiles, *processes(self.trainer), training_seed())
 
     @property
     def _is_on_gpu(self) -> bool:

@@ -162,34 +162,21 @@ class TensorViews:
     def __call__(self, pixels: RgbArray, seed: int) -> list[Tensor]:
         """Views of a tile (S, S, 3), each (3, side, side) on the CPU."""
         drawn = self.draw(pixels, seed)
-        parts = (part.tolist() for part in drawn[1:])
-        return [
-            self._view(drawn.tiles, side_px, *of_view)
-            for side_px, *of_view in zip(self.sides_px, *parts, strict=True)
-        ]
+        return [self._view(drawn, number) for number in range(len(self.sides_px))]
 
-    def _view(
-        self,
-        tile: Tensor,
-        side_px: int,
-        box_px: list[int],
-        turned: list[bool],
-        order: list[int],
-        factors: list[float],
-        is_grey: bool,
-        sigma_px: float,
-        is_solarized: bool,
-    ) -> Tensor:
-        view = views_cpu.crop(tile, box_px, side_px)
+    def _view(self, drawn: DrawnTiles, number: int) -> Tensor:
+        """One view of a tile, (3, side, side)."""
+        view = views_cpu.crop(drawn.tiles, drawn.box_px[number].tolist(), self.sides_px[number])
+        order, factors = drawn.order[number].tolist(), drawn.factors[number].tolist()
         view = views_cpu.jitter_colour(view, order, factors)
-        if is_grey:
+        if drawn.grey[number]:
             view = views_cpu.to_grey(view)
-        if sigma_px > 0:
-            view = views_cpu.blur(view, sigma_px)
-        if is_solarized:
+        if drawn.sigma_px[number] > 0:
+            view = views_cpu.blur(view, float(drawn.sigma_px[number]))
+        if drawn.solarized[number]:
             view = views_cpu.solarize(view, self._threshold)
         x = torch.from_numpy(view).permute(2, 0, 1).float().contiguous()
-        mirrored, upset, quarter = turned
+        mirrored, upset, quarter = drawn.turned[number].tolist()
         if mirrored or upset:
             x = x.flip([2] * mirrored + [1] * upset)
         return self._normalize(x.rot90(1, (1, 2)) if quarter else x)
@@ -199,12 +186,8 @@ class TensorViews:
         generator = np.random.default_rng(seed)
         num_views = len(self.sides_px)
         boxes_px = self._draw_boxes_px(generator, pixels.shape[0])
-        turn, order, factor, (jitter, grey, blur, sigma, solarize) = (
-            generator.random((num_views, 3)),
-            generator.random((num_views, 4)),
-            generator.random((num_views, 4)),
-            generator.random((5, num_views)),
-        )
+        turn, order, factor = (generator.random((num_views, n)) for n in (3, 4, 4))
+        jitter, grey, blur, sigma, solarize = generator.random((5, num_views))
         factors = np.where(
             jitter[:, None] < self._jitter, _between(self._factors, factor), [*NEUTRAL.values()]
         )

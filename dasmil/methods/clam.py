@@ -136,21 +136,15 @@ class CLAM(SingleScaleModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(1 - w) · label loss + w · loss of the tiles per bag, shape (B,), and both terms."""
         (scale, found), *_ = output.items()
-        assert isinstance(found, CLAMOutput) and found.hidden is not None
+        assert isinstance(found, CLAMOutput)
+        assert found.hidden is not None and found.attention is not None
         label_loss = bag_loss(found.bag_logits, graph.labels)
-        tile_loss = self._tile_losses(found, graph.ptr[scale], graph.labels)
+        sizes = graph.ptr[scale].diff().tolist()
+        bags = zip(found.hidden.split(sizes), found.attention.split(sizes), graph.labels.tolist())
+        tile_loss = torch.stack([self._tile_loss(*bag) for bag in bags])
         weight = self.objective_options.instance
         total = self.label_weight(graph.labels) * (1 - weight) * label_loss + weight * tile_loss
         return total, {f"bag/{scale}": label_loss, f"instance/{scale}": tile_loss}
-
-    def _tile_losses(self, output: CLAMOutput, ptr: Tensor, labels: Tensor) -> Tensor:
-        """The loss of the tiles per bag, shape (B,); 0 for a bag without tiles."""
-        assert output.hidden is not None and output.attention is not None
-        losses = []
-        for number, label in enumerate(labels.tolist()):
-            rows = slice(*ptr[number : number + 2].tolist())
-            losses.append(self._tile_loss(output.hidden[rows], output.attention[rows], label))
-        return torch.stack(losses)
 
     def _tile_loss(self, hidden: Tensor, attention: Tensor, label: int) -> Tensor:
         """The loss of the tiles of one bag; the choice of tiles has no gradient.
@@ -175,14 +169,13 @@ class CLAM(SingleScaleModule):
                 chosen = torch.cat([chosen, (-scores).topk(k).indices])
                 targets += [0] * k
             logits = precisely(classify, hidden[chosen])  # (k or 2 k, 2)
-            losses.append(self._loss_of(logits, torch.tensor(targets, device=logits.device)))
+            wanted = torch.tensor(targets, device=logits.device)
+            if options.instance_loss == "svm":
+                losses.append(smooth_svm(logits, wanted).mean())
+            else:
+                losses.append(F.cross_entropy(logits, wanted))
         num_classes = len(self.network.tile_classifiers) if options.subtyping else 1
         return torch.stack(losses).sum() / num_classes
-
-    def _loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if self.objective_options.instance_loss == "svm":
-            return smooth_svm(logits, targets).mean()
-        return F.cross_entropy(logits, targets)
 
 
 class CLAMNetwork(nn.Module):

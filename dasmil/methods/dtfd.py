@@ -198,12 +198,9 @@ class DTFDNetwork(nn.Module):
         ptr = graph.ptr[self.scale]
         x = graph.features[self.scale].to(self.classifier.weight.dtype)
         sizes = ptr.diff().tolist()
-        orders = [
-            self.deal(size, slide_id) for size, slide_id in zip(sizes, graph.slide_ids, strict=True)
-        ]
         outputs = [
-            self.forward_bag(bag, order.to(x.device))
-            for bag, order in zip(x.split(sizes), orders, strict=True)
+            self.forward_bag(bag, self.deal(len(bag), slide_id).to(x.device))
+            for bag, slide_id in zip(x.split(sizes), graph.slide_ids, strict=True)
         ]
         bag_logits, pseudo_logits, attention = zip(*outputs, strict=True)
         counts = torch.tensor([0, *map(len, pseudo_logits)], device=x.device)

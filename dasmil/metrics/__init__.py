@@ -2,21 +2,6 @@
 
 from dasmil.metrics.evaluated_slides import Evaluation, pool
 from dasmil.metrics.paired import swap_test
-from dasmil.metrics.slide import (
-    class_probabilities,
-    slide_metrics,
-    specificity_threshold,
-    threshold_metrics,
-    youden_threshold,
-)
+from dasmil.metrics.slide import class_probabilities, slide_metrics
 
-__all__ = [
-    "Evaluation",
-    "class_probabilities",
-    "pool",
-    "slide_metrics",
-    "specificity_threshold",
-    "swap_test",
-    "threshold_metrics",
-    "youden_threshold",
-]
+__all__ = ["Evaluation", "class_probabilities", "pool", "slide_metrics", "swap_test"]

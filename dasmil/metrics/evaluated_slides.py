@@ -127,18 +127,6 @@ class Evaluation:
             for scale, values in self.probabilities.items()
         }
 
-    def select(self, index: Tensor) -> "Evaluation":
-        """Only the slides of ``index`` (m,), in this order; repetitions are allowed."""
-        chosen = index.tolist()
-        return replace(
-            self,
-            slide_ids=tuple(self.slide_ids[number] for number in chosen),
-            patients=tuple(self.patients[number] for number in chosen),
-            labels=self.labels[index],
-            probabilities={scale: values[index] for scale, values in self.probabilities.items()},
-            folds=None if self.folds is None else self.folds[index],
-        )
-
     def by_patient(self, pooling: Literal["mean", "max"] = "mean") -> "Evaluation":
         """One row per patient, sorted; ``slide_ids`` are then the patients.
 
@@ -279,24 +267,21 @@ def pool(evaluations: Sequence[Evaluation], scale: str) -> Evaluation:
 
     Each slide keeps the threshold of its own model. A slide of two test sets occurs twice.
     """
-    first = evaluations[0]
-    points = (first.thresholds or {}).get(scale, {})
+    points = [(each.thresholds or {}).get(scale, {}) for each in evaluations]
+    thresholds = {
+        point: torch.tensor([each[point] for each in points], dtype=torch.float64)
+        for point in points[0]
+        if all(point in each for each in points)
+    }
     sizes = torch.tensor([len(each.slide_ids) for each in evaluations])
     return replace(
-        first,
+        evaluations[0],
         slide_ids=tuple(slide for each in evaluations for slide in each.slide_ids),
         patients=tuple(patient for each in evaluations for patient in each.patients),
         labels=torch.cat([each.labels for each in evaluations]),
         probabilities={scale: torch.cat([each.probabilities[scale] for each in evaluations])},
         thresholds={
-            scale: {
-                point: torch.tensor(
-                    [(each.thresholds or {})[scale][point] for each in evaluations],
-                    dtype=torch.float64,
-                ).repeat_interleave(sizes)
-                for point in points
-                if all(point in (each.thresholds or {}).get(scale, {}) for each in evaluations)
-            }
+            scale: {point: of.repeat_interleave(sizes) for point, of in thresholds.items()}
         },
         folds=torch.arange(len(evaluations)).repeat_interleave(sizes)
         if len(evaluations) > 1

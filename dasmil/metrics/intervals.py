@@ -179,12 +179,9 @@ def metric_intervals(
             ),
         }
         if folds is not None:
-            few = min(ClusteredSlides(positive, patients, folds).num_patients) < MIN_PATIENTS
-            of_class["auroc_same_fold"] = (
-                (np.array(nan), np.array(nan))
-                if few
-                else auroc_interval(scores, positive, patients, folds)
-            )
+            of_class["auroc_same_fold"] = np.array(nan), np.array(nan)
+            if min(ClusteredSlides(positive, patients, folds).num_patients) >= MIN_PATIENTS:
+                of_class["auroc_same_fold"] = auroc_interval(scores, positive, patients, folds)
         for name, interval in of_class.items():
             per_class.setdefault(name, []).append(interval)
     intervals = {name: _as_floats(np.mean(each, axis=0)) for name, each in per_class.items()}

@@ -213,20 +213,18 @@ def threshold_metrics(
     the metric needs has no slide, or if a probability is nan.
     """
     called = margin > 0
-    measures: dict[str, tuple[Callable[[], Array], bool]] = {
-        "accuracy": (lambda: (called == positive).mean(axis=-1), True),
-        "balanced_accuracy": (
-            lambda: (share(called, positive) + share(~called, ~positive)) / 2,
-            True,
-        ),
-        "f1": (lambda: f1(called, positive), bool(positive.any() and not positive.all())),
-        "sensitivity": (lambda: share(called, positive), True),
-        "specificity": (lambda: share(~called, ~positive), True),
+    measures: dict[str, Callable[[], Array]] = {
+        "accuracy": lambda: (called == positive).mean(axis=-1),
+        "balanced_accuracy": lambda: (share(called, positive) + share(~called, ~positive)) / 2,
+        "f1": lambda: f1(called, positive),
+        "sensitivity": lambda: share(called, positive),
+        "specificity": lambda: share(~called, ~positive),
     }
     known = bool(np.isfinite(margin).all())
+    both = bool(positive.any() and not positive.all())  # F1 needs slides of both classes
     return {
-        name: measure() if known and defined else np.full(margin.shape[:-1], nan)
-        for name, (measure, defined) in measures.items()
+        name: measure() if known and (both or name != "f1") else np.full(margin.shape[:-1], nan)
+        for name, measure in measures.items()
         if names is None or name in names
     }
 

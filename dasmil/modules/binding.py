@@ -9,9 +9,9 @@ from dasmil.bags import describe_difference
 from dasmil.data.bags import BagDataModule
 from dasmil.data.seeds import training_seed
 from dasmil.errors import InputError, some_of
+from dasmil.json_text import flatten
 from dasmil.losses import balanced_weights
 from dasmil.modules.card import ModelCard
-from dasmil.modules.options import flat_options
 from dasmil.slides.study import Study, join_records, place_slides, plain_records, read_records
 
 FEW_SLIDES = 10  # per class: with fewer, an AUROC of 0.8 has a standard error above 0.1
@@ -97,7 +97,7 @@ def refuse_other_network(
     options: those of the module by names such as ``network.out_dim``.
     where: the checkpoint, for messages.
     """
-    before = flat_options(trained)
+    before = flatten(trained)
     other = [
         f"model.{name} {now} instead of {before[name]}"
         for name, now in options.items()

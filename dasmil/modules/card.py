@@ -14,7 +14,7 @@ import torch
 from dasmil.embedding.record import STUDY
 from dasmil.embedding.weights import refuse_other_keys
 from dasmil.errors import InputError
-from dasmil.modules.options import nested_options, option_types, typed_options
+from dasmil.modules.options import nested_options, option_types, plain_options, typed_options
 from dasmil.plain import (
     NOTHING,
     SWITCH,
@@ -106,13 +106,6 @@ class ModelCard:
         """Names, coarse to fine."""
         return tuple(self.bag_format["scales"])
 
-    def plain(self) -> dict[str, Any]:
-        """The card as plain values, as a checkpoint holds it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        split = self.split if isinstance(self.split, Mapping) else list(self.split)
-        weights = None if self.class_weights is None else list(self.class_weights)
-        return {**values, "classes": list(self.classes), "split": split, "class_weights": weights}
-
 
 @dataclass(frozen=True)
 class Description:
@@ -134,7 +127,7 @@ def describe_model(method: type, options: Mapping[str, Any], card: ModelCard) ->
     """The entries of a checkpoint from which :func:`read_card` reads the model."""
     is_shipped = method.__module__.startswith("dasmil.methods.")
     name = method.__name__ if is_shipped else f"{method.__module__}.{method.__qualname__}"
-    return {METHOD: name, OPTIONS: options, CARD: card.plain()}
+    return {METHOD: name, OPTIONS: options, CARD: plain_options(vars(card))}
 
 
 def method_name(checkpoint: Mapping[str, Any], where: object) -> str:
@@ -147,7 +140,8 @@ def method_name(checkpoint: Mapping[str, Any], where: object) -> str:
     """
     options, name = checkpoint.get(OPTIONS), checkpoint.get(METHOD)
     if isinstance(options, Mapping) and options.get("bag_format") is not None:
-        name = _old_method(options)
+        path = str(options.get("_class_path", "dasmil.modules.DASMILModule"))[:200]
+        name = "DASMIL" if path.endswith(".DASMILModule") else path
     if not isinstance(name, str) or not isinstance(options, Mapping):
         raise InputError(f"{where}: holds no model of bags; give a checkpoint of its fit")
     return name
@@ -178,7 +172,7 @@ def read_card(checkpoint: Mapping[str, Any], where: object, method: type) -> Des
     if checkpoint.get(METHOD) is None:  # of a version before 0.2
         card = {key: options.pop(key) for key in list(options) if key in OF_CARD}
         options, card = _from_before(method, options, card)
-    refuse_other_options(method, options, f"{where}: its options")
+    refuse_other_options(options, option_types(method), f"{where}: its options")
     refuse_other(card, OF_CARD, f"{where}: its card", ("classes", "bag_format"))
     try:
         _refuse_contradictions(card)
@@ -191,11 +185,6 @@ def read_card(checkpoint: Mapping[str, Any], where: object, method: type) -> Des
         raise InputError(f"{where}: {error}") from error
     refuse_other_keys(model, checkpoint.get("state_dict"), where)
     return Description(name, options, model_card)
-
-
-def _old_method(options: Mapping[str, Any]) -> str:
-    path = options.get("_class_path", "dasmil.modules.DASMILModule")
-    return "DASMIL" if str(path).endswith(".DASMILModule") else str(path)[:200]
 
 
 def _from_before(
@@ -222,12 +211,13 @@ def _refuse_contradictions(card: Mapping[str, Any]) -> None:
         raise InputError(f"it has {len(weights)} class_weights for {len(classes)} classes")
 
 
-def refuse_other_options(method: type, options: Any, where: str) -> None:
-    """Check options against the types of a method's parameters, as they are checked when read.
+def refuse_other_options(options: Any, types: Mapping[str, Any], where: str) -> None:
+    """Check options against their types, those of dataclasses field by field.
 
     Parameters
     ----------
     options: plain values, see :func:`dasmil.modules.options.plain_options`.
+    types: of a method's options, see :func:`dasmil.modules.options.option_types`.
     where: whose options they are, as the beginning of a sentence.
 
     Raises
@@ -235,16 +225,11 @@ def refuse_other_options(method: type, options: Any, where: str) -> None:
     InputError
         naming the first option that a checkpoint cannot hold.
     """
-    _refuse_other_values(options, option_types(method), where)
-
-
-def _refuse_other_values(values: Any, types: Mapping[str, Any], where: str) -> None:
-    """Check values against their types, those of dataclasses field by field."""
     kinds = {name: CLOSER.get(name) or _kind_of(hint, name) for name, hint in types.items()}
-    refuse_other(values, kinds, where)
+    refuse_other(options, kinds, where)
     for name, hint in types.items():
-        if is_dataclass(hint) and name in values:
-            _refuse_other_values(values[name], get_type_hints(hint), f"{where}.{name}")
+        if is_dataclass(hint) and name in options:
+            refuse_other_options(options[name], get_type_hints(hint), f"{where}.{name}")
 
 
 def _kind_of(hint: Any, name: str) -> Kind:

@@ -5,7 +5,6 @@ those of Caron et al. 2021 (DINO), the loss, head and crops lightly's.
 """
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -266,16 +265,14 @@ class DINOModule(TrainingModule):
         size = len(crops[0])
         self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         self.log("train/loss_step", loss, prog_bar=True)
-        slides = partial(self._slides_of, self.current_epoch, batch_idx)
-        self.finite_loss.watch(self.global_step, loss, slides)
+        data, epoch = self.datamodule, self.current_epoch
+        is_known = isinstance(data, TileDataModule)
+        self.finite_loss.watch(
+            self.global_step, loss, lambda: data.slides_of(epoch, batch_idx) if is_known else []
+        )
         if batch_idx == 0 and self.current_epoch == 0:
             self._show_crops(crops)
         return loss
-
-    def _slides_of(self, epoch: int, batch_idx: int) -> list[str]:
-        """The slide_ids of a batch of this process, as far as known."""
-        data = self.datamodule
-        return data.slides_of(epoch, batch_idx) if isinstance(data, TileDataModule) else []
 
     def _loss(self, teacher_out: Tensor, student_out: list[Tensor]) -> Tensor:
         """DINO's loss in float32; under autocast lightly would round it to half precision.

@@ -29,7 +29,7 @@ from dasmil.modules.binding import (
 )
 from dasmil.modules.card import ModelCard, describe_model, read_card, refuse_other_options
 from dasmil.modules.finite_loss import ADVICE
-from dasmil.modules.options import EvaluationOptions, OptimizerOptions
+from dasmil.modules.options import EvaluationOptions, OptimizerOptions, option_types
 from dasmil.modules.resume import refuse_other_settings
 from dasmil.modules.slide_results import (
     SlideResult,
@@ -75,6 +75,7 @@ class MILModule(TrainingModule):
     evaluation: the result of the last evaluation.
     failed: its slides whose output is not finite.
     results: its results per slide.
+    losses: the mean over them of each term of the objective, and of ``loss``.
     """
 
     network: nn.Module
@@ -96,6 +97,7 @@ class MILModule(TrainingModule):
         self._card: ModelCard | None = None
         self.standardize: Standardize | None = None
         self.results: list[SlideResult] = []
+        self.losses: dict[str, float] = {}
         self.evaluation: Evaluation | None = None
         self.failed: list[str] = []
         self._standardizes = standardize
@@ -219,7 +221,7 @@ class MILModule(TrainingModule):
         if not isinstance(data, BagDataModule):
             return
         if stage == "fit":  # so that the checkpoint can be read
-            refuse_other_options(type(self), self.options, "model")
+            refuse_other_options(self.options, option_types(type(self)), "model")
         before = self._card
         if before is None:
             self.bind(ModelCard(tuple(data.classes), data.bag_format))
@@ -324,8 +326,7 @@ class MILModule(TrainingModule):
         self.finite_loss.check()
         self.results = []
 
-    def on_test_epoch_start(self) -> None:
-        self.results = []
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, graph: BagGraph, batch_idx: int) -> dict[str, ScaleOutput]:
         output = self(graph)
@@ -369,7 +370,8 @@ class MILModule(TrainingModule):
             if stage == "test" and not self.failed:
                 metrics |= evaluation.test_chosen_metrics(scale)
             self._log_metrics({f"{stage}/{scale}/{k}": value for k, value in metrics.items()})
-        metrics |= self.mean_losses()  # after those of the last scale, the answer
+        self.losses = mean_losses(self.results)
+        metrics |= self.losses  # after those of the last scale, the answer
         self._log_metrics({f"{stage}/{k}": value for k, value in metrics.items()})
         if stage == "val" and not is_fit:
             warn_constant_scales(self.results, "this model")
@@ -380,10 +382,6 @@ class MILModule(TrainingModule):
                 f"{len(self.classes)} classes",
                 stacklevel=2,
             )
-
-    def mean_losses(self) -> dict[str, float]:
-        """Mean over the evaluated slides of each term of the objective, and of ``loss``."""
-        return mean_losses(self.results)
 
     def on_train_end(self) -> None:
         warn_constant_scales(self.results, "the model of the last epoch")

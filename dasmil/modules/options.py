@@ -84,17 +84,6 @@ def _plain(value: Any) -> Any:
     return list(map(_plain, value)) if isinstance(value, tuple | list) else value
 
 
-def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain options with names such as ``objective.temperature``."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{key}": each for key, each in flat_options(value).items()}
-        else:
-            flat[name] = value
-    return flat
-
-
 def typed_options(method: type, plain: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`plain_options`: arguments of a module.
 

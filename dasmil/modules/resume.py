@@ -14,7 +14,8 @@ from torch import Tensor
 from dasmil.data.seeds import training_seed
 from dasmil.embedding.restricted import load_checkpoint, refuse_no_numbers
 from dasmil.errors import InputError, some_of
-from dasmil.modules.options import flat_options, plain_options
+from dasmil.json_text import flatten
+from dasmil.modules.options import plain_options
 
 SETTINGS = "settings"  # entry of a checkpoint
 NOT_COMPARED = ("val_part", "specificity", "patient_pooling")  # options of the evaluation alone
@@ -34,7 +35,7 @@ def training_settings(
     """
     settings: dict[str, Any] = {}
     for name, source in (("model", module), ("data", data)):
-        options = {} if source is None else flat_options(plain_options(source.hparams_initial))
+        options = {} if source is None else flatten(plain_options(source.hparams_initial))
         settings |= {f"{name}.{key}": value for key, value in options.items()}
     settings |= {f"trainer.{name}": getattr(trainer, name) for name in OF_TRAINER}
     if getattr(module, "follows_steps", False):

@@ -5,8 +5,9 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from dasmil.data.seeds import seed_step
+from dasmil.json_text import flatten
 from dasmil.modules.finite_loss import FiniteLoss
-from dasmil.modules.options import flat_options, plain_options
+from dasmil.modules.options import plain_options
 from dasmil.modules.resume import SETTINGS, refuse_broken_state, training_settings
 
 OPTIONS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
@@ -35,7 +36,7 @@ class TrainingModule(LightningModule):
     @property
     def flat_options(self) -> dict[str, Any]:
         """The same by names such as ``objective.temperature``."""
-        return flat_options(self.options)
+        return flatten(self.options)
 
     @property
     def datamodule(self) -> Any:

@@ -211,7 +211,7 @@ def _slide_rows(
 
 
 def read_evaluation(folder: Path, split: str) -> Evaluation:
-    """The evaluation that :func:`write_evaluation` wrote, without loss.
+    """The evaluation that :func:`write_evaluation` wrote, without loss, sorted by slide_id.
 
     Raises
     ------
@@ -245,6 +245,7 @@ def read_evaluation(folder: Path, split: str) -> Evaluation:
                 f"{table} line {row.line}: label {row['label']!r} is none of {', '.join(classes)}; "
                 f"{ADVICE}"
             )
+    rows.sort(key=lambda row: row["slide_id"])
     return Evaluation(
         classes=classes,
         slide_ids=tuple(row["slide_id"] for row in rows),

@@ -11,9 +11,7 @@ from dasmil.errors import InputError
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.digest import sample_digest
 from dasmil.slides.qc import caption
-from dasmil.slides.reader import Slide
-
-RgbArray = npt.NDArray[np.uint8]
+from dasmil.slides.reader import RgbArray, Slide
 
 CANVAS_PX = 800  # longer side of the slide's picture
 OPACITY = 0.55

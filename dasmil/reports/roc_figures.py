@@ -48,8 +48,7 @@ class Curve:
     Parameters
     ----------
     points: (n,) scores and (n,) 0 or 1 → x, rising, and y.
-    on_grid: x and y → the curve's y at each x of the grid.
-    band: (n,) scores, (n,) bool, (n,) patients, and the curve's y on the grid → its 95 % band.
+    band: (n,) scores, (n,) bool, (n,) patients, x and y → the 95 % band on the grid.
     area: under the curve, of (n,) scores and (n,) bool.
     interval: of the area, of (n,) scores, (n,) bool and (n,) patients.
     name: of the area.
@@ -57,8 +56,7 @@ class Curve:
     """
 
     points: Callable[[Tensor, Tensor], tuple[Array, Array]]
-    on_grid: Callable[[Array, Array], Array]
-    band: Callable[[Array, BoolArray, IntArray, Array], Interval]
+    band: Callable[[Array, BoolArray, IntArray, Array, Array], Interval]
     area: Callable[[Array, BoolArray], Array]
     interval: Callable[[Array, BoolArray, IntArray], Interval]
     name: str
@@ -134,39 +132,27 @@ def _precision_recall_points(scores: Tensor, target: Tensor) -> tuple[Array, Arr
     return x, precision.double().numpy()[::-1][first]
 
 
-def _on_line(x: Array, y: Array) -> Array:
-    """The upper end if the line is vertical."""
-    return np.interp(GRID + ROUNDING, x, y)
-
-
-def _on_steps(x: Array, y: Array) -> Array:
-    """The y of the first point that is not to the left of each x of the grid."""
-    first = np.searchsorted(x, GRID - ROUNDING, side="left")
-    return y[np.minimum(first, len(y) - 1)]
-
-
 def _roc_band(
-    scores: Array, positive: BoolArray, patients: IntArray, sensitivity: Array
+    scores: Array, positive: BoolArray, patients: IntArray, x: Array, y: Array
 ) -> Interval:
+    sensitivity = np.interp(GRID + ROUNDING, x, y)  # the upper end if the line is vertical
     return sensitivity_band(scores, positive, patients, sensitivity, 1 - GRID)
 
 
 def _precision_band(
-    scores: Array, positive: BoolArray, patients: IntArray, precision: Array
+    scores: Array, positive: BoolArray, patients: IntArray, x: Array, y: Array
 ) -> Interval:
+    """The steps have the y of the first point that is not to the left of each x of the grid."""
+    first = np.searchsorted(x, GRID - ROUNDING, side="left")
+    precision = y[np.minimum(first, len(y) - 1)]
     called = GRID * positive.sum() / np.maximum(precision, ROUNDING)
     return precision_band(scores, positive, patients, precision, np.maximum(called, 1))
 
 
-ROC = Curve(_roc_points, _on_line, _roc_band, auroc, auroc_interval, "AUROC", "default")
+ROC = Curve(_roc_points, _roc_band, auroc, auroc_interval, "AUROC", "default")
 PRECISION_RECALL = Curve(
-    _precision_recall_points,
-    _on_steps,
-    _precision_band,
-    average_precision,
-    average_precision_interval,
-    "AP",
-    "steps-pre",
+    *(_precision_recall_points, _precision_band, average_precision, average_precision_interval),
+    *("AP", "steps-pre"),
 )
 
 
@@ -187,7 +173,7 @@ def _draw_curves(axes: Axes, evaluation: Evaluation, curve: Curve) -> None:
             low, high = map(float, curve.interval(scores, positive, patients))
             label += f" [{low:.3f}, {high:.3f}]"
             if not is_crowded:
-                band = curve.band(scores, positive, patients, curve.on_grid(x, y))
+                band = curve.band(scores, positive, patients, x, y)
                 axes.fill_between(GRID, *band, color=subject.colour, alpha=0.17, linewidth=0)
         # later curves are thinner, so that equal curves stay visible
         width = 1.6 + (0.2 if is_crowded else 0.9) * (len(subjects) - 1 - number)

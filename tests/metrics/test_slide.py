@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dasmil.metrics import (
+from dasmil.metrics.slide import (
     class_probabilities,
     slide_metrics,
     specificity_threshold,

@@ -24,7 +24,7 @@ def evaluation(patients: str = "abcd", thresholds=THRESHOLDS) -> Evaluation:
     fine = torch.tensor([1e-17, 0.1, 1 / 3, 1 - 2**-53], dtype=torch.float64)
     return Evaluation(
         classes=("normal", "tumor"),
-        slide_ids=("slide_0", "slide_1", "slide_2", "slide, 3"),
+        slide_ids=("slide_0", "slide_1", "slide_2", "slide_3, 3"),
         patients=tuple(patients),
         labels=torch.tensor([0, 0, 1, 1]),
         probabilities={
@@ -79,9 +79,14 @@ def test_the_json_is_flat_and_the_finest_scale_stands_without_its_name(tmp_path:
 
 
 def test_the_table_says_interval_number_and_threshold(tmp_path: Path) -> None:
-    slides = evaluation().select(torch.arange(4).repeat(5))
-    names = tuple(f"slide_{number}" for number in range(20))
-    slides = replace(slides, slide_ids=names, patients=names)
+    four, names = evaluation(), tuple(f"slide_{number}" for number in range(20))
+    slides = replace(
+        four,
+        slide_ids=names,
+        patients=names,
+        labels=four.labels.repeat(5),
+        probabilities={scale: p.repeat(5, 1) for scale, p in four.probabilities.items()},
+    )
     write_evaluation(tmp_path, "test", slides, {"x20/instance_auroc": 0.75})
     table = metrics_of(tmp_path)
     low, high = slides.intervals("x10")["auroc"]
@@ -150,7 +155,7 @@ def test_a_patient_without_one_label_costs_the_metrics_of_patients_alone(tmp_pat
 
 
 def test_a_figure_that_is_not_defined_is_null_and_an_empty_cell(tmp_path: Path) -> None:
-    one_class = evaluation().select(torch.tensor([0, 1]))
+    one_class = replace(evaluation(), labels=torch.zeros(4, dtype=torch.int64))
     write_evaluation(tmp_path, "test", one_class, {"x20/froc": float("nan")})
     metrics = json.loads((tmp_path / "test_metrics.json").read_text())
     assert (metrics["test/x20/auroc"], metrics["test/x20/froc"]) == (None, None)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import isnan, lcm, nan
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -111,13 +112,15 @@ def compare_methods(
     first, others = judged[0], judged[1:]
     results = {name: [first.result(name)] for name in first.metrics}
     for other in progress(others, "compare", leave=False):
-        p_values = _p_values(other, first, draws, seed)
+        pairs = _side_by_side(other, first)
+        p_values = swap_test(*pairs, other.patients, other.metrics, draws, seed)
         for name in first.metrics:
             results[name].append(other.result(name, first, p_values[name]))
     evaluation = first.runs[0]
+    named = {"auroc": POOLED} if len(methods[0].runs_of) > 1 else {}
     return Comparison(
         methods=tuple(methods),
-        results={_named(name, methods[0]): found for name, found in results.items()},
+        results={named.get(name, name): found for name, found in results.items()},
         num_slides=len(set(evaluation.slide_ids)),
         num_patients=len(set(evaluation.patients)),
         draws=draws,
@@ -132,11 +135,6 @@ def _with_same_fold(metrics: Sequence[str], method: Method) -> tuple[str, ...]:
     """Add the AUROC within folds after ``auroc`` if the method is a cross-validation."""
     added = ["auroc", SAME_FOLD] if len(method.runs_of) > 1 else ["auroc"]
     return tuple(each for name in metrics for each in (added if name == "auroc" else [name]))
-
-
-def _named(metric: str, method: Method) -> str:
-    """``auroc`` of a cross-validation is named ``auroc_pooled``."""
-    return POOLED if metric == "auroc" and len(method.runs_of) > 1 else metric
 
 
 def _why_no_same_fold(judged: "_Judged") -> str:
@@ -172,26 +170,18 @@ class _Judged:
         self.patients = np.unique(self.runs[0].patients, return_inverse=True)[1]
         self.values = _means([run.metrics(method.scale, metrics) for run in self.runs])
         intervals = [run.intervals(method.scale) for run in self.runs]
-        self.intervals: dict[str, tuple[float, float]] = {
-            name: (
-                statistics.fmean(ends[name][0] for ends in intervals),
-                statistics.fmean(ends[name][1] for ends in intervals),
-            )
-            for name in metrics
-        }
+        self.intervals: dict[str, tuple[float, float]] = {}
+        for name in metrics:
+            low, high = zip(*(each[name] for each in intervals))
+            self.intervals[name] = statistics.fmean(low), statistics.fmean(high)
 
     @cached_property
     def without(self) -> dict[str, npt.NDArray[np.float64]]:
         """Per metric (patients,) its mean over the runs without each patient."""
-        left_out = [
-            _means(
-                [
-                    {n: float(v) for n, v in inputs.select(keep).metrics(self.metrics).items()}
-                    for inputs in self.inputs
-                ]
-            )
-            for keep in (self.patients != patient for patient in range(self.patients.max() + 1))
-        ]
+        left_out = []
+        for patient in range(self.patients.max() + 1):
+            selected = [inputs.select(self.patients != patient) for inputs in self.inputs]
+            left_out.append(_means([inputs.metrics(self.metrics) for inputs in selected]))
         return {name: np.array([each[name] for each in left_out]) for name in self.metrics}
 
     def same_predictions(self, other: "_Judged") -> bool:
@@ -228,12 +218,6 @@ class _Judged:
         )
 
 
-def _p_values(ours: _Judged, first: _Judged, draws: int, seed: int) -> dict[str, float]:
-    """p of a paired test per metric."""
-    one, other = _side_by_side(ours, first)
-    return swap_test(one, other, ours.patients, ours.metrics, draws, seed)
-
-
 def _side_by_side(ours: _Judged, first: _Judged) -> tuple[list[Inputs], list[Inputs]]:
     """Pair the runs of two methods; each run is used equally often."""
     rounds = range(lcm(len(ours.runs), len(first.runs)))
@@ -247,7 +231,7 @@ def _seed(run: Run) -> tuple[bool, int, Path]:
     return run.seed is None, run.seed or 0, run.folder
 
 
-def _means(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _means(each: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: statistics.fmean(values[name] for values in each) for name in each[0]}
 
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-import torch
-
 from dasmil.arguments import read_config
-from dasmil.errors import InputError
+from dasmil.errors import InputError, some_of
 from dasmil.metrics import Evaluation
 from dasmil.reports.evaluation_files import (
     SHORT_HASH,
@@ -101,7 +99,12 @@ def read_methods(
     for folder, label in zip(folders, labels or folder_labels(folders)):
         places = find_evaluations(folder)
         runs = tuple(
-            Run(place, seed_of(place), _in_order(place), *read_checkpoint(place, "test"))
+            Run(
+                place,
+                seed_of(place),
+                read_evaluation(place, "test"),
+                *read_checkpoint(place, "test"),
+            )
             for place in places
         )
         methods.append(Method(label, folder, scale or runs[0].evaluation.scales[-1], runs))
@@ -125,11 +128,9 @@ def find_evaluations(folder: Path) -> list[Path]:
     unfinished: list[Path] = []
     found = list(_walk(folder, unfinished))
     if unfinished:
-        more = f" and {len(unfinished) - 3} more" if len(unfinished) > 3 else ""
         raise InputError(
-            f"{', '.join(map(str, unfinished[:3]))}{more}: not tested yet; run `python -m dasmil "
-            f"test --ckpt_path {unfinished[0]}/checkpoints/best.ckpt --bags BAGS`, or the sweep "
-            "again"
+            f"{some_of(unfinished)}: not tested yet; run `python -m dasmil test --ckpt_path "
+            f"{unfinished[0]}/checkpoints/best.ckpt --bags BAGS`, or the sweep again"
         )
     if not found:
         raise InputError(
@@ -148,13 +149,6 @@ def _walk(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
         return
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
         yield from _walk(inner, unfinished)
-
-
-def _in_order(place: Path) -> Evaluation:
-    """Sorted by slide_id, so that an index means the same slide in every run."""
-    evaluation = read_evaluation(place, "test")
-    ids = evaluation.slide_ids
-    return evaluation.select(torch.tensor(sorted(range(len(ids)), key=ids.__getitem__)))
 
 
 def seed_of(evaluation: Path) -> int | None:
@@ -249,8 +243,7 @@ def _difference(ours: set[TestSet], theirs: set[TestSet]) -> str:
     if not lacking and not beyond:
         return f"the same slides, divided otherwise: {len(theirs)} test sets and {len(ours)}"
     return "; ".join(
-        f"it {verb} {', '.join(names[:5])}"
-        + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        f"it {verb} {some_of(names)}"
         for verb, names in (("lacks", lacking), ("has in addition", beyond))
         if names
     )

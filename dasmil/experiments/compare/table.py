@@ -112,11 +112,12 @@ def _explanation(comparison: Comparison) -> str:
     methods = comparison.methods
     num_sets = len(methods[0].runs_of)
     values = [result for results in comparison.results.values() for result in results]
+    several = any(len(runs) > 1 for method in methods for runs in method.runs_of.values())
     sentences = [f"- **{note}.**" for note in comparison.notes]
     sentences.append(
         "- value: of all test slides together"
         + (f", so the {num_sets} test sets are pooled" if num_sets > 1 else "")
-        + ("; mean over the runs on each slide." if _several_runs(methods) else ".")
+        + ("; mean over the runs on each slide." if several else ".")
     )
     if POOLED in comparison.results:
         sentences += [
@@ -156,10 +157,6 @@ def _explanation(comparison: Comparison) -> str:
     return "\n".join(sentences)
 
 
-def _several_runs(methods: Sequence[Method]) -> bool:
-    return any(len(runs) > 1 for method in methods for runs in method.runs_of.values())
-
-
 def _number(value: float) -> str:
     return "–" if isnan(value) else f"{value:.3f}"
 
@@ -189,27 +186,15 @@ def csv_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
     """One row per metric and method; ``values`` are per run, and undefined values are empty."""
     for metric, results in comparison.results.items():
         for method, result in zip(comparison.methods, results):
-            difference_low, difference_high = result.difference_interval or (None, None)
-            numbers = {
-                "value": result.value,
-                "low": result.interval[0],
-                "high": result.interval[1],
-                "difference": result.difference,
-                "difference_low": difference_low,
-                "difference_high": difference_high,
-                "p": result.p,
-                "mean": statistics.fmean(result.defined) if result.defined else None,
-                "sd": result.sd,
-            }
-            yield {
-                "metric": metric,
-                "method": method.label,
-                "folder": method.folder,
-                "scale": method.scale,
-                "runs": len(method.runs),
-                "test_sets": len(method.runs_of),
-                **{k: None if v is None or isnan(v) else v for k, v in numbers.items()},
-                "values": ";".join("" if isnan(v) else str(v) for v in result.values),
-                "checkpoints": ";".join(run.model for run in method.runs),
-                "note": "; ".join(comparison.notes),
-            }
+            mean = statistics.fmean(result.defined) if result.defined else None
+            numbers = [result.value, *result.interval, result.difference]
+            numbers += [*(result.difference_interval or (None, None)), result.p, mean, result.sd]
+            cells = [
+                *(metric, method.label, method.folder, method.scale),
+                *(len(method.runs), len(method.runs_of)),
+                *(None if number is None or isnan(number) else number for number in numbers),
+                ";".join("" if isnan(value) else str(value) for value in result.values),
+                ";".join(run.model for run in method.runs),
+                "; ".join(comparison.notes),
+            ]
+            yield dict(zip(CSV_COLUMNS, cells, strict=True))
