@@ -88,7 +88,7 @@ class RecordingSlide(Slide):
 def prepare(row: SlideRow, table: Tiles) -> None:
     dataset = ChunkDataset([row], [table], BATCH_SIZE)
     for number in range(len(dataset)):
-        assert dataset[number].error is None
+        assert not dataset[number].error
 
 
 def prepare_tile_by_tile(row: SlideRow, table: Tiles) -> None:
