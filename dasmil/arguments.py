@@ -95,12 +95,8 @@ def trainer_errors() -> Iterator[None]:
     except (ValueError, TypeError, RuntimeError) as error:
         if input_error_in(error):
             raise
-        raise InputError(f"--trainer: {first_sentence(error)}") from error
-
-
-def first_sentence(error: BaseException) -> str:
-    """The first sentence of an error of another library."""
-    return re.split(r"(?<=[.!?])\s", " ".join(str(error).split()))[0]
+        first_sentence = re.split(r"(?<=[.!?])\s", " ".join(str(error).split()))[0]
+        raise InputError(f"--trainer: {first_sentence}") from error
 
 
 def shorten_error(message: str, parser: ArgumentParser) -> str:

@@ -145,7 +145,11 @@ def main(args: Sequence[str] | None = None) -> int:
         # Lightning raises this if its options contradict each other
         misconfigured = type(error).__name__ == "MisconfigurationException"
         message = shown(str(error)) if misconfigured else input_error_in(error)
-        message = message or os_error_in(error) or _lost_reader(error)
+        message = message or os_error_in(error)
+        if not message and isinstance(error, RuntimeError):
+            from dasmil.reading import describe_lost_reader  # here, since it imports torch
+
+            message = describe_lost_reader(error)
         if not message:
             raise
         if not is_first_process():
@@ -153,15 +157,6 @@ def main(args: Sequence[str] | None = None) -> int:
         # a reading process wraps the sentence in its traceback
         print(f"error: {message.rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2
-
-
-def _lost_reader(error: Exception) -> str:
-    """The message if a reading process was lost; "" for other errors."""
-    if not isinstance(error, RuntimeError):
-        return ""
-    from dasmil.reading import describe_lost_reader  # here, since it imports torch
-
-    return describe_lost_reader(error)
 
 
 def _output_is_closed() -> bool:

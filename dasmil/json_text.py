@@ -30,13 +30,13 @@ def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return entries
 
 
-def parse_json(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises
     ------
     ValueError
-        if it is damaged, nested more than ``max_depth`` times, or holds a number that is not
+        if it is damaged, nested more than :data:`MAX_DEPTH` times, or holds a number that is not
         finite.
     """
     try:
@@ -44,8 +44,8 @@ def parse_json(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
         value = DECODER.decode(text)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
-    if text.count("{") + text.count("[") > max_depth:
-        _refuse_deep(value, max_depth)
+    if text.count("{") + text.count("[") > MAX_DEPTH:
+        _refuse_deep(value, MAX_DEPTH)
     return value
 
 

@@ -94,8 +94,7 @@ def evaluation_defaults(args: Sequence[str]) -> tuple[dict[str, Any], ModelCard 
         return {}, None
     method = given.get("--model.class_path") or given.get("--model")
     own_class = _import_method(method) if method else None
-    _, description, cls = read_checkpoint(Path(given["--ckpt_path"]), own_class)
-    card = description.card
+    _, cls, options, card = read_checkpoint(Path(given["--ckpt_path"]), own_class)
     data: dict[str, Any] = {
         "classes": list(card.classes),
         "scales": list(card.scales),
@@ -103,9 +102,8 @@ def evaluation_defaults(args: Sequence[str]) -> tuple[dict[str, Any], ModelCard 
     }
     if given.get("--bags"):
         data["bags"] = given["--bags"]
-    model = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": description.options}
     return {
-        "model": model,
+        "model": {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options},
         "data": {"class_path": "dasmil.data.BagDataModule", "init_args": data},
     }, card
 

@@ -181,17 +181,13 @@ class DasmilCLI(LightningCLI):
             raise InputError(
                 f"{given.ckpt_path}: a checkpoint is read from a file alone; download it first"
             )
-        if (
-            self.verb != "fit"
-            and not self.defaults
-            and (given.get("bags") or given.get("ckpt_path"))
-        ):
+        if self.verb == "fit":
+            log_into_output(given)
+        elif not self.defaults and (given.get("bags") or given.get("ckpt_path")):
             raise InputError(
                 f"{self.verb}: give --bags together with --ckpt_path on the command line; "
                 "in a config file they are data.bags and model"
             )
-        if self.verb == "fit":
-            log_into_output(given)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()

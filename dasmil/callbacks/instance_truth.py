@@ -21,6 +21,7 @@ from dasmil.errors import InputError, say_error, some_of
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.froc import (
     NMS_RADIUS_UM,
+    Detections,
     Froc,
     Lesions,
     SlideHits,
@@ -234,7 +235,10 @@ class InstanceTruth(Callback):
             except Exception as error:  # a file may hold anything, and costs one slide only
                 self._refuse(slide_id, error)
                 continue
-            self._slides.append(self._compare(bag, scores, overlap, truth, lesions))
+            self._write_tiles(bag, scores, overlap, truth)
+            found = self._detect(bag, scores) if self._has_froc else {}
+            hits = {scale: slide_hits(each, lesions) for scale, each in found.items()}
+            self._slides.append(SlideTruth(slide_id, scores, truth, hits))
 
     def _read_marked(
         self, bag: Bag, scales: Collection[str]
@@ -258,37 +262,36 @@ class InstanceTruth(Callback):
             lesions = evaluation_lesions(annotation.mask(downsample), downsample)
         return overlap, truth, lesions
 
-    def _compare(
+    def _write_tiles(
         self,
         bag: Bag,
         scores: Mapping[str, Tensor],
         overlap: Mapping[str, npt.NDArray[Any]],
         truth: Mapping[str, Tensor],
-        lesions: Lesions | None,
-    ) -> SlideTruth:
-        if self.output is not None:
-            path = path_inside(self.output / "instance_truth", f"{bag.slide_id}.csv")
-            columns: dict[str, dict[str, Any]] = {
-                scale: {
-                    "overlap": overlap[scale],
-                    "positive": truth[scale].int(),
-                    f"prob/{self._positive_class}": scores[scale],
-                }
-                for scale in scores
+    ) -> None:
+        if self.output is None:
+            return
+        columns: dict[str, dict[str, Any]] = {
+            scale: {
+                "overlap": overlap[scale],
+                "positive": truth[scale].int(),
+                f"prob/{self._positive_class}": scores[scale],
             }
-            write_tiles(path, bag, columns, slide_id=bag.slide_id)
-        hits = {}
-        if self._has_froc:
-            radius_px0 = NMS_RADIUS_UM / bag.tiles.extent.mpp
-            for scale in scores:
-                boxes_px0 = bag.boxes_px0(scale).numpy()
-                on_slide = np.clip(boxes_px0, 0, bag.tiles.extent.size_px0 * 2)
-                found = detections(scores[scale].numpy(), on_slide, radius_px0)
-                hits[scale] = slide_hits(found, lesions)
-                if self.output is not None:
-                    folder = self.output / "detections"
-                    write_detections(path_inside(folder, scale, f"{bag.slide_id}.csv"), found)
-        return SlideTruth(bag.slide_id, scores, truth, hits)
+            for scale in scores
+        }
+        path = path_inside(self.output / "instance_truth", f"{bag.slide_id}.csv")
+        write_tiles(path, bag, columns, slide_id=bag.slide_id)
+
+    def _detect(self, bag: Bag, scores: Mapping[str, Tensor]) -> dict[str, Detections]:
+        """The detections of the FROC per scale, which are also written."""
+        extent, found = bag.tiles.extent, {}
+        for scale, of_scale in scores.items():
+            on_slide = np.clip(bag.boxes_px0(scale).numpy(), 0, extent.size_px0 * 2)
+            found[scale] = detections(of_scale.numpy(), on_slide, NMS_RADIUS_UM / extent.mpp)
+            if self.output is not None:
+                folder = self.output / "detections"
+                write_detections(path_inside(folder, scale, f"{bag.slide_id}.csv"), found[scale])
+        return found
 
     def _annotation(self, bag: Bag) -> Points | Areas:
         """The annotation of a slide; an empty one for a negative slide without a file."""

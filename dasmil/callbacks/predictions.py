@@ -115,10 +115,8 @@ class PredictionWriter(Callback):
     ) -> None:
         for number, slide_id in enumerate(batch.slide_ids):
             slide = self.rows[slide_id]
-            row: dict[str, Any] = {
-                **{"slide_id": slide_id, "patient_id": slide.patient_id, "label": slide.label},
-                **{"split": self.splits.get(slide_id), CHECKPOINT: self.checkpoint},
-            }
+            row = {"slide_id": slide_id, "patient_id": slide.patient_id, "label": slide.label}
+            row |= {"split": self.splits.get(slide_id), CHECKPOINT: self.checkpoint}
             try:
                 if isinstance(batch, UnreadBag):
                     raise InputError(batch.reason)

@@ -27,8 +27,7 @@ def read_headers(
     folder: Path, slide_ids: Sequence[str]
 ) -> tuple[dict[str, BagHeader], dict[str, InputError]]:
     """The headers of bags, and per bag whose header cannot be read the error."""
-    found = _map_bags(_header_or_error, [bag_path(folder, slide_id) for slide_id in slide_ids])
-    read = dict(zip(slide_ids, found, strict=True))
+    read = dict(zip(slide_ids, _map_bags(_header_or_error, folder, slide_ids), strict=True))
     headers = {name: header for name, header in read.items() if isinstance(header, BagHeader)}
     return headers, {name: e for name, e in read.items() if isinstance(e, InputError)}
 
@@ -40,12 +39,11 @@ def _header_or_error(path: Path) -> BagHeader | InputError:
         return error
 
 
-def _map_bags(read: Callable[[Path], Value], paths: Sequence[Path]) -> list[Value]:
-    """Read many files at once, with a progress bar if that takes long."""
-    values = map_files(read, paths)
-    return list(
-        progress(values, "opening bags", total=len(paths), unit="bag", delay=2, leave=False)
-    )
+def _map_bags(read: Callable[[Path], Value], folder: Path, slide_ids: Sequence[str]) -> list[Value]:
+    """Read many bag files at once, with a progress bar if that takes long."""
+    values = map_files(read, (bag_path(folder, slide_id) for slide_id in slide_ids))
+    options = {"total": len(slide_ids), "unit": "bag", "delay": 2, "leave": False}
+    return list(progress(values, "opening bags", **options))
 
 
 def first_header(
@@ -141,8 +139,7 @@ def refuse_large_cache(
     device: of this process.
     num_processes: on this machine; each caches its own graphs.
     """
-    read_bytes = partial(graph_bytes, scales=scales)
-    need = sum(_map_bags(read_bytes, [bag_path(folder, slide_id) for slide_id in slide_ids]))
+    need = sum(_map_bags(partial(graph_bytes, scales=scales), folder, slide_ids))
     if cache == "device" and device.type == "cuda":
         reused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + reused

@@ -41,10 +41,9 @@ from dasmil.files import must_exist
 from dasmil.names import name_fault
 from dasmil.progress import progress
 from dasmil.reading import reader_options
-from dasmil.slides.cohort import SlideRow, read_cohort
+from dasmil.slides.cohort import PARTS, SlideRow, read_cohort
 from dasmil.slides.splits import SPLIT_COLUMNS
 from dasmil.slides.study import (
-    LEFT_OUT,
     UNLABELLED,
     Place,
     SlideRecord,
@@ -197,10 +196,9 @@ class BagDataModule(LightningDataModule):
 
     def split_rows(self) -> Iterator[dict[str, str | None]]:
         """Rows of ``split.csv``, in the order of the cohort."""
-        for row in self.cohort:
-            split = self.places[row.slide_id].split if row.slide_id in self.places else LEFT_OUT
-            if split != LEFT_OUT:
-                yield dict(zip(SPLIT_COLUMNS, (row.slide_id, row.patient_id, row.label, split)))
+        for record in self.study():
+            if record["split"] in PARTS:
+                yield {name: record[name] for name in SPLIT_COLUMNS}
 
     def class_counts(self, split: str = "train") -> dict[str, int]:
         """Number of slides per class in a split, in the order of the classes."""

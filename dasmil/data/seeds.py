@@ -7,7 +7,6 @@ process draws alone.
 import os
 
 import numpy as np
-import torch
 
 
 def training_seed() -> int:
@@ -18,13 +17,3 @@ def training_seed() -> int:
 def draw_seed(*place: int) -> int:
     """A seed of 64 bits for a place in the training, such as (seed, epoch, step)."""
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
-
-
-def seed_step(epoch: int, position: int) -> None:
-    """Seed torch for one training step.
-
-    Parameters
-    ----------
-    position: of the batch in its epoch, over all processes.
-    """
-    torch.manual_seed(draw_seed(training_seed(), epoch, position))

@@ -77,7 +77,7 @@ class ObjectiveOptions:
     subtyping: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CLAMOutput(ScaleOutput):
     """Also holds the hidden vectors of the tiles, for the loss.
 
@@ -86,7 +86,7 @@ class CLAMOutput(ScaleOutput):
     hidden: (N, K).
     """
 
-    hidden: Tensor | None = None
+    hidden: Tensor
 
 
 class CLAM(SingleScaleModule):
@@ -136,8 +136,7 @@ class CLAM(SingleScaleModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(1 - w) · label loss + w · loss of the tiles per bag, shape (B,), and both terms."""
         (scale, found), *_ = output.items()
-        assert isinstance(found, CLAMOutput)
-        assert found.hidden is not None and found.attention is not None
+        assert isinstance(found, CLAMOutput) and found.attention is not None
         label_loss = bag_loss(found.bag_logits, graph.labels)
         sizes = graph.ptr[scale].diff().tolist()
         bags = zip(found.hidden.split(sizes), found.attention.split(sizes), graph.labels.tolist())

@@ -63,7 +63,7 @@ class NetworkOptions:
             )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DTFDOutput(ScaleOutput):
     """Also holds the first tier's output.
 
@@ -73,27 +73,27 @@ class DTFDOutput(ScaleOutput):
     pseudo_ptr: boundaries of the bags among them, (B + 1,).
     """
 
-    pseudo_logits: Tensor | None = None
-    pseudo_ptr: Tensor | None = None
+    pseudo_logits: Tensor
+    pseudo_ptr: Tensor
 
 
 class DTFD(SingleScaleModule):
     """Double-tier feature distillation MIL (Zhang et al. 2022); one scale, no edges.
 
-    Each tier has its own loss and its own optimiser. No gradient of the second loss reaches the
-    first tier, so one backward pass of their sum equals the two released ones.
+    Each tier has its own loss. No gradient of the second loss reaches the first tier, so one
+    backward pass of their sum equals the two released ones; and Adam treats each weight by itself,
+    so one optimiser equals the two released ones.
 
     In training, each epoch draws other pseudo-bags of a slide. Those of an evaluation depend on the
-    slide alone, so a metric is the same each time. W processes with B slides per batch learn
-    what one process learns with W · B slides per batch. Lightning cannot accumulate gradients for
-    several optimisers.
+    slide alone, so a metric is the same each time. W processes learn what one process learns that
+    accumulates the gradients of W batches.
 
     Parameters
     ----------
     network:
         the two tiers.
     optimizer:
-        learning rate, schedule and weight decay of both optimisers.
+        learning rate, schedule and weight decay.
     one_logit:
         one logit for two classes; DTFD has a logit per class.
     options:
@@ -111,11 +111,6 @@ class DTFD(SingleScaleModule):
     ):
         super().__init__(optimizer=optimizer, one_logit=one_logit, **options)
         self.network_options = network
-        self.automatic_optimization = False
-        if optimizer.decay_below is not None:
-            raise InputError(
-                "model.optimizer.decay_below: DTFD's weight decay always acts; set it to null"
-            )
 
     def build_network(self, scale: str, in_dim: int, num_logits: int) -> nn.Module:
         """Both tiers."""
@@ -126,8 +121,7 @@ class DTFD(SingleScaleModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of both tiers' label losses per bag, shape (B,), and each of them."""
         (scale, found), *_ = output.items()
-        assert isinstance(found, DTFDOutput) and found.pseudo_logits is not None
-        assert found.pseudo_ptr is not None
+        assert isinstance(found, DTFDOutput)
         bag_of = bag_rows(found.pseudo_ptr)
         of_pseudo = bag_loss(found.pseudo_logits, graph.labels[bag_of])
         sizes = found.pseudo_ptr.diff().tolist()
@@ -136,29 +130,12 @@ class DTFD(SingleScaleModule):
         total = self.label_weight(graph.labels) * (first + second)
         return total, {f"bag/{scale}": second, f"pseudo_bag/{scale}": first}
 
-    def training_step(self, graph: BagGraph, batch_idx: int) -> Any:
-        """Take a step of each optimiser."""
+    def on_train_epoch_start(self) -> None:
         self.network.deal_seed = draw_seed(training_seed(), self.current_epoch)
-        total, terms = self.objective(self(graph), graph)
-        optimizers: Any = self.optimizers()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.manual_backward(total.mean())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for part in self.network.children():
             nn.utils.clip_grad_norm_(part.parameters(), CLIP)
-        for optimizer in optimizers:
-            optimizer.step()
-        self.log_losses(graph, total.detach(), {k: v.detach() for k, v in terms.items()})
-
-    def on_train_epoch_end(self) -> None:
-        super().on_train_epoch_end()
-        schedules: Any = self.lr_schedulers()
-        for schedule in schedules:
-            schedule.step()
-
-    def configure_optimizers(self) -> Any:
-        """One optimiser per tier."""
-        return [self.adam(self.network.first_tier()), self.adam(self.network.second.parameters())]
 
 
 class DTFDNetwork(nn.Module):
@@ -187,11 +164,6 @@ class DTFDNetwork(nn.Module):
                 "classifier": nn.Linear(width, num_logits),
             }
         )
-
-    def first_tier(self) -> list[nn.Parameter]:
-        """The parameters of the first tier."""
-        parts = (self.projection, self.attention, self.classifier)
-        return [weight for part in parts for weight in part.parameters()]
 
     def forward(self, graph: BagGraph) -> dict[str, ScaleOutput]:
         """Bag logits (B, C) of the second tier, attention (N, C), and the pseudo-bags' logits."""

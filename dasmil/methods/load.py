@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dasmil.embedding.restricted import load_checkpoint
 from dasmil.errors import InputError
-from dasmil.modules.card import Description, method_name, read_card
+from dasmil.modules.card import ModelCard, method_name, read_card
 from dasmil.modules.mil import MILModule
 from dasmil.modules.options import typed_options
 
@@ -29,16 +29,16 @@ def load(checkpoint: str | Path, method: type[MILModule] | None = None) -> MILMo
     InputError
         if the file is missing, holds no model of bags, or would need unpickling.
     """
-    state, description, cls = read_checkpoint(Path(checkpoint), method)
-    model = cls(**typed_options(cls, description.options)).bind(description.card)
+    state, cls, options, card = read_checkpoint(Path(checkpoint), method)
+    model = cls(**typed_options(cls, options)).bind(card)
     model.load_state_dict(state)
     return model.eval()
 
 
 def read_checkpoint(
     path: Path, method: type[MILModule] | None = None
-) -> tuple[dict[str, Tensor], Description, type[MILModule]]:
-    """State dict, description and class of a checkpoint's model, checked against each other.
+) -> tuple[dict[str, Tensor], type[MILModule], dict[str, Any], ModelCard]:
+    """State dict, class, plain options and card of a checkpoint, checked against each other.
 
     Raises
     ------
@@ -47,8 +47,8 @@ def read_checkpoint(
     """
     content = load_checkpoint(path)
     cls = method or find_method(content, path)
-    description = read_card(content, path, cls)  # also checks the weights
-    return content["state_dict"], description, cls
+    options, card = read_card(content, path, cls)  # also checks the weights
+    return content["state_dict"], cls, options, card
 
 
 def find_method(checkpoint: dict[str, Any], path: Path) -> type[MILModule]:

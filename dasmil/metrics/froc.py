@@ -87,12 +87,9 @@ def evaluation_lesions(mask: npt.NDArray[np.bool_], downsample: int) -> Lesions:
     )
     grown = distance_transform_edt(~mask[part]) < GROWTH_PX
     labels[part] = label(binary_fill_holes(grown), connectivity=2)
-    isolated = [
-        region.label
-        for region in regionprops(labels[part])
-        if region.axis_major_length < ISOLATED_PX
-    ]
-    return Lesions(labels, frozenset(isolated), downsample)
+    regions = regionprops(labels[part])
+    isolated = frozenset(r.label for r in regions if r.axis_major_length < ISOLATED_PX)
+    return Lesions(labels, isolated, downsample)
 
 
 @dataclass(frozen=True)

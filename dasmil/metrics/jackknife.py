@@ -73,13 +73,11 @@ def sensitivity_without(
 
     Unlike the others it is computed from scratch per patient: 0.1 s for 2,000 slides.
     """
-    others = (patients != patient for patient in range(int(patients.max()) + 1))
-    return np.stack(
-        [
-            sensitivity_at_specificity(scores[..., keep], positive[keep], specificity)
-            for keep in others
-        ]
-    )
+    without = []
+    for patient in range(int(patients.max()) + 1):
+        keep = patients != patient
+        without.append(sensitivity_at_specificity(scores[..., keep], positive[keep], specificity))
+    return np.stack(without)
 
 
 def _ratio(numerator: Array, denominator: Array | IntArray) -> Array:

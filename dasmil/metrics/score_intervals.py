@@ -131,17 +131,12 @@ def combined_interval(
     ----------
     correlation: of any two of the quantities.
     """
-    total = float(np.dot(values, weights))
+    total, signs = float(np.dot(values, weights)), np.sign(weights)
+    related = np.where(np.eye(len(signs)), 1, correlation * np.outer(signs, signs))
+    low, high = np.transpose(intervals)
     ends = []
-    for end in (0, 1):
+    for end, (added, subtracted) in enumerate(((low, high), (high, low))):
         # the lower end of the sum uses the upper end of what is subtracted, and the reverse
-        steps = np.array(
-            [
-                weight * (interval[end if weight > 0 else 1 - end] - value)
-                for value, interval, weight in zip(values, intervals, weights)
-            ]
-        )
-        signs = np.sign(weights)
-        related = np.where(np.eye(len(steps)), 1, correlation * np.outer(signs, signs))
+        steps = np.multiply(weights, np.where(signs > 0, added, subtracted) - np.array(values))
         ends.append(total + (1 if end else -1) * float(np.sqrt(max(steps @ related @ steps, 0))))
     return ends[0], ends[1]

@@ -107,22 +107,6 @@ class ModelCard:
         return tuple(self.bag_format["scales"])
 
 
-@dataclass(frozen=True)
-class Description:
-    """The model of a checkpoint without its weights.
-
-    Parameters
-    ----------
-    method: name of its class.
-    options: plain values, see :func:`dasmil.modules.options.plain_options`.
-    card: what ``fit`` has determined.
-    """
-
-    method: str
-    options: dict[str, Any]
-    card: ModelCard
-
-
 def describe_model(method: type, options: Mapping[str, Any], card: ModelCard) -> dict[str, Any]:
     """The entries of a checkpoint from which :func:`read_card` reads the model."""
     is_shipped = method.__module__.startswith("dasmil.methods.")
@@ -147,8 +131,10 @@ def method_name(checkpoint: Mapping[str, Any], where: object) -> str:
     return name
 
 
-def read_card(checkpoint: Mapping[str, Any], where: object, method: type) -> Description:
-    """The model that a checkpoint describes.
+def read_card(
+    checkpoint: Mapping[str, Any], where: object, method: type
+) -> tuple[dict[str, Any], ModelCard]:
+    """The options and the card of the model that a checkpoint holds.
 
     Parameters
     ----------
@@ -184,7 +170,7 @@ def read_card(checkpoint: Mapping[str, Any], where: object, method: type) -> Des
     except (ValueError, RuntimeError, ArithmeticError) as error:
         raise InputError(f"{where}: {error}") from error
     refuse_other_keys(model, checkpoint.get("state_dict"), where)
-    return Description(name, options, model_card)
+    return options, model_card
 
 
 def _from_before(

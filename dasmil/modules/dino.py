@@ -4,6 +4,7 @@ Papers: Bontempo et al. 2023, section 3, "Feature Extraction"; the method and it
 those of Caron et al. 2021 (DINO), the loss, head and crops lightly's.
 """
 
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,21 +32,6 @@ from dasmil.slides.study import join_records, plain_records, read_records
 from dasmil.tensors import at_least_float32
 
 SHOWN_TILES = 8
-
-
-class DINONetwork(nn.Module):
-    """A ViT with DINO's projection head: the student or the teacher network."""
-
-    head: DINOProjectionHead
-
-    def __init__(self, backbone: nn.Module, head: DINOProjectionHead):
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-
-    def forward(self, crops: Tensor) -> Tensor:
-        """(N, 3, S, S) → (N, K)."""
-        return self.head(self.backbone(crops))
 
 
 @dataclass(frozen=True)
@@ -164,15 +150,13 @@ class DINOModule(TrainingModule):
         student = vit_backbone(backbone, image_size, {**options, "drop_path_rate": drop_path})
         teacher = vit_backbone(backbone, image_size, options)
         widths = (student.num_features, head.hidden_dim, head.bottleneck_dim, head.output_dim)
-        self.student, self.teacher = (
-            DINONetwork(
-                network,
-                DINOProjectionHead(
-                    *widths, head.batch_norm, frozen_epochs, norm_last_layer=head.norm_last_layer
-                ),
-            )
-            for network, frozen_epochs in ((student, head.freeze_last_layer_epochs), (teacher, -1))
-        )
+        norms = {"batch_norm": head.batch_norm, "norm_last_layer": head.norm_last_layer}
+        frozen = head.freeze_last_layer_epochs
+        student_head = DINOProjectionHead(*widths, freeze_last_layer=frozen, **norms)
+        teacher_head = DINOProjectionHead(*widths, **norms)
+        # (N, 3, S, S) → (N, K)
+        self.student: Any = nn.Sequential(OrderedDict(backbone=student, head=student_head))
+        self.teacher: Any = nn.Sequential(OrderedDict(backbone=teacher, head=teacher_head))
         self.teacher.load_state_dict(self.student.state_dict())
         deactivate_requires_grad(self.teacher)
         self.dino_loss = DINOLoss(
@@ -184,7 +168,6 @@ class DINOModule(TrainingModule):
             center_momentum=objective.center_momentum,
         )
         self.record: dict[str, Any] | None = None
-        self._teacher_step = 0
         self._steps_before: int | None = None  # of the training that this one resumes
 
     def setup(self, stage: str) -> None:
@@ -209,7 +192,6 @@ class DINOModule(TrainingModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self._teacher_step = self.global_step  # not 0 if the training is resumed
         if self._steps_before not in (None, self._num_steps):
             raise InputError(
                 f"fit: the schedules of this training were made for {self._steps_before} steps, "
@@ -289,12 +271,12 @@ class DINOModule(TrainingModule):
     def on_after_backward(self) -> None:
         self.student.head.cancel_last_layer_gradients(self.current_epoch)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.global_step == self._teacher_step:
-            return  # gradients are still being accumulated
-        self._teacher_step = self.global_step
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Let the teacher network follow each step of the optimiser."""
+        super().optimizer_step(*args, **kwargs)
+        step = self.global_step + 1  # Lightning counts this step later
         momentum = cosine_schedule(
-            self.global_step, self._num_steps + 1, *self.objective_options.teacher_momentum
+            step, self._num_steps + 1, *self.objective_options.teacher_momentum
         )
         update_momentum(self.student, self.teacher, momentum)
         self.log("schedule/teacher_momentum", momentum)

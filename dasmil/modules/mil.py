@@ -237,18 +237,18 @@ class MILModule(TrainingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         where = "the checkpoint" if self._trainer is None else self.trainer.ckpt_path
-        loaded = read_card(checkpoint, where, type(self))
+        options, card = read_card(checkpoint, where, type(self))
         if self._card is not None:
-            self._card = replace(self._card, thresholds=loaded.card.thresholds)
+            self._card = replace(self._card, thresholds=card.thresholds)
         data = None if self._trainer is None else self.datamodule
         if not isinstance(data, BagDataModule):
             return
-        refuse_other_data(loaded.card, data)
-        refuse_other_network(loaded.options, self.flat_options, where)
+        refuse_other_data(card, data)
+        refuse_other_network(options, self.flat_options, where)
         refuse_other_keys(self, checkpoint["state_dict"], where)
         if not self.trainer.training:
             return
-        if not is_same_study(loaded.card.split, data.study()):
+        if not is_same_study(card.split, data.study()):
             raise InputError(
                 f"{data.folder}: its split is not the one that the checkpoint was trained with; "
                 "resume with the same cohort table and the same options data.split"

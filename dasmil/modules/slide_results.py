@@ -111,7 +111,6 @@ def evaluate_results(
             scale: class_probabilities(torch.stack([r.logits[scale] for r in results]))
             for scale in results[0].logits
         },
-        thresholds=None,
         specificity=specificity,
     )
 

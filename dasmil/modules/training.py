@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from dasmil.data.seeds import seed_step
+from dasmil.data.seeds import draw_seed, training_seed
 from dasmil.json_text import flatten
 from dasmil.modules.finite_loss import FiniteLoss
 from dasmil.modules.options import plain_options
@@ -53,7 +54,8 @@ class TrainingModule(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed what dropout draws by seed, epoch and place; see :mod:`dasmil.data.seeds`."""
         world, rank = self.trainer.world_size, self.trainer.global_rank
-        seed_step(self.current_epoch, batch_idx * world + rank)
+        seed = draw_seed(training_seed(), self.current_epoch, batch_idx * world + rank)
+        torch.manual_seed(seed)
 
     def on_train_epoch_end(self) -> None:
         self.finite_loss.check()

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dasmil.errors import InputError, some_of
-from dasmil.files import atomic_path, must_exist
+from dasmil.files import atomic_path, must_be_file, must_exist
 from dasmil.names import name_fault
 from dasmil.progress import progress
 from dasmil.slides.qc import CAPTION_PX
@@ -109,8 +109,7 @@ def contact_sheet(tiles: Path, output: Path | None = None, bags: Path | None = N
 
 def _read_status(folder: Path, verb: str, columns: set[str]) -> list[Row]:
     path = folder / "status.csv"
-    if not path.is_file():
-        raise InputError(f"{path}: no such table; give the folder that `{verb}` has written")
+    must_be_file(path, f"give the folder that `{verb}` has written")
     names, rows = read_csv(path)
     missing = sorted({"slide_id", "state", "message", *columns} - set(names))
     if missing:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dasmil.errors import InputError, some_of
 from dasmil.files import write_text
+from dasmil.json_text import read_json_object
 from dasmil.metrics import Evaluation
 from dasmil.metrics.evaluated_slides import point_suffix
 from dasmil.tables import read_csv, write_csv
@@ -219,18 +220,13 @@ def read_evaluation(folder: Path, split: str) -> Evaluation:
         if a file is missing or damaged.
     """
     path, table = evaluation_file(folder, split), folder / f"{split}_slides.csv"
-    if not path.is_file():
-        verb = "validate" if split == "val" else split
-        raise InputError(
-            f"{path}: no such file; `python -m dasmil {verb} --ckpt_path … --bags … "
-            f"--output {folder}` writes it"
-        )
-    description = _read_description(path)
+    description = _read_description(folder, split)
     try:
         classes, scales = tuple(description["classes"]), tuple(description["scales"])
         thresholds, specificity = description["thresholds"], float(description["specificity"])
     except (ValueError, KeyError, TypeError) as error:
-        raise _no_description(path, error) from error
+        kind = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: describes no evaluation ({kind}); {ADVICE}") from error
     columns, rows = read_csv(table)
     missing = {*SLIDE_COLUMNS, *_probability_columns(scales, classes)} - set(columns)
     if missing or not rows:
@@ -262,20 +258,14 @@ def read_evaluation(folder: Path, split: str) -> Evaluation:
 
 def read_checkpoint(folder: Path, split: str) -> tuple[str, str]:
     """File name and SHA-256 of the evaluated checkpoint; "" if not known."""
-    description = _read_description(evaluation_file(folder, split))
+    description = _read_description(folder, split)
     return description.get("checkpoint") or "", description.get(CHECKPOINT) or ""
 
 
-def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise _no_description(path, error) from error
-
-
-def _no_description(path: Path, error: Exception) -> InputError:
-    kind = f"{type(error).__name__}: {error}"
-    return InputError(f"{path}: not the description of an evaluation ({kind}); {ADVICE}")
+def _read_description(folder: Path, split: str) -> dict[str, Any]:
+    verb = "validate" if split == "val" else split
+    advice = f"`python -m dasmil {verb} --ckpt_path … --bags … --output {folder}` writes it"
+    return read_json_object(evaluation_file(folder, split), advice)
 
 
 def _read_probabilities(

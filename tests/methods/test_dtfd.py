@@ -3,7 +3,6 @@
 import pytest
 import torch
 from golden import Case, linear, method_cases
-from lightning.pytorch import Trainer
 
 from dasmil.errors import InputError
 from dasmil.methods import DTFD
@@ -74,15 +73,6 @@ def test_a_slide_of_fewer_tiles_than_pseudo_bags_has_fewer() -> None:
     module, graph = dtfd(case, "maxmins"), case.graph()
     output = module(graph)["x20"]
     assert len(output.pseudo_logits) == 2 and output.bag_logits.isfinite().all()
-
-
-def test_each_weight_has_one_optimiser() -> None:
-    module = dtfd(Case("dtfd"), "afs")
-    module.trainer = Trainer(max_epochs=2, accelerator="cpu", logger=False)
-    groups = [each["optimizer"].param_groups for each in module.configure_optimizers()]
-    weights = [id(w) for optimizer in groups for group in optimizer for w in group["params"]]
-    assert len(groups) == 2
-    assert sorted(weights) == sorted(map(id, module.network.parameters()))
 
 
 def test_evaluation_deals_the_tiles_of_a_slide_out_alike_each_time() -> None:

@@ -60,7 +60,7 @@ def test_two_processes_learn_what_one_learns_from_two_slides_a_step(bags, checkp
     ("method", "options", "num_steps"),
     [
         ("CLAM", ["--trainer.accumulate_grad_batches", "2"], 4),  # dropout, and unused weights
-        ("DTFD", ["--data.batch_size", "2"], 8),  # two optimisers, which cannot accumulate
+        ("DTFD", ["--trainer.accumulate_grad_batches", "2"], 4),  # four gradients are clipped
     ],
 )
 def test_two_processes_learn_the_same_with_other_methods(tmp_path, method, options, num_steps):

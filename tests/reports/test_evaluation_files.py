@@ -169,7 +169,7 @@ def test_an_evaluation_that_is_broken_off_does_not_pass_for_a_finished_one(tmp_p
     (tmp_path / "test_metrics.csv").mkdir()  # the table cannot be written
     with pytest.raises(OSError):
         write_evaluation(tmp_path, "test", evaluation("aabc"))
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="does not exist"):
         read_evaluation(tmp_path, "test")
 
 
@@ -199,7 +199,7 @@ def rewrite(old: str, new: str):
     ("damage", "message"),
     [
         (lambda folder: (folder / "test_evaluation.json").unlink(), "dasmil test --ckpt_path"),
-        (break_json, "not the description of an evaluation"),
+        (break_json, "cannot be read"),
         (forget_classes, "KeyError: 'classes'"),
         (drop_table, "no such table"),
         (rewrite("prob/x10/tumor", "prob/x10/cancer"), "lacks column prob/x10/tumor"),

@@ -44,10 +44,6 @@ class Run:
         """The checkpoint as tables name it."""
         return f"{self.checkpoint} {self.sha256[:SHORT_HASH]}".strip()
 
-    @property
-    def test_set(self) -> TestSet:
-        return self.evaluation.slide_ids
-
 
 @dataclass(frozen=True)
 class Method:
@@ -71,7 +67,7 @@ class Method:
         """The runs on each test set."""
         found: dict[TestSet, list[Run]] = defaultdict(list)
         for run in self.runs:
-            found[run.test_set].append(run)
+            found[run.evaluation.slide_ids].append(run)
         return dict(sorted(found.items()))
 
 

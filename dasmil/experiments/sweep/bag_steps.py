@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dasmil.config_files import find_config
-from dasmil.errors import InputError
 from dasmil.experiments.sweep.steps import (
     Fold,
     Step,
@@ -19,6 +18,7 @@ from dasmil.experiments.sweep.steps import (
     name_of,
     sha256,
 )
+from dasmil.files import must_be_file
 from dasmil.tables import read_csv
 from dasmil.units import parse_scales
 
@@ -136,8 +136,7 @@ def plan_bags(
     InputError
         if the cohort table or a config is missing.
     """
-    if not cohort.is_file():
-        raise InputError(f"{cohort}: no such table; give --cohort a CSV with slide_id, path, label")
+    must_be_file(cohort, "give --cohort a CSV with slide_id, path, label")
     names = tuple(scale.name for scale in parse_scales(scales))
     of_tile, of_extractor, of_embed = (
         tuple(find_config(config) for config in configs) for configs in (tile, extractor, embed)

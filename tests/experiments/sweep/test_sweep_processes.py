@@ -51,7 +51,7 @@ def arguments(tmp_path, cohort, own):
         ({"cohort": None}, "sweep: give either --bags, .* or --cohort"),
         ({"bags": "bags"}, "sweep: give either --bags, .* or --cohort"),
         ({"cohort": None, "bags": "none"}, "none: does not exist; give --bags the folder"),
-        ({"cohort": "none"}, "none: no such table; give --cohort a CSV"),
+        ({"cohort": "none"}, "none: does not exist; give --cohort a CSV"),
         ({"truth": "none"}, "none: no such folder; give --truth a folder of annotations"),
         ({"truth_classes": ("Gland",)}, "sweep: --truth_classes needs --truth"),
         ({"scales": ("x20", "twenty")}, "scale 'twenty': write a magnification"),
