@@ -1,4 +1,4 @@
-"""Commands with two processes on the CPU (gloo), started as a user starts them."""
+"""Commands with two processes on the CPU (gloo)."""
 
 import os
 import socket
@@ -6,8 +6,10 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import count
+from pathlib import Path
 
 TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+FORKED = str(Path(__file__).with_name("forked.py"))
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that systems hand out themselves
 
 
@@ -26,15 +28,18 @@ def _free_ports() -> Iterator[int]:
 _PORTS = _free_ports()
 
 
-def run_in_two(arguments: Iterable[object], code: int = 0) -> str:
+def run_in_two(arguments: Iterable[object], code: int = 0, forked: bool = False) -> str:
     """Run a command in two processes; returns what it prints, or its errors if it must fail.
 
     Parameters
     ----------
     code: its expected exit code; if it is another one, its output is shown.
+    forked: torch is imported once, by ``forked.py``; otherwise they start as a user starts them.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(next(_PORTS))}
-    command = [sys.executable, "-m", "dasmil", *map(str, arguments), *TWO]
+    environment["MASTER_ADDR"] = "127.0.0.1"
+    program = [FORKED] if forked else ["-m", "dasmil"]
+    command = [sys.executable, *program, *map(str, arguments), *TWO]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == code, done.stdout + done.stderr
     assert "sync_dist" not in done.stderr and "\r" not in done.stdout + done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from road import COLON, CONF, CONFIGS, NUM_SLIDES, fit_dasmil
+from road import COLON, CONF, CONFIGS, NUM_SLIDES, RANDOM, embed_command, fit_dasmil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dasmil
@@ -321,13 +321,8 @@ def test_the_figures_do_not_depend_on_the_batch_size(road, trained, tmp_path):
 
 
 def test_bags_of_foreign_extractors_are_refused(road, trained, tmp_path, capsys):
-    from road import embed_command
-
     other = tmp_path / "bags"
-    assert (
-        main(embed_command(road.tiles, other, dict.fromkeys(("x10", "x20"), "random:test_vit")))
-        == 0
-    )
+    assert main(embed_command(road.tiles, other, RANDOM)) == 0
     command = ["test", "--ckpt_path", str(trained), "--bags", str(other), "--data.num_workers", "0"]
     assert main(command) == 2
     assert "features of the extractor test_vit" in capsys.readouterr().err

@@ -21,7 +21,7 @@ COUNTS = {
 
 def test_mutated_files_are_accepted_or_refused_by_a_sentence(tmp_path: Path) -> None:
     """The long form is ``python tests/fuzz/run.py``."""
-    tasks = [(kind, number) for kind in KINDS for number in range(COUNTS.get(kind, 40))]
+    tasks = [(kind, number) for kind in KINDS for number in range(COUNTS.get(kind, 20))]
     outcomes = list(fuzz(tasks, 0, tmp_path))
     wrong = [outcome for outcome in outcomes if outcome.is_wrong]
     assert not wrong, "\n".join(f"{o.kind} {o.number}: {o.result}\n{o.detail}" for o in wrong)

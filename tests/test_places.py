@@ -11,13 +11,11 @@ import torch
 from feature_files import write_clam, write_stamp, write_trident
 from mil4wsi_cases import block, make_data, write_data
 from models import make_network
-from road import REPOSITORY, embed_command, fit_dasmil, fit_dino, tile_command
+from road import RANDOM, REPOSITORY, embed_command, fit_dasmil, fit_dino, tile_command
 
 from dasmil.cli import main
 from dasmil.interop.mil4wsi.checkpoint import released_names
 from dasmil.tables import read_csv
-
-RANDOM = {"x10": "random:test_vit", "x20": "random:test_vit"}
 
 
 @pytest.fixture(scope="module")

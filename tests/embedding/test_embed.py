@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from road import NUM_SLIDES, RANDOM, embed_command
+from road import NUM_SLIDES, RANDOM, SMALL, copy_first_tiles, embed_command
 
 from dasmil.bag_folder import describe_bag
 from dasmil.bags import bag_path, read_bag
@@ -40,11 +40,8 @@ def slide_ids(road):
 
 @pytest.fixture(scope="module")
 def few(road, tmp_path_factory):
-    """The tiles of the first slides alone."""
-    tiles = shutil.copytree(road.tiles, tmp_path_factory.mktemp("few") / "tiles")
-    header, *rows = (tiles / "cohort.csv").read_text().splitlines()
-    (tiles / "cohort.csv").write_text("\n".join([header, *rows[:FEW]]) + "\n")
-    return tiles
+    """Tiles of the first slides."""
+    return copy_first_tiles(road, tmp_path_factory.mktemp("few") / "tiles", FEW)
 
 
 def states(folder):
@@ -172,7 +169,7 @@ def test_a_slide_that_was_replaced_is_never_embedded_with_the_tiles_of_before(
 
 
 def test_an_extractor_for_each_scale_is_asked_for(road, tmp_path, capsys):
-    assert main(embed_command(road.tiles, tmp_path, {"x20": "random:test_vit"})) == 2
+    assert main(embed_command(road.tiles, tmp_path, {"x20": SMALL})) == 2
     assert "give one extractor for each" in capsys.readouterr().err
 
 

@@ -1,5 +1,6 @@
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -159,7 +160,8 @@ def test_random_weights_leave_the_random_state_alone():
 
 
 def test_pretrained_weights_without_a_network_fail_in_one_sentence(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    """The library reads the variable HF_HUB_OFFLINE only when it is imported."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"test_vit.*cannot be\s+downloaded.*random:test_vit"):
         load_extractor("test_vit", X20, 64)
 

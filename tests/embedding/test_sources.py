@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
-from road import embed_command
+from road import SMALL, copy_first_tiles, embed_command
 
 from dasmil.bags import read_bag
 from dasmil.cli import main
@@ -37,8 +37,14 @@ def weights(network, tmp_path_factory):
     return path
 
 
-def embed(road, bags, *arguments):
-    command = embed_command(road.tiles, bags, {})
+@pytest.fixture(scope="module")
+def tiles(road, tmp_path_factory):
+    """Tiles of two slides."""
+    return copy_first_tiles(road, tmp_path_factory.mktemp("two") / "tiles", 2)
+
+
+def embed(tiles, bags, *arguments):
+    command = embed_command(tiles, bags, {})
     return main([*command, *map(str, arguments)])
 
 
@@ -65,7 +71,7 @@ def first_bag(bags):
     return read_bag(sorted(bags.glob("*.safetensors"))[0])
 
 
-def test_a_foundation_model_on_the_command_line(road, network, weights, tmp_path):
+def test_a_foundation_model_on_the_command_line(road, tiles, network, weights, tmp_path):
     bags = tmp_path / "bags"
     options = "{init_values: 1e-5, dynamic_img_size: true, mlp_layer: SwiGLUPacked, img_size: 64}"
     settings = {
@@ -77,7 +83,7 @@ def test_a_foundation_model_on_the_command_line(road, network, weights, tmp_path
         "options": options,
     }
     given = [text for key, value in settings.items() for text in (f"--extractors.x20.{key}", value)]
-    assert embed(road, bags, "--extractors.x10", road.dino["x10"], *given) == 0
+    assert embed(tiles, bags, "--extractors.x10", road.dino["x10"], *given) == 0
     bag = first_bag(bags)
     expected = by_timm(road, network, bag.slide_id)
     assert len(expected) > 0
@@ -95,7 +101,7 @@ def test_a_foundation_model_on_the_command_line(road, network, weights, tmp_path
     assert records(bags)["x10"]["source"] == str(road.dino["x10"])
 
 
-def test_the_same_in_yaml_with_a_setting_on_top(road, weights, tmp_path):
+def test_the_same_in_yaml_with_a_setting_on_top(tiles, weights, tmp_path):
     source = {
         "model": "test_vit",
         "weights": str(weights),
@@ -103,11 +109,11 @@ def test_the_same_in_yaml_with_a_setting_on_top(road, weights, tmp_path):
         "options": {**OPTIONS, "img_size": SIZE},
     }
     config = tmp_path / "embed.yaml"
-    extractors = {"x10": "random:test_resnet", "x20": source}
+    extractors = {"x10": {"model": "random:test_resnet", "image_size": 32}, "x20": source}
     config.write_text(yaml.safe_dump({"extractors": extractors}))
     whole, mean = tmp_path / "whole", tmp_path / "mean"
-    assert embed(road, whole, "--config", config) == 0
-    assert embed(road, mean, "--config", config, "--extractors.x20.pooling", "mean") == 0
+    assert embed(tiles, whole, "--config", config) == 0
+    assert embed(tiles, mean, "--config", config, "--extractors.x20.pooling", "mean") == 0
     wide, narrow = first_bag(whole), first_bag(mean)
     assert torch.equal(wide.features["x20"][:, 64:], narrow.features["x20"])
     assert torch.equal(wide.features["x10"], narrow.features["x10"])
@@ -115,22 +121,22 @@ def test_the_same_in_yaml_with_a_setting_on_top(road, weights, tmp_path):
     assert records(whole)["x20"]["fingerprint"] != records(mean)["x20"]["fingerprint"]
 
 
-def test_bags_pooled_otherwise_do_not_mix(road, tmp_path, capsys):
-    arguments = ["--extractors.x10", "random:test_vit", "--extractors.x20.model", "random:test_vit"]
-    assert embed(road, tmp_path, *arguments) == 0
+def test_bags_pooled_otherwise_do_not_mix(tiles, tmp_path, capsys):
+    arguments = ["--extractors.x10", SMALL, "--extractors.x20.model", "random:test_vit"]
+    assert embed(tiles, tmp_path, *arguments) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
     said = capsys.readouterr().out
     assert "embed: x20: tiles at 160 px" in said
     assert "test_vit, own pooling → 64 features" in said
-    assert embed(road, tmp_path, *arguments, "--extractors.x20.pooling", "mean") == 2
+    assert embed(tiles, tmp_path, *arguments, "--extractors.x20.pooling", "mean") == 2
     assert "made with other tiles or extractors than asked for now" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == before
-    assert embed(road, tmp_path, *arguments) == 0  # and what is there is known again
+    assert embed(tiles, tmp_path, *arguments) == 0  # and what is there is known again
 
 
-def test_weights_that_do_not_fit_end_the_command_in_one_sentence(road, weights, tmp_path, capsys):
+def test_weights_that_do_not_fit_end_the_command_in_one_sentence(tiles, weights, tmp_path, capsys):
     arguments = ["--extractors.x20.model", "test_vit", "--extractors.x20.weights", weights]
-    assert embed(road, tmp_path, "--extractors.x10", "random:test_vit", *arguments) == 2
+    assert embed(tiles, tmp_path, "--extractors.x10", SMALL, *arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"error: {weights}: these weights do not fit test_vit (unexpected: ")
     assert "init_values" in message
@@ -140,7 +146,7 @@ def test_weights_that_do_not_fit_end_the_command_in_one_sentence(road, weights, 
 @pytest.mark.parametrize(
     ("name", "value"), [("poling", "cls"), ("pooling", "max"), ("image_size", "small")]
 )
-def test_a_setting_that_does_not_exist_is_refused(road, tmp_path, capsys, name, value):
+def test_a_setting_that_does_not_exist_is_refused(tiles, tmp_path, capsys, name, value):
     arguments = ["--extractors.x20.model", "test_vit", f"--extractors.x20.{name}", value]
-    assert embed(road, tmp_path, "--extractors.x10", "random:test_vit", *arguments) == 2
+    assert embed(tiles, tmp_path, "--extractors.x10", SMALL, *arguments) == 2
     assert name in capsys.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from road import embed_command
+from road import SMALL, embed_command
 from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -150,7 +150,7 @@ def test_what_was_imported_is_said(checkpoint, tmp_path, capsys):
 def test_embed_takes_it_at_once(road, checkpoint, tmp_path):
     out, bags = tmp_path / "dino.ckpt", tmp_path / "bags"
     extractor = import_to(out, checkpoint, "--image_size", "32")
-    assert main(embed_command(road.tiles, bags, {"x10": "random:test_vit", "x20": out})) == 0
+    assert main(embed_command(road.tiles, bags, {"x10": SMALL, "x20": out})) == 0
     header = read_header(bag_path(bags, read_cohort(bags / "cohort.csv")[0].slide_id))
     assert header.extractors["x20"] == extractor.card
     assert json.loads((bags / "extractors.json").read_text())["x20"]["trained_on"] is None

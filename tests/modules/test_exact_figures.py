@@ -51,7 +51,7 @@ def assert_same_weights(runs: Path, num_steps: int) -> None:
 def test_two_processes_learn_what_one_learns_from_two_slides_a_step(bags, checkpoint):
     """The same slides in the same steps, the same dropout, and the last step is full in both."""
     runs = checkpoint.parents[2]
-    run_in_two(fit(bags, runs, "two"))
+    run_in_two(fit(bags, runs, "two"), forked=True)
     assert_same_weights(runs, 2 * 3)  # 2 epochs of 5 slides, in pairs
 
 

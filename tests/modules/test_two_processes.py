@@ -1,4 +1,4 @@
-"""Two processes on the CPU (gloo), started as a user starts them.
+"""Two processes on the CPU (gloo), started as a user starts them unless they are forked.
 
 Each command has a port of its own: another test may take one that Lightning finds free.
 """
@@ -73,7 +73,7 @@ def test_embed_with_one_slide_left_for_two_processes(road):
     shutil.copytree(road.bags, bags)
     left = bag_path(bags, read_cohort(road.cohort)[0].slide_id)
     left.unlink()
-    assert "0 failed" in run_in_two(embed_command(road.tiles, bags, road.dino))
+    assert "0 failed" in run_in_two(embed_command(road.tiles, bags, road.dino), forked=True)
     assert left.exists()
 
 

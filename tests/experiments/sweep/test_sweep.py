@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shlex
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 
 import pytest
@@ -11,7 +13,7 @@ from road import CONF, CONFIGS, REPOSITORY
 
 from dasmil.cli import main
 from dasmil.experiments.compare.compare import compare
-from dasmil.experiments.sweep.processes import Children
+from dasmil.experiments.sweep.processes import Children, last_error
 from dasmil.experiments.sweep.runs import SweepRow, plan
 from dasmil.experiments.sweep.sweep import sweep
 from dasmil.experiments.sweep.table import Cell
@@ -26,8 +28,29 @@ MEAN_FOLDER = "contextualize_false+pooling_mean+instance_0.0+scales_x20"
 BASE = ("configs/mil.yaml", str(CONF / "dasmil.yaml"))
 
 
-def test_a_sweep_by_command(road, tmp_path, capsys, monkeypatch):
-    """In processes; one row was broken off after an epoch, and one cannot be fitted."""
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Run the steps without starting Python and importing torch for each, and compare quickly."""
+
+    def call(self, arguments, log, slot):
+        with open(log, "a") as file:
+            file.write(f"$ python -m dasmil {shlex.join(arguments)}\n")
+            start = file.tell()
+            with redirect_stdout(file), redirect_stderr(file):
+                code = main(arguments)
+        return last_error(log.read_text()[start:], code) if code else ""
+
+    monkeypatch.setattr(Children, "call", call)
+    monkeypatch.setattr("dasmil.experiments.compare.compare.compare", partial(compare, draws=10))
+
+
+@pytest.mark.parametrize(
+    "where", ["here", pytest.param("in processes of their own", marks=pytest.mark.slow)]
+)
+def test_a_sweep_by_command(road, tmp_path, capsys, monkeypatch, request, where):
+    """One row was broken off after an epoch, and one cannot be fitted."""
+    if where == "here":
+        request.getfixturevalue("in_this_process")
     monkeypatch.chdir(REPOSITORY)
     keepers = yaml.safe_load((CONFIGS / "mil.yaml").read_text())["trainer"]["callbacks"]
     keepers[0]["init_args"] = {"monitor": "val/loss", "mode": "min"}  # no two epochs are equal
@@ -83,18 +106,6 @@ def test_a_sweep_by_command(road, tmp_path, capsys, monkeypatch):
     code, said = run_sweep(rows)
     assert code == 2
     assert f"{output}/base/seed_0: made with other configs (by_loss.yaml)" in said.err
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Fifteen starts of Python and torch, and as many bootstraps, would take minutes."""
-
-    def call(self, arguments, log, slot):
-        code = main(arguments)
-        return f"exit code {code}" if code else ""
-
-    monkeypatch.setattr(Children, "call", call)
-    monkeypatch.setattr("dasmil.experiments.compare.compare.compare", partial(compare, draws=10))
 
 
 def test_the_road_of_each_fold_never_sees_what_it_is_tested_on(road, tmp_path, in_this_process):
