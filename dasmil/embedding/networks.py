@@ -13,6 +13,7 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dasmil.errors import InputError, near
 from dasmil.plain import SWITCH, WORD, either, number, refuse_other, several, whole
@@ -20,6 +21,7 @@ from dasmil.plain import SWITCH, WORD, either, number, refuse_other, several, wh
 RANDOM = "random:"
 MAX_PARAMETERS = 8 * 10**9  # timm's largest network has 6.7 · 10⁹
 MAX_TOKENS = 2**14  # per image: 2048 px in patches of 16
+SETTERS = {"normal_", "uniform_", "erfinv_", "clamp_", "mul_", "add_"}  # of a tensor's values
 COUNT, AMOUNT = whole(0, 2**14), number(-1e4, 1e4)
 DEPTHS = either(whole(0, 128), several(whole(0, 64), 1, 8))  # layers take time to create
 COUNTS, AMOUNTS, SWITCHES = (either(k, several(k, 1, 16)) for k in (COUNT, AMOUNT, SWITCH))
@@ -81,7 +83,7 @@ def create_network(
     file = (overlay or {}).get("file")
     try:
         if given:  # without options its size is known to be sane
-            with torch.device("meta"):  # shapes only
+            with torch.device("meta"), _ShapesOnly():
                 sketch = timm.create_model(name, pretrained=False, **arguments)
             _refuse_large(sketch, Path(file).stat().st_size if file else MAX_PARAMETERS, where)
         return timm.create_model(
@@ -99,6 +101,17 @@ def create_network(
             + (f" with the options {given}" if given else "")
             + f" ({reason})"
         ) from error
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Leave out what sets weights: on the device ``meta`` torch runs it in Python, for seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in SETTERS:
+            return args[0] if args else kwargs["tensor"]  # nn.init names its argument
+        return func(*args, **(kwargs or {}))
 
 
 def refuse_unknown(name: str, called: str | None = None) -> None:
