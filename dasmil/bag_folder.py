@@ -3,15 +3,7 @@
 from functools import lru_cache, partial
 from pathlib import Path
 
-from dasmil.headers import (
-    KNOWN,
-    SHARED,
-    TEXT,
-    Entry,
-    FileKind,
-    read_header_of,
-    refusing,
-)
+from dasmil.headers import KNOWN, SHARED, TEXT, Entry, FileKind, read_header_of, refusing
 from dasmil.json_text import parse_json, read_json_object
 from dasmil.names import path_inside
 from dasmil.plain import whole

@@ -204,8 +204,7 @@ def read_header_of(path: Path, kind: FileKind) -> Header:
                 f"{path}: {kind.other.format(version and _short(version), kind.format)}"
             )
         return Header(
-            entries,
-            {n: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()},
+            entries, {n: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
         )
 
 

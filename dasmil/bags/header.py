@@ -178,10 +178,7 @@ def bag_format(
     return {
         "tile_px": int(tile_px),
         "scales": {
-            scale.name: {
-                "mpp": float(scale.mpp),
-                "extractor": extractors[scale.name].as_dict(),
-            }
+            scale.name: {"mpp": float(scale.mpp), "extractor": extractors[scale.name].as_dict()}
             for scale in scales
         },
     }

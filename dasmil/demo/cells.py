@@ -5,14 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dasmil.demo.layout import (
-    LAYOUT_STEP_UM,
-    Blob,
-    Frame,
-    Layout,
-    depth_um,
-    smooth_noise,
-)
+from dasmil.demo.layout import LAYOUT_STEP_UM, Blob, Frame, Layout, depth_um, smooth_noise
 
 _EDGE_UM = 0.7  # width over which the outline of a nucleus fades
 _NUCLEUS_SPACING_UM = 14.5

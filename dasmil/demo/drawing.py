@@ -180,11 +180,7 @@ def _draw_chromatin(rng: np.random.Generator, frame: Frame) -> np.ndarray:
 
 
 def _expose(
-    rng: np.random.Generator,
-    haematoxylin: np.ndarray,
-    eosin: np.ndarray,
-    stain: _Stain,
-    mpp: float,
+    rng: np.random.Generator, haematoxylin: np.ndarray, eosin: np.ndarray, stain: _Stain, mpp: float
 ) -> np.ndarray:
     """Light through the stains (H, W), optics and sensor, (H, W, 3) uint8."""
     light = np.empty((*eosin.shape, 3), np.float32)

@@ -20,11 +20,7 @@ RunVerb = Callable[[Sequence[str]], int]  # verb and arguments → exit code
 
 
 def demo(
-    output: Path,
-    seed: int = 0,
-    scales: tuple[str, ...] = ("x10", "x20"),
-    *,
-    run_verb: RunVerb,
+    output: Path, seed: int = 0, scales: tuple[str, ...] = ("x10", "x20"), *, run_verb: RunVerb
 ) -> int:
     """Draw a synthetic cohort and run tile, fit (DINO), embed, fit (DAS-MIL), test and predict.
 

@@ -15,13 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from dasmil.bag_folder import EXTRACTORS, bag_status, describe_bag
-from dasmil.bags import (
-    BagHeader,
-    bag_path,
-    describe_other_bag,
-    read_header,
-    read_headers,
-)
+from dasmil.bags import BagHeader, bag_path, describe_other_bag, read_header, read_headers
 from dasmil.embedding.dataset import READ_TIMEOUT_S, ChunkDataset
 from dasmil.embedding.embed_slide import bag_header, refuse_other_scales
 from dasmil.embedding.extractor import Extractor, ExtractorSource, load_extractor

@@ -110,10 +110,7 @@ class Slide:
     def _read(self, box_px0: Sequence[int], size_px: tuple[int, int], level: int) -> RgbArray:
         left, top, right, bottom = (int(edge) for edge in box_px0)
         stored = self.downsamples[level]
-        region_px = (
-            max(1, round((right - left) / stored)),
-            max(1, round((bottom - top) / stored)),
-        )
+        region_px = (max(1, round((right - left) / stored)), max(1, round((bottom - top) / stored)))
         rgb = self.region((left, top), level, region_px)
         if region_px == size_px:
             return rgb

@@ -13,22 +13,12 @@ from dasmil.slides.artefacts import ArtefactParameters, artefact_masks, exclude
 from dasmil.slides.digest import file_state, sample_digest
 from dasmil.slides.focus import blurred_tiles
 from dasmil.slides.physical_scale import PhysicalScale
-from dasmil.slides.pyramid import (
-    TilingParameters,
-    covered_share,
-    lay_tiles,
-    without_blurred,
-)
+from dasmil.slides.pyramid import TilingParameters, covered_share, lay_tiles, without_blurred
 from dasmil.slides.qc import PANEL_PX, RgbArray, draw_qc, shrink, write_png
 from dasmil.slides.reader import Slide
 from dasmil.slides.tiff import bits_per_sample
 from dasmil.slides.tile_table import slide_changed, tiles_path, write_tiles
-from dasmil.slides.tissue import (
-    MaskArray,
-    TissueParameters,
-    has_dark_background,
-    tissue_mask,
-)
+from dasmil.slides.tissue import MaskArray, TissueParameters, has_dark_background, tissue_mask
 
 StatusRow = dict[str, str | int | float]
 

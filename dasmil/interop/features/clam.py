@@ -162,11 +162,7 @@ def read_patches(path: Path) -> Patches:
 
 
 def read_slide(
-    row: SlideRow,
-    scales: tuple[Scale, ...],
-    paths: list[Path],
-    encoder: str,
-    seen_px: int | None,
+    row: SlideRow, scales: tuple[Scale, ...], paths: list[Path], encoder: str, seen_px: int | None
 ) -> SlideFeatures:
     """Read one slide from CLAM's files, coarse to fine.
 

@@ -85,9 +85,7 @@ def find_truths(folder: Path, slide_ids: Iterable[str]) -> dict[str, Path]:
 
 
 def read_annotation(
-    path: Path,
-    extent: Extent,
-    lesions: Collection[str] | None = None,
+    path: Path, extent: Extent, lesions: Collection[str] | None = None
 ) -> Points | Areas:
     """Read the annotation of a slide.
 

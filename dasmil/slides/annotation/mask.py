@@ -16,13 +16,7 @@ from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION as PHOTOMETRIC
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dasmil.errors import InputError
-from dasmil.slides.annotation.areas import (
-    MAX_MASK_PX,
-    Areas,
-    MaskArray,
-    mask_shape,
-    reduction,
-)
+from dasmil.slides.annotation.areas import MAX_MASK_PX, Areas, MaskArray, mask_shape, reduction
 from dasmil.slides.annotation.limits import shorten
 from dasmil.slides.pictures import open_picture
 from dasmil.slides.tiff import TIFF_STARTS
