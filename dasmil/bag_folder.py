@@ -1,6 +1,6 @@
 """A folder of bags, as far as the headers describe it, without torch: its import takes seconds."""
 
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from dasmil.headers import KNOWN, SHARED, TEXT, Entry, FileKind, read_header_of, refusing
@@ -36,12 +36,6 @@ def bag_path(folder: Path, slide_id: str) -> Path:
     return path_inside(folder, f"{slide_id}.safetensors")
 
 
-@lru_cache(maxsize=16)
-def _scale_names(text: str) -> tuple[str, ...]:
-    """All bags of a folder have the same text."""
-    return tuple(parse_json(text))
-
-
 def bag_status(folder: Path) -> Status:
     """The status of a folder that ``embed`` or ``import`` writes."""
     scales = read_json_object(folder / EXTRACTORS, "run the command that wrote the bags again")
@@ -59,7 +53,7 @@ def describe_bag(path: Path) -> dict[str, str | int]:
     header = read_header_of(path, BAG)
     with refusing(path, BAG):
         values = BAG.unpack(header, ["scales", "num_damaged"])
-        names = _scale_names(values["scales"])
+        names = parse_json(values["scales"])
         num_tiles = {name: header.tensors[f"grid/{name}"].shape[0] for name in names}
         return status_row(num_tiles, values["num_damaged"])
 

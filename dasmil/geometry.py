@@ -192,24 +192,25 @@ class Tiles(TilesHeader):
         """(N_s, 4) left, top, right, bottom of the tiles of a scale, in level-0 pixels."""
         return self.geometry.boxes_px0(self.scale_names.index(scale), self.grid[scale])
 
-    def rows_inside(self, start: int, stop: int, coarsest: int = 0) -> dict[int, Rows]:
+    def rows_inside(self, start: int, stop: int, coarsest: str | None = None) -> dict[str, Rows]:
         """Rows of the tiles [start, stop) of one scale and of all tiles inside them.
 
         Children are contiguous, so there is one range per scale. Every tile must have a parent.
 
         Parameters
         ----------
-        coarsest: number of the scale that ``start`` and ``stop`` count in.
+        coarsest: the scale that ``start`` and ``stop`` count in; by default the coarsest of all.
 
         Returns
         -------
-        First row and end, by the number of the scale.
+        First row and end per scale.
         """
-        rows = {coarsest: (start, stop)}
-        for number in range(coarsest + 1, len(self.scales)):
-            parent = self.parent[self.scales[number].name]
-            start, stop = np.searchsorted(parent, (start, stop)).tolist()
-            rows[number] = (start, stop)
+        names = self.scale_names
+        first = names.index(coarsest) if coarsest else 0
+        rows = {names[first]: (start, stop)}
+        for name in names[first + 1 :]:
+            start, stop = np.searchsorted(self.parent[name], (start, stop)).tolist()
+            rows[name] = (start, stop)
         return rows
 
     def kept_rows(self, left_out: Mapping[str, BoolArray]) -> dict[str, BoolArray]:
@@ -255,12 +256,15 @@ class Tiles(TilesHeader):
         if set(self.parent) != set(names[1:]):
             return "every scale but the coarsest needs parents"
         for number, name in enumerate(names):
-            fault = self._grid_fault(number) or self._parent_fault(number, orphans=not complete)
-            if fault or (complete and (fault := self._gap(number))):
+            above = self.grid[names[number - 1]] if number else None
+            fault = self._grid_fault(number, within=complete)
+            if not fault and above is not None:
+                fault = self._parent_fault(number, above, complete)
+            if fault:
                 return f"{name}: {fault}"
         return ""
 
-    def _grid_fault(self, number: int) -> str:
+    def _grid_fault(self, number: int, within: bool) -> str:
         grid = self.grid[self.scales[number].name]
         if grid.ndim != 2 or grid.shape[1] != 2 or grid.dtype != np.int32 or (grid < 0).any():
             return "the grid must be non-negative int32"
@@ -270,18 +274,16 @@ class Tiles(TilesHeader):
         step_px0 = self.tile_px * self.scales[number].mpp / self.extent.mpp
         if (int(cells.max(initial=0)) + 1) * step_px0 > MAX_EDGE_PX0:
             return "a tile is outside any slide"
+        if within and (grid >= self.geometry.shape(number, self.extent.size_px0)).any():
+            return "a tile is outside the slide"
         return ""
 
-    def _parent_fault(self, number: int, orphans: bool) -> str:
-        if number == 0:
-            return ""
+    def _parent_fault(self, number: int, above: Int32Array, complete: bool) -> str:
         name, coarser = self.scales[number].name, self.scales[number - 1].name
-        grid, parent, above = self.grid[name], self.parent[name], self.grid[coarser]
+        grid, parent = self.grid[name], self.parent[name]
         if parent.shape != (len(grid),) or parent.dtype != np.int32:
             return "parents must be (N,) int32"
-        if len(parent) == 0:
-            return ""
-        if parent.min() < -int(orphans) or parent.max() >= len(above):
+        if parent.min(initial=0) < -int(not complete) or parent.max(initial=-1) >= len(above):
             return f"a parent is not among the {len(above)} of {coarser}"
         if (parent[1:] < parent[:-1]).any():
             return "tiles are not in the order of their parents"
@@ -289,14 +291,6 @@ class Tiles(TilesHeader):
         ratio = self.geometry.ratio(number - 1, number)
         if not np.array_equal(above[parent[held]], grid[held] // ratio):
             return "a tile is not inside its parent"
-        return ""
-
-    def _gap(self, number: int) -> str:
-        grid = self.grid[self.scales[number].name]
-        if (grid >= self.geometry.shape(number, self.extent.size_px0)).any():
-            return "a tile is outside the slide"
-        if number > 0:
-            above = self.grid[self.scales[number - 1].name]
-            if len(np.unique(self.parent[self.scales[number].name])) < len(above):
-                return "a coarser tile holds none"
+        if complete and len(np.unique(parent)) < len(above):
+            return "a coarser tile holds none"
         return ""

@@ -5,6 +5,7 @@ memory is taken for it.
 """
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,24 +195,22 @@ def read_header_of(path: Path, kind: FileKind) -> Header:
     InputError
         if there is no such file, it is damaged, or of another version.
     """
+    if not os.path.exists(path):  # noqa: PTH110 - Path raises if no file can have the name
+        raise InputError(f"{path}: {kind.missing}")
     with refusing(path, kind):
-        _refuse_odd_file(path, kind)
+        _refuse_odd_file(path)
         with safe_open(path, framework="numpy") as file:
             entries = unpack_metadata(file.metadata())
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        if (version := entries.get("format")) != kind.format:
-            raise _Sentence(
-                f"{path}: {kind.other.format(version and _short(version), kind.format)}"
-            )
-        return Header(
-            entries, {n: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-        )
+    if (version := entries.get("format")) != kind.format:
+        raise InputError(f"{path}: {kind.other.format(version and _short(version), kind.format)}")
+    return Header(
+        entries, {n: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    )
 
 
-def _refuse_odd_file(path: Path, kind: FileKind) -> None:
+def _refuse_odd_file(path: Path) -> None:
     """Refuse what safetensors would read without end or limit: FIFOs, and huge headers."""
-    if not path.exists():
-        raise _Sentence(f"{path}: {kind.missing}")
     if not path.is_file():
         raise ValueError("it is no regular file")
     with open(path, "rb") as file:
@@ -219,17 +218,11 @@ def _refuse_odd_file(path: Path, kind: FileKind) -> None:
             raise ValueError("it is cut off, or of another kind")
 
 
-class _Sentence(InputError):
-    """A whole sentence, to which nothing is added."""
-
-
 @contextmanager
 def refusing(path: Path, kind: FileKind) -> Iterator[None]:
     """Turn every error that a damaged file can cause into one sentence."""
     try:
         yield
-    except _Sentence as error:
-        raise InputError(str(error)) from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: {kind.unreadable.format(_short(error))}") from error
 

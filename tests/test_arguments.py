@@ -65,7 +65,7 @@ MISTAKES = [  # command, what its sentence says
     (f"{TILE} --tile_px big", "--tile_px: 'big' is not a whole number"),
     (f"{TILE} --scales x10", "--scales: 'x10' is not a list such as [a,b]"),
     (f"{TILE} --tissue.mppp 3", "--tissue.mppp: no such option; did you mean --tissue.mpp?"),
-    (f"{TILE} --artefacts.pen [pink]", "artefacts.pen: 'pink' is not an ink"),
+    (f"{TILE} --artefacts.pen [pink]", "artefacts: pen ('pink',) is not"),
     (TILE, "COHORT: does not exist; give a cohort table"),
     (f"{TILE} slide.svs", "slide.svs: no such option"),
     ("embed --output OUT", "give --tiles and --extractors"),

@@ -85,7 +85,8 @@ def draw_slide(
     tissue &= ~mask(layout.glands, frame)
     lesion = mask(layout.lesions, frame) & tissue
 
-    chromatin = _draw_chromatin(stroma_rng, frame)
+    grain = stroma_rng.standard_normal(frame.grid_shape(_TEXTURE_STEP_UM), dtype=np.float32)
+    chromatin = enlarge(grain, frame)  # mottling of the nuclei
     nuclei = draw_nuclei(cell_rng, frame, layout, fibre_angle)
     if tumour:
         nuclei = turn_vesicular(tumour_rng, nuclei, layout.lesions)
@@ -171,12 +172,6 @@ def _streaks(
         streaks, along_um, across_um, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
     )
     return warped / streaks.std()
-
-
-def _draw_chromatin(rng: np.random.Generator, frame: Frame) -> np.ndarray:
-    """Mottling of the nuclei, (H, W) float32 of about unit variance."""
-    grain = rng.standard_normal(frame.grid_shape(_TEXTURE_STEP_UM), dtype=np.float32)
-    return enlarge(grain, frame)
 
 
 def _expose(

@@ -4,9 +4,9 @@ import json
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -50,18 +50,6 @@ def write_pyramid(
                 resolutionunit="CENTIMETER",
                 metadata=None,
             )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One slide to draw and write."""
-
-    slide: Path
-    truth: Path
-    seed: int
-    tumour: bool
-    size_px0: tuple[int, int]
-    mpp: float
 
 
 def write_cohort(
@@ -110,8 +98,15 @@ def write_cohort(
         slide, truth = folder / row["path"], folder / "truth" / f"{row['slide_id']}.png"
         rows.append(row)
         if not (slide.is_file() and truth.is_file()):
-            jobs.append(_Job(slide, truth, slide_seed, row["label"] == "tumour", size_px0, mpp))
-    _run_jobs(jobs, workers)
+            drawn = {"seed": slide_seed, "tumour": row["label"] == "tumour"}
+            jobs.append((slide, truth, {**drawn, "size_px0": size_px0, "mpp": mpp}))
+    if workers == 1:
+        for job in jobs:
+            _write_slide(*job)
+    else:
+        context = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
+        with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
+            list(pool.map(_write_slide, *zip(*jobs)))
     write_csv(table, COHORT_COLUMNS, rows)
     return table
 
@@ -149,25 +144,13 @@ def _plan_cohort(num_slides: Mapping[str, int], seed: int) -> Iterator[tuple[dic
         yield row, int(seeds[number])
 
 
-def _run_jobs(jobs: Sequence[_Job], workers: int) -> None:
-    if workers <= 1 or len(jobs) <= 1:
-        for job in jobs:
-            _write_slide(job)
-        return
-    context = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
-    with ProcessPoolExecutor(
-        min(workers, len(jobs)), context, initializer=cv2.setNumThreads, initargs=(1,)
-    ) as pool:
-        list(pool.map(_write_slide, jobs))
-
-
-def _write_slide(job: _Job) -> None:
-    """Write the truth, then the slide."""
-    slide = draw_slide(seed=job.seed, tumour=job.tumour, size_px0=job.size_px0, mpp=job.mpp)
-    width, height = (max(1, length // TRUTH_DOWNSAMPLE) for length in job.size_px0)
+def _write_slide(path: Path, truth: Path, drawn: Mapping[str, Any]) -> None:
+    """Write the truth, then the slide; ``drawn`` are arguments of :func:`draw_slide`."""
+    slide = draw_slide(**drawn)
+    height, width = (max(1, length // TRUTH_DOWNSAMPLE) for length in slide.tumour.shape)
     share = cv2.resize(
         slide.tumour.astype(np.uint8) * 255, (width, height), interpolation=cv2.INTER_AREA
     )
-    with atomic_path(job.truth) as temporary:
+    with atomic_path(truth) as temporary:
         cv2.imwrite(str(temporary), np.where(share > 127, 255, 0).astype(np.uint8))
-    write_pyramid(job.slide, slide.pixels, job.mpp)
+    write_pyramid(path, slide.pixels, slide.mpp)

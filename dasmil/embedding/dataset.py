@@ -81,7 +81,7 @@ def read_chunk(cutter: TileCutter, start: int, stop: int, slide: int = 0) -> Til
     rows = cutter.tiles.rows_inside(start, stop)
     return TileChunk(
         slide,
-        {cutter.tiles.scales[scale].name: first for scale, (first, _) in rows.items()},
+        {name: first for name, (first, _) in rows.items()},
         {name: torch.from_numpy(rgb).permute(0, 3, 1, 2) for name, rgb in cut.pixels.items()},
         {name: torch.from_numpy(is_damaged) for name, is_damaged in cut.damaged.items()},
         cut.reason,

@@ -27,7 +27,7 @@ from dasmil.errors import InputError, some_of
 from dasmil.files import map_files, must_exist, write_text
 from dasmil.geometry import Tiles
 from dasmil.reading import describe_lost_reader
-from dasmil.slides.cohort import SlideRow, describe_leaving, read_cohort, write_cohort
+from dasmil.slides.cohort import SlideRow, read_cohort, replace_cohort
 from dasmil.slides.tile_table import read_tiles, slide_changed, tiles_path
 from dasmil.work.worker import STALE_AFTER_S, Worker
 
@@ -117,9 +117,7 @@ def embed(
                 "another --output"
             )
         if trainer.is_global_zero:
-            if line := describe_leaving(output / "cohort.csv", cohort):
-                print(f"embed: {line}")
-            write_cohort(output / "cohort.csv", cohort)
+            replace_cohort(output / "cohort.csv", cohort, "embed")
             write_text(output / EXTRACTORS, _as_json(extractors, networks))
             status = bag_status(output)
             worker.write_status = status.write

@@ -11,8 +11,7 @@ import pickletools
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,11 +47,9 @@ UNUSED = frozenset(  # opcodes that ask for a name and that torch.save never wri
     ["STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"]
 )
 
-Allowed = type | tuple[Any, str]
-
 
 def load_restricted(
-    path: Path, allowed: Iterable[Allowed] = (), kind: str = "torch file", copy: bool = True
+    path: Path, allowed: Sequence[Any] = (), kind: str = "torch file", copy: bool = True
 ) -> Any:
     """Load a file that ``torch.save`` wrote onto the CPU; gzip-compressed or not.
 
@@ -70,7 +67,6 @@ def load_restricted(
         if it is not such a file, asks for other names, or needs more memory than disk.
     """
     must_be_file(path, f"give the file of a {kind}")
-    allowed = list(allowed)
     try:
         with (
             open(path, "rb") as file,
@@ -85,10 +81,13 @@ def load_restricted(
                         f"{path}: is not loaded: it asks for {name!r}, which no {kind} needs and "
                         "which could run foreign code; give a file of tensors and plain values"
                     )
-            content = _loaded(plain, allowed)
-            return (
-                _Copies(MAX_SHARED * plain.seek(0, io.SEEK_END)).own(content) if copy else content
-            )
+            is_zip = _is_zip(plain)  # its tensors are mapped, so a false size is an error
+            source: Any = str(plain.name) if is_zip else plain
+            with torch.serialization.safe_globals(list(allowed)):
+                content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
+            if not copy:
+                return content
+            return _Copies(MAX_SHARED * plain.seek(0, io.SEEK_END)).own(content)
     except InputError:
         raise
     except Exception as error:  # torch and gzip raise errors of many classes for other files
@@ -97,9 +96,7 @@ def load_restricted(
         ) from error
 
 
-def load_checkpoint(
-    path: Path, allowed: Iterable[Allowed] = (), kind: str = "checkpoint"
-) -> dict[str, Any]:
+def load_checkpoint(path: Path, kind: str = "checkpoint") -> dict[str, Any]:
     """Load a dictionary that ``torch.save`` wrote; see :func:`load_restricted`.
 
     Raises
@@ -107,7 +104,7 @@ def load_checkpoint(
     InputError
         also if the file holds anything but named values.
     """
-    content = load_restricted(path, allowed, kind)
+    content = load_restricted(path, kind=kind)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: holds no named values; give a {kind}")
     return content
@@ -210,13 +207,6 @@ def _is_zip(file: IO[bytes]) -> bool:
     return magic == ZIP_MAGIC
 
 
-def _loaded(file: IO[bytes], allowed: list[Allowed]) -> Any:
-    is_zip = _is_zip(file)  # its tensors are mapped, so a false size is an error
-    with _only(allowed):
-        source: Any = str(file.name) if is_zip else file
-        return torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
-
-
 class _Copies:
     """Copies the tensors of a file into memory, so that the file may change.
 
@@ -256,21 +246,8 @@ class _Copies:
         return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _name_of(entry: Allowed) -> str:
+def _name_of(entry: Any) -> str:
     return entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
-
-
-@contextmanager
-def _only(allowed: Iterable[Allowed]) -> Iterator[None]:
-    """Allow torch to load these classes, and none that other libraries have allowed."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(list(allowed))
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
 
 
 def _reason(error: Exception) -> str:

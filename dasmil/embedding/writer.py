@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
 from dasmil.bag_folder import status_row
 from dasmil.bags import bag_path, write_bag
@@ -58,7 +58,7 @@ class BagWriter(Callback):
         self._bar.close()
 
     def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: TileChunk, *_: Any, **__: Any
+        self, trainer: Trainer, pl_module: Any, batch: TileChunk, *_: Any, **__: Any
     ) -> None:
         self._watchdog.touch()
         now = time.monotonic()
@@ -67,13 +67,7 @@ class BagWriter(Callback):
             self._starts.setdefault(batch.slide, now)
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: TileChunk,
-        *_: Any,
-        **__: Any,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TileChunk, *_: Any, **__: Any
     ) -> None:
         for slide in outputs:
             self._settle(slide)

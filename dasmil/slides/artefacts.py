@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dasmil.errors import InputError
+from dasmil.plain import SWITCH, number, one_of, refuse_other, several, whole
 from dasmil.slides.tissue import MaskArray, disc
 
 MPP = 16.0  # about the µm/px used here: a stroke of 300 µm is 19 px wide, nuclei vanish
@@ -31,6 +31,16 @@ INKS: Mapping[str, tuple[tuple[Colour, Colour], ...]] = MappingProxyType(
         "black": (((0, 0, 0), (180, 90, 90)), ((0, 0, 0), (180, 255, 30))),
     }
 )
+
+
+LIMITS = {
+    "pen": several(one_of(*INKS), 0, len(INKS)),
+    "max_share": number(0, 1),
+    "max_black": whole(0, 255),
+    **dict.fromkeys(("black", "blur"), SWITCH),
+    **dict.fromkeys(("min_width_um", "margin_um", "min_black_mm2"), number(0, 1e9)),
+    **dict.fromkeys(("blur_mpp", "min_detail"), number(1e-6, 1e6)),
+}
 
 
 @dataclass(frozen=True)
@@ -79,21 +89,7 @@ class ArtefactParameters:
     min_detail: float = 0.25
 
     def __post_init__(self) -> None:
-        for ink in self.pen:
-            if ink not in INKS:
-                raise InputError(
-                    f"artefacts.pen: {ink!r} is not an ink; choose among {', '.join(INKS)}"
-                )
-        if not 0 <= self.max_share <= 1:
-            raise InputError(f"artefacts.max_share: {self.max_share:g} is outside 0..1")
-        if not 0 <= self.max_black <= 255:
-            raise InputError(f"artefacts.max_black: {self.max_black} is outside 0..255")
-        for name in ("min_width_um", "margin_um", "min_black_mm2"):
-            if getattr(self, name) < 0:
-                raise InputError(f"artefacts.{name}: {getattr(self, name):g} is negative")
-        for name in ("blur_mpp", "min_detail"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"artefacts.{name}: {getattr(self, name):g} is not positive")
+        refuse_other(vars(self), LIMITS, "artefacts")
 
 
 def artefact_masks(

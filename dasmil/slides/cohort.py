@@ -195,18 +195,17 @@ def slides_digest(rows: Iterable[SlideRow]) -> str:
     return hashlib.sha256("\n".join(sorted(row.slide_id for row in rows)).encode()).hexdigest()
 
 
-def describe_leaving(path: Path, rows: Iterable[SlideRow]) -> str:
-    """Which slides of the existing table at ``path`` are not in the new rows; "" if none."""
-    if not path.is_file():
-        return ""
+def replace_cohort(path: Path, rows: Sequence[SlideRow], verb: str) -> None:
+    """:func:`write_cohort`; prints which slides of an existing table are not in the new rows."""
     new = {row.slide_id for row in rows}
-    gone = [row.slide_id for row in read_cohort(path) if row.slide_id not in new]
-    if not gone:
-        return ""
-    return (
-        f"{path}: {len(gone)} slide(s) of the previous table are no longer listed; their files are "
-        f"kept: {some_of(gone)}"
-    )
+    before = read_cohort(path) if path.is_file() else ()
+    gone = [row.slide_id for row in before if row.slide_id not in new]
+    if gone:
+        print(
+            f"{verb}: {path}: {len(gone)} slide(s) of the previous table are no longer listed; "
+            f"their files are kept: {some_of(gone)}"
+        )
+    write_cohort(path, rows)
 
 
 def _scan_folder(folder: Path, leave_out: Path | None) -> list[SlideRow]:

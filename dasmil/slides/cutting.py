@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import itemgetter
 
 import cv2
 import numpy as np
@@ -27,8 +28,8 @@ class Cut:
     reason: place of the first of them, and what is wrong with it.
     """
 
-    pixels: dict[str, RgbArray]
-    damaged: dict[str, BoolArray] = field(default_factory=dict)
+    pixels: Mapping[str, RgbArray]
+    damaged: Mapping[str, BoolArray] = field(default_factory=dict)
     reason: str = ""
 
 
@@ -48,13 +49,11 @@ class TileCutter:
     def __init__(self, slide: Slide, tiles: Tiles):
         self.slide = slide
         self.tiles = tiles
-        self.boxes_px0 = [tiles.boxes_px0(scale.name) for scale in tiles.scales]
-        wanted = (slide.level_for(scale.mpp / tiles.extent.mpp) for scale in tiles.scales)
-        levels = enumerate(wanted)
-        #: (level, numbers of the scales that are read from it, coarse to fine)
+        self.boxes_px0 = {name: tiles.boxes_px0(name) for name in tiles.scale_names}
+        levels = ((slide.level_for(s.mpp / tiles.extent.mpp), s.name) for s in tiles.scales)
+        #: (level, names of the scales that are read from it, coarse to fine)
         self.reads = [
-            (level, [number for number, _ in group])
-            for level, group in groupby(levels, key=lambda pair: pair[1])
+            (level, [name for _, name in group]) for level, group in groupby(levels, itemgetter(0))
         ]
 
     def cut(self, start: int, stop: int) -> Cut:
@@ -62,44 +61,38 @@ class TileCutter:
         side = self.tiles.tile_px
         rows = self.tiles.rows_inside(start, stop)
         pixels = {n: np.empty((b - a, side, side, 3), np.uint8) for n, (a, b) in rows.items()}
-        names = {n: self.tiles.scales[n].name for n in rows}
         try:
             self._cut(rows, pixels)
         except DamagedError:
-            damaged, reason = self._cut_one_by_one(rows, pixels)
-            return Cut(
-                {names[n]: found for n, found in pixels.items()},
-                {names[n]: found for n, found in damaged.items()},
-                reason,
-            )
-        return Cut({names[n]: found for n, found in pixels.items()})
+            return Cut(pixels, *self._cut_one_by_one(rows, pixels))
+        return Cut(pixels)
 
-    def _cut(self, rows: Mapping[int, Rows], pixels: Mapping[int, RgbArray]) -> None:
+    def _cut(self, rows: Mapping[str, Rows], pixels: Mapping[str, RgbArray]) -> None:
         """Fill in the tiles; raises :class:`DamagedError` at the first damaged pixel."""
         side = self.tiles.tile_px
-        for level, numbers in self.reads:
+        for level, names in self.reads:
             if self.slide.is_whole(level):
-                self._cut_shared(level, numbers, rows, pixels)
+                self._cut_shared(level, names, rows, pixels)
             else:
-                for number in numbers:
-                    boxes = self.boxes_px0[number][slice(*rows[number])]
-                    for tile, box in zip(pixels[number], boxes, strict=True):
+                for name in names:
+                    boxes = self.boxes_px0[name][slice(*rows[name])]
+                    for tile, box in zip(pixels[name], boxes, strict=True):
                         tile[...] = self.slide.read(box, (side, side))
 
     def _cut_one_by_one(
-        self, rows: Mapping[int, Rows], pixels: Mapping[int, RgbArray]
-    ) -> tuple[dict[int, BoolArray], str]:
+        self, rows: Mapping[str, Rows], pixels: Mapping[str, RgbArray]
+    ) -> tuple[dict[str, BoolArray], str]:
         """Fill in each tile by its own read; return which are damaged, and why the first is."""
         side, reason = self.tiles.tile_px, ""
-        damaged = {number: np.zeros(len(found), bool) for number, found in pixels.items()}
-        for number, (first, end) in rows.items():
-            for index, box in enumerate(self.boxes_px0[number][first:end]):
+        damaged = {name: np.zeros(len(found), bool) for name, found in pixels.items()}
+        for name, (first, end) in rows.items():
+            for index, box in enumerate(self.boxes_px0[name][first:end]):
                 try:
-                    pixels[number][index] = self.slide.read(box, (side, side))
+                    pixels[name][index] = self.slide.read(box, (side, side))
                 except DamagedError as error:
-                    pixels[number][index], damaged[number][index] = 255, True
+                    pixels[name][index], damaged[name][index] = 255, True
                     reason = reason or (
-                        f"{self.slide.row.path}: its {self.tiles.scales[number].name} tile at "
+                        f"{self.slide.row.path}: its {name} tile at "
                         f"{box[0]},{box[1]} (level-0 pixels) cannot be read: {error.__cause__}"
                     )
         return damaged, reason
@@ -107,12 +100,12 @@ class TileCutter:
     def _cut_shared(
         self,
         level: int,
-        numbers: list[int],
-        rows: Mapping[int, Rows],
-        pixels: Mapping[int, RgbArray],
+        names: list[str],
+        rows: Mapping[str, Rows],
+        pixels: Mapping[str, RgbArray],
     ) -> None:
         """Fill in the tiles of some scales from reads of one level, one per run."""
-        coarsest, stored = numbers[0], round(self.slide.downsamples[level])
+        coarsest, stored = names[0], round(self.slide.downsamples[level])
         for first, end in _runs(self.boxes_px0[coarsest], *rows[coarsest], MAX_SIDE_PX * stored):
             left, top, _, bottom = self.boxes_px0[coarsest][first].tolist()
             right = int(self.boxes_px0[coarsest][end - 1, 2])
@@ -120,11 +113,9 @@ class TileCutter:
             size_px = (math.ceil((right - left) / stored), math.ceil((bottom - top) / stored))
             region = self.slide.region((left, top), level, size_px)
             inside = self.tiles.rows_inside(first, end, coarsest)
-            for number in numbers:
-                boxes_px = (
-                    self.boxes_px0[number][slice(*inside[number])] - [left, top] * 2
-                ) / stored
-                into = pixels[number][inside[number][0] - rows[number][0] :]
+            for name in names:
+                boxes_px = (self.boxes_px0[name][slice(*inside[name])] - [left, top] * 2) / stored
+                into = pixels[name][inside[name][0] - rows[name][0] :]
                 for tile, box_px in zip(into, boxes_px.tolist(), strict=False):
                     resize(_cut_out(region, box_px), tile)
 

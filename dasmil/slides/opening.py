@@ -67,11 +67,12 @@ def open_slide(path: Path, cache_bytes: int) -> openslide.AbstractSlide:
     Raises
     ------
     InputError
-        if the file is damaged, or neither.
+        if the file is damaged or neither, or each part of it would take too much memory.
     """
     try:
         if openslide.OpenSlide.detect_format(path) is not None:
             handle = openslide.OpenSlide(path)
+            refuse_giant_tiles(path, handle, MAX_STORED_TILE_PX)
             handle.set_cache(openslide.OpenSlideCache(cache_bytes))
             return handle
     except openslide.OpenSlideError as error:
@@ -88,15 +89,15 @@ def open_slide(path: Path, cache_bytes: int) -> openslide.AbstractSlide:
         raise
 
 
-def refuse_giant_tiles(path: Path, handle: openslide.AbstractSlide) -> None:
+def refuse_giant_tiles(path: Path, handle: openslide.AbstractSlide, max_px: int) -> None:
     """Raise :class:`InputError` for huge stored tiles: each is decoded in memory as a whole."""
     for level in range(handle.level_count):
         width, height = (
             int(handle.properties.get(f"openslide.level[{level}].tile-{side}", 0))
             for side in ("width", "height")
         )
-        if width * height > MAX_STORED_TILE_PX:
+        if width * height > max_px:
             raise InputError(
-                f"{path}: stored in tiles of {width} × {height} px, which take gigabytes each; "
+                f"{path}: stored in tiles of {width} × {height} px, which take too much memory; "
                 + TO_A_PYRAMID
             )

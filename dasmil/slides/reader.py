@@ -1,6 +1,6 @@
 """Read pixels of a slide: one small class around OpenSlide, in level-0 pixels and mpp."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from threading import Lock
 
@@ -12,10 +12,9 @@ import openslide
 from dasmil.errors import InputError
 from dasmil.geometry import Extent
 from dasmil.slides.cohort import SlideRow
-from dasmil.slides.opening import open_slide, refuse_giant_tiles, slide_file
+from dasmil.slides.opening import open_slide, slide_file
 from dasmil.slides.physical_scale import physical_scale
-from dasmil.slides.tiff import VENDORS as JPEG_VENDORS
-from dasmil.slides.tiff import JpegLevel, jpeg_level
+from dasmil.slides.tiff import VENDORS, JpegLevel, jpeg_level
 
 cv2.setNumThreads(1)  # processes share the slides; more threads only slow them down
 
@@ -66,10 +65,12 @@ class Slide:
         self.size_px0: tuple[int, int] = self._handle.dimensions
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
         self._level_sizes: tuple[tuple[int, int], ...] = tuple(self._handle.level_dimensions)
-        refuse_giant_tiles(row.path, self._handle)
-        self.physical_scale = physical_scale(row, self._handle.properties)
+        properties = self._handle.properties
+        self.physical_scale = physical_scale(row, properties)
         self.mpp = self.physical_scale.mpp
-        self.extent = Extent(self.size_px0, self.mpp, _bounds_px0(self._handle.properties))
+        left = int(properties.get(openslide.PROPERTY_NAME_BOUNDS_X, 0))  # of MIRAX, Leica, ...
+        top = int(properties.get(openslide.PROPERTY_NAME_BOUNDS_Y, 0))
+        self.extent = Extent(self.size_px0, self.mpp, (left, top))
 
     def close(self) -> None:
         self._handle.close()
@@ -154,11 +155,9 @@ class Slide:
         stored = round(self.downsamples[level])
         if self.is_whole(level) and origin_px0[0] % stored == origin_px0[1] % stored == 0:
             jpegs = self._jpeg_level(level)
-            if jpegs is not None:
-                left, top = origin_px0[0] // stored, origin_px0[1] // stored
-                rgb = jpegs.read(left, top, *size_px)
-                if rgb is not None:
-                    return rgb
+            left, top = origin_px0[0] // stored, origin_px0[1] // stored
+            if jpegs is not None and (rgb := jpegs.read(left, top, *size_px)) is not None:
+                return rgb
         return self._openslide_region(origin_px0, level, size_px)
 
     def _openslide_region(
@@ -183,11 +182,9 @@ class Slide:
             return self._jpegs[level]
 
     def _checked_jpeg_level(self, level: int) -> JpegLevel | None:
-        properties = self._handle.properties
-        if properties.get(openslide.PROPERTY_NAME_VENDOR) not in JPEG_VENDORS:
+        if self._handle.properties.get(openslide.PROPERTY_NAME_VENDOR) not in VENDORS:
             return None
-        size_px = self._level_sizes[level]
-        jpegs = jpeg_level(self.file, size_px, self._cache_bytes)
+        jpegs = jpeg_level(self.file, self._level_sizes[level], self._cache_bytes)
         if jpegs is not None and not self._matches_openslide(jpegs, level):
             jpegs.close()
             return None
@@ -246,12 +243,6 @@ class Slide:
                 size = (right - left, bottom - top)
                 picture[top:bottom, left:right] = self._read(box_px0, size, level)
         return picture
-
-
-def _bounds_px0(properties: Mapping[str, str]) -> tuple[int, int]:
-    """Left and top of the scanned area, which MIRAX, Leica and others record; else 0, 0."""
-    left = int(properties.get(openslide.PROPERTY_NAME_BOUNDS_X, 0))
-    return left, int(properties.get(openslide.PROPERTY_NAME_BOUNDS_Y, 0))
 
 
 def resize(picture: RgbArray, into: RgbArray) -> RgbArray:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -146,10 +146,9 @@ def refuse_damaged_picture(path: Path) -> None:
         start = file.read(4)
         head, pieces = b"", [(0, path.stat().st_size)]
         if start.startswith(TIFF_STARTS):
-            page = _of_page(path, lambda _: True, _layout)
-            if page is None or page.is_tiled:
+            is_tiled, head, pieces = _of_page(path, lambda _: True, _stored) or (True, b"", [])
+            if is_tiled:
                 raise InputError(f"{path}: a tiled TIFF that OpenSlide cannot read; is it damaged?")
-            head, pieces = page.head, page.pieces
         elif not start.startswith(START):
             return
         for offset, length in pieces:
@@ -163,18 +162,11 @@ def refuse_damaged_picture(path: Path) -> None:
                 raise InputError(f"{path}: a damaged JPEG ({error}); save it again") from error
 
 
-class _Layout(NamedTuple):
-    """How a page is stored: the head of each of its JPEGs, and their offsets and lengths."""
-
-    is_tiled: bool
-    head: bytes
-    pieces: list[tuple[int, int]]
-
-
-def _layout(page: tifffile.TiffPage) -> _Layout:
+def _stored(page: tifffile.TiffPage) -> tuple[bool, bytes, list[tuple[int, int]]]:
+    """Whether a page is tiled, the head of each of its JPEGs, and their offsets and lengths."""
     is_jpeg = page.compression == tifffile.COMPRESSION.JPEG
     pieces = list(zip(page.dataoffsets, page.databytecounts)) if is_jpeg else []
-    return _Layout(bool(page.is_tiled), _head(page), pieces)
+    return bool(page.is_tiled), _head(page), pieces
 
 
 def _head(page: tifffile.TiffPage) -> bytes:

@@ -22,11 +22,10 @@ from dasmil.progress import progress
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.cohort import (
     SlideRow,
-    describe_leaving,
     read_cohort,
     refuse_faulty,
+    replace_cohort,
     slides_digest,
-    write_cohort,
 )
 from dasmil.slides.pyramid import TilingParameters
 from dasmil.slides.reader import Slide
@@ -109,9 +108,7 @@ def tile(
                 f"{output}: {other} tiles other slides into it now; give both the same --cohort, "
                 "which they will share, or start after it has ended"
             )
-        if line := describe_leaving(output / "cohort.csv", rows):
-            print(f"tile: {line}")
-        write_cohort(output / "cohort.csv", rows)
+        replace_cohort(output / "cohort.csv", rows, "tile")
         status = tile_status(output)
         worker.write_status = status.write
         rows = refuse_faulty(rows, worker)
@@ -245,19 +242,10 @@ def _done_before(slide: Slide, output: Path) -> tuple[StatusRow | None, str]:
     try:
         tiles = read_tiles(path)
     except InputError:
-        return None, "its tile table was damaged" if _has_header(path) else ""
+        return None, "its tile table was damaged"
     if changed := what_changed(slide, tiles):
         return None, changed
     return summary(tiles, slide.physical_scale), ""
-
-
-def _has_header(path: Path) -> bool:
-    """Whether the header of a table can be read, as it was when the run began."""
-    try:
-        read_parameters(path)
-    except InputError:
-        return False
-    return True
 
 
 def _refuse_other_parameters(

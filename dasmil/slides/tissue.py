@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dasmil.errors import InputError
+from dasmil.plain import Kind, number, refuse_other, whole
 
 MaskArray = npt.NDArray[np.bool_]
 ByteArray = npt.NDArray[np.uint8]
@@ -21,6 +21,14 @@ GLASS_TEXTURE = 1.5  # glass is smoother than this, also with shading, stripes a
 GLASS_SATURATION = 40  # and less saturated than this
 MIN_GLASS = 0.01  # share of the picture that must be glass to measure its colour
 DARK, BRIGHT = 50, 200  # grey levels: a black background, a bright one
+LIMITS = {
+    "mpp": number(1e-6, 1e6),
+    "median_px": Kind("odd and positive", lambda value: value > 0 and value % 2 == 1),
+    **dict.fromkeys(("min_saturation", "max_saturation"), whole(0, 255)),
+    **dict.fromkeys(
+        ("min_texture", "closing_um", "min_tissue_um2", "min_hole_um2"), number(0, 1e12)
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,7 @@ class TissueParameters:
     min_hole_um2: float = 20_000.0
 
     def __post_init__(self) -> None:
-        if self.mpp <= 0:
-            raise InputError(f"tissue.mpp: {self.mpp:g} is not positive")
-        if self.median_px < 1 or self.median_px % 2 == 0:
-            raise InputError(f"tissue.median_px: {self.median_px} is not odd and positive")
-        for name in ("min_saturation", "max_saturation"):
-            if not 0 <= getattr(self, name) <= 255:
-                raise InputError(f"tissue.{name}: {getattr(self, name)} is outside 0..255")
-        for name in ("min_texture", "closing_um", "min_tissue_um2", "min_hole_um2"):
-            if getattr(self, name) < 0:
-                raise InputError(f"tissue.{name}: {getattr(self, name):g} is negative")
+        refuse_other(vars(self), LIMITS, "tissue")
 
 
 def tissue_mask(
@@ -254,8 +253,8 @@ def _crop(picture: ByteArray, margin_px: int) -> ByteArray:
 
 def _keep_touching(mask: ByteArray, seeds: ByteArray) -> None:
     """Set connected parts of a mask without a seed to 0, in place."""
-    number, labels = cv2.connectedComponents(mask, connectivity=8)
-    keep = np.zeros(number, np.uint8)
+    count, labels = cv2.connectedComponents(mask, connectivity=8)
+    keep = np.zeros(count, np.uint8)
     for top in range(0, len(mask), BAND_PX):
         band = slice(top, top + BAND_PX)
         keep[labels[band][seeds[band] > 0]] = 1
@@ -297,9 +296,9 @@ def tissue_fraction(
     # integral image at the needed corners only: the whole one takes 8 bytes per pixel
     integral = np.empty((len(rows), len(columns)))
     count, counted = np.zeros(width + 1, np.int64), 0
-    for number, row in enumerate(rows.tolist()):
+    for corner, row in enumerate(rows.tolist()):
         count[1:] += mask[counted:row].sum(0)
-        integral[number] = count.cumsum()[columns]
+        integral[corner] = count.cumsum()[columns]
         counted = row
     at_y = integral[above] * (1 - part_y)[:, None] + integral[above + 1] * part_y[:, None]
     at_both = at_y[:, before] * (1 - part_x) + at_y[:, before + 1] * part_x

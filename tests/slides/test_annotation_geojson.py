@@ -190,7 +190,7 @@ class TestForms:
             (feature(polygon([[0, "x"], [1, 2], [3, 4]])), "'annotation 1' are not all pairs"),
             (feature({"type": "MultiPolygon", "coordinates": [1]}), "are not all pairs of numbers"),
             (feature(polygon([[0], [1, 2], [3, 4]])), "are not all pairs of numbers"),
-            (feature(polygon([[0, float("nan")], [1, 2], [3, 4]])), "'annotation 1' are not all f"),
+            (feature(polygon([[0, float("nan")], [1, 2], [3, 4]])), "'annotation 1' are not all n"),
             (feature(polygon(ring(1001, 0, 1200, 9))), "'annotation 1' is outside the slide of"),
             (feature(LEFT, ["Tumor"]), r"classification of 'annotation 1' is \['Tumor'\]"),
         ],

@@ -101,7 +101,7 @@ class TestFilling:
             tracemalloc.stop()
         assert marked == 0.24975 and peak < 150e6
 
-    @pytest.mark.parametrize("far", [1e7, 1e13, 1e300, 1.7e308])
+    @pytest.mark.parametrize("far", [1e7, 2.0**40])
     def test_far_corners_are_cut_off(self, tmp_path, far):
         """Also an edge at 45°, whose ends are cut, not moved; and on a slide of unknown size."""
         corners = [[-far, -far], [far, -far], [far, far], [-far, far]]
@@ -111,10 +111,9 @@ class TestFilling:
         with pytest.raises(InputError, match=r"'annotation 1' reaches to .* further than any"):
             read(tmp_path, feature([corners]), extent=replace(EXTENT, size_is_known=False))
 
-    def test_very_many_far_corners_are_refused(self, tmp_path):
-        corners = [[1e300, number] for number in range(200_001)]
-        with pytest.raises(InputError, match="20,000,000 are the limit"):
-            read(tmp_path, feature([[[0, 0], *corners]]))
+    def test_corners_beyond_any_slide_are_refused(self, tmp_path):
+        with pytest.raises(InputError, match="annotation 1' are not all numbers on a slide"):
+            read(tmp_path, feature([[[0, 0], [1e13, 0], [0, 1e13]]]))
 
     def test_a_zigzag_that_takes_minutes_is_refused(self, tmp_path):
         corners = [[number, number % 2 * 100_000] for number in range(10_000)]
@@ -268,7 +267,7 @@ class TestMasks:
         monkeypatch.setattr(mask_module, "MAX_TILE_PX", 256 * 256 - 1)
         mask = np.zeros((800, 1000), dtype=np.uint8)
         tifffile.imwrite(tmp_path / "a.tif", mask, tile=(256, 256), compression="zlib")
-        with pytest.raises(InputError, match=r"a\.tif: stored in tiles of 256 x 256 px"):
+        with pytest.raises(InputError, match=r"a\.tif: stored in tiles of 256 × 256 px"):
             read_annotation(tmp_path / "a.tif", EXTENT)
 
 

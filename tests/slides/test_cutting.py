@@ -137,7 +137,7 @@ def test_rows_inside_are_the_children_and_theirs(tmp_path: Path) -> None:
             if number:
                 parents = tiles.parent[name].tolist()
                 wanted = {row for row, parent in enumerate(parents) if parent in wanted}
-            assert set(range(*rows[number])) == wanted
+            assert set(range(*rows[name])) == wanted
 
 
 # Real slides

@@ -29,7 +29,8 @@ AGAIN = "extract the features again"
 DAMAGED = (OSError, LookupError, RuntimeError, TypeError, ValueError, zlib.error)
 
 
-def open_h5(path: Path) -> h5py.File:
+@contextmanager
+def open_h5(path: Path) -> Iterator[h5py.File]:
     """Open an HDF5 file for reading.
 
     Raises
@@ -38,15 +39,13 @@ def open_h5(path: Path) -> h5py.File:
         if it is no HDF5 file, is damaged, or refers to other files.
     """
     must_be_file(path, AGAIN)
-    with _explained(path, "not a readable HDF5 file"):
+    problem = "not a readable HDF5 file"
+    with _explained(path, problem):
         file = h5py.File(path, "r")
-    try:
-        with _explained(path, "not a readable HDF5 file"):
+    with file:
+        with _explained(path, problem):
             _refuse_other_files(path, file)
-    except BaseException:
-        file.close()
-        raise
-    return file
+        yield file
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from dasmil.bags import (
 from dasmil.errors import DiskFullError, InputError, say_error
 from dasmil.files import write_text
 from dasmil.progress import progress
-from dasmil.slides.cohort import SlideRow, describe_leaving, refuse_faulty, write_cohort
+from dasmil.slides.cohort import SlideRow, refuse_faulty, replace_cohort
 from dasmil.tables import write_csv
 from dasmil.units import TilePx
 from dasmil.work.worker import Worker
@@ -103,9 +103,7 @@ def import_slides(dest: Path, source: Source) -> int:
         if other := worker.refused_by("bags"):
             raise InputError(f"{dest}: {other} writes other bags into it now; choose another DEST")
         _refuse_other_bags(dest, source, cards, options)
-        if line := describe_leaving(dest / "cohort.csv", source.rows):
-            print(f"import: {line}")
-        write_cohort(dest / "cohort.csv", source.rows)
+        replace_cohort(dest / "cohort.csv", source.rows, "import")
         _write_extractors(dest / EXTRACTORS, cards, source.tool)
         rows = refuse_faulty(source.rows, worker)
         worker.write_status = (status := bag_status(dest)).write
@@ -300,11 +298,4 @@ def stand_in_card(name: str, fingerprint: str, image_size: int, feature_dim: int
     ----------
     fingerprint: names tool, network and tiles, so that different features are never mixed.
     """
-    return ExtractorCard(
-        name=name,
-        fingerprint=fingerprint,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        image_size=image_size,
-        feature_dim=feature_dim,
-    )
+    return ExtractorCard(name, fingerprint, (0.0,) * 3, (1.0,) * 3, image_size, feature_dim)

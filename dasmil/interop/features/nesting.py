@@ -25,7 +25,7 @@ from dasmil.bags import Bag, ExtractorCard, all_finite
 from dasmil.errors import InputError
 from dasmil.interop.features.common_grid import IntArray
 from dasmil.interop.features.digest import features_digest
-from dasmil.interop.features.slide_bag import SlideTiles, assemble_bag, count_unrelated
+from dasmil.interop.features.slide_bag import assemble_bag, count_unrelated
 from dasmil.units import Scale
 
 Orphans = Literal["keep", "drop"]
@@ -105,7 +105,9 @@ def make_bag(
         new_row = np.append(np.cumsum(kept) - 1, -1)
         features = [f[kept[scale == number]] for number, f in enumerate(features)]
         place, scale, parent = place[kept], scale[kept], new_row[parent[kept]]
-    tiles = SlideTiles(
+    bag, columns = assemble_bag(
+        cards,
+        tiling=tiling,
         slide_id=slide.slide_id,
         scales=slide.scales,
         tile_px=slide.tile_px,
@@ -114,12 +116,11 @@ def make_bag(
         scale=scale,
         parent=parent,
         sides=sides,
-        digest=features_digest(slide.files[-1].features, slide.files[-1].place),
+        slide_digest=features_digest(slide.files[-1].features, slide.files[-1].place),
         unit_px0=unit_px0,
         size_px0=slide.size_px0,
         mpp_is_known=slide.mpp_is_known,
     )
-    bag, columns = assemble_bag(tiles, cards, tiling)
     return bag, {**columns, **unrelated, "rule": orphans}
 
 

@@ -1,7 +1,6 @@
 """The tiles of one slide, as a tool placed them, and the bag they become."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,79 +13,71 @@ from dasmil.interop.features.common_grid import IntArray, place_on_grid
 from dasmil.units import Mpp, Scale, TilePx
 
 
-@dataclass(frozen=True)
-class SlideTiles:
-    """The tiles of one slide with their features; scales run from coarse to fine.
+def assemble_bag(
+    cards: Mapping[str, ExtractorCard],
+    *,
+    slide_id: str,
+    scales: tuple[Scale, ...],
+    tile_px: int,
+    tiling: str,
+    slide_digest: str,
+    features: Sequence[Tensor],
+    place: IntArray,
+    scale: IntArray,
+    parent: IntArray,
+    sides: IntArray,
+    unit_px0: float = 1.0,
+    size_px0: tuple[int, int] | None = None,
+    mpp_is_known: bool = True,
+) -> tuple[Bag, dict[str, Any]]:
+    """The bag of a slide, and its columns of import.csv; scales run from coarse to fine.
 
     Parameters
     ----------
+    cards: of the extractors, per scale.
     tile_px: side of a tile as the extractors saw it.
+    tiling: for the header: JSON that identifies the import.
+    slide_digest: of the features (:func:`~dasmil.interop.features.digest.features_digest`).
     features: per scale (N_s, D_s) float16 or float32, in the order of the rows of that scale.
     place: (N, 2) x, y of the top left corner of each tile, in units of ``unit_px0``.
     scale: (N,) number of the scale, 0 is the coarsest.
     parent: (N,) row of the parent, in the next coarser scale; -1 for none.
     sides: (M,) side of each scale's tiles, in units of ``unit_px0``.
-    digest: of the features (:func:`~dasmil.interop.features.digest.features_digest`).
     unit_px0: level-0 pixels per unit.
     size_px0: width and height of the slide; None if they are not known.
     mpp_is_known: as in :class:`~dasmil.geometry.Extent`.
     """
-
-    slide_id: str
-    scales: tuple[Scale, ...]
-    tile_px: int
-    features: Sequence[Tensor]
-    place: IntArray
-    scale: IntArray
-    parent: IntArray
-    sides: IntArray
-    digest: str
-    unit_px0: float = 1.0
-    size_px0: tuple[int, int] | None = None
-    mpp_is_known: bool = True
-
-
-def assemble_bag(
-    slide: SlideTiles, cards: Mapping[str, ExtractorCard], tiling: str
-) -> tuple[Bag, dict[str, Any]]:
-    """The bag of a slide, and its columns of import.csv.
-
-    Parameters
-    ----------
-    cards: of the extractors, per scale.
-    tiling: for the header: JSON that identifies the import.
-    """
-    cells, moved = place_on_grid(slide.place, slide.scale, slide.parent, slide.sides)
-    rows, parents = order_by_parents(slide.scale, slide.parent, len(slide.scales))
-    names = [scale.name for scale in slide.scales]
-    side_px0 = float(slide.sides[-1] * slide.unit_px0)
-    ends = ((cells + 1) * slide.sides[slide.scale, None]).max(0, initial=0)
-    height, width = np.maximum(1, np.ceil(ends * slide.unit_px0)).astype(int).tolist()
+    cells, moved = place_on_grid(place, scale, parent, sides)
+    rows, parents = order_by_parents(scale, parent, len(scales))
+    names = [each.name for each in scales]
+    side_px0 = float(sides[-1] * unit_px0)
+    ends = ((cells + 1) * sides[scale, None]).max(0, initial=0)
+    height, width = np.maximum(1, np.ceil(ends * unit_px0)).astype(int).tolist()
     tiles = Tiles(
-        slide_id=slide.slide_id,
+        slide_id=slide_id,
         extent=Extent(
-            size_px0=slide.size_px0 or (width, height),
-            mpp=Mpp(slide.tile_px * slide.scales[-1].mpp / side_px0),
-            size_is_known=slide.size_px0 is not None,
-            mpp_is_known=slide.mpp_is_known,
+            size_px0=size_px0 or (width, height),
+            mpp=Mpp(tile_px * scales[-1].mpp / side_px0),
+            size_is_known=size_px0 is not None,
+            mpp_is_known=mpp_is_known,
         ),
-        scales=slide.scales,
-        tile_px=TilePx(slide.tile_px),
+        scales=scales,
+        tile_px=TilePx(tile_px),
         tiling=tiling,
-        slide_digest=slide.digest,
+        slide_digest=slide_digest,
         grid={n: cells[r].astype(np.int32) for n, r in zip(names, rows, strict=True)},
         parent=dict(zip(names[1:], parents, strict=True)),
     )
-    own = [np.flatnonzero(slide.scale == number) for number in range(len(names))]
-    features = {
+    own = [np.flatnonzero(scale == number) for number in range(len(names))]
+    ordered_features = {
         name: rows_of_scale[np.searchsorted(of_scale, ordered)]
-        for name, rows_of_scale, of_scale, ordered in zip(names, slide.features, own, rows)
+        for name, rows_of_scale, of_scale, ordered in zip(names, features, own, rows)
     }
-    bag = Bag(tiles, features, dict(cards))
-    distance_px0 = np.abs(moved).max(1, initial=0) * slide.unit_px0
+    bag = Bag(tiles, ordered_features, dict(cards))
+    distance_px0 = np.abs(moved).max(1, initial=0) * unit_px0
     return bag, {
         **{f"tiles/{name}": number for name, number in bag.num_tiles().items()},
-        **count_unrelated(slide.scale, slide.parent, len(names)),
+        **count_unrelated(scale, parent, len(names)),
         "moved": int((distance_px0 > 0).sum()),
         "max_moved_px0": round(float(distance_px0.max(initial=0)), 1),
     }

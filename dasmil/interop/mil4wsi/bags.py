@@ -20,7 +20,7 @@ from dasmil.interop.features.importer import (
     shorten,
     stand_in_card,
 )
-from dasmil.interop.features.slide_bag import SlideTiles, assemble_bag, order_by_parents
+from dasmil.interop.features.slide_bag import assemble_bag, order_by_parents
 from dasmil.interop.mil4wsi.graph import PreparedGraph, read_name, read_prepared
 from dasmil.interop.mil4wsi.grid import find_side_px0, require_nested
 from dasmil.slides.cohort import SlideRow, refuse_twice
@@ -173,7 +173,9 @@ def make_bag(
     try:
         side_px0 = find_side_px0(graph.place, scale, parent, graph.edges, ratios, default=tile_px)
         require_nested(graph.place, scale, parent, ratios * side_px0)
-        tiles = SlideTiles(
+        bag, columns = assemble_bag(
+            {s.name: extractor_card(s.name, graph.features.shape[1]) for s in scales},
+            tiling=tiling,
             slide_id=graph.slide_id,
             scales=scales,
             tile_px=tile_px,
@@ -182,10 +184,8 @@ def make_bag(
             scale=scale,
             parent=parent,
             sides=ratios * side_px0,
-            digest=features_digest(*finest),
+            slide_digest=features_digest(*finest),
         )
-        cards = {s.name: extractor_card(s.name, graph.features.shape[1]) for s in scales}
-        bag, columns = assemble_bag(tiles, cards, tiling)
     except InputError as error:
         raise InputError(f"{graph.path}: {error}; prepare the graph again") from error
     rows = np.concatenate(order_by_parents(scale, parent, len(scales))[0])

@@ -106,7 +106,8 @@ def mil4wsi_checkpoint(
     if scales is None:
         scales = ("x10", "x20") if residual == "none" else ("x5", "x20")
         print(f"{file}: taken for a model of {' and '.join(scales)}; --scales changes that")
-    preset = _preset(residual)
+    name = "mil4wsi.yaml" if residual == "none" else "mil4wsi_lung.yaml"
+    preset = yaml.safe_load((configs_folder() / "preset" / name).read_text())
     _refuse_other_classes(file, widths, classes)
     bag_format = _bag_format(file, widths, parse_scales(scales), extractors, tile_px)
     val_part = preset["data"]["init_args"]["split"]["val_part"]
@@ -226,12 +227,6 @@ def _refuse_other_classes(file: Path, widths: Mapping[str, int], classes: Sequen
             f"--classes: names {', '.join(classes)}, but {file} has {num_classes} classes; name "
             "each of them once"
         )
-
-
-def _preset(residual: Residual) -> dict[str, Any]:
-    name = "mil4wsi.yaml" if residual == "none" else "mil4wsi_lung.yaml"
-    preset: dict[str, Any] = yaml.safe_load((configs_folder() / "preset" / name).read_text())
-    return preset
 
 
 def _options(

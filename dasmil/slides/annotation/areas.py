@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
@@ -20,8 +19,7 @@ Rings = Sequence[FloatArray]  # a polygon: its outline and then its holes, each 
 MAX_MASK_PX = 2**28  # of a slide's mask in memory, one byte each: 100,000 x 200,000 px at 1/16
 BAND_CROSSINGS = 2**20  # filled at once, some 150 bytes each
 MAX_COST = 20_000_000  # of a file; a crossing takes some 0.3 µs
-CUT_COST = 100  # of a clipped edge, in crossings
-FAR_PX = 2.0**40  # edges are clipped there
+FAR_PX0 = 2.0**40  # of a corner from the slide; products of coordinates stay exact enough
 MAX_EXTENT_PX0 = 2**22  # a metre at x40; how far a slide of unknown size may reach
 
 
@@ -116,16 +114,13 @@ class Polygons(Areas):
 
     @property
     def cost(self) -> int:
-        """The cost of :attr:`finest`: crossings of edges with rows, plus clipped edges."""
+        """The cost of :attr:`finest`: crossings of edges with rows."""
         shape = mask_shape(self.size_px0, reduction(self.size_px0))
         to_mask = np.array(shape[::-1]) / self.size_px0
-        cost = 0
-        for polygons in (self.lesions, self.excluded):
-            rings = [xy for rings in polygons for xy in rings]
-            cost += CUT_COST * sum(int((np.abs(xy * to_mask) > FAR_PX).sum()) for xy in rings)
-            if cost <= MAX_COST:
-                cost += _Edges(polygons, to_mask, shape[0]).num_crossings
-        return cost
+        return sum(
+            _Edges(polygons, to_mask, shape[0]).num_crossings
+            for polygons in (self.lesions, self.excluded)
+        )
 
     def _filled(self, shape: tuple[int, int], to_mask: FloatArray) -> MaskArray:
         mask = np.zeros(shape, dtype=bool)
@@ -169,9 +164,6 @@ class _Edges:
     def __init__(self, polygons: Sequence[Rings], to_mask: FloatArray, num_rows: int):
         rings = [xy for rings in polygons for xy in rings]
         corners = np.concatenate([np.empty((0, 2)), *rings]) * to_mask
-        if np.abs(corners).max(initial=0) > FAR_PX:
-            rings = [_clipped(xy * to_mask) for xy in rings]
-            corners = np.concatenate(rings)
         lengths = np.array([len(xy) for xy in rings], dtype=np.int64)
         self._start = corners - 0.5  # pixel (0, 0) has its centre at 0, 0
         following = np.arange(1, len(self._start) + 1)
@@ -221,25 +213,6 @@ class _Edges:
         pixels = mask.reshape(-1)
         for at, to in zip(starts.tolist(), ends.tolist(), strict=True):
             pixels[at:to] = value
-
-
-def _clipped(ring: FloatArray) -> FloatArray:
-    """Clip a ring (V, 2) to a square in which products of coordinates are finite; (W, 2).
-
-    Sutherland and Hodgman (1974): one half plane after the other.
-    """
-    for axis, side in ((0, 1.0), (0, -1.0), (1, 1.0), (1, -1.0)):
-        following = np.roll(ring, -1, axis=0)
-        beyond = side * ring[:, axis] > FAR_PX
-        cut = beyond != np.roll(beyond, -1)
-        at = np.empty_like(ring)
-        for number in np.flatnonzero(cut):  # exact fractions: floats of this size lack the digits
-            near, far = (list(map(Fraction, xy[number].tolist())) for xy in (ring, following))
-            along = (Fraction(side * FAR_PX) - near[axis]) / (far[axis] - near[axis])
-            at[number] = [float(a + along * (b - a)) for a, b in zip(near, far, strict=True)]
-        corners = np.stack([ring, at], axis=1).reshape(-1, 2)
-        ring = corners[np.stack([~beyond, cut], axis=1).reshape(-1)]
-    return ring
 
 
 def polygons_on(extent: Extent, lesions: Sequence[Rings], excluded: Sequence[Rings]) -> Polygons:

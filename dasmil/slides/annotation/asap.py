@@ -2,7 +2,6 @@
 
 from array import array
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from xml.parsers import expat
 
@@ -11,6 +10,7 @@ import numpy as np
 from dasmil.errors import InputError
 from dasmil.geometry import Extent
 from dasmil.slides.annotation.areas import (
+    FAR_PX0,
     FloatArray,
     Polygons,
     Rings,
@@ -39,7 +39,7 @@ class Mark:
     Parameters
     ----------
     corners: order, x and y of each corner, one after the other.
-    wrong: why the corners are not all numbers; "" if they are.
+    wrong: why the corners are not all numbers on a slide; "" if they are.
     """
 
     name: str
@@ -109,7 +109,7 @@ class _Collector:
 def _add_corner(mark: Mark, attributes: dict[str, str]) -> None:
     try:
         order, x, y = map(float, (attributes["Order"], attributes["X"], attributes["Y"]))
-        if not (isfinite(order) and isfinite(x) and isfinite(y)):
+        if not all(abs(value) <= FAR_PX0 for value in (order, x, y)):
             raise ValueError(f"{order}, {x}, {y}")
     except (KeyError, ValueError) as error:
         mark.wrong = mark.wrong or f"{type(error).__name__}: {shorten(error)}"
@@ -141,7 +141,9 @@ def read_asap(path: Path, extent: Extent, groups: Classes = GROUPS) -> Polygons:
                 "give points as a CSV table with the columns x and y"
             )
         if mark.wrong:
-            raise InputError(f"{path}: the corners of {what} are not all numbers ({mark.wrong})")
+            raise InputError(
+                f"{path}: the corners of {what} are not all numbers on a slide ({mark.wrong})"
+            )
         xy = mark.xy_px0
         if len(xy) >= 3:
             refuse_other_slide(path, what, xy, extent)

@@ -22,6 +22,7 @@ import numpy as np
 from dasmil.errors import InputError
 from dasmil.geometry import Extent
 from dasmil.slides.annotation.areas import (
+    FAR_PX0,
     FloatArray,
     Polygons,
     Rings,
@@ -237,8 +238,8 @@ def _arrays(path: Path, mark: Mark, lists: Any, bounds_px0: tuple[int, int]) -> 
             f"{path}: the coordinates of {mark.what} are not all pairs of numbers "
             f"({shorten(error)})"
         ) from error
-    if not all(np.isfinite(xy).all() for xy in arrays):
-        raise InputError(f"{path}: the coordinates of {mark.what} are not all finite")
+    if not all((np.abs(xy) <= FAR_PX0).all() for xy in arrays):
+        raise InputError(f"{path}: the coordinates of {mark.what} are not all numbers on a slide")
     return [xy + bounds_px0 for xy in arrays]
 
 

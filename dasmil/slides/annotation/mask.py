@@ -18,6 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from dasmil.errors import InputError
 from dasmil.slides.annotation.areas import MAX_MASK_PX, Areas, MaskArray, mask_shape, reduction
 from dasmil.slides.annotation.limits import shorten
+from dasmil.slides.opening import refuse_giant_tiles
 from dasmil.slides.pictures import open_picture
 from dasmil.slides.tiff import TIFF_STARTS
 
@@ -155,16 +156,7 @@ def _opened(path: Path) -> openslide.OpenSlide:
         handle = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
         raise _unreadable(path, error) from error
-    for level in range(handle.level_count):
-        width, height = (
-            int(handle.properties.get(f"openslide.level[{level}].tile-{side}", 0))
-            for side in ("width", "height")
-        )
-        if width * height > MAX_TILE_PX:
-            handle.close()
-            raise InputError(
-                f"{path}: stored in tiles of {width} x {height} px; save it in tiles of 256 x 256"
-            )
+    refuse_giant_tiles(path, handle, MAX_TILE_PX)
     return handle
 
 
