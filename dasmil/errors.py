@@ -2,11 +2,13 @@
 
 import errno
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
 MAX_NAMED = 5
+MAX_REASON = 200  # characters
 MAX_NAME = 60  # letters that are compared; finding similar names takes their square
 NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -38,6 +40,18 @@ def say_error(error: Exception) -> str:
     """The text of an error for a table: its sentence, for other libraries with its type."""
     is_sentence = isinstance(error, InputError)
     return shown(str(error) if is_sentence else f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def explaining(problem: str, advice: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn other libraries' errors of these kinds, or of any, into one sentence with the reason."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or not isinstance(error, kinds or Exception):
+            raise
+        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+        raise InputError(f"{problem} ({reason}); {advice}") from error
 
 
 def some_of(texts: Collection[object]) -> str:

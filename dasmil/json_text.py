@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, explaining, some_of
 from dasmil.files import must_be_file
 
 MAX_DEPTH = 64  # dasmil writes at most 5
@@ -62,10 +62,8 @@ def read_json_object(path: Path, advice: str) -> dict[str, Any]:
         if the file is missing, damaged, or holds another value.
     """
     must_be_file(path, advice)
-    try:
+    with explaining(f"{path}: cannot be read", advice, OSError, ValueError):
         value = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); {advice}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds no object; {advice}")
     return value

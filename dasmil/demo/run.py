@@ -59,7 +59,7 @@ def demo(
             code = run_verb(resumed(arguments))
             if code != 0:
                 raise InputError(
-                    f"demo: the step {arguments[0]!r} failed with exit code {code}; see above"
+                    f"demo: step {arguments[0]!r} failed with exit code {code}; see above"
                 )
             write_text(output / STEPS, json.dumps([*done, command], indent=2))
     print_summary(output, cohort, names, time.monotonic() - start)

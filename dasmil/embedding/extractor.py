@@ -283,9 +283,7 @@ def _from_checkpoint(path: Path, source: ExtractorSource, scale: Scale, tile_px:
         )
     asked = sorted(source.asked().keys() - {"model", "pooling"})
     if asked:
-        raise InputError(
-            f"{path}: a DINO checkpoint holds its {', '.join(asked)} itself; leave that out"
-        )
+        raise InputError(f"{path}: a DINO checkpoint holds {', '.join(asked)} itself; leave it out")
     record = ExtractorRecord.read(checkpoint["extractor"], path)
     mpp, trained_px = record.mpp or scale.mpp, record.tile_px or tile_px
     if abs(mpp / scale.mpp - 1) > 1e-6 or trained_px != tile_px:

@@ -3,7 +3,6 @@
 A repository is read at one commit, which is recorded, and only its JSON and safetensors are read.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from typing import Any
 import timm
 
 from dasmil.embedding.networks import RANDOM, refuse_unknown
-from dasmil.errors import InputError
+from dasmil.errors import InputError, explaining
+from dasmil.json_text import parse_json
 from dasmil.plain import TEXT, Kind, by_name, number, one_of, refuse_other, several, whole
 
 PREFIXES = ("hf-hub:", "hf_hub:")
@@ -112,12 +112,10 @@ def _overlay(weights: Path) -> dict[str, Any]:
 
 
 def _read_config(name: str, path: Path) -> dict[str, Any]:
-    try:
+    with explaining(f"extractor {name!r}: its {CONFIG} is not JSON", "give another", ValueError):
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"it has more than {MAX_CONFIG_BYTES:,} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"extractor {name!r}: its {CONFIG} is not JSON ({error})") from error
+        config = parse_json(path.read_bytes())
     values = by_name(TEXT, ANY, 0, 1000)
     kinds = {"architecture": TEXT, "model_args": values, "pretrained_cfg": values}
     known = {key: config[key] for key in kinds if key in config} if values.holds(config) else config

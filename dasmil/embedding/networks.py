@@ -127,9 +127,7 @@ def refuse_unknown(name: str, called: str | None = None) -> None:
 def _refuse_large(network: nn.Module, maximum: int, where: str) -> None:
     size = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
     if size > maximum:
-        raise InputError(
-            f"{where}: its options ask for {size:.1e} weights, the limit is {maximum:.1e}"
-        )
+        raise InputError(f"{where}: its options ask for {size:.1e} weights, limit {maximum:.1e}")
 
 
 def _with_layers(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,9 +200,7 @@ def vit_backbone(name: str, image_size: int, options: Mapping[str, Any]) -> nn.M
     network = create_network(name, {**options, **sizes})
     refuse_cut_patches(network, name, "image_size", image_size)
     if math.prod(image_size // side for side in _patch(network)) > MAX_TOKENS:
-        raise InputError(
-            f"image_size: {image_size} px are more than {MAX_TOKENS} patches of {name}"
-        )
+        raise InputError(f"image_size: {image_size} px are over {MAX_TOKENS} patches of {name}")
     return network
 
 

@@ -121,9 +121,7 @@ def refuse_no_numbers(weights: Mapping[str, Tensor], where: object) -> None:
     """Raise :class:`InputError` if weights are complex, NaN or infinite."""
     complex_ones = [key for key, weight in weights.items() if weight.is_complex()]
     if complex_ones:
-        raise InputError(
-            f"{where}: its weights {some_of(complex_ones)} are complex; give real ones"
-        )
+        raise InputError(f"{where}: weights {some_of(complex_ones)} are complex; give real ones")
     broken = [
         key
         for key, weight in weights.items()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dasmil.embedding.restricted import is_state_dict, load_checkpoint, refuse_no_numbers
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, explaining, some_of
 from dasmil.files import must_be_file
 
 WRAPPERS = ("state_dict", "model", "teacher")
@@ -139,11 +139,10 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors":
         return load_checkpoint(path, kind="state dict")
-    must_be_file(path, "give the file of weights")
-    try:
+    advice = "give the file of weights"
+    must_be_file(path, advice)
+    with explaining(f"{path}: not a whole safetensors file", advice, SafetensorError, OSError):
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
 
 
 def _heads(network: nn.Module) -> tuple[str, ...]:

@@ -5,10 +5,11 @@ import json
 import re
 from pathlib import Path
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, explaining
 
 SAMPLES = 24  # blocks that tell one slide from another: the first, the last and those between
 SAMPLE_BYTES = 4096
+ADVICE = "allow reading it, or copy it again"
 SLIDE_PART = re.compile(r"[^.].*\.(dcm|dat)|slidedat\.ini", re.IGNORECASE)  # of DICOM, of MIRAX
 
 
@@ -32,7 +33,7 @@ def sample_digest(path: Path) -> str:
     InputError
         if the file does not exist, or cannot be read.
     """
-    try:
+    with explaining(f"{path}: cannot be read", ADVICE, OSError):
         parts = [(part, part.stat().st_size) for part in _parts_of(path)]
         total = sum(size for _, size in parts)
         digest = hashlib.sha256(json.dumps([size for _, size in parts]).encode())
@@ -47,8 +48,6 @@ def sample_digest(path: Path) -> str:
                         file.seek(start)
                         digest.update(file.read(SAMPLE_BYTES))
             begin += size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     return digest.hexdigest()
 
 
@@ -60,10 +59,8 @@ def file_state(path: Path) -> str:
     InputError
         if the file does not exist.
     """
-    try:
+    with explaining(f"{path}: cannot be read", ADVICE, OSError):
         stats = [part.stat() for part in _parts_of(path)]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     size, time_ns = (sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0))
     return f"{size} bytes of {time_ns} ns"
 

@@ -91,9 +91,7 @@ def _check_fold(num_folds: int | None, fold: int | None) -> None:
     if (num_folds is None) != (fold is None):
         raise InputError("data.split.fold and data.split.num_folds: give both, or neither")
     if num_folds is not None and num_folds < 2:
-        raise InputError(
-            f"data.split.num_folds: {num_folds} is not a number of folds; give 2 or more"
-        )
+        raise InputError(f"data.split.num_folds: {num_folds} is no number of folds; give 2 or more")
     if num_folds is not None and fold is not None and not 0 <= fold < num_folds:
         raise InputError(
             f"data.split.fold: there is no fold {fold} of {num_folds}; give a number from 0 to "
@@ -195,9 +193,7 @@ def placed(rows: Sequence[SlideRow], table: Path | str) -> list[SlideRow]:
     entries = read_split_table(table)
     named = [row for row in rows if row.slide_id in entries]
     if not named:
-        raise InputError(
-            f"{table}: names no slide of the cohort; give the split table of this cohort"
-        )
+        raise InputError(f"{table}: names no slide of the cohort; give the table of this cohort")
     _refuse_other_labels(named, entries, table)
     left_out = [row.slide_id for row in rows if row.slide_id not in entries]
     if left_out:

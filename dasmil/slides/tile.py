@@ -13,7 +13,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dasmil.errors import DiskFullError, InputError, say_error, some_of
 from dasmil.files import write_text
@@ -147,54 +147,43 @@ def _tile_all(
     waiting = deque(rows)
     function = partial(_tile_slide, output=output, parameters=parameters)
     idle = [ChildProcess(function) for _ in range(num_processes)]
-    running: dict[Connection, _Running] = {}
+    running: dict[Connection, ChildProcess] = {}
     try:
         with progress(desc="tile", total=len(rows), unit="slide") as bar:
             while waiting or running:
                 while idle and (row := worker.claim_next(waiting, attrgetter("slide_id"))):
                     process = idle.pop()
                     process.begin(row)
-                    running[process.connection] = _Running(process, row, time.monotonic())
+                    running[process.connection] = process
                 if not running:
                     bar.set_postfix_str("waiting for other workers")
                     time.sleep(POLL_S)
                 ready = wait(list(running), POLL_S) if running else []
                 for connection in [c for c in running if c in ready]:
-                    process, row, _ = running.pop(connection)
+                    process = running.pop(connection)
+                    row = process.task
                     # keep the original duration if the slide was done earlier
                     seconds = worker.last_record(row.slide_id).get("seconds")
                     worker.settle(row.slide_id, {"seconds": seconds, **_result(process, row)})
                     idle.append(process)
-                late = [c for c, task in running.items() if task.seconds > slide_timeout]
+                late = [c for c, process in running.items() if process.seconds() > slide_timeout]
                 for connection in late:
-                    process, row, _ = running.pop(connection)
+                    process = running.pop(connection)
                     process.kill()
-                    worker.settle(row.slide_id, _too_late(row, slide_timeout))
+                    worker.settle(process.task.slide_id, _too_late(process.task, slide_timeout))
                     idle.append(ChildProcess(function))
                 bar.update(len(rows) - len(waiting) - len(running) - bar.n)
                 if running:
                     bar.set_postfix_str(_longest(running.values()))
     finally:
-        for process in [*idle, *(task.process for task in running.values())]:
+        for process in [*idle, *running.values()]:
             process.kill()
 
 
-class _Running(NamedTuple):
-    """A slide, the process that works on it, and when it started."""
-
-    process: ChildProcess
-    row: SlideRow
-    start: float
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-
-def _longest(tasks: Iterable[_Running]) -> str:
+def _longest(running: Iterable[ChildProcess]) -> str:
     """The slide that runs longest, for the progress bar; "" if none takes long."""
-    task = min(tasks, key=lambda task: task.start)
-    return f"{task.row.slide_id}: {task.seconds:.0f} s" if task.seconds > NAMED_AFTER_S else ""
+    seconds, slide_id = max((process.seconds(), process.task.slide_id) for process in running)
+    return f"{slide_id}: {seconds:.0f} s" if seconds > NAMED_AFTER_S else ""
 
 
 def _too_late(row: SlideRow, slide_timeout: float) -> StatusRow:

@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -45,9 +46,14 @@ class ChildProcess:
 
     def begin(self, task: Any) -> None:
         """Hand over a task; :attr:`connection` is ready when there is a result."""
+        self.task, self._begun = task, time.monotonic()
         if not self.process.is_alive():  # it was killed between two tasks
             self._start()
         self.connection.send(task)
+
+    def seconds(self) -> float:
+        """Since the task began."""
+        return time.monotonic() - self._begun
 
     def result(self) -> Any:
         """Return what the function returned, or raise what it raised.

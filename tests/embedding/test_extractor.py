@@ -310,7 +310,7 @@ def source_of(road, **settings):
 
 
 def test_a_dino_checkpoint_says_the_rest_itself(road):
-    with pytest.raises(InputError, match="holds its image_size, options itself"):
+    with pytest.raises(InputError, match="holds image_size, options itself"):
         load_extractor(source_of(road, image_size=64, options={"depth": 2}), X20, 32)
 
 

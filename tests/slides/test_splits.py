@@ -109,7 +109,7 @@ def test_where_the_table_has_a_test_part_the_fold_is_for_validation() -> None:
         ({"num_folds": 5}, "data.split.fold and data.split.num_folds: give both"),
         ({"num_folds": 5, "fold": 5}, "there is no fold 5 of 5; give a number from 0 to 4"),
         ({"num_folds": 5, "fold": -1}, "there is no fold -1 of 5"),
-        ({"num_folds": 1, "fold": 0}, "1 is not a number of folds"),
+        ({"num_folds": 1, "fold": 0}, "1 is no number of folds"),
         ({"num_folds": 11, "fold": 0}, "10 patients cannot be divided into 11 folds"),
     ],
 )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from dasmil.embedding.restricted import load_restricted
-from dasmil.errors import InputError
+from dasmil.errors import InputError, explaining
 from dasmil.interop.features import hdf5
 from dasmil.interop.features.importer import import_slides
 from dasmil.interop.features.nesting import Dtype, Orphans, ScaleFeatures, SlideFeatures
@@ -24,6 +24,8 @@ from dasmil.interop.features.sources import (
 )
 from dasmil.slides.cohort import SlideRow
 from dasmil.units import Scale, parse_scales
+
+AGAIN = "cut the patches again"
 
 
 def clam(
@@ -135,22 +137,16 @@ def read_patches(path: Path) -> Patches:
         place = np.rint(hdf5.read_places(file)).astype(np.int64)
         coords = file["coords"]
         tile_px = hdf5.read_pixels(coords, "patch_size")
-        try:
+        with explaining(f"{path}: its attributes are no numbers", AGAIN, TypeError, ValueError):
             downsample = np.broadcast_to(
                 np.asarray(hdf5.read_attribute(coords, "downsample"), float), 2
             )
             size = np.asarray(hdf5.read_attribute(coords, "level_dim"), float) * downsample
             custom = float(coords.attrs.get("custom_downsample", 1))
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{path}: its attributes are no numbers ({error}); cut the patches again"
-            ) from error
         if not ((downsample > 0) & (downsample < hdf5.FAR)).all() or not 0 < custom < hdf5.FAR:
-            raise InputError(f"{path}: its downsample is {downsample[0]:g}; cut the patches again")
+            raise InputError(f"{path}: its downsample is {downsample[0]:g}; {AGAIN}")
         if size.shape != (2,) or not ((size >= 1) & (size < hdf5.FAR)).all():
-            raise InputError(
-                f"{path}: its level_dim is not the size of a slide; cut the patches again"
-            )
+            raise InputError(f"{path}: its level_dim is not the size of a slide; {AGAIN}")
     width, height = np.rint(size).astype(int).tolist()
     side = tile_px * int(downsample[0]) * custom  # CLAM's own step, although levels are 4.0003
     if side < 0.99 * tile_px * downsample[0] * custom:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, explaining
 from dasmil.files import must_be_file
 
 FAR = 2**31  # level-0 px, or µm; a bag counts tiles in 32 bits
@@ -39,24 +39,12 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
         if it is no HDF5 file, is damaged, or refers to other files.
     """
     must_be_file(path, AGAIN)
-    problem = "not a readable HDF5 file"
-    with _explained(path, problem):
+    with explaining(f"{path}: not a readable HDF5 file", AGAIN, *DAMAGED):
         file = h5py.File(path, "r")
     with file:
-        with _explained(path, problem):
+        with explaining(f"{path}: not a readable HDF5 file", AGAIN, *DAMAGED):
             _refuse_other_files(path, file)
         yield file
-
-
-@contextmanager
-def _explained(path: Path | str, problem: str) -> Iterator[None]:
-    """Turn errors of h5py into an :class:`InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except DAMAGED as error:
-        raise InputError(f"{path}: {problem} ({error}); {AGAIN}") from error
 
 
 def _refuse_other_files(path: Path, file: h5py.File) -> None:
@@ -141,7 +129,7 @@ def read_places(file: h5py.File) -> npt.NDArray[np.float64]:
 def _read_dataset(file: h5py.File, what: str, *names: str) -> npt.NDArray[Any]:
     """All values of the first dataset with one of these names."""
     path = Path(file.filename)
-    with _explained(path, f"its {what} cannot be read"):
+    with explaining(f"{path}: its {what} cannot be read", AGAIN, *DAMAGED):
         name = next((name for name in names if file.get(name, getlink=True) is not None), None)
         if name is None:
             raise InputError(
@@ -183,9 +171,7 @@ def _refuse_bomb(path: Path, name: str, dataset: h5py.Dataset) -> None:
     for number in range(dataset.id.get_num_chunks()):  # zlib unpacks on, whatever size is claimed
         info = dataset.id.get_chunk_info(number)
         if info.size * 1032 > SMALL and _unpacks_to_more(dataset, info, chunk):
-            raise InputError(
-                f"{path}: a chunk of {name} unpacks to more than it claims; is it damaged?"
-            )
+            raise InputError(f"{path}: {name} unpacks to more than it claims; is it damaged?")
 
 
 def _unpacks_to_more(dataset: h5py.Dataset, info: Any, chunk: int) -> bool:
@@ -201,7 +187,7 @@ def _unpacks_to_more(dataset: h5py.Dataset, info: Any, chunk: int) -> bool:
 def read_attribute(source: h5py.Dataset | h5py.File, name: str) -> Any:
     """An attribute as a plain value."""
     path = source.file.filename
-    with _explained(path, f"its attribute {name} cannot be read"):
+    with explaining(f"{path}: its attribute {name} cannot be read", AGAIN, *DAMAGED):
         if name not in source.attrs:
             raise InputError(f"{path}: its attribute {name} is missing; is it from another tool?")
         if math.prod(source.attrs.get_id(name).shape) > MAX_ATTRIBUTE:

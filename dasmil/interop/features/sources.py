@@ -100,9 +100,7 @@ def feature_source(
 
     def read_row(row: SlideRow) -> SlideFiles:
         if missing := [s.name for s, f in zip(scales, files) if row.slide_id not in f]:
-            raise InputError(
-                f"{row.slide_id}: no feature file at {', '.join(missing)}; extract the features"
-            )
+            raise InputError(f"{row.slide_id}: no features at {', '.join(missing)}; extract them")
         slide = read(row, scales, list_of(row))
         cards = {}
         for scale, file in zip(scales, slide.files, strict=True):

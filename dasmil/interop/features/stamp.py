@@ -87,9 +87,7 @@ def read_slide(row: SlideRow, scales: tuple[Scale, ...], paths: list[Path]) -> S
             values, place_um = hdf5.read_tiles(file, "feats", "features")
             unit = hdf5.read_text(file, "unit")
             if unit not in MICROMETRE:
-                raise InputError(
-                    f"{path}: its coords are in {unit!r}, not in um; extract the features again"
-                )
+                raise InputError(f"{path}: its coords are in {unit!r}, not in um; {hdf5.AGAIN}")
             side_um = hdf5.read_positive(file, "tile_size_um")
             tile_px.append(hdf5.read_pixels(file, "tile_size_px"))
             encoder = hdf5.read_text(file, "extractor")

@@ -183,9 +183,7 @@ def _widths(file: Path, weights: Mapping[str, Tensor]) -> dict[str, int]:
     def size(key: str, axis: int, num_axes: int) -> int:
         shape = weights[key].shape
         if len(shape) != num_axes or 0 in shape:
-            raise InputError(
-                f"{file}: {key} has the impossible shape {tuple(shape)}; is it damaged?"
-            )
+            raise InputError(f"{file}: {key} has the shape {tuple(shape)}; is it damaged?")
         return shape[axis]
 
     return {

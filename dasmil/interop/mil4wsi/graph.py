@@ -18,7 +18,7 @@ from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
 from dasmil.embedding.restricted import load_restricted
-from dasmil.errors import InputError
+from dasmil.errors import InputError, explaining
 from dasmil.interop.features.common_grid import IntArray
 from dasmil.names import name_fault
 from dasmil.slides.cohort import MAX_ID_BYTES
@@ -112,10 +112,8 @@ class _Checked:
         self.path = path
         data = load_restricted(path, ALLOWED, KIND, copy=copy)
         self.require(isinstance(data, Data), f"it holds no {KIND}")
-        try:
+        with explaining(f"{path}: cannot be read as a {KIND}", "prepare the graph again"):
             self.values: Mapping[str, Any] = dict(data.to_dict())
-        except Exception as error:  # of any class, by what the graph is made of
-            raise InputError(f"{path}: cannot be read as a {KIND} ({error})") from error
 
     def require(self, holds: bool, fault: str) -> None:
         if not holds:

@@ -77,9 +77,7 @@ def find_truths(folder: Path, slide_ids: Iterable[str]) -> dict[str, Path]:
             if path.name[-len(ending) :].lower() != ending or name not in wanted:
                 continue
             if name in found:
-                raise InputError(
-                    f"{found[name]}: {path.name} is of the same slide; keep one per slide"
-                )
+                raise InputError(f"{found[name]}: {path.name} is of the same slide; keep one")
             found[name] = path
     return found
 

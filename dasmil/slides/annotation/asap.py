@@ -7,7 +7,7 @@ from xml.parsers import expat
 
 import numpy as np
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, explaining
 from dasmil.geometry import Extent
 from dasmil.slides.annotation.areas import (
     FAR_PX0,
@@ -163,16 +163,13 @@ def _marks(path: Path) -> list[Mark]:
     parser.EndElementHandler = found.end
     parser.StartDoctypeDeclHandler = found.refuse_doctype
     data = memoryview(read_file(path))
-    try:
+    # pyexpat tries Python's encodings if Expat does not know one, and some of them fail
+    kinds = (expat.ExpatError, ValueError, LookupError, TypeError)
+    with explaining(f"{path}: not XML", "export it from ASAP", *kinds):
         for begin in range(0, len(data), MAX_TAG_BYTES):
             parser.Parse(data[begin : begin + MAX_TAG_BYTES], False)
             refuse_many(path, 0, sum(len(mark.corners) for mark in found.marks) // 3)
             if begin - parser.CurrentByteIndex > MAX_TAG_BYTES:
                 raise InputError(f"{path}: a tag has no end; export it from ASAP")
         parser.Parse(b"", True)
-    except InputError:
-        raise
-    except (expat.ExpatError, ValueError, LookupError, TypeError) as error:
-        # pyexpat tries Python's encodings if Expat does not know one, and some of them fail
-        raise InputError(f"{path}: not XML ({shorten(error)}); export it from ASAP") from error
     return found.marks

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, explaining
 from dasmil.geometry import Extent
 from dasmil.slides.annotation.areas import (
     FAR_PX0,
@@ -166,17 +166,11 @@ def _marks(path: Path) -> list[Mark]:
 
 def _parsed(path: Path) -> Any:
     data = read_file(path)
-    try:
+    with explaining(f"{path}: not GeoJSON", "export it from QuPath", ValueError, RecursionError):
         text = data.decode(json.detect_encoding(data), "surrogatepass")
         del data  # up to 200 MB
         refuse_costly_text(path, text, JSON_BYTES)
         return json.loads(text)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: not GeoJSON ({shorten(error)}); export it from QuPath"
-        ) from error
 
 
 def _features(path: Path, found: Any) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, explaining
 
 MAX_FILE_BYTES = 200_000_000  # unpacked
 MAX_OBJECTS_BYTES = 700_000_000  # of the Python objects parsed from a text
@@ -30,11 +30,12 @@ def read_file(path: Path) -> bytes:
     InputError
         if it is larger than :data:`MAX_FILE_BYTES`, or cannot be read or unpacked.
     """
-    try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({shorten(error)}); export it again") from error
+    is_packed = path.suffix.lower() == ".gz"
+    with (
+        explaining(f"{path}: cannot be read", "export it again", OSError, EOFError, zlib.error),
+        gzip.open(path) if is_packed else open(path, "rb") as file,
+    ):
+        data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise InputError(f"{path}: larger than {MAX_FILE_BYTES // 1_000_000} MB unpacked; {ADVICE}")
     return data

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from PIL import Image
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION as PHOTOMETRIC
 from PIL.TiffImagePlugin import TiffImageFile
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, explaining
 from dasmil.slides.annotation.areas import MAX_MASK_PX, Areas, MaskArray, mask_shape, reduction
-from dasmil.slides.annotation.limits import shorten
 from dasmil.slides.opening import refuse_giant_tiles
 from dasmil.slides.pictures import open_picture
 from dasmil.slides.tiff import TIFF_STARTS
@@ -101,10 +101,8 @@ class MaskFile(Areas):
                 for left in range(0, width, READ_BLOCK_PX):
                     size = min(READ_BLOCK_PX, width - left), min(READ_BLOCK_PX, height - top)
                     place_px0 = round(left * factor), round(top * factor)
-                    try:
+                    with _readable(self.path):
                         rgba = np.asarray(handle.read_region(place_px0, level, size))
-                    except openslide.OpenSlideError as error:
-                        raise _unreadable(self.path, error) from error
                     red, green, blue, _ = cv2.split(rgba)
                     yield left, top, np.maximum(np.maximum(red, green), blue)
 
@@ -152,27 +150,23 @@ def _is_pyramid(path: Path) -> bool:
 
 
 def _opened(path: Path) -> openslide.OpenSlide:
-    try:
+    with _readable(path):
         handle = openslide.OpenSlide(path)
-    except openslide.OpenSlideError as error:
-        raise _unreadable(path, error) from error
     refuse_giant_tiles(path, handle, MAX_TILE_PX)
     return handle
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: the mask cannot be read ({shorten(error)}); save it again")
+def _readable(path: Path) -> AbstractContextManager[None]:
+    """OpenSlide, and tifffile on damaged files, raise any kind of error."""
+    return explaining(f"{path}: the mask cannot be read", "save it again")
 
 
 def _refuse_odd_pixels(path: Path) -> None:
     """Refuse all but 8-bit grey or RGB: OpenSlide returns colours, which change other values."""
-    try:
-        with tifffile.TiffFile(path) as file:
-            page = file.pages.first
-            bits, photometric = page.bitspersample, tifffile.PHOTOMETRIC(page.photometric)
-            has_alpha = bool(page.extrasamples)
-    except Exception as error:  # tifffile raises any kind of error on damaged files
-        raise _unreadable(path, error) from error
+    with _readable(path), tifffile.TiffFile(path) as file:
+        page = file.pages.first
+        bits, photometric = page.bitspersample, tifffile.PHOTOMETRIC(page.photometric)
+        has_alpha = bool(page.extrasamples)
     kinds = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
     if bits != 8 or photometric not in kinds or has_alpha:
         with_alpha = ", with alpha" if has_alpha else ""

@@ -34,7 +34,7 @@ def test_labels_come_from_clams_table_and_slides_it_lacks_are_named(tmp_path, ca
         ("s3", "normal", "p2"),
     ]
     rows = rows_by_slide(tmp_path / "BAGS" / "import.csv")
-    assert "no feature file at x20" in rows["s3"]["message"]
+    assert "no features at x20" in rows["s3"]["message"]
 
 
 def test_a_table_with_a_slide_twice_is_refused(tmp_path, capsys):

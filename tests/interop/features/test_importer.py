@@ -46,7 +46,7 @@ def test_one_bad_file_costs_one_row(tmp_path, capsys):
     assert [row["state"] for row in rows.values()] == [*["failed"] * 4, "done", "failed"]
     for slide_id, words in (
         ("s1", "not a readable HDF5 file"),
-        ("s2", "no feature file at x10"),
+        ("s2", "no features at x10"),
         ("s3", "some features are not finite; extract them again"),
         ("s4", "7 wide"),
         ("s6", "s6.h5: does not exist; extract the features again"),
