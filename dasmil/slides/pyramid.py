@@ -150,27 +150,18 @@ def _grids(
     geometry: PyramidGrid, fine_grid: npt.NDArray[np.integer]
 ) -> tuple[dict[str, Int32Array], dict[str, Int32Array]]:
     """``grid`` and ``parent`` of the pyramid over some finest tiles."""
-    scales = geometry.scales
-    finest = len(scales) - 1
+    finest = len(geometry.scales) - 1
+    ancestors = [fine_grid // geometry.ratio(number, finest) for number in range(finest + 1)]
+    # by the coarsest ancestor first; lexsort begins with its last key
+    order = np.lexsort(np.concatenate(ancestors, axis=1).T[::-1])
     grid: dict[str, Int32Array] = {}
     parent: dict[str, Int32Array] = {}
-    for number, scale in enumerate(scales):
-        ancestors = fine_grid // geometry.ratio(number, finest)
-        grid[scale.name] = np.unique(ancestors, axis=0).astype(np.int32).reshape(-1, 2)
+    rows = np.empty(0, np.int32)  # of each finest tile's ancestor in the coarser grid
+    for number, scale in enumerate(geometry.scales):
+        tiles = ancestors[number][order].astype(np.int32)
+        is_first = (np.diff(tiles, axis=0, prepend=-1) != 0).any(axis=1)  # finest tile inside it
+        grid[scale.name] = tiles[is_first]
         if number > 0:
-            coarser = scales[number - 1].name
-            rows_of_parents = grid[scale.name] // geometry.ratio(number - 1, number)
-            parent_row = _find_rows(grid[coarser], rows_of_parents)
-            order = np.argsort(parent_row, kind="stable")
-            grid[scale.name] = grid[scale.name][order]
-            parent[scale.name] = parent_row[order].astype(np.int32)
+            parent[scale.name] = rows[is_first]
+        rows = np.cumsum(is_first, dtype=np.int32) - 1
     return grid, parent
-
-
-def _find_rows(table: Int32Array, wanted: Int32Array) -> npt.NDArray[np.int64]:
-    """For each (row, col) in ``wanted`` its position in ``table``."""
-    width = 1 + max(int(t[:, 1].max(initial=0)) for t in (table, wanted))
-    keys = table[:, 0].astype(np.int64) * width + table[:, 1]
-    order = np.argsort(keys)
-    wanted_keys = wanted[:, 0].astype(np.int64) * width + wanted[:, 1]
-    return order[np.searchsorted(keys, wanted_keys, sorter=order)]

@@ -53,7 +53,9 @@ def draw_qc(
     size = picture.shape[1::-1]
     areas = {name: _at_size(found, size) for name, found in (artefacts or {}).items()}
     if blurred_px0 is not None:
-        areas["blur"] = _boxes_mask(blurred_px0, size, tiles.extent.size_px0)
+        areas["blur"] = np.zeros(size[::-1], bool)
+        for left, top, right, bottom in _boxes_px(blurred_px0, size, tiles.extent.size_px0):
+            areas["blur"][top:bottom, left:right] = True
     outlined = picture.copy()
     for name, area in areas.items():
         outlined[area] = outlined[area] // 2 + np.array(ARTEFACTS[name], np.uint8) // 2
@@ -61,9 +63,9 @@ def draw_qc(
     _draw_outline(outlined, _at_size(mask, size), OUTLINE)
     text = f"{tiles.slide_id}  tissue {mask.mean():.1%}, {tiles.tissue.mm2:.1f} mm2"
     panels = [caption(outlined, text)]
-    for number, scale in enumerate(tiles.scales):
+    for scale in tiles.scales:
         panel = picture.copy()
-        inside, lines = _tile_areas(tiles, number, size)
+        inside, lines = _tile_areas(tiles, scale.name, size)
         panel[inside] = (panel[inside] * 0.65 + np.array(TILE) * 0.35).round().astype(np.uint8)
         panel[lines] = TILE
         text = f"{scale.name} ({scale.mpp:g} um/px): {len(tiles.grid[scale.name])} tiles"
@@ -90,45 +92,25 @@ def _draw_outline(picture: RgbArray, area: MaskArray, colour: tuple[int, int, in
     cv2.drawContours(picture, contours, -1, colour, 2)
 
 
-def _boxes_mask(
+def _boxes_px(
     boxes_px0: npt.NDArray[np.int64], size: tuple[int, int], size_px0: tuple[int, int]
-) -> MaskArray:
-    area = np.zeros(size[::-1], bool)
-    boxes = boxes_px0 * (np.array(size * 2) / np.array(size_px0 * 2))
-    for left, top, right, bottom in boxes.round().astype(int):
-        area[top : max(bottom, top + 1), left : max(right, left + 1)] = True
-    return area
+) -> list[list[int]]:
+    """Left, top, right and bottom of boxes in a picture of the slide; at least 1 px wide."""
+    boxes = (boxes_px0 * (np.array(size * 2) / np.array(size_px0 * 2))).round().astype(int)
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+    return boxes.tolist()
 
 
-def _tile_areas(tiles: Tiles, number: int, size: tuple[int, int]) -> tuple[MaskArray, MaskArray]:
-    """Pixels of a panel inside kept tiles, and those on their outlines.
-
-    The lookup is per pixel, so its time does not depend on the number of tiles.
-    """
-    geometry = tiles.geometry
-    num_rows, num_columns = geometry.shape(number, tiles.extent.size_px0)
-    kept = np.zeros((num_rows, num_columns), bool)
-    kept[tuple(tiles.grid[tiles.scales[number].name].T)] = True
-    column, row = (
-        np.searchsorted(
-            geometry.edges_px0(number, np.arange(count + 1)),
-            (np.arange(length_px) + 0.5) * (length_px0 / length_px),
-            side="right",
-        )
-        - 1
-        for count, length_px, length_px0 in zip(
-            (num_columns, num_rows), size, tiles.extent.size_px0, strict=True
-        )
-    )
-    inside = kept[row[:, None], column]
+def _tile_areas(tiles: Tiles, scale: str, size: tuple[int, int]) -> tuple[MaskArray, MaskArray]:
+    """Pixels of a panel inside kept tiles, and those on their outlines."""
+    inside, lines = np.zeros((2, *size[::-1]), bool)
+    for left, top, right, bottom in _boxes_px(tiles.boxes_px0(scale), size, tiles.extent.size_px0):
+        inside[top:bottom, left:right] = True
+        if right - left >= MIN_TILE_PX:
+            lines[top, left:right] = lines[top:bottom, left] = True
     padded = np.pad(inside, 1).astype(np.uint8)  # else tiles at the border would lack a line there
-    lines = inside & ~cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1].astype(bool)
-    tile_px0 = int(geometry.edges_px0(number, np.array(1)))
-    if tile_px0 * size[0] / tiles.extent.size_px0[0] >= MIN_TILE_PX:
-        lines |= inside & (
-            (np.diff(row, prepend=-1) > 0)[:, None] | (np.diff(column, prepend=-1) > 0)
-        )
-    return inside, lines
+    edge = inside & ~cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1].astype(bool)
+    return inside, edge | (lines & inside)
 
 
 def _legend(tiles: Tiles, width_px: int) -> RgbArray:

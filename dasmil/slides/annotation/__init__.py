@@ -42,17 +42,6 @@ ENDINGS = (
     *(f"_mask{suffix}" for suffix in MASK_SUFFIXES),
 )
 
-__all__ = [
-    "ENDINGS",
-    "Areas",
-    "Points",
-    "Polygons",
-    "class_names",
-    "find_truths",
-    "marks_points",
-    "read_annotation",
-]
-
 
 def find_truths(folder: Path, slide_ids: Iterable[str]) -> dict[str, Path]:
     """Find the annotation of each slide in a folder.
