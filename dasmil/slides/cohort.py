@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 from dasmil.errors import InputError, some_of
 from dasmil.files import files_below, must_exist
 from dasmil.names import name_fault, path_fault
-from dasmil.tables import read_csv, to_number, write_csv
+from dasmil.tables import Row, read_csv, to_number, write_csv
 from dasmil.work.worker import Worker
 
 Part = Literal["train", "val", "test"]
@@ -257,34 +257,49 @@ def _read_table(path: Path) -> list[SlideRow]:
             f"{path}: column {' and '.join(sorted(missing))} is missing; "
             f"a cohort table has the columns {', '.join(COLUMNS)} (the first two are required)"
         )
-    say_unknown_columns(path, columns, COLUMNS)
+    rows = read_rows(path, columns, records, COLUMNS, ["patient_id"])
+    for number, (row, record) in enumerate(zip(rows, records, strict=True)):
+        has_path = bool(record["path"].strip())
+        file = _slide_path(path.parent, record["path"] if has_path else row.slide_id)
+        reason = f"{path} line {record.line}: path is empty; fill it"
+        no_path = () if has_path else (BadCell("path", "", reason),)
+        rows[number] = replace(row, path=file, bad_cells=(*no_path, *row.bad_cells))
+    return rows
+
+
+def read_rows(
+    table: Path,
+    columns: Sequence[str],
+    records: Sequence[Row],
+    known: Sequence[str],
+    patient_columns: Sequence[str],
+) -> list[SlideRow]:
+    """The slides of a table without their paths, which are the slide_ids instead.
+
+    Parameters
+    ----------
+    columns, records: of the table, from :func:`dasmil.tables.read_csv`.
+    known: columns that are read; a warning names the others.
+    patient_columns: those with the patient; the first that is not empty counts.
+    """
+    say_unknown_columns(table, columns, known)
     rows = []
-    patients = read_patients(path, records, "patient_id")
+    patients = read_patients(table, records, *patient_columns)
     for record, patient in zip(records, patients, strict=True):
-        where = f"{path} line {record.line}"
-        if not record["slide_id"]:
+        where = f"{table} line {record.line}"
+        cells = {column: record.get(column, "") for column in known}
+        slide_id, split = cells["slide_id"], cells.get("split") or None
+        if not slide_id:
             raise InputError(f"{where}: slide_id is empty; fill it")
-        split = record.get("split") or None
         if split not in (None, *PARTS):
             raise InputError(
                 f"{where}: split {split!r} is none of {', '.join(PARTS)}; correct or empty it"
             )
-        has_path = bool(record["path"].strip())
-        mpp, bad_mpp = positive_number(record, "mpp", where)
-        magnification, bad_magnification = positive_number(record, "magnification", where)
-        no_path = [] if has_path else [BadCell("path", "", f"{where}: path is empty; fill it")]
-        rows.append(
-            SlideRow(
-                slide_id=record["slide_id"],
-                path=_slide_path(path.parent, record["path"] if has_path else record["slide_id"]),
-                label=record.get("label") or None,
-                patient_id=patient,
-                split=split,
-                mpp=mpp,
-                magnification=magnification,
-                bad_cells=(*no_path, *bad_mpp, *bad_magnification),
-            )
-        )
+        mpp, bad_mpp = positive_number(cells, "mpp", where)
+        magnification, bad_magnification = positive_number(cells, "magnification", where)
+        label, bad_cells = cells["label"] or None, (*bad_mpp, *bad_magnification)
+        path = Path(slide_id)
+        rows.append(SlideRow(slide_id, path, label, patient, split, mpp, magnification, bad_cells))
     return rows
 
 

@@ -50,25 +50,23 @@ def physical_scale(row: SlideRow, properties: Mapping[str, str]) -> PhysicalScal
         scale = PhysicalScale(Mpp(mpp), "table", warning)
     elif mpp_x:
         if not 1 / MAX_ANISOTROPY <= mpp_x / mpp_y <= MAX_ANISOTROPY:
-            raise InputError(
-                f"slide {row.slide_id} ({row.path}): its pixels are not square ({mpp_x:g} by "
-                f"{mpp_y:g} µm); fill the column mpp of its row in the cohort table"
-            )
+            raise _unknown(row, f"its pixels are not square ({mpp_x:g} by {mpp_y:g} µm)")
         scale = PhysicalScale(Mpp((mpp_x + mpp_y) / 2), "slide")
     elif power:
         scale = PhysicalScale(Mpp(10 / power), "objective power")
     else:
-        raise InputError(
-            f"slide {row.slide_id} ({row.path}): the file records neither mpp nor objective power; "
-            "fill the column mpp (or magnification) of its row in the cohort table"
-        )
+        raise _unknown(row, "the file records neither mpp nor objective power")
     if not low <= scale.mpp <= high:
-        raise InputError(
-            f"slide {row.slide_id} ({row.path}): {scale.mpp:g} µm/px (from the {scale.source}) is "
-            f"outside the plausible {low:g}-{high:g}; fill the column mpp of its row in the cohort "
-            "table"
-        )
+        found = f"{scale.mpp:g} µm/px (from the {scale.source})"
+        raise _unknown(row, f"{found} is outside the plausible {low:g}-{high:g}")
     return scale
+
+
+def _unknown(row: SlideRow, fault: str) -> InputError:
+    return InputError(
+        f"slide {row.slide_id} ({row.path}): {fault}; fill the column mpp (or magnification) of "
+        "its row in the cohort table"
+    )
 
 
 def _recorded(properties: Mapping[str, str], name: str) -> float:

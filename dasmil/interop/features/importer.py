@@ -28,6 +28,7 @@ from dasmil.progress import progress
 from dasmil.slides.cohort import SlideRow, refuse_faulty, replace_cohort
 from dasmil.tables import write_csv
 from dasmil.units import TilePx
+from dasmil.work.status import Status
 from dasmil.work.worker import Worker
 
 MAX_NAMED = 10  # slides that the report names
@@ -110,7 +111,7 @@ def import_slides(dest: Path, source: Source) -> int:
         for row in progress(rows, f"import {source.tool}", unit="slide"):
             if worker.claim(row.slide_id):  # else another process works on it
                 _import_slide(dest, row, source, options, cards, worker)
-    return _report(dest, status.rows, source, cards)
+    return _report(dest, status, source, cards)
 
 
 def _import_slide(
@@ -256,16 +257,14 @@ def _write_extractors(path: Path, cards: Cards, tool: str) -> None:
     write_text(path, json.dumps(records, indent=2))
 
 
-def _report(dest: Path, rows: Sequence[Record], source: Source, cards: Cards) -> int:
+def _report(dest: Path, status: Status, source: Source, cards: Cards) -> int:
     """Write import.csv and print what users should know; returns the exit code."""
     tiles = [f"tiles/{scale}" for scale in cards]
     columns = ("slide_id", "file", "state", *tiles, *COLUMNS, *source.columns, "message")
     path = dest / "import.csv"
-    write_csv(path, columns, ({c: row.get(c) for c in columns} for row in rows))
-    done = [row for row in rows if row["state"] in ("done", "empty")]
-    failed = [row for row in rows if row["state"] == "failed"]
-    left = [row for row in rows if row not in done and row not in failed]
-    lines = shorten([f"{row['state']}: {row.get('message')}" for row in [*failed, *left]])
+    write_csv(path, columns, ({c: row.get(c) for c in columns} for row in status.rows))
+    done = [row for row in status.rows if row["state"] in ("done", "empty")]
+    lines = list(status.complaints())
     orphans, childless = (sum(row.get(c) or 0 for row in done) for c in ("orphans", "childless"))
     if orphans or childless:
         lines.append(
@@ -279,10 +278,8 @@ def _report(dest: Path, rows: Sequence[Record], source: Source, cards: Cards) ->
             f"were moved onto one grid, by {most:g} level-0 px at most"
         )
     lines += source.describe(done)
-    counts = f"{len(done)} done, {len(failed)} failed"
-    counts += f", {len(left)} left to other processes" if left else ""
-    print("\n".join([*lines, f"import {source.tool}: {counts}; see {path}"]))
-    return int(bool(failed or left))
+    print("\n".join([*lines, f"{status.counts(f'import {source.tool}')} and {path}"]))
+    return int(len(done) < len(status.rows))
 
 
 def shorten(lines: Sequence[str]) -> list[str]:

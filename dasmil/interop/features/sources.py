@@ -1,6 +1,7 @@
 """Folders of feature files, one per scale, and the table with the labels."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,10 @@ from dasmil.interop.features.nesting import Dtype, Orphans, SlideFeatures, make_
 from dasmil.slides.cohort import (
     SlideRow,
     match_names,
-    positive_number,
     read_cohort,
-    read_patients,
+    read_rows,
     readable,
     refuse_twice,
-    say_unknown_columns,
 )
 from dasmil.tables import read_csv
 from dasmil.units import Scale, parse_scales
@@ -154,24 +153,8 @@ def _read_table(path: Path, files: FilesBySlide) -> list[SlideRow]:
             f"{path}: neither a cohort table (slide_id, path, ...) nor one of CLAM's (case_id, "
             "slide_id, label); rename its columns"
         )
-    say_unknown_columns(path, columns, CLAM_COLUMNS)
-    if empty := [record.line for record in records if not record["slide_id"]]:
-        raise InputError(f"{path} line {empty[0]}: slide_id is empty; give the slide a name")
-    patients = read_patients(path, records, "case_id", "patient_id")
-    rows = []
-    for record, patient in zip(records, patients, strict=True):
-        mpp, bad_cells = positive_number(record, "mpp", f"{path} line {record.line}")
-        rows.append(
-            SlideRow(
-                slide_id=record["slide_id"],
-                path=files.get(record["slide_id"], Path(record["slide_id"])),
-                label=record["label"] or None,
-                patient_id=patient,
-                mpp=mpp,
-                bad_cells=bad_cells,
-            )
-        )
-    return rows
+    rows = read_rows(path, columns, records, CLAM_COLUMNS, ["case_id", "patient_id"])
+    return [replace(row, path=files.get(row.slide_id, row.path)) for row in rows]
 
 
 def require_mpp(path: Path, scale: Scale, mpp: float, tolerance: float = 0.1) -> None:

@@ -213,7 +213,7 @@ def test_two_imports_share_a_folder(tmp_path, monkeypatch, capsys, command):
             written.append(bag.slide_id)
             codes.append(main(arguments))
             assert rows_by_slide(bags / "import.csv")["a"]["state"] == "running"
-            assert "1 done, 0 failed, 1 left to other processes" in capsys.readouterr().out
+            assert "1 done, 1 running, 0 failed" in capsys.readouterr().out
         else:
             written.append(bag.slide_id)
         write_bag(path, bag)
