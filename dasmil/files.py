@@ -42,7 +42,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.touch()
             mode = temporary.stat().st_mode  # given by the user's umask
             yield temporary
-            _flush(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
             # safetensors creates files that only their owner may read
             if temporary.stat().st_mode != mode:
                 with suppress(OSError):  # a disk without modes
@@ -64,14 +65,6 @@ def report_full_disk(path: Path) -> Iterator[None]:
                 "is done is kept"
             ) from error
         raise
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _is_full(error: Exception) -> bool:

@@ -57,15 +57,15 @@ def one_of(*values: Any) -> Kind:
     return Kind(words, lambda value: any(type(value) is type(v) and value == v for v in values))
 
 
+def _is_list(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, list | tuple) and low <= len(value) <= high
+
+
 def several(kind: Kind, low: int, high: int) -> Kind:
     """A list of ``low`` to ``high`` values of one kind."""
     return Kind(
         f"{low if low == high else f'{low} to {high}'} values in a list, each {kind.words}",
-        lambda value: (
-            isinstance(value, list | tuple)
-            and low <= len(value) <= high
-            and all(map(kind.holds, value))
-        ),
+        lambda value: _is_list(value, low, high) and all(map(kind.holds, value)),
     )
 
 
@@ -74,8 +74,7 @@ def each_of(*kinds: Kind) -> Kind:
     return Kind(
         f"{len(kinds)} values in a list: {', '.join(kind.words for kind in kinds)}",
         lambda value: (
-            isinstance(value, list | tuple)
-            and len(value) == len(kinds)
+            _is_list(value, len(kinds), len(kinds))
             and all(kind.holds(each) for kind, each in zip(kinds, value))
         ),
     )

@@ -96,11 +96,8 @@ def create_network(
         raise
     except Exception as error:  # networks raise many kinds for arguments that they reject
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(": ")
-        raise InputError(
-            f"{where}: timm cannot create it"
-            + (f" with the options {given}" if given else "")
-            + f" ({reason})"
-        ) from error
+        words = f" with the options {given}" if given else ""
+        raise InputError(f"{where}: timm cannot create it{words} ({reason})") from error
 
 
 class _ShapesOnly(TorchFunctionMode):

@@ -122,11 +122,7 @@ def refuse_no_numbers(weights: Mapping[str, Tensor], where: object) -> None:
     complex_ones = [key for key, weight in weights.items() if weight.is_complex()]
     if complex_ones:
         raise InputError(f"{where}: weights {some_of(complex_ones)} are complex; give real ones")
-    broken = [
-        key
-        for key, weight in weights.items()
-        if weight.is_floating_point() and not all_finite(weight)
-    ]
+    broken = [k for k, w in weights.items() if w.is_floating_point() and not all_finite(w)]
     if broken:
         raise InputError(
             f"{where}: some values are NaN or infinite in {some_of(broken)}; give weights that are "

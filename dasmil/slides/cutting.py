@@ -98,11 +98,7 @@ class TileCutter:
         return damaged, reason
 
     def _cut_shared(
-        self,
-        level: int,
-        names: list[str],
-        rows: Mapping[str, Rows],
-        pixels: Mapping[str, RgbArray],
+        self, level: int, names: list[str], rows: Mapping[str, Rows], pixels: Mapping[str, RgbArray]
     ) -> None:
         """Fill in the tiles of some scales from reads of one level, one per run."""
         coarsest, stored = names[0], round(self.slide.downsamples[level])

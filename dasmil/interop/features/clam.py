@@ -104,13 +104,10 @@ def _inner(folder: Path, name: str) -> Path:
 
 def _list_features(folder: Path) -> dict[str, Path]:
     """HDF5 files if there are any, since they hold the places of tiles; else tensors."""
-    inner = _inner(folder, "h5_files")
-    if inner.is_dir() and any(inner.glob("*.h5")):
-        return list_files(inner)
     tensors = _inner(folder, "pt_files")
-    if tensors.is_dir() and any(tensors.glob("*.pt")):
-        return list_files(tensors, ".pt")
-    return list_files(inner)
+    if any(_inner(folder, "h5_files").glob("*.h5")) or not any(tensors.glob("*.pt")):
+        return list_files(_inner(folder, "h5_files"))
+    return list_files(tensors, ".pt")
 
 
 @dataclass(frozen=True)
@@ -189,13 +186,7 @@ def read_slide(
         files.append(ScaleFeatures(path, encoder, values, place, patches.side_px0))
         sizes.append(patches.size_px0)
     require_same(tile_px, "the tile size", paths[-1], "or give --tile_px if CLAM resized tiles")
-    return SlideFeatures(
-        slide_id=row.slide_id,
-        scales=scales,
-        tile_px=tile_px[-1],
-        files=tuple(files),
-        size_px0=sizes[-1],
-    )
+    return SlideFeatures(row.slide_id, scales, tile_px[-1], tuple(files), sizes[-1])
 
 
 def _read_features(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None]:

@@ -71,13 +71,15 @@ def _refuse_other_files(path: Path, file: h5py.File) -> None:
         raise InputError(f"{path}: {fault}")
 
 
+def _unfit(path: Path | str, fault: str) -> InputError:
+    return InputError(f"{path}: {fault}; {AGAIN}")
+
+
 def read_tiles(file: h5py.File, *names: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     """(N, D) features and (N, 2) places of the same tiles; see the two functions below."""
     features, places = read_features(file, *names), read_places(file)
     if len(features) != len(places):
-        raise InputError(
-            f"{file.filename}: {len(features)} features for {len(places)} coords; {AGAIN}"
-        )
+        raise _unfit(file.filename, f"{len(features)} features for {len(places)} coords")
     return features, places
 
 
@@ -101,9 +103,7 @@ def to_features(path: Path, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if values.size == 0:
         values = values.reshape(0, values.shape[-1] if values.ndim > 1 else 0)
     if values.ndim != 2:
-        raise InputError(
-            f"{path}: its features have the shape {values.shape}, not (tiles, numbers); {AGAIN}"
-        )
+        raise _unfit(path, f"its features have the shape {values.shape}, not (tiles, numbers)")
     if values.dtype.kind in "iu" or values.dtype.itemsize > 8:  # unsigned, or a long double
         values = values.astype(np.float64)
     return values.astype(values.dtype.newbyteorder("="), copy=False)
@@ -114,15 +114,11 @@ def read_places(file: h5py.File) -> npt.NDArray[np.float64]:
     values = _read_dataset(file, "coords", "coords")
     places = values.reshape(0, 2) if values.size == 0 else values
     if places.ndim != 2 or places.shape[1] != 2:
-        raise InputError(
-            f"{file.filename}: its coords have the shape {values.shape}, not (tiles, 2); {AGAIN}"
-        )
+        raise _unfit(file.filename, f"its coords have the shape {values.shape}, not (tiles, 2)")
     places = places.astype(np.float64)
     low, high = places.min(initial=0), places.max(initial=0)
     if not (np.isfinite(places).all() and low >= 0 and high < FAR):
-        raise InputError(
-            f"{file.filename}: some coords lie on no slide ({low:g} to {high:g}); {AGAIN}"
-        )
+        raise _unfit(file.filename, f"some coords lie on no slide ({low:g} to {high:g})")
     return places
 
 
@@ -138,7 +134,7 @@ def _read_dataset(file: h5py.File, what: str, *names: str) -> npt.NDArray[Any]:
             )
         dataset = file[name]
         if not isinstance(dataset, h5py.Dataset):
-            raise InputError(f"{path}: {name} is not a dataset; {AGAIN}")
+            raise _unfit(path, f"{name} is not a dataset")
         _require_numbers(path, what, dataset.dtype)
         if dataset.shape is None:
             return np.empty(0)
@@ -149,7 +145,7 @@ def _read_dataset(file: h5py.File, what: str, *names: str) -> npt.NDArray[Any]:
 
 def _require_numbers(path: Path, what: str, dtype: np.dtype[Any]) -> None:
     if dtype.kind not in "fiu":
-        raise InputError(f"{path}: its {what} are of type {dtype}, not real numbers; {AGAIN}")
+        raise _unfit(path, f"its {what} are of type {dtype}, not real numbers")
 
 
 def _refuse_bomb(path: Path, name: str, dataset: h5py.Dataset) -> None:
@@ -210,10 +206,8 @@ def read_positive(source: h5py.Dataset | h5py.File, name: str) -> float:
     except (TypeError, ValueError):
         number = float("nan")
     if not 0 < number < float("inf"):
-        raise InputError(
-            f"{source.file.filename}: its attribute {name} is {value!r}, not a positive number; "
-            f"{AGAIN}"
-        )
+        fault = f"its attribute {name} is {value!r}, not a positive number"
+        raise _unfit(source.file.filename, fault)
     return number
 
 
@@ -221,7 +215,6 @@ def read_pixels(source: h5py.Dataset | h5py.File, name: str) -> int:
     """An attribute that must be a positive whole number of pixels."""
     number = read_positive(source, name)
     if number != round(number) or number >= FAR:
-        raise InputError(
-            f"{source.file.filename}: its attribute {name} is {number:g}, not whole pixels; {AGAIN}"
-        )
+        fault = f"its attribute {name} is {number:g}, not whole pixels"
+        raise _unfit(source.file.filename, fault)
     return round(number)

@@ -241,11 +241,8 @@ def _to_dtype(file: ScaleFeatures, dtype: Dtype, width: int) -> torch.Tensor:
     own = torch.float16 if features.dtype == torch.float16 else torch.float32
     stored = features.to(own if dtype == "keep" else getattr(torch, dtype))
     if not all_finite(stored):
-        advice = (
-            "give --dtype keep or float32"
-            if stored.dtype == torch.float16
-            else "extract them again"
-        )
+        is_half = stored.dtype == torch.float16
+        advice = "give --dtype keep or float32" if is_half else "extract them again"
         name = str(stored.dtype).removeprefix("torch.")
         raise InputError(f"{file.path}: some features are too large for {name}; {advice}")
     return stored

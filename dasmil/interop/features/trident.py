@@ -77,13 +77,9 @@ def read_slide(row: SlideRow, scales: tuple[Scale, ...], paths: list[Path]) -> S
         encoder = path.parent.name.removeprefix("features_")
         files.append(ScaleFeatures(path, encoder, values, place, find_step(path, place, sides)))
     require_same(slide_mpp, "the magnification of level 0", paths[-1])
-    return SlideFeatures(
-        slide_id=row.slide_id,
-        scales=scales,
-        tile_px=require_same(tile_px, "the tile size", paths[-1]),
-        files=tuple(files),
-        size_px0=require_same(sizes, "the size of the slide", paths[-1]) if sizes else None,
-    )
+    require_same(tile_px, "the tile size", paths[-1])
+    size_px0 = require_same(sizes, "the size of the slide", paths[-1]) if sizes else None
+    return SlideFeatures(row.slide_id, scales, tile_px[-1], tuple(files), size_px0)
 
 
 def find_step(path: Path, place: np.ndarray, sides: Sequence[float]) -> float:

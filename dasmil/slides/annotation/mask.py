@@ -142,11 +142,9 @@ def _is_pyramid(path: Path) -> bool:
     """Whether OpenSlide reads the TIFF. Other formats, which it also detects, are refused."""
     with open(path, "rb") as file:
         is_tiff = file.read(4) in TIFF_STARTS
-    return (
-        is_tiff
-        and path.suffix.lower() != ".png"
-        and openslide.OpenSlide.detect_format(path) is not None
-    )
+    if not is_tiff or path.suffix.lower() == ".png":
+        return False
+    return openslide.OpenSlide.detect_format(path) is not None
 
 
 def _opened(path: Path) -> openslide.OpenSlide:
