@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import time
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -38,7 +39,11 @@ class InThisProcess:
         self.connection, self._answers = Pipe()
 
     def begin(self, task):
+        self.task, self.begun = task, time.monotonic()
         self._answers.send(self.function(task))
+
+    def seconds(self):
+        return time.monotonic() - self.begun
 
     def result(self):
         return self.connection.recv()

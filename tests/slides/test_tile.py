@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -446,10 +447,6 @@ def test_the_same_file_under_two_names_is_said(
 class DyingOfGood(InThisProcess):
     """A process that the slide ``good`` kills, as a decoder would that reads where it must not."""
 
-    def begin(self, task: SlideRow) -> None:
-        self.task = task
-        super().begin(task)
-
     def result(self) -> object:
         if self.task.slide_id == "good":
             super().result()
@@ -472,7 +469,9 @@ class HangingOnGood(InThisProcess):
     """A child process that is never done with one slide."""
 
     def begin(self, task: SlideRow) -> None:
-        if task.slide_id != "good":
+        if task.slide_id == "good":
+            self.task, self.begun = task, time.monotonic()
+        else:
             super().begin(task)
 
 

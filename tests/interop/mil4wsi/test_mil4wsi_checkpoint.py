@@ -234,7 +234,7 @@ def with_(**shapes):
             "missing: glu1.mlp.mlp.0.weight, ",
         ),
         (with_(glu1__mlp__mlp__0__bias=(3,)), "and 6 more"),
-        (with_(gnn1__layers__0__lin__weight=(6,)), "gnn1.layers.0.lin.weight has the impossible"),
+        (with_(gnn1__layers__0__lin__weight=(6,)), "gnn1.layers.0.lin.weight has the shape"),
         (
             with_(mil2__b_classifier__q__0__bias=(7,)),
             "mil2.b_classifier.q.0.bias (7,) instead of (128,)",
