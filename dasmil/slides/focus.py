@@ -72,8 +72,7 @@ def _mirrored_outside(
         return strip
     inside = strip[:inside_y, :inside_x]
     below, behind = max(0, height - inside_y), max(0, width - inside_x)
-    mirrored = cv2.copyMakeBorder(inside, 0, below, 0, behind, cv2.BORDER_REFLECT)
-    return np.asarray(mirrored, dtype=np.uint8)
+    return np.pad(inside, ((0, below), (0, behind), (0, 0)), "symmetric")
 
 
 def _runs(grid: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from dasmil.errors import DiskFullError, InputError, say_error, shown
@@ -160,8 +159,4 @@ def _part_to_show(mask: MaskArray, size: tuple[int, int]) -> tuple[int, int, int
 def _panel(picture: RgbArray, text: str) -> RgbArray:
     shown = shrink(picture, PANEL_PX)
     missing = max(0, MIN_WIDTH_PX - shown.shape[1])
-    shown = np.asarray(
-        cv2.copyMakeBorder(shown, 0, 0, 0, missing, cv2.BORDER_CONSTANT, value=(255, 255, 255)),
-        dtype=np.uint8,
-    )
-    return caption(shown, text)
+    return caption(np.pad(shown, ((0, 0), (0, missing), (0, 0)), constant_values=255), text)

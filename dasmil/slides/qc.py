@@ -126,13 +126,11 @@ def _legend(tiles: Tiles, width_px: int) -> RgbArray:
     return strip
 
 
-def caption(picture: npt.NDArray[np.integer | np.floating], text: str) -> npt.NDArray[np.uint8]:
+def caption(picture: RgbArray, text: str) -> RgbArray:
     """The picture with a white frame and a line of text over it."""
-    framed = cv2.copyMakeBorder(
-        picture, CAPTION_PX, 4, 4, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255)
-    )
+    framed = np.pad(picture, ((CAPTION_PX, 4), (4, 4), (0, 0)), constant_values=255)
     cv2.putText(framed, text, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.asarray(framed, dtype=np.uint8)
+    return framed
 
 
 def write_png(path: Path, picture: npt.NDArray[np.uint8]) -> None:
