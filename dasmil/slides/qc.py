@@ -107,7 +107,8 @@ def _tile_areas(tiles: Tiles, scale: str, size: tuple[int, int]) -> tuple[MaskAr
     for left, top, right, bottom in _boxes_px(tiles.boxes_px0(scale), size, tiles.extent.size_px0):
         inside[top:bottom, left:right] = True
         if right - left >= MIN_TILE_PX:
-            lines[top, left:right] = lines[top:bottom, left] = True
+            # slices, since a tile may begin on the border
+            lines[top : top + 1, left:right] = lines[top:bottom, left : left + 1] = True
     padded = np.pad(inside, 1).astype(np.uint8)  # else tiles at the border would lack a line there
     edge = inside & ~cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1].astype(bool)
     return inside, edge | (lines & inside)

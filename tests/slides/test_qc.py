@@ -88,6 +88,15 @@ def test_tiles_at_the_border_are_closed_too() -> None:
         assert edge.all()
 
 
+def test_a_tile_that_begins_on_the_last_pixel_is_no_error() -> None:
+    """128 tiles of 2048 px0 fill the panel, and 10 px0 of one more are inside the slide."""
+    extent = Extent((128 * 2048 + 10, 40 * 2048), Mpp(0.25))
+    parameters = TilingParameters(("x5",), 256, min_tissue=0.001)
+    tiles = lay_tiles("s1", np.ones((40, 128), bool), extent, parameters)
+    assert tiles.grid["x5"][:, 1].max() == 128
+    draw_qc(np.full((200, 640, 3), 255, np.uint8), np.ones((40, 128), bool), tiles)
+
+
 def test_tiny_tiles_do_not_become_a_blot() -> None:
     """Tiles of 2 panel pixels: lines between them would leave nothing of the slide to be seen."""
     mask = np.zeros((16, 20), bool)
