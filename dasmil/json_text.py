@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dasmil.errors import InputError, explaining, some_of
+from dasmil.errors import explaining, some_of
 from dasmil.files import must_be_file
 
 MAX_DEPTH = 64  # dasmil writes at most 5
@@ -64,8 +64,8 @@ def read_json_object(path: Path, advice: str) -> dict[str, Any]:
     must_be_file(path, advice)
     with explaining(f"{path}: cannot be read", advice, OSError, ValueError):
         value = parse_json(path.read_bytes())
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds no object; {advice}")
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
     return value
 
 

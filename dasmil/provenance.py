@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
-from dasmil.errors import InputError
+from dasmil.errors import explaining
 from dasmil.files import write_text
 
 FILE = "provenance.json"
@@ -54,12 +54,10 @@ def _read_starts(path: Path) -> list[Any]:
     """The starts so far; an empty list if there is no file yet."""
     if not path.is_file():
         return []
-    try:
+    with explaining(f"{path}: not the list of a run's starts", "move it away", ValueError):
         starts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        starts = None
-    if not isinstance(starts, list):
-        raise InputError(f"{path}: not the list of a run's starts; move it away")
+        if not isinstance(starts, list):
+            raise ValueError("it holds another value")
     return starts
 
 
