@@ -215,9 +215,7 @@ def refuse_arguments(verb: str, args: Sequence[str]) -> None:
             "fit: give --config configs/mil.yaml (a method on bags) or --config configs/dino.yaml "
             "(an extractor)"
         )
-    for option, what in (
-        ("--ckpt_path", "the checkpoint that fit wrote"),
-        ("--bags", "the folder that embed wrote"),
-    ):
-        if not names & {option, f"--data.{option[2:]}"}:
-            raise InputError(f"{verb}: give {option}, {what}")
+    if "--ckpt_path" not in names:
+        raise InputError(f"{verb}: give --ckpt_path, the checkpoint that fit wrote")
+    if not names & {"--bags", "--data.bags"}:
+        raise InputError(f"{verb}: give --bags, the folder that embed wrote")

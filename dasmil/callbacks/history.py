@@ -111,7 +111,5 @@ def _is_kept(name: str, logged: Mapping[str, Any]) -> bool:
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Columns of all rows, in an order that depends on the names alone: x5 before x10."""
-    return [
-        *FIRST_COLUMNS,
-        *sorted(columns_with_values(rows) - set(FIRST_COLUMNS), key=natural_order),
-    ]
+    others = columns_with_values(rows) - set(FIRST_COLUMNS)
+    return [*FIRST_COLUMNS, *sorted(others, key=natural_order)]

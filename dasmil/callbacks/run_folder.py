@@ -88,11 +88,8 @@ class RunFolder(Callback):
             state = checkpoint["callbacks"].get(keeper.state_key)
             if state is None or not isinstance(keeper, ModelCheckpoint) or keeper.dirpath is None:
                 continue
-            folder = Path(keeper.dirpath)
-            if (
-                state["best_model_path"]
-                and (folder / Path(state["best_model_path"]).name).is_file()
-            ):
+            folder, best = Path(keeper.dirpath), state["best_model_path"]
+            if best and (folder / Path(best).name).is_file():
                 checkpoint["callbacks"][keeper.state_key] = _moved(state, folder)
 
 

@@ -177,13 +177,9 @@ class BagDataModule(LightningDataModule):
 
     def rows_of(self, split: str) -> list[SlideRow]:
         """The slides of a split that have a bag; those of ``train`` also have tiles."""
-        splits = self.splits
-        return [
-            row
-            for row in self.rows
-            if splits.get(row.slide_id) == split
-            and not (split == "train" and row.slide_id in self.empty)
-        ]
+        splits, left_out = self.splits, self.empty if split == "train" else set()
+        rows = (row for row in self.rows if row.slide_id not in left_out)
+        return [row for row in rows if splits.get(row.slide_id) == split]
 
     def read_bag(self, slide_id: str) -> Bag:
         """The bag of a slide, with the scales that the model reads."""

@@ -71,10 +71,9 @@ class TileDataset(Dataset[Any]):
         """
         boxes_px0, slide = self.boxes_px0[number], self._slide(number)
         for following in range(len(boxes_px0)):
+            box_px0 = boxes_px0[(row + following) % len(boxes_px0)]
             try:
-                return slide.read(
-                    boxes_px0[(row + following) % len(boxes_px0)], (self.tile_px,) * 2
-                )
+                return slide.read(box_px0, (self.tile_px,) * 2)
             except DamagedError as error:
                 if number not in self._damaged:
                     warnings.warn(f"{error}; other tiles of the slide are used", stacklevel=2)
@@ -190,11 +189,8 @@ class TileDataModule(LightningDataModule):
         split = self.split_options.draw(cohort)
         held_out = {row.patient for row in cohort if split.get(row.slide_id, row.split) in HELD_OUT}
         training = [row for row in cohort if row.patient not in held_out]
-        tiled = [
-            row
-            for row in training
-            if not (row.fault or row.scale_fault) and tiles_path(self.folder, row.slide_id).exists()
-        ]
+        sound = (row for row in training if not (row.fault or row.scale_fault))
+        tiled = [row for row in sound if tiles_path(self.folder, row.slide_id).exists()]
         warn_missing(self.folder, "tiles", [r.slide_id for r in training if r not in tiled])
         self.rows, self.boxes_px0, self.records = [], [], []
         for row in tiled:

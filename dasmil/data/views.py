@@ -81,6 +81,7 @@ class ViewOptions:
             ) from error
 
 
+@dataclass
 class PilViews:
     """Views by a transform of PIL images, one tile at a time.
 
@@ -89,8 +90,7 @@ class PilViews:
     transform: PIL image → list of views.
     """
 
-    def __init__(self, transform: Callable[[Image.Image], Any]):
-        self.transform = transform
+    transform: Callable[[Image.Image], Any]
 
     def __call__(self, pixels: RgbArray, seed: int) -> Any:
         random.seed(seed)

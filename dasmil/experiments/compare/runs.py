@@ -30,19 +30,13 @@ class Run:
     folder: of its evaluation.
     evaluation: sorted by slide_id.
     seed: of its ``fit``; None if the folder of the ``fit`` is missing or names no seed.
-    checkpoint, sha256: name and hash of the checkpoint file; empty if unknown.
+    model: name and hash of the checkpoint file, as tables name it; "" if unknown.
     """
 
     folder: Path
     seed: int | None
     evaluation: Evaluation
-    checkpoint: str = ""
-    sha256: str = ""
-
-    @property
-    def model(self) -> str:
-        """The checkpoint as tables name it."""
-        return f"{self.checkpoint} {self.sha256[:SHORT_HASH]}".strip()
+    model: str
 
 
 @dataclass(frozen=True)
@@ -93,16 +87,7 @@ def read_methods(
         )
     methods = []
     for folder, label in zip(folders, labels or folder_labels(folders)):
-        places = find_evaluations(folder)
-        runs = tuple(
-            Run(
-                place,
-                seed_of(place),
-                read_evaluation(place, "test"),
-                *read_checkpoint(place, "test"),
-            )
-            for place in places
-        )
+        runs = tuple(map(_read_run, find_evaluations(folder)))
         methods.append(Method(label, folder, scale or runs[0].evaluation.scales[-1], runs))
     _refuse_same_runs(methods)
     for method in methods:
@@ -145,6 +130,12 @@ def _walk(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
         return
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
         yield from _walk(inner, unfinished)
+
+
+def _read_run(folder: Path) -> Run:
+    checkpoint, sha256 = read_checkpoint(folder, "test")
+    model = f"{checkpoint} {sha256[:SHORT_HASH]}".strip()
+    return Run(folder, seed_of(folder), read_evaluation(folder, "test"), model)
 
 
 def seed_of(evaluation: Path) -> int | None:
