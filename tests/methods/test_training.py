@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from road import CONF, CONFIGS, Road
 
 import dasmil
 from dasmil import methods
-from dasmil.bags import bag_graph, bag_path, read_bag
+from dasmil.bags import BagGraph, bag_graph, bag_path, read_bag
 from dasmil.bags.output import ScaleOutput
 from dasmil.cli import main
 from dasmil.data import BagDataModule
@@ -33,9 +34,48 @@ def test_every_method_is_here() -> None:
     assert classes == set(METHODS)
 
 
+class OneOptimiserPerTier(methods.DTFD):
+    """DTFD as released: two losses, two backward passes and two optimisers."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, graph: BagGraph, batch_idx: int) -> None:
+        total, terms = self.objective(self(graph), graph)
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(terms["pseudo_bag/x20"].mean(), retain_graph=True)
+        self.manual_backward(terms["bag/x20"].mean())
+        super().on_before_optimizer_step(optimizers[0])
+        for optimizer in optimizers:
+            optimizer.step()
+        self.log_losses(
+            graph, total.detach(), {name: loss.detach() for name, loss in terms.items()}
+        )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Do nothing: Lightning calls this once per optimiser, and a step clips once."""
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        schedules: Any = self.lr_schedulers()
+        for schedule in schedules:
+            schedule.step()
+
+    def configure_optimizers(self) -> Any:
+        second = list(self.network.second.parameters())
+        kept = set(map(id, second))
+        first = [weight for weight in self.network.parameters() if id(weight) not in kept]
+        return [self.adam(first), self.adam(second)]
+
+
 def make(name: str) -> MILModule:
     from dasmil.modules.options import typed_options
 
+    if name == "OneOptimiserPerTier":
+        return OneOptimiserPerTier(**typed_options(methods.DTFD, METHODS["DTFD"]))
     method = getattr(methods, name)
     return method(**typed_options(method, METHODS[name]))
 
@@ -50,31 +90,46 @@ class StopsAfter(Callback):
         trainer.should_stop = trainer.current_epoch == self.epoch
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_training_that_goes_on_ends_with_the_weights_of_one_that_was_not_broken_off(
-    name: str, tmp_path: Path
-) -> None:
+def write_eight_bags(folder: Path) -> Path:
     labels = {f"s{n}": CLASSES[n % 2] for n in range(8)}
     split = {f"s{n}": "train" if n < 6 else "val" for n in range(8)}
-    folder = write_bags(tmp_path / "bags", labels, split)
+    return write_bags(folder, labels, split)
 
-    def fit(place: str, ckpt_path: str | None = None, *callbacks: Callback) -> tuple:
-        seed_everything(0)
-        data = BagDataModule(folder, CLASSES, num_workers=0)
-        keeper = ModelCheckpoint(tmp_path / place, "last")
-        trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[*callbacks, keeper])
-        module = make(name)
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-        return module, keeper.best_model_path
 
-    whole, _ = fit("whole")
-    first, path = fit("broken", None, StopsAfter(0))
-    again, _ = fit("again", path)
+def fit_two_epochs(
+    name: str, bags: Path, output: Path, ckpt_path: str | None = None, *callbacks: Callback
+) -> tuple[MILModule, str]:
+    """The trained module and the path of its last checkpoint."""
+    seed_everything(0)
+    data = BagDataModule(bags, CLASSES, num_workers=0)
+    keeper = ModelCheckpoint(output, "last")
+    trainer = quiet_trainer(output, max_epochs=2, callbacks=[*callbacks, keeper])
+    module = make(name)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module, keeper.best_model_path
+
+
+@pytest.mark.parametrize("name", [*METHODS, "OneOptimiserPerTier"])
+def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(
+    name: str, tmp_path: Path
+) -> None:
+    bags = write_eight_bags(tmp_path / "bags")
+    whole, _ = fit_two_epochs(name, bags, tmp_path / "whole")
+    first, path = fit_two_epochs(name, bags, tmp_path / "broken", None, StopsAfter(0))
+    again, _ = fit_two_epochs(name, bags, tmp_path / "again", path)
     changed = 0
     for key, weight in whole.state_dict().items():
         assert torch.equal(weight, again.state_dict()[key]), key
         changed += not torch.equal(weight, first.state_dict()[key])
     assert changed > 0 and again.trainer.current_epoch == 2
+
+
+def test_one_optimiser_of_dtfd_equals_the_two_released_ones(tmp_path: Path) -> None:
+    bags = write_eight_bags(tmp_path / "bags")
+    one, _ = fit_two_epochs("DTFD", bags, tmp_path / "one")
+    two, _ = fit_two_epochs("OneOptimiserPerTier", bags, tmp_path / "two")
+    assert len(two.configure_optimizers()) == 2
+    torch.testing.assert_close(one.state_dict(), two.state_dict())
 
 
 @pytest.mark.parametrize(
