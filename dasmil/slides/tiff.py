@@ -19,7 +19,7 @@ import numpy.typing as npt
 import simplejpeg
 import tifffile
 
-from dasmil.errors import InputError
+from dasmil.errors import InputError, explaining
 
 logging.getLogger("tifffile").disabled = True  # it logs each tag of a damaged file
 
@@ -154,12 +154,10 @@ def refuse_damaged_picture(path: Path) -> None:
         for offset, length in pieces:
             file.seek(offset)
             encoded = head + file.read(length)[len(head) and 2 :]
-            try:
+            with explaining(f"{path}: a damaged JPEG", "save it again", ValueError):
                 _, _, space, _ = simplejpeg.decode_jpeg_header(encoded)
                 colors = "CMYK" if space in ("CMYK", "YCCK") else "GRAY"
                 simplejpeg.decode_jpeg(encoded, colors, min_factor=8)  # small, from all the data
-            except ValueError as error:
-                raise InputError(f"{path}: a damaged JPEG ({error}); save it again") from error
 
 
 def _stored(page: tifffile.TiffPage) -> tuple[bool, bytes, list[tuple[int, int]]]:

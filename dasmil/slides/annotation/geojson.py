@@ -222,18 +222,15 @@ def _parts(path: Path, mark: Mark) -> Iterator[tuple[str, list[Any]]]:
 
 def _arrays(path: Path, mark: Mark, lists: Any, bounds_px0: tuple[int, int]) -> list[FloatArray]:
     """Each list of positions as (V, 2) on the slide; a position may have a third number."""
-    try:
+    what = f"{path}: the coordinates of {mark.what} are not all"
+    kinds = (TypeError, ValueError, IndexError, KeyError, OverflowError)
+    with explaining(f"{what} pairs of numbers", "export it from QuPath again", *kinds):
         arrays = [
             np.stack([_numbers([p[axis] for p in positions]) for axis in (0, 1)], axis=1)
             for positions in lists
         ]
-    except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:
-        raise InputError(
-            f"{path}: the coordinates of {mark.what} are not all pairs of numbers "
-            f"({shorten(error)})"
-        ) from error
     if not all((np.abs(xy) <= FAR_PX0).all() for xy in arrays):
-        raise InputError(f"{path}: the coordinates of {mark.what} are not all numbers on a slide")
+        raise InputError(f"{what} numbers on a slide")
     return [xy + bounds_px0 for xy in arrays]
 
 
