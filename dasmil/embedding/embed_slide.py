@@ -1,6 +1,8 @@
-"""The features of one slide, while its chunks arrive."""
+"""One slide and its tiles → its bag."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -8,12 +10,64 @@ import torch
 from torch import Tensor
 
 from dasmil.bags import Bag, BagHeader, ExtractorCard, all_finite
-from dasmil.embedding.dataset import TileChunk
+from dasmil.embedding.dataset import TileChunk, chunk_ranges, read_chunk
 from dasmil.embedding.extractor import Extractor
 from dasmil.errors import InputError
 from dasmil.geometry import Tiles
+from dasmil.slides.cutting import TileCutter
+from dasmil.slides.reader import Slide
 
 READER = "2"  # changes whenever the same tile is read with other pixels
+READ_AHEAD = 2  # chunks
+
+
+def embed_slide(
+    slide: Slide,
+    tiles: Tiles,
+    extractors: Mapping[str, Extractor],
+    batch_size: int = 64,
+    max_damaged_tiles: float = 0.0,
+) -> Bag:
+    """Read the tiles of a slide and embed them with the frozen extractor of their scale.
+
+    It writes no file. Each part of the slide is read once for all scales, by a thread that reads
+    ahead. The features are bit for bit those of :func:`dasmil.embedding.embed.embed` with this
+    batch size on this device, if ``extractors`` have the precision of their cards.
+
+    Parameters
+    ----------
+    slide: open; no other thread may read it meanwhile.
+    tiles: its tiles.
+    extractors: one per scale, all on one device. On a GPU their weights become channels last.
+    batch_size: tiles per pass through a network.
+    max_damaged_tiles: share of the finest tiles, in 0..1, that may be left out because their
+        pixels, or those of a coarser tile around them, cannot be decoded.
+
+    Raises
+    ------
+    InputError
+        if the scales of ``tiles`` and ``extractors`` differ, more tiles are damaged, the slide
+        cannot be read, or features are not finite.
+    """
+    refuse_other_scales(extractors, tiles)
+    with torch.no_grad():
+        embedding = SlideEmbedding(tiles, extractors, batch_size, max_damaged_tiles)
+        for extractor in extractors.values():
+            extractor.to(memory_format=embedding.layout)
+        for chunk in _read_ahead(TileCutter(slide, tiles), batch_size):
+            embedding.add(chunk.to(embedding.device))
+        return embedding.bag()
+
+
+def _read_ahead(cutter: TileCutter, max_roots: int) -> Iterator[TileChunk]:
+    chunks: deque[Future[TileChunk]] = deque()
+    with ThreadPoolExecutor(1, "embed_slide") as reader:
+        for start, stop in chunk_ranges(cutter.tiles, max_roots):
+            chunks.append(reader.submit(read_chunk, cutter, start, stop))
+            if len(chunks) > READ_AHEAD:
+                yield chunks.popleft().result()
+        while chunks:
+            yield chunks.popleft().result()
 
 
 def refuse_other_scales(extractors: Mapping[str, object], tiles: Tiles) -> None:
