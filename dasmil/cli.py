@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dasmil.endings import ending_on_sigterm, signal_of
-from dasmil.errors import InputError, input_error_in, near, os_error_in, shown
+from dasmil.errors import InputError, escape_controls, input_error_in, near, os_error_in
 from dasmil.quiet import hush, is_first_process
 
 
@@ -144,7 +144,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         # Lightning raises this if its options contradict each other
         misconfigured = type(error).__name__ == "MisconfigurationException"
-        message = shown(str(error)) if misconfigured else input_error_in(error)
+        message = escape_controls(str(error)) if misconfigured else input_error_in(error)
         message = message or os_error_in(error)
         if not message and isinstance(error, RuntimeError):
             from dasmil.reading import describe_lost_reader  # here, since it imports torch

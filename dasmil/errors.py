@@ -16,7 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all controls except \n and \t
 
 
-def shown(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Escape control characters for a terminal, as in ``\\x1b``; file names may hold them."""
     return UNSHOWN.sub(lambda match: ascii(match[0])[1:-1], text)
 
@@ -29,17 +29,17 @@ class InputError(ValueError):
     """
 
     def __str__(self) -> str:
-        return shown(super().__str__())
+        return escape_controls(super().__str__())
 
 
 class DiskFullError(InputError):
     """The disk is full; no failure of the slide that was being processed."""
 
 
-def say_error(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """The text of an error for a table: its sentence, for other libraries with its type."""
     is_sentence = isinstance(error, InputError)
-    return shown(str(error) if is_sentence else f"{type(error).__name__}: {error}")
+    return escape_controls(str(error) if is_sentence else f"{type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -54,9 +54,9 @@ def explaining(problem: str, advice: str, *kinds: type[Exception]) -> Iterator[N
         raise InputError(f"{problem} ({reason}); {advice}") from error
 
 
-def some_of(texts: Collection[object]) -> str:
+def join_few(texts: Collection[object]) -> str:
     """Join the first few items and count the rest, for error messages."""
-    named = shown(", ".join(list(map(str, texts))[:MAX_NAMED]))
+    named = escape_controls(", ".join(list(map(str, texts))[:MAX_NAMED]))
     return named + (f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else "")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dasmil.errors import explaining, some_of
+from dasmil.errors import explaining, join_few
 from dasmil.files import must_be_file
 
 MAX_DEPTH = 64  # dasmil writes at most 5
@@ -99,7 +99,7 @@ def describe_changes(old: str, new: str, also_new: bool = True) -> str:
     """
     a, b = (flatten(json.loads(text)) for text in (old, new))
     keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and (also_new or k in a)]
-    return some_of([f"{key} {_show(a, key)} → {_show(b, key)}" for key in keys])
+    return join_few([f"{key} {_show(a, key)} → {_show(b, key)}" for key in keys])
 
 
 def _show(values: Mapping[str, Any], key: str) -> str:

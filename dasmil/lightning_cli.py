@@ -33,7 +33,7 @@ from dasmil.callbacks.run_folder import (
 from dasmil.data import BagDataModule
 from dasmil.embedding.restricted import load_checkpoint
 from dasmil.endings import end_on_sigterm, signal_of
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.help import hide_training
 from dasmil.lightning_arguments import (
     ABOUT,
@@ -315,7 +315,7 @@ class DasmilCLI(LightningCLI):
             return ""
         epoch = load_checkpoint(Path(keeper.best_model_path))["epoch"]
         counts = data.class_counts(data.val_part)
-        slides = some_of([f"{number} {name}" for name, number in counts.items()])
+        slides = join_few([f"{number} {name}" for name, number in counts.items()])
         chance = "; 0.5 is chance, train longer or check the labels"
         return (
             f": epoch {epoch} (last: {self.trainer.current_epoch - 1}), chosen by {keeper.monitor} "

@@ -6,7 +6,7 @@ import re
 import warnings
 from pathlib import Path
 
-from dasmil.errors import shown
+from dasmil.errors import escape_controls
 
 WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning, about torch
@@ -67,7 +67,7 @@ def _format_warning(
     if Path(filename).is_relative_to(Path(__file__).parent) and not is_first_process():
         return ""
     where = "" if issubclass(category, UserWarning) else f"{filename}:{lineno}: "
-    return shown(f"warning: {where}{message}\n")
+    return escape_controls(f"warning: {where}{message}\n")
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:

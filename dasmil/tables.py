@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.files import atomic_path, report_full_disk
 
 DELIMITERS = ",;\t"  # the one that the header has most of, else the first
@@ -92,7 +92,7 @@ def read_csv(path: Path, verbatim: Collection[str] = ()) -> tuple[list[str], lis
             columns.pop()
         if twice := [name for name, times in Counter(columns).items() if times > 1]:
             raise InputError(
-                f"{path}: the column {some_of(twice)} occurs twice; remove or rename one of them"
+                f"{path}: the column {join_few(twice)} occurs twice; remove or rename one of them"
             )
         for cells in reader:
             if not any(map(str.strip, cells)):

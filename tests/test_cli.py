@@ -116,7 +116,7 @@ def test_a_typing_mistake_in_a_yaml_is_named(path, tmp_path, capsys):
         "demo --help",
     ],
 )
-def test_what_needs_no_torch_does_not_wait_for_it(command):
+def test_verbs_without_torch_do_not_import_it(command):
     assert "torch" not in modules_after(command.split())
 
 
@@ -152,7 +152,7 @@ def test_a_fit_that_is_ended_from_outside_has_not_ended_well(monkeypatch, capsys
     assert "fit was ended by SIGTERM" in capsys.readouterr().err
 
 
-def test_the_run_folder_says_what_was_done(road, trained):
+def test_the_run_folder_records_the_run(road, trained):
     run = trained.parents[1]
     parts = {row["slide_id"]: row["split"] for row in read_rows(run / "split.csv")}
     assert parts == {row.slide_id: row.split for row in read_cohort(road.cohort)}
@@ -176,7 +176,7 @@ def test_tensorboard_shows_curves_roc_and_hyperparameters(trained):
     assert b"learning_rate" in str(events.summary_metadata).encode()
 
 
-def test_the_checkpoint_needs_nothing_beside_it(road, trained):
+def test_the_checkpoint_is_complete_in_itself(road, trained):
     model = dasmil.load(trained)
     assert not model.training
     assert model.scales == ("x10", "x20")

@@ -163,7 +163,7 @@ def test_the_real_pictures(shared_data, tmp_path):
     assert num_points == 3533
 
 
-def test_the_script_converts_or_says_in_one_sentence_what_is_missing(tmp_path):
+def test_the_script_converts_or_names_the_missing_file(tmp_path):
     script = [sys.executable, str(COLON / "crchisto.py")]
     output = tmp_path / "out"
     folder = write_tables(tmp_path / "in")

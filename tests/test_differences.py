@@ -633,7 +633,7 @@ def read_status(path: Path) -> dict[str, dict[str, str]]:
         return {row["slide_id"]: row for row in csv.DictReader(file)}
 
 
-def test_d21_a_slide_that_cannot_be_read_is_told_by_tile_and_by_embed(
+def test_d21_tile_and_embed_name_a_slide_that_cannot_be_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pixels = np.random.default_rng(0).integers(80, 200, (512, 512, 3)).astype(np.uint8)

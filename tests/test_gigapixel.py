@@ -158,7 +158,7 @@ def test_embed_stays_below_4_gb(tmp_path: Path) -> None:
     assert 0 < taken["largest"] <= taken["tree"] < LIMIT
 
 
-def test_what_a_command_takes_is_measured() -> None:
+def test_the_memory_of_a_command_is_measured() -> None:
     """300 MB in the command itself, and in a process that it starts."""
     hold = "import time; held = bytes(range(250)) * 1_200_000; time.sleep(0.5)"
     own = peak_bytes([sys.executable, "-c", hold])

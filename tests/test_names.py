@@ -7,7 +7,7 @@ import pytest
 
 import dasmil
 from dasmil.bags import bag_path
-from dasmil.errors import InputError, say_error, shown, some_of
+from dasmil.errors import InputError, error_text, escape_controls, join_few
 from dasmil.names import name_fault, path_inside
 from dasmil.slides.tile_slide import qc_path
 from dasmil.slides.tile_table import tiles_path
@@ -92,15 +92,17 @@ def test_a_spreadsheet_executes_no_cell_of_a_table(tmp_path: Path) -> None:
     assert [row["=a"] for row in rows] == CELLS
 
 
-def test_a_table_of_others_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_a_table_of_another_tool_is_read_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("slide_id,note\n=1,'quoted'\n")
     assert read_csv(path)[1] == [{"slide_id": "=1", "note": "'quoted'"}]
 
 
-def test_messages_show_what_a_terminal_would_do() -> None:
+def test_messages_escape_control_characters() -> None:
     text = "a\x1b[2J\x07\rb\x9b1m\tc\nd"
     expected = "a\\x1b[2J\\x07\\rb\\x9b1m\tc\nd"
-    assert shown(text) == str(InputError(text)) == say_error(InputError(text)) == expected
-    assert say_error(OSError(text)) == f"OSError: {expected}"
-    assert some_of([text]) == expected
+    assert (
+        escape_controls(text) == str(InputError(text)) == error_text(InputError(text)) == expected
+    )
+    assert error_text(OSError(text)) == f"OSError: {expected}"
+    assert join_few([text]) == expected

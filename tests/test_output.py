@@ -140,7 +140,7 @@ def test_a_reader_that_has_seen_enough_ends_the_output_quietly(road):
     assert process.wait() == 141
 
 
-def test_the_sheet_of_a_folder_of_bags_says_whose_it_is(road, capsys):
+def test_the_sheet_of_a_bag_folder_names_its_tiles(road, capsys):
     assert main(["contact-sheet", str(road.bags)]) == 2
     assert f"give the folder that `tile` has written, and this one as --bags {road.bags}" in (
         capsys.readouterr().err

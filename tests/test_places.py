@@ -131,7 +131,7 @@ def refusal(command, capsys):
     ["a file", *(pytest.param(k, marks=pytest.mark.slow) for k in ("below a file", "read-only"))],
 )
 @pytest.mark.parametrize("verb", VERBS)
-def test_an_output_that_cannot_be_written_is_said(road, run, tmp_path, capsys, verb, kind):
+def test_an_output_that_cannot_be_written_is_named(road, run, tmp_path, capsys, verb, kind):
     file = tmp_path / "file"
     file.write_text("mine")
     place = {"a file": file, "below a file": file / "deep", "read-only": Path("/proc/dasmil")}[kind]
@@ -142,7 +142,7 @@ def test_an_output_that_cannot_be_written_is_said(road, run, tmp_path, capsys, v
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "status"])
-def test_an_output_on_a_read_only_disk_is_said(road, run, tmp_path, capsys, verb):
+def test_an_output_on_a_read_only_disk_is_named(road, run, tmp_path, capsys, verb):
     with read_only_disk(tmp_path / "disk") as disk:
         said = refusal(commands(road, run, disk / "out")[verb], capsys)
     assert f"error: {disk}" in said and "Read-only file system; name another place" in said
@@ -177,7 +177,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("verb", ["tile", pytest.param("embed", marks=pytest.mark.slow)])
-def test_an_output_that_is_removed_after_the_first_slide_is_said(road, run, tmp_path, verb):
+def test_an_output_that_is_removed_after_the_first_slide_is_named(road, run, tmp_path, verb):
     out = tmp_path / "out"
     command = commands(road, run, out)[verb]
     program = [sys.executable, "-c", REMOVING, *command]
@@ -250,12 +250,12 @@ def changed_run(run, folder, **changed):
         b"\xff\xfe\x00",
     ],
 )
-def test_a_config_of_a_run_that_is_none_is_said(run, tmp_path, capsys, config):
+def test_a_config_that_is_not_of_a_run_is_refused(run, tmp_path, capsys, config):
     said = refusal(changed_run(run, tmp_path / "run", config=config), capsys)
     assert str(tmp_path / "run" / "config.yaml") in said
 
 
-def test_a_last_checkpoint_that_was_cut_is_said(run, tmp_path, capsys):
+def test_a_truncated_last_checkpoint_is_named(run, tmp_path, capsys):
     whole = (run / "checkpoints" / "last.ckpt").read_bytes()
     for cut in (b"", whole[:100], whole[: len(whole) // 2], whole[:-30]):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -294,7 +294,7 @@ def change_state(content, change):
 
 
 @pytest.mark.parametrize("what", OTHER_STATES)
-def test_a_training_that_cannot_be_taken_up_is_said(run, tmp_path, capsys, what):
+def test_a_training_that_cannot_be_resumed_is_refused(run, tmp_path, capsys, what):
     """The run is not at its end, and of 50 epochs in the checkpoint too: nothing else is wrong."""
     command = changed_run(run, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"

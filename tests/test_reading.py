@@ -64,7 +64,7 @@ def test_tensors_arrive_as_they_are(free: int, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out.count("64 MB of shared memory are free") == (free < 2**30)
 
 
-def test_what_cannot_be_handed_over_ends_the_run_with_a_sentence(capfd) -> None:
+def test_a_reader_that_cannot_pass_its_chunk_ends_the_run_with_a_sentence(capfd) -> None:
     """multiprocessing would print a traceback, and the loader wait for ever."""
     with pytest.raises(RuntimeError) as caught:
         load(TooLarge())

@@ -62,7 +62,7 @@ def test_every_slide_arrives(atlas):
         assert ((boxes_px0[:, 2] - boxes_px0[:, 0]) - expected_px0).abs().max() <= 1
 
 
-def test_cases_stay_together_and_the_test_figures_are_theirs(atlas):
+def test_slides_of_a_case_stay_together(atlas):
     rows = read_cohort(atlas / "bags" / "cohort.csv")
     with open(atlas / "runs" / "dasmil" / "split.csv", newline="") as file:
         split = {row["slide_id"]: row["split"] for row in csv.DictReader(file)}
@@ -79,7 +79,7 @@ def test_cases_stay_together_and_the_test_figures_are_theirs(atlas):
     assert metrics["test/accuracy"] == pytest.approx(sum(right) / len(right))
 
 
-def test_the_overlay_lies_on_tissue(atlas):
+def test_the_overlay_is_on_tissue(atlas):
     """The pixels of the slide's picture under kept tiles are more coloured than those beside."""
     for row in read_cohort(atlas / "bags" / "cohort.csv"):
         picture = Image.open(atlas / "tiles" / "qc" / f"{row.slide_id}.png")

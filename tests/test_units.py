@@ -34,7 +34,7 @@ def test_a_scale_is_ten_over_its_magnification(text: str, mpp: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "20", "x", "x0", "x0.0", "X20", "x-5", "x20 ", "20x", "x1e1"])
-def test_what_is_no_magnification_is_refused_by_name(text: str) -> None:
+def test_a_name_that_is_no_magnification_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="write a magnification such as x20") as caught:
         Scale.parse(text)
     assert repr(text) in str(caught.value)

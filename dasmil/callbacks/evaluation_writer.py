@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from dasmil.callbacks.instance_truth import InstanceTruth
 from dasmil.data.bags import BagDataModule
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.files import file_sha256
 from dasmil.reports.evaluation_files import (
     SHORT_HASH,
@@ -122,7 +122,7 @@ class EvaluationWriter(Callback):
         if other:
             raise InputError(
                 f"{self.output}: holds the metrics of other {split} slides (the two differ in "
-                f"{some_of(sorted(other))}); give --output to keep both"
+                f"{join_few(sorted(other))}); give --output to keep both"
             )
 
 
@@ -130,7 +130,7 @@ def print_not_finite(verb: str, slide_ids: list[str], consequence: str = "") -> 
     """Print the slides whose output is not finite."""
     print(
         f"error: {verb}: the output is not finite for {len(slide_ids)} slide(s), which have no "
-        f"class: {some_of(slide_ids)}{consequence}; run it again with --trainer.precision 32-true, "
-        "or check their features",
+        f"class: {join_few(slide_ids)}{consequence}; run it again with "
+        "--trainer.precision 32-true, or check their features",
         file=sys.stderr,
     )

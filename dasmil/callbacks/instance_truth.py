@@ -17,7 +17,7 @@ from torch import Tensor
 from dasmil.bags import Bag, BagGraph
 from dasmil.data.bags import BagDataModule
 from dasmil.data.distributed import gather_lists
-from dasmil.errors import InputError, say_error, some_of
+from dasmil.errors import InputError, error_text, join_few
 from dasmil.metrics import class_probabilities
 from dasmil.metrics.froc import (
     NMS_RADIUS_UM,
@@ -177,7 +177,7 @@ class InstanceTruth(Callback):
             warnings.warn(
                 f"{self.truth}: {len(unknown)} {split} slide(s) of class {data.classes[1]} have no "
                 "annotation and are left out of the instance metrics: "
-                f"{some_of(unknown)}",
+                f"{join_few(unknown)}",
                 stacklevel=2,
             )
 
@@ -195,7 +195,7 @@ class InstanceTruth(Callback):
             self._refuse_missing_classes(self.classes, present)
 
     def _refuse(self, slide_id: str, error: Exception) -> None:
-        message = say_error(error)
+        message = error_text(error)
         if not isinstance(error, InputError):
             message = f"{self._files.get(slide_id, slide_id)}: {message}; correct or remove it"
         self.refused[slide_id] = message
@@ -361,7 +361,7 @@ class InstanceTruth(Callback):
                 (self.output / name).unlink(missing_ok=True)
 
     def _print_refused(self) -> None:
-        consequence = f"their slides are left out of the instance metrics: {some_of(self.refused)}"
+        consequence = f"their slides are left out of the instance metrics: {join_few(self.refused)}"
         if self._are_all_refused:
             consequence = "so there are no instance metrics"
         print(
@@ -373,4 +373,4 @@ class InstanceTruth(Callback):
 
 def _listed(names: Collection[str]) -> str:
     """Names of classes for an error message."""
-    return some_of([show_line(name) for name in sorted(names)])
+    return join_few([show_line(name) for name in sorted(names)])

@@ -21,7 +21,7 @@ from dasmil.callbacks.evaluation_writer import (
 from dasmil.data.bag_dataset import UnreadBag
 from dasmil.data.bags import BagDataModule
 from dasmil.data.distributed import gather_lists
-from dasmil.errors import DiskFullError, InputError, some_of
+from dasmil.errors import DiskFullError, InputError, join_few
 from dasmil.files import write_text
 from dasmil.json_text import read_json_object
 from dasmil.metrics import class_probabilities
@@ -149,7 +149,7 @@ class PredictionWriter(Callback):
         if unread:
             print(
                 f"error: predict: {len(unread)} bag(s) could not be read, their slides have no "
-                f"class: {some_of(unread)}; the first: {next(iter(unread.values()))}; "
+                f"class: {join_few(unread)}; the first: {next(iter(unread.values()))}; "
                 f"see {self.table}",
                 file=sys.stderr,
             )

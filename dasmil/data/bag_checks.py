@@ -11,7 +11,7 @@ import torch
 
 from dasmil.bags import BagHeader, bag_path, describe_difference, read_header
 from dasmil.bags.store import graph_bytes
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.files import map_files
 from dasmil.json_text import read_json_object
 from dasmil.progress import progress
@@ -195,7 +195,7 @@ def refuse_seen_slides(
         if seen:
             raise InputError(
                 f"{path}: the {scale} extractor was trained on {len(seen)} slide(s) that are "
-                f"held out here, or on their patients ({some_of(seen)}); use the same split "
+                f"held out here, or on their patients ({join_few(seen)}); use the same split "
                 "for both, set data.other_cohort if equal slide_ids and patient_ids belong to "
                 "another cohort, or data.allow_seen_slides if that is meant"
             )

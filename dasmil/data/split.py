@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.slides.cohort import SlideRow
 from dasmil.slides.splits import placed, refuse_overlap, split_cohort
 from dasmil.slides.study import LEFT_OUT, Place, Study, place_slides
@@ -176,7 +176,7 @@ def print_evaluated(
             left_out["without a bag file"].append(row.slide_id)
         else:
             count += 1
-    why = ", ".join(f"{len(ids)} {why} ({some_of(ids)})" for why, ids in left_out.items())
+    why = ", ".join(f"{len(ids)} {why} ({join_few(ids)})" for why, ids in left_out.items())
     print(
         f"{verb}: {count} slides are {EVALUATIONS[verb]}, "
         f"{sum(map(len, left_out.values()))} are left out" + (f": {why}" if why else "")

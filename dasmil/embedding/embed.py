@@ -23,7 +23,7 @@ from dasmil.embedding.module import EmbeddingModule
 from dasmil.embedding.sampler import SUSPECT, ClaimingSampler
 from dasmil.embedding.weights import print_once
 from dasmil.embedding.writer import BagWriter
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.files import map_files, must_exist, write_text
 from dasmil.geometry import Tiles
 from dasmil.reading import describe_lost_reader
@@ -269,7 +269,7 @@ def _print_reasons(reasons: Mapping[str, str | None]) -> None:
         if reason:
             slides.setdefault(reason, []).append(slide_id)
     for reason, names in slides.items():
-        print(f"embed: {reason}: {len(names)} bag(s) re-created: {some_of(names)}")
+        print(f"embed: {reason}: {len(names)} bag(s) re-created: {join_few(names)}")
 
 
 def _as_json(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dasmil.bags.bag import all_finite
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.files import must_be_file
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -121,11 +121,11 @@ def refuse_no_numbers(weights: Mapping[str, Tensor], where: object) -> None:
     """Raise :class:`InputError` if weights are complex, NaN or infinite."""
     complex_ones = [key for key, weight in weights.items() if weight.is_complex()]
     if complex_ones:
-        raise InputError(f"{where}: weights {some_of(complex_ones)} are complex; give real ones")
+        raise InputError(f"{where}: weights {join_few(complex_ones)} are complex; give real ones")
     broken = [k for k, w in weights.items() if w.is_floating_point() and not all_finite(w)]
     if broken:
         raise InputError(
-            f"{where}: some values are NaN or infinite in {some_of(broken)}; give weights that are "
+            f"{where}: values are NaN or infinite in {join_few(broken)}; give weights that are "
             "numbers, such as those of an earlier epoch"
         )
 

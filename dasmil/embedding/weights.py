@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dasmil.embedding.restricted import is_state_dict, load_checkpoint, refuse_no_numbers
-from dasmil.errors import InputError, explaining, some_of
+from dasmil.errors import InputError, explaining, join_few
 from dasmil.files import must_be_file
 
 WRAPPERS = ("state_dict", "model", "teacher")
@@ -96,7 +96,7 @@ class Misfit:
             "unexpected": self.unexpected,
             "of another shape": self.reshaped.values(),
         }
-        return "; ".join(f"{kind}: {some_of(keys)}" for kind, keys in kinds.items() if keys)
+        return "; ".join(f"{kind}: {join_few(keys)}" for kind, keys in kinds.items() if keys)
 
 
 def refuse_other_keys(network: nn.Module, weights: Any, where: object) -> None:
@@ -129,7 +129,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path}: holds {held} at its top level or under one of {', '.join(WRAPPERS)} (a "
             "student is not accepted: DINO's result is its teacher), but "
-            f"{some_of(content)}; save only the state dict of the network"
+            f"{join_few(content)}; save only the state dict of the network"
         )
     if wrappers == ["teacher"] and "student" in content:
         print_once(f"{path}: holds a teacher and a student; the teacher is used")

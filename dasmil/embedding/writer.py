@@ -11,7 +11,7 @@ from dasmil.bags import bag_path, write_bag
 from dasmil.embedding.dataset import WAIT, TileChunk
 from dasmil.embedding.module import EmbeddedSlide, EmbeddingModule
 from dasmil.endings import end_on_sigterm
-from dasmil.errors import DiskFullError, InputError, some_of
+from dasmil.errors import DiskFullError, InputError, join_few
 from dasmil.progress import Watchdog, progress
 from dasmil.work.worker import Worker
 
@@ -36,7 +36,7 @@ class BagWriter(Callback):
         self._step_end = 0.0
         self._starts: dict[int, float] = {}  # by number of the slide
         self._num_tiles = {t.slide_id: sum(t.num_tiles().values()) for t in module.dataset.tables}
-        self._watchdog = Watchdog(lambda: f"pixels of {some_of(self.worker.claimed())}")
+        self._watchdog = Watchdog(lambda: f"pixels of {join_few(self.worker.claimed())}")
 
     def setup(self, *_: Any, **__: Any) -> None:
         self._watchdog.start()  # Lightning waits for the first chunk before on_predict_start

@@ -16,7 +16,7 @@ from dasmil.embedding.networks import vit_backbone
 from dasmil.embedding.record import BACKBONE_PREFIX, ExtractorRecord
 from dasmil.embedding.restricted import is_state_dict, load_restricted, refuse_no_numbers
 from dasmil.embedding.weights import Misfit
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.files import atomic_path
 from dasmil.units import Scale
 
@@ -148,7 +148,7 @@ def _backbone_weights(content: Any, network: str, file: Path) -> dict[str, Tenso
     if not is_state_dict(weights):
         raise InputError(
             f"{file}: not a checkpoint of DINO with a {network}; it holds "
-            f"{some_of(list(map(str, content))) or 'no keys'}"
+            f"{join_few(list(map(str, content))) or 'no keys'}"
         )
     named = {
         str(key).removeprefix("module.").removeprefix("backbone."): weight
@@ -165,7 +165,7 @@ def _architecture(weights: Mapping[str, Tensor], file: Path) -> tuple[str, int]:
     if patches.ndim != 4 or len(patches) not in NAMES:
         raise InputError(
             f"{file}: not a ViT-T, ViT-S or ViT-B of DINO, whose patch_embed.proj.weight is "
-            f"{', '.join(map(str, NAMES))} wide; it holds {some_of(weights)}"
+            f"{', '.join(map(str, NAMES))} wide; it holds {join_few(weights)}"
         )
     return NAMES[len(patches)], patches.shape[-1]
 

@@ -8,7 +8,7 @@ from typing import Any
 from dasmil.bags import describe_difference
 from dasmil.data.bags import BagDataModule
 from dasmil.data.seeds import training_seed
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.json_text import flatten
 from dasmil.losses import balanced_weights
 from dasmil.modules.card import ModelCard
@@ -106,7 +106,7 @@ def refuse_other_network(
     if other:
         raise InputError(
             f"{where}: its network was trained with other options, here are "
-            f"{some_of(other)}; leave them out, also as part of a --config"
+            f"{join_few(other)}; leave them out, also as part of a --config"
         )
 
 

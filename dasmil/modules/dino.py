@@ -25,7 +25,7 @@ from dasmil.data.tiles import TileDataModule
 from dasmil.embedding.networks import refuse_cut_patches, vit_backbone
 from dasmil.embedding.record import ExtractorRecord
 from dasmil.embedding.weights import refuse_other_keys
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.modules.resume import refuse_other_settings
 from dasmil.modules.training import TrainingModule
 from dasmil.slides.study import join_records, plain_records, read_records
@@ -220,7 +220,7 @@ class DINOModule(TrainingModule):
         if more and self.trainer.is_global_zero:
             print(
                 f"fit: the checkpoint was trained on {len(more)} further slide(s), which stay in "
-                f"its record: {some_of(more)}"
+                f"its record: {join_few(more)}"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dasmil.data.distributed import gather_lists, is_true_anywhere
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 
 CHECKED_STEPS = 10  # steps whose losses are read at once
 ADVICE = (
@@ -57,7 +57,7 @@ class FiniteLoss:
         first = min(step for step, _ in everywhere)
         names = sorted({name for step, slides in everywhere if step == first for name in slides})
         raise InputError(
-            f"fit: the loss of step {first} is not finite; its slides are {some_of(names)}; "
+            f"fit: the loss of step {first} is not finite; its slides are {join_few(names)}; "
             + ADVICE
         )
 

@@ -18,7 +18,7 @@ from dasmil.bags.output import ScaleOutput
 from dasmil.data.bag_dataset import UnreadBag
 from dasmil.data.bags import BagDataModule
 from dasmil.embedding.weights import refuse_other_keys
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.losses import bag_loss
 from dasmil.metrics.evaluated_slides import Evaluation
 from dasmil.modules.binding import (
@@ -356,7 +356,7 @@ class MILModule(TrainingModule):
         if is_fit and self.failed:
             raise InputError(
                 f"fit: the output is not finite for {len(self.failed)} validation slide(s): "
-                f"{some_of(self.failed)}; {ADVICE}"
+                f"{join_few(self.failed)}; {ADVICE}"
             )
         specificity = self.evaluation_options.specificity
         evaluation = evaluate_results(self.results, self.classes, specificity)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dasmil.data.seeds import training_seed
 from dasmil.embedding.restricted import load_checkpoint, refuse_no_numbers
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.json_text import flatten
 from dasmil.modules.options import plain_options
 
@@ -76,7 +76,7 @@ def refuse_other_settings(
     if unknown := [n for n in before if n.split(".")[0] in groups and n not in settings]:
         raise InputError(
             f"{where}: another version began this training, with options that do not exist here "
-            f"({some_of(unknown)}); resume with that version, or start another run"
+            f"({join_few(unknown)}); resume with that version, or start another run"
         )
     other = [
         f"{name} {settings[name]} instead of {value}"
@@ -86,7 +86,7 @@ def refuse_other_settings(
     if other:
         raise InputError(
             f"{where}: a training resumes only with the settings of its config.yaml, not with "
-            f"{some_of(other)}; leave these options out, or start another run"
+            f"{join_few(other)}; leave these options out, or start another run"
         )
 
 

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.files import atomic_path, must_be_file, must_exist
 from dasmil.names import name_fault
 from dasmil.progress import progress
@@ -128,7 +128,7 @@ def _read_embedded(bags: Path, rows: Sequence[Row]) -> dict[str, Row]:
     other = sorted(embedded.keys() - {row["slide_id"] for row in rows})
     if other:
         raise InputError(
-            f"{bags / 'status.csv'}: the tiles have no slide {some_of(other)}; give the bags of "
+            f"{bags / 'status.csv'}: the tiles have no slide {join_few(other)}; give the bags of "
             "these tiles"
         )
     return embedded

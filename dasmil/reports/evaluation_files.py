@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.files import write_text
 from dasmil.json_text import read_json_object
 from dasmil.metrics import Evaluation
@@ -163,7 +163,7 @@ def _note(metric: str, thresholds: Mapping[str, float | Tensor]) -> str:
 def _extra_rows(
     metrics: Mapping[str, float | None], scales: tuple[str, ...], refused: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
-    left_out = f"without {len(refused)} slide(s) whose annotation is refused: {some_of(refused)}"
+    left_out = f"without {len(refused)} slide(s) whose annotation is refused: {join_few(refused)}"
     for name, value in metrics.items():
         words = name.split("/")
         metric = "/".join(word for word in words if word not in scales)

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import Literal, NamedTuple, get_args
 
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.files import files_below, must_exist
 from dasmil.names import name_fault, path_fault
 from dasmil.tables import Row, read_csv, to_number, write_csv
@@ -203,7 +203,7 @@ def replace_cohort(path: Path, rows: Sequence[SlideRow], verb: str) -> None:
     if gone:
         print(
             f"{verb}: {path}: {len(gone)} slide(s) of the previous table are no longer listed; "
-            f"their files are kept: {some_of(gone)}"
+            f"their files are kept: {join_few(gone)}"
         )
     write_cohort(path, rows)
 
@@ -221,7 +221,7 @@ def _scan_folder(folder: Path, leave_out: Path | None) -> list[SlideRow]:
     if pictures:
         warnings.warn(
             f"{folder}: {len(pictures)} picture(s) of slides (macro, label, thumbnail) are "
-            f"skipped: {some_of(sorted(path.name for path in pictures))}",
+            f"skipped: {join_few(sorted(path.name for path in pictures))}",
             stacklevel=2,
         )
     for path in files:
@@ -314,7 +314,7 @@ def say_unknown_columns(path: Path, columns: Sequence[str], read: Sequence[str])
     near = {name: get_close_matches(name.lower(), read, 1) for name in columns if name not in read}
     if near:
         names = [f"{name} ({is_it[0]}?)" if is_it else name for name, is_it in near.items()]
-        warnings.warn(f"{path}: columns that are not read: {some_of(names)}", stacklevel=2)
+        warnings.warn(f"{path}: columns that are not read: {join_few(names)}", stacklevel=2)
 
 
 def read_patients(
@@ -331,7 +331,7 @@ def read_patients(
     if taken:
         warnings.warn(
             f"{path}: the patient of {len(taken)} slide(s) is read as not known: "
-            f"{some_of(sorted(set(taken)))}",
+            f"{join_few(sorted(set(taken)))}",
             stacklevel=2,
         )
     return patients

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dasmil.errors import DiskFullError, InputError, say_error, shown
+from dasmil.errors import DiskFullError, InputError, error_text, escape_controls
 from dasmil.names import path_inside
 from dasmil.slides.artefacts import ArtefactParameters
 from dasmil.slides.cohort import SlideRow, read_cohort, refuse_twice, slide_name
@@ -88,7 +88,7 @@ def preview(
             raise
         except Exception as error:  # printed, and in the exit code
             failed += 1
-            print(f"failed: {shown(row.slide_id)}: {say_error(error)}")
+            print(f"failed: {escape_controls(row.slide_id)}: {error_text(error)}")
         else:
             print(f"tile: {path}")
     return int(failed > 0)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dasmil.config_files import configs_folder
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.slides.cohort import PARTS, SlideRow
 from dasmil.tables import read_csv
 
@@ -61,7 +61,7 @@ def split_cohort(
     labelled = [row for row in rows if row.label is not None]
     given = {row.slide_id: row.split for row in labelled if row.split is not None}
     if given and len(given) < len(labelled):
-        names = some_of([row.slide_id for row in labelled if row.split is None])
+        names = join_few([row.slide_id for row in labelled if row.split is None])
         raise InputError(f"split: only some slides have one; fill it for {names} too")
     if not given:
         by_patient = [replace(row, split="train") for row in labelled]
@@ -154,8 +154,8 @@ def refuse_overlap(rows: Sequence[SlideRow], digests: Mapping[str, str] | None =
     patients = _in_several_parts((row.patient, row) for row in rows)
     if patients:
         raise InputError(
-            f"split: patient {some_of(patients)} has slides in more than one split "
-            f"({some_of(patients.values())}); keep all slides of a patient together"
+            f"split: patient {join_few(patients)} has slides in more than one split "
+            f"({join_few(patients.values())}); keep all slides of a patient together"
         )
     for path, places in _in_several_parts((str(row.file), row) for row in rows).items():
         raise InputError(f"split: {places} are one file, {path}; keep it in one split")
@@ -199,14 +199,14 @@ def placed(rows: Sequence[SlideRow], table: Path | str) -> list[SlideRow]:
     if left_out:
         warnings.warn(
             f"{table}: does not name {len(left_out)} slide(s) of the cohort, which are left out: "
-            f"{some_of(left_out)}",
+            f"{join_few(left_out)}",
             stacklevel=3,
         )
     absent = sorted(set(entries) - {row.slide_id for row in named})
     if absent:
         warnings.warn(
             f"{table}: {len(absent)} of its {len(entries)} slides are not in the cohort: "
-            f"{some_of(absent)}",
+            f"{join_few(absent)}",
             stacklevel=3,
         )
     return [replace(row, split=entries[row.slide_id][0]) for row in named]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.slides.cohort import SlideRow
 
 LEFT_OUT = "left out"  # a labelled slide that the split of the study does not name
@@ -151,7 +151,7 @@ class Study:
         if other:
             yield (
                 f"{len(other)} slide(s) have the name of a slide of the checkpoint but other "
-                f"content, and count as other slides: {some_of(other)}"
+                f"content, and count as other slides: {join_few(other)}"
             )
         if not self._by_digest:
             known = "" if self._has_patients else " and no patients, which the cohort table says"
@@ -159,7 +159,7 @@ class Study:
         elif unknown := [row.slide_id for row in rows if not self._digests.get(row.slide_id)]:
             yield (
                 f"{len(unknown)} bag(s) hold no digest of their slide, only its name: "
-                f"{some_of(unknown)}"
+                f"{join_few(unknown)}"
             )
 
     def describe(self, row: SlideRow) -> str:
@@ -254,7 +254,7 @@ def place_slides(
     if refused:
         raise InputError(
             f"{source}: {len(refused)} slide(s) of the part {evaluated!r} may not be evaluated "
-            f"with this checkpoint: {some_of(refused)}; correct the split or leave the option "
+            f"with this checkpoint: {join_few(refused)}; correct the split or leave the option "
             "out, or give --data.other_cohort true if equal slide_ids and patient_ids belong to "
             "another cohort"
         )

@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from dasmil.errors import DiskFullError, InputError, say_error, some_of
+from dasmil.errors import DiskFullError, InputError, error_text, join_few
 from dasmil.files import write_text
 from dasmil.json_text import describe_changes, read_json_object
 from dasmil.progress import progress
@@ -219,7 +219,7 @@ def _tile_slide(row: SlideRow, output: Path, parameters: TilingParameters) -> St
     except DiskFullError:
         raise
     except Exception as error:  # reported in status.csv, on screen and by the exit code
-        result = {"state": "failed", "message": say_error(error)}
+        result = {"state": "failed", "message": error_text(error)}
     return {**result, "seconds": round(time.monotonic() - start, 2)}
 
 
@@ -276,4 +276,4 @@ def _same_files(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             slides.setdefault(digest, []).append(row["slide_id"])
     for names in slides.values():
         if len(names) > 1:
-            yield f"warning: {some_of(names)} are the same slide file; keep one row per file"
+            yield f"warning: {join_few(names)} are the same slide file; keep one row per file"

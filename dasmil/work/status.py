@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dasmil.errors import InputError, shown
+from dasmil.errors import InputError, escape_controls
 from dasmil.names import name_fault
 from dasmil.tables import write_csv
 from dasmil.work.board import WAITING, Board
@@ -99,7 +99,9 @@ class Status:
         kind: str, rows: Sequence[Mapping[str, Any]], column: str = "message"
     ) -> Iterator[str]:
         for row in rows[:MAX_NAMED]:
-            yield shown(f"{kind}: {row['slide_id']}: {row.get(column) or ''}").rstrip(": ")
+            yield escape_controls(f"{kind}: {row['slide_id']}: {row.get(column) or ''}").rstrip(
+                ": "
+            )
         if len(rows) > MAX_NAMED:
             yield f"{kind}: and {len(rows) - MAX_NAMED} more"
 
@@ -118,4 +120,4 @@ class Status:
 
 
 def _cell(value: Any) -> Any:
-    return shown(value) if isinstance(value, str) else value
+    return escape_controls(value) if isinstance(value, str) else value

@@ -175,9 +175,7 @@ def test_a_broken_promise_is_refused_by_slide_and_scale(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_feature_that_is_not_finite_is_found_wherever_it_lies(
-    value: float, dtype: torch.dtype
-) -> None:
+def test_a_feature_that_is_not_finite_is_found_anywhere(value: float, dtype: torch.dtype) -> None:
     """Also where the minimum and maximum are made of whole vectors and a rest."""
     bag = make_bag(num_tiles=37, dims=7)
     bag = replace(bag, features={n: t.to(dtype) for n, t in bag.features.items()})
@@ -204,7 +202,7 @@ def test_orphans_are_accepted_and_nothing_below_minus_one() -> None:
     everyone.validate()
 
 
-def test_an_orphan_may_lie_anywhere_but_a_child_only_in_its_parent() -> None:
+def test_an_orphan_may_be_anywhere_but_a_child_only_in_its_parent() -> None:
     bag = without_first(make_bag(scales=("x10", "x20"), num_tiles=40), "x10", 2)
     moved = changed(bag, "grid", "x20", 0, torch.tensor([900, 900]))
     moved.validate()

@@ -96,7 +96,7 @@ def test_the_union_is_that_found_by_search(num_tiles: int) -> None:
     assert as_pairs(bag_graph(bag).union.edge_index()) == union_by_search(bag)
 
 
-def test_the_graph_of_a_bag_holds_what_the_bag_holds() -> None:
+def test_the_graph_of_a_bag_has_its_content() -> None:
     bag = make_bag("a", SCALES, DIMS, num_tiles=30)
     graph = bag_graph(bag, 1)
     assert graph.scales == SCALES

@@ -65,7 +65,7 @@ def assert_equal(one: Neighbours, other: Neighbours) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-def test_a_million_by_a_million_cells_cost_what_the_tiles_cost() -> None:
+def test_a_million_by_a_million_cells_cost_only_their_tiles() -> None:
     line = torch.arange(1000, dtype=torch.int32)[:, None]
     lists = grid_neighbours(torch.cat([line * 1000, line * 1001], dim=1))  # all far from another
     assert torch.equal(lists.index, torch.arange(1000, dtype=torch.int32))

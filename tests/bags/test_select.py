@@ -56,7 +56,7 @@ def test_the_scales_left_are_whole_and_linked(
         assert left.parent[fine].tolist() == ancestor_by_search(bag, coarse, fine)
 
 
-def test_an_ancestor_is_the_cell_that_the_tile_lies_in() -> None:
+def test_an_ancestor_is_the_cell_around_the_tile() -> None:
     """x5 → x20 is a ratio of 4, x2.5 → x20 one of 8."""
     bag = make()
     for coarse, ratio in (("x5", 4), ("x2.5", 8)):

@@ -80,7 +80,7 @@ def test_orphans_come_back_as_orphans(tmp_path: Path) -> None:
     assert all(torch.equal(found.parent[s], bag.parent[s]) for s in ("x10", "x20"))
 
 
-def test_the_file_says_what_the_design_promises(written: Path) -> None:
+def test_the_header_has_the_promised_fields(written: Path) -> None:
     tensors = load_file(written)
     names = {f"{kind}/{scale}" for kind in ("features", "grid") for scale in ("x5", "x20")}
     assert set(tensors) == {*names, "parent/x20"}
@@ -92,13 +92,13 @@ def test_the_file_says_what_the_design_promises(written: Path) -> None:
     assert json.loads(metadata["extractors"])["x20"]["fingerprint"] == "f" * 64
 
 
-def test_writing_again_replaces_the_bag_and_leaves_nothing_beside_it(written: Path) -> None:
+def test_writing_again_replaces_the_bag_and_leaves_no_other_file(written: Path) -> None:
     write_bag(written, make_bag(num_tiles=3))
     assert read_bag(written).num_tiles()["x20"] == 3
     assert list(written.parent.iterdir()) == [written]
 
 
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.safetensors").endswith("no such bag file")
 
 
@@ -164,7 +164,7 @@ def with_feature(bag: Bag, value: float, dtype: torch.dtype) -> Bag:
     [(float("nan"), torch.float32), (70_000.0, torch.float16), (float("inf"), torch.float32)],
     ids=["nan", "too large for float16", "infinite"],
 )
-def test_what_could_not_be_read_again_is_not_written(
+def test_unreadable_values_are_not_written(
     tmp_path: Path, value: float, dtype: torch.dtype
 ) -> None:
     with pytest.raises(InputError, match="x20: some features are not finite"):
@@ -226,7 +226,7 @@ def test_features_of_other_scales_are_not_read(tmp_path: Path, scales: list[str]
     assert resident_kb(path) > sum(size.values())  # the other scales were read just now
 
 
-def test_what_is_not_finite_is_refused_at_the_scales_that_are_read(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_refused_at_the_scales_that_are_read(tmp_path: Path) -> None:
     """A foreign file: ours are looked at when they are written."""
     path = bag_path(tmp_path, "slide")
     write_bag(path, make_bag("slide", PYRAMID))
@@ -258,7 +258,7 @@ def test_a_bag_that_was_read_stays_when_its_file_is_replaced(tmp_path: Path) -> 
             assert torch.equal(found.grid[name], made.grid[name])
 
 
-def test_what_is_done_to_a_bag_in_memory_does_not_reach_its_file(written: Path) -> None:
+def test_changes_of_a_bag_in_memory_do_not_reach_its_file(written: Path) -> None:
     before = written.read_bytes()
     bag = read_bag(written)
     bag.features["x20"].zero_()
@@ -280,7 +280,7 @@ def tensor_bytes(part: object) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("scales", [None, ["x5", "x20"], ["x10"]])
-def test_the_memory_of_a_graph_is_told_from_its_file(
+def test_the_memory_of_a_graph_is_estimated_from_its_file(
     tmp_path: Path, scales: list[str] | None, dtype: torch.dtype
 ) -> None:
     """Every cell of the grid is taken, so every tile has all the neighbours that it can have."""

@@ -68,7 +68,7 @@ def test_lightning_alone_keeps_the_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4])
-def test_a_training_that_goes_on_remembers_the_loss_of_the_best_epoch(
+def test_a_resumed_training_remembers_the_loss_of_the_best_epoch(
     tmp_path: Path, steps: int
 ) -> None:
     fit(tmp_path, BestCheckpoint(dirpath=tmp_path), max_steps=steps)

@@ -55,7 +55,7 @@ def train(folder, max_epochs, ckpt_path=None, **options):
 
 
 @pytest.mark.draws
-def test_a_row_an_epoch_with_every_figure(tmp_path):
+def test_one_row_per_epoch_with_every_metric(tmp_path):
     run = train(tmp_path, 3)
     columns, rows = read_csv(run / "history.csv")
     first = ["epoch", "step", "learning_rate"]
@@ -103,7 +103,7 @@ def test_an_evaluation_after_the_training_adds_nothing(tmp_path):
     assert (tmp_path / "run" / "history.csv").read_text() == before
 
 
-def test_a_training_that_goes_on_keeps_the_rows_up_to_its_checkpoint(tmp_path):
+def test_a_resumed_training_keeps_the_rows_up_to_its_checkpoint(tmp_path):
     """The checkpoint is saved after the validation, before the epoch has ended."""
     whole = train(tmp_path / "whole", 4, check_val_every_n_epoch=2) / "history.csv"
     folder = tmp_path / "broken"
@@ -114,14 +114,14 @@ def test_a_training_that_goes_on_keeps_the_rows_up_to_its_checkpoint(tmp_path):
     assert table.read_text() == whole.read_text()
 
 
-def test_a_table_that_is_none_of_ours_is_refused(tmp_path):
+def test_a_table_of_another_program_is_refused(tmp_path):
     table = train(tmp_path, 1) / "history.csv"
     table.write_text("name\nsomething\n")
     with pytest.raises(InputError, match=r"history.csv: not the table of a training"):
         train(tmp_path, 2, tmp_path / "kept" / "last.ckpt")
 
 
-def test_a_training_that_starts_anew_starts_its_table_anew(tmp_path):
+def test_a_new_training_begins_a_new_table(tmp_path):
     train(tmp_path, 3)
     _, rows = read_csv(train(tmp_path, 1) / "history.csv")
     assert [row["epoch"] for row in rows] == ["0"]

@@ -178,7 +178,7 @@ def test_a_row_is_added_as_tables_are_written(tmp_path: Path) -> None:
     assert read_csv(path)[1] == [{"a": "=x, y", "b": ""}]
 
 
-def test_the_odd_bag_does_not_decide_what_the_others_are(
+def test_one_odd_bag_does_not_decide_for_the_others(
     model: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """It is the first of the folder, and of another extractor."""

@@ -55,7 +55,7 @@ def test_a_refused_annotation_leaves_its_slide_out_and_no_other(bags, tmp_path, 
         assert written == ["n1", "t1"]
 
 
-def test_what_a_reader_did_not_foresee_costs_its_slide_too(bags, monkeypatch):
+def test_an_unforeseen_error_costs_its_slide_only(bags, monkeypatch):
     read = instance_truth.read_annotation
 
     def fail_at_t2(path, *rest):
@@ -126,7 +126,7 @@ def test_geojson_is_counted_from_the_bounds_of_the_slide(bags, tmp_path):
         assert [(r["scale"], r["row"], r["col"]) for r in found] == [("x20", "4", "2")]
 
 
-def test_tiles_that_reach_over_the_border_are_judged_by_what_lies_on_the_slide(bags, tmp_path):
+def test_tiles_over_the_border_are_judged_by_their_part_on_the_slide(bags, tmp_path):
     """100 px of the last row and column of x20 tiles lie on the slide, all of it lesion."""
     size = 7 * 512 + 100
     for slide_id in ("t1", "t2"):

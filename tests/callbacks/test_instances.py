@@ -233,7 +233,7 @@ def test_min_share_is_a_share(tmp_path):
         InstanceTruth(tmp_path, min_share=0)
 
 
-def test_froc_is_not_defined_where_all_lesions_are_isolated_tumour_cells(bags, tmp_path):
+def test_froc_is_undefined_if_all_lesions_are_isolated_tumour_cells(bags, tmp_path):
     """512 px of 0.25 µm: 128 µm. There is no curve then, and no file of one."""
     for name in ("t1", "t2"):
         (tmp_path / "truth" / f"{name}.xml").write_text(box_xml(0, 0, 512, 512))

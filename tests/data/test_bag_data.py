@@ -103,7 +103,7 @@ def test_the_order_of_the_classes_is_the_callers(tmp_path: Path) -> None:
     assert (n3.labels.item(), t3.labels.item()) == (1, 0)
 
 
-def test_training_is_shuffled_anew_each_epoch(tmp_path: Path) -> None:
+def test_training_is_shuffled_in_each_epoch(tmp_path: Path) -> None:
     loader = make_data(
         write_bags(tmp_path, many(20)), split=SplitOptions(0.2, 0.2)
     ).train_dataloader()
@@ -270,7 +270,7 @@ def test_a_permuted_table_gives_each_slide_the_same_label(tmp_path: Path) -> Non
     assert before["t3"] == 1 and before["n3"] == 0
 
 
-def test_what_a_split_table_leaves_out_stays_out_when_the_checkpoint_is_tested(
+def test_slides_left_out_by_a_split_table_stay_out_in_test(
     tmp_path: Path,
 ) -> None:
     """A duplicate that the official list does not name is no test slide afterwards either."""
@@ -619,7 +619,7 @@ def test_the_part_that_is_validated_on_needs_every_class(tmp_path: Path) -> None
     make_data(one_sided)
 
 
-def test_it_is_said_where_nobody_knows_what_an_extractor_has_seen(tmp_path: Path) -> None:
+def test_a_line_says_if_the_slides_of_an_extractor_are_unknown(tmp_path: Path) -> None:
     folder = write_bags(tmp_path, LABELS, SPLIT)
     records = {"x10": {"trained_on": None}, "x20": {"trained_on": ["n0"]}}
     (folder / "extractors.json").write_text(json.dumps(records))
@@ -672,7 +672,7 @@ def assert_same(one: Any, two: Any) -> None:
 
 
 @pytest.mark.parametrize(("cache", "batch_size"), [("ram", 1), ("device", 3)])
-def test_kept_slides_give_the_figures_of_slides_that_are_read_anew(
+def test_cached_slides_give_the_metrics_of_slides_that_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, batch_size: int
 ) -> None:
     """Weights, losses, validation, test and prediction; also resumed after the first epoch."""
@@ -701,7 +701,7 @@ def test_kept_slides_give_the_figures_of_slides_that_are_read_anew(
         assert torch.equal(one["x20"].instance_logits, two["x20"].instance_logits)
 
 
-def test_what_does_not_keep_reads_every_epoch_and_what_reads_once_does_not_keep(
+def test_without_a_cache_slides_are_read_in_every_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bags = write_bags(tmp_path, LABELS, SPLIT)
@@ -775,7 +775,7 @@ def test_on_the_device_slides_are_kept_there_and_not_pinned(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("cache", "pinned"), [("none", True), ("ram", True), ("device", False)])
-def test_what_goes_to_a_gpu_is_pinned_unless_it_is_there(
+def test_batches_for_a_gpu_are_pinned_unless_cached_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, pinned: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 10**9))

@@ -260,7 +260,7 @@ def picture(tmp_path: Path) -> SlideRow:
     return SlideRow("a", tmp_path / "a.png", mpp=0.5)
 
 
-def test_a_tile_is_read_where_it_lies(picture: SlideRow) -> None:
+def test_a_tile_is_read_at_its_place(picture: SlideRow) -> None:
     boxes = np.array([[0, 0, 8, 8], [40, 16, 48, 24]])
     dataset = TileDataset([picture, picture], [boxes[:1], boxes], 8, lambda *item: item)
     assert len(dataset) == 3
@@ -372,7 +372,7 @@ def test_augmentation_that_cannot_be_done_is_refused(
         TileDataModule(tmp_path, "x20", views=ViewOptions(augmentation=augmentation))
 
 
-def test_what_only_pil_can_do_is_left_to_it(tmp_path: Path) -> None:
+def test_operations_that_only_pil_has_are_left_to_pil(tmp_path: Path) -> None:
     turned = {"rr_prob": 0.5, "rr_degrees": 30}
     views = ViewOptions(augmentation=turned, augmentation_backend="pil")
     assert isinstance(TileDataModule(tmp_path, "x20", views=views).views, PilViews)

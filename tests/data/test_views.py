@@ -334,7 +334,7 @@ def test_each_view_has_its_ranges(drawn: DrawnTiles, view: int) -> None:
     assert_uniform(sigmas_px[sigmas_px > 0], 0.3, 2.5)
 
 
-def test_what_is_drawn_is_independent(drawn: DrawnTiles) -> None:
+def test_random_draws_are_independent(drawn: DrawnTiles) -> None:
     """Between views, and between the operations of a view."""
     draws = torch.cat(
         [

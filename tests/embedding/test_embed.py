@@ -252,7 +252,7 @@ def test_features_that_float16_cannot_hold_are_float32_and_those_not_finite_cost
         assert "features are not finite; embed with --trainer" in found[failed[0]][1]
 
 
-def test_one_batch_is_one_and_what_was_not_reached_says_so(road, tmp_path):
+def test_a_limit_of_one_batch_leaves_the_other_slides_unfinished(road, tmp_path):
     """``limit_predict_batches 1`` is not 1.0, which would be all of them."""
     command = embed_command(road.tiles, tmp_path, RANDOM)
     limit = ["--batch_size", "8", "--trainer.limit_predict_batches", "1"]
@@ -315,7 +315,7 @@ def test_lower_precision_gives_nearly_the_same_features_which_never_mix(
     assert record["precision"] == "bf16-mixed"
 
 
-def test_the_speed_is_told(road, few, tmp_path, capsys):
+def test_the_speed_is_printed(road, few, tmp_path, capsys):
     assert main(embed_command(few, tmp_path, RANDOM)) == 0
     total = sum(
         sum(read_tiles(tiles_path(road.tiles, slide_id)).num_tiles().values())
@@ -483,7 +483,7 @@ def test_a_slide_that_is_tiled_later_is_embedded_by_the_next_run(road, tmp_path,
     assert states(bags)[slide_id] == ("done", "")
 
 
-def test_a_bag_whose_worker_was_killed_before_it_said_so_counts(road, tmp_path):
+def test_a_bag_counts_if_its_worker_was_killed_before_it_reported(road, tmp_path):
     bags = tmp_path / "bags"
     shutil.copytree(road.bags, bags)
     slide_id = slide_ids(road)[0]
@@ -502,9 +502,7 @@ class SleepingSlide(Slide):
         super().__init__(row, cache_bytes)
 
 
-def test_reading_that_takes_for_ever_ends_and_what_is_waited_for_is_said(
-    road, tmp_path, monkeypatch, capsys
-):
+def test_endless_reading_ends_and_the_awaited_slide_is_named(road, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dasmil.embedding.dataset.Slide", SleepingSlide)
     monkeypatch.setattr("dasmil.progress.SILENCE_S", 0.3)
     args = embed_command(road.tiles, tmp_path, RANDOM)

@@ -93,7 +93,7 @@ def test_tiles_of_another_size_are_resampled_whole_as_timm_does_it(interpolation
     assert ((found - by_timm(other)).abs() * grey).mean() > 2
 
 
-def test_what_is_resampled_stays_a_pixel():
+def test_resampled_values_stay_pixel_values():
     """Bicubic resampling alone would overshoot at the edges of nuclei."""
     tile = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     tile[..., 8:] = 255
@@ -279,7 +279,7 @@ def test_a_vit_of_another_size_resamples_its_position_embedding(tmp_path, dynami
         assert torch.allclose(extractor(tiles), expected, atol=1e-5)
 
 
-def test_img_size_is_what_the_weights_are_for(tmp_path):
+def test_img_size_is_that_of_the_weights(tmp_path):
     save_weights(tmp_path / "w.safetensors", img_size=96)
     weights, options = str(tmp_path / "w.safetensors"), {"img_size": 96}
     assert load("test_vit", weights=weights, options=options).card.image_size == 96
@@ -350,7 +350,7 @@ def test_a_border_that_does_nothing_yet_is_no_cut_patch():
         ({"model": "random:test_resnet", "pooling": "cls"}, r"'test_resnet': pooling cls needs a"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(settings, words):
+def test_impossible_values_are_refused_in_one_sentence(settings, words):
     with pytest.raises(InputError, match=words) as caught:
         load(**{"model": SMALL, **settings})
     assert "\n" not in str(caught.value)

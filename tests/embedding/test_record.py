@@ -165,7 +165,7 @@ def test_a_record_without_a_value_is_refused(tmp_path, weights, missing):
 
 
 @pytest.mark.parametrize("record", [None, [], "test_vit", 5, {}])
-def test_what_is_no_record_is_refused(tmp_path, weights, record):
+def test_a_value_that_is_no_record_is_refused(tmp_path, weights, record):
     with pytest.raises(InputError, match=r"dino\.ckpt: its record of the extractor"):
         load(tmp_path, weights, record)
 

@@ -46,7 +46,7 @@ def test_both_formats_of_torch_are_read_compressed_or_not(tmp_path, zipped, comp
     assert torch.equal(content["weight"], CONTENT["weight"]) and content["epoch"] == 3
 
 
-def test_only_what_is_allowed_is_loaded_and_only_meanwhile(tmp_path):
+def test_only_allowed_names_are_loaded_and_only_during_the_load(tmp_path):
     path = saved(tmp_path / "args.pth", {"args": Namespace(arch="vit_small")})
     assert load_restricted(path, (Namespace,))["args"].arch == "vit_small"
     stand_in = load_restricted(path, ((Fraction, "argparse.Namespace"),))["args"]
@@ -78,7 +78,7 @@ def test_a_hostile_pickle_that_torch_never_wrote_runs_nothing(tmp_path, protocol
     assert not marker.exists()
 
 
-def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path):
+def test_unreadable_files_are_refused_in_one_sentence(tmp_path):
     whole = saved(tmp_path / "whole.pth", CONTENT).read_bytes()
     files = {
         "cut.pth": whole[:2000],
@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path):
         load_restricted(tmp_path / "gone.pth")
 
 
-def test_what_other_libraries_allow_is_not_allowed_here(tmp_path):
+def test_names_that_other_libraries_allow_are_refused(tmp_path):
     """Importing torch_geometric puts its classes on the list of the whole process."""
     path = saved(tmp_path / "edges.pth", EdgeIndex(torch.zeros(2, 3, dtype=torch.int64)))
     before = torch.serialization.get_safe_globals()
@@ -229,7 +229,7 @@ def test_a_storage_is_never_larger_than_its_file(tmp_path):
     assert torch.equal(load_restricted(path)["weight"], CONTENT["weight"])
 
 
-def test_what_has_been_read_does_not_change_with_its_file(tmp_path):
+def test_a_bag_in_memory_does_not_change_with_its_file(tmp_path):
     path = saved(tmp_path / "file.pth", CONTENT)
     content = load_restricted(path)
     path.write_bytes(b"")

@@ -69,7 +69,7 @@ def test_a_classifier_is_left_out_by_name(weights, tmp_path, capsys):
     )
 
 
-def test_the_heads_of_dino_lie_beside_its_backbone(weights, tmp_path, capsys):
+def test_the_dino_heads_are_separate_from_the_backbone(weights, tmp_path, capsys):
     content = {f"module.backbone.{key}": weight for key, weight in weights.items()}
     content |= {"module.head.mlp.0.weight": torch.ones(2, 2)}
     assert same(loaded(save(tmp_path / "w.pth", {"teacher": content})), weights)
@@ -134,13 +134,13 @@ def test_a_prefix_of_half_the_keys_is_not_taken_off(weights, tmp_path):
     assert "unexpected: module.blocks" in refused(save(tmp_path / "w.pth", mixed))
 
 
-def test_another_prefix_is_told(weights, tmp_path):
+def test_another_prefix_is_named(weights, tmp_path):
     path = save(tmp_path / "w.pth", {f"encoder.{key}": w for key, w in weights.items()})
     assert "all keys begin with 'encoder.': save them without it" in refused(path)
 
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 4}, {"no_embed_class": True}])
-def test_another_image_size_is_told(tmp_path, options):
+def test_another_image_size_is_named(tmp_path, options):
     path = save(tmp_path / "w.pth", network(img_size=96, **options).state_dict())
     sentence = refused(path, **options)
     assert "pos_embed" in sentence
@@ -151,12 +151,12 @@ def test_another_image_size_is_told(tmp_path, options):
 @pytest.mark.parametrize(
     ("option", "value"), [("init_values", 1e-5), ("reg_tokens", 2), ("qk_norm", True)]
 )
-def test_an_option_that_is_missing_is_told(tmp_path, option, value):
+def test_a_missing_option_is_named(tmp_path, option, value):
     path = save(tmp_path / "w.pth", network(**{option: value}).state_dict())
     assert f"the network's options ({option})" in refused(path)
 
 
-def test_a_network_that_pools_otherwise_is_told(tmp_path):
+def test_a_network_with_another_pooling_is_named(tmp_path):
     path = save(tmp_path / "w.pth", network(global_pool="avg").state_dict())
     assert "the network's options (global_pool)" in refused(path)
 

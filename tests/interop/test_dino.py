@@ -105,7 +105,7 @@ def test_every_kind_of_file_gives_the_same_extractor(backbone, checkpoint, tmp_p
     assert len(set(cards)) == 1
 
 
-def test_width_and_patch_are_told_from_the_shapes(tmp_path):
+def test_width_and_patch_follow_from_the_shapes(tmp_path):
     weights = vit_backbone("vit_small_patch16_224", 224, {"patch_size": 8}).state_dict()
     torch.save(checkpoint_of(weights), tmp_path / "small8.pth")
     extractor = import_to(tmp_path / "s8.ckpt", tmp_path / "small8.pth", "--image_size", "64")
@@ -138,7 +138,7 @@ def test_only_known_tiles_are_checked(checkpoint, tmp_path, capsys):
         load_extractor(str(tmp_path / "px.ckpt"), X20, 64)
 
 
-def test_what_was_imported_is_said(checkpoint, tmp_path, capsys):
+def test_an_import_prints_its_counts(checkpoint, tmp_path, capsys):
     import_to(tmp_path / "out.ckpt", checkpoint, "--scale", "x20")
     not_known, imported = capsys.readouterr().out.splitlines()
     assert not_known.startswith("the slides that these weights were trained on are not known")

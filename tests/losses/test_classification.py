@@ -123,7 +123,7 @@ def test_a_logit_that_is_not_finite_makes_a_loss_that_is_not(value: float) -> No
     assert not loss.isfinite().any()
 
 
-def test_balanced_weights_give_each_class_the_same_say() -> None:
+def test_balanced_weights_give_each_class_the_same_share() -> None:
     """n / (P n_c): 12 slides in 3 classes; the weights of all slides add up to their number."""
     counts = [2, 4, 6]
     weights = balanced_weights(counts)

@@ -171,7 +171,7 @@ def test_extreme_logits_stay_finite(num_logits: int) -> None:
     assert student.grad.isfinite().all()
 
 
-def test_half_precision_costs_what_the_same_logits_cost_in_float32() -> None:
+def test_half_precision_gives_the_loss_of_float32() -> None:
     """The divergence of close logits is smaller than the rounding of bfloat16."""
     torch.manual_seed(0)
     student = torch.randn(20, 2, dtype=torch.bfloat16)

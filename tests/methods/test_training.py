@@ -256,7 +256,7 @@ def test_a_fit_does_not_begin_in_the_folder_of_another_one(
         {"bag_index": (5, 1)},
     ],
 )
-def test_an_output_of_other_shapes_is_refused_where_it_is_made(shapes: dict) -> None:
+def test_an_output_of_other_shapes_is_refused_when_it_is_created(shapes: dict) -> None:
     right = {"bag_logits": (2, 3), "instance_logits": (5, 3), "attention": (5, 3)}
     right["bag_index"] = (5,)
     ScaleOutput(**{name: torch.zeros(shape) for name, shape in right.items()})

@@ -42,7 +42,7 @@ def of_three_classes(probabilities: list[list[float]], labels: list[int], patien
     )
 
 
-def test_figures_at_the_thresholds_of_the_validation_slides() -> None:
+def test_metrics_at_the_thresholds_of_the_validation_slides() -> None:
     """Above 0.2: both positive slides and one of two negative; above 0.7: one positive slide."""
     points = {"youden": 0.2, "specificity_0.9": 0.7}
     figures = evaluation([0.1, 0.4, 0.6, 0.8], [0, 0, 1, 1], thresholds=points).metrics("x20")

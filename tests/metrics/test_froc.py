@@ -135,7 +135,7 @@ class TestLesions:
         assert labels[50, 50] == 1
 
     @pytest.mark.parametrize(("length", "isolated"), [(20, True), (30, False)])
-    def test_what_is_short_is_isolated_tumour_cells(self, length, isolated):
+    def test_short_lesions_are_isolated_tumour_cells(self, length, isolated):
         """The major axis of a grown square of L + 8 pixels is 2 / √3 of its side: 32.3 or 43.9."""
         mask = np.zeros((100, 100), dtype=bool)
         mask[10 : 10 + length, 10 : 10 + length] = True
@@ -195,7 +195,7 @@ class TestCurve:
         assert curve.at == {0.25: 0.25, 0.5: 0.5, 1: 0.5, 2: 0.75, 4: 0.75, 8: 0.75}
         assert curve.score == pytest.approx((0.25 + 0.5 + 0.5 + 3 * 0.75) / 6)
 
-    def test_where_no_lesion_is_missed_the_lowest_detection_is_lost(self):
+    def test_if_no_lesion_is_missed_the_lowest_detection_is_lost(self):
         """As in the script: of two lesions that are found, and nothing else, one counts."""
         assert froc([hits([], [0.9, 0.8])]).score == 0.5
         assert froc([hits([], [0.9, 0.8, 0], 2)]).score == 1  # the 0 of isolated cells

@@ -97,7 +97,7 @@ def test_pairs_of_one_fold_are_fewer_so_their_auroc_is_less_certain() -> None:
     assert np.mean(ten_folds[1] - ten_folds[0]) > 1.03 * np.mean(every[1] - every[0])
 
 
-def test_f1_of_a_model_that_errs_nowhere_is_the_proportion_of_its_positive_slides() -> None:
+def test_f1_without_an_error_is_that_of_the_positive_slides() -> None:
     """TP / (TP + FP + FN) = 20 / 20: Wilson's lower end is 20 / (20 + z²)."""
     positive = np.repeat([True, False], 20)
     low, high = f1_interval(positive, positive, np.arange(40), np.zeros(()), 1.959964)

@@ -133,7 +133,7 @@ def test_a_class_without_slides_leaves_figures_undefined(
     assert undefined == set(metrics) - {"accuracy", "brier", "calibration_error"}
 
 
-def test_one_logit_is_the_second_classs() -> None:
+def test_one_logit_belongs_to_the_second_class() -> None:
     found = class_probabilities(torch.tensor([[0.0], [2.0], [-50.0]]))
     positive = [0.5, 1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(50.0))]
     np.testing.assert_allclose(found[:, 1], positive, rtol=1e-6)
@@ -146,7 +146,7 @@ def test_more_logits_are_a_softmax() -> None:
     np.testing.assert_allclose(class_probabilities(torch.from_numpy(logits)), expected, rtol=1e-12)
 
 
-def test_a_model_that_has_diverged_has_no_figure() -> None:
+def test_a_diverged_model_has_no_metric() -> None:
     probabilities = two_columns([0.2, 0.9, float("nan")])
     labels = np.array([0, 1, 1])
     assert all(isnan(value) for value in slide_metrics(probabilities, labels).values())

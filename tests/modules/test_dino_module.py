@@ -158,7 +158,7 @@ def test_the_checkpoint_knows_what_it_was_trained_on(road):
     assert all(seen["digest"] and seen["patient_id"] for seen in record["trained_on"])
 
 
-def test_a_training_that_goes_on_has_seen_the_slides_of_before_too(road, tmp_path, capsys):
+def test_a_resumed_training_remembers_the_slides_it_has_seen(road, tmp_path, capsys):
     content = load_checkpoint(road.dino["x20"])
     before = read_records(content["extractor"]["trained_on"])
     table = tmp_path / "split.csv"
@@ -188,7 +188,7 @@ def test_a_training_that_goes_on_has_seen_the_slides_of_before_too(road, tmp_pat
     ("before", "seen"),
     [({"trained_on": ["old"]}, ["now", "old"]), ({"trained_on": None}, None), (None, None)],
 )
-def test_what_an_older_checkpoint_has_seen_is_added_and_what_is_not_known_stays_so(before, seen):
+def test_an_older_checkpoint_keeps_the_slides_it_has_seen(before, seen):
     module = DINOModule(**SMALL)
     module.record = {"trained_on": plain_records([SlideRecord("now")])}
     module._trainer = SimpleNamespace(is_global_zero=True, training=False, ckpt_path="old.ckpt")

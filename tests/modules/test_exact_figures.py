@@ -48,7 +48,7 @@ def assert_same_weights(runs: Path, num_steps: int) -> None:
         torch.testing.assert_close(weights, two["state_dict"][name], atol=1e-6, rtol=1e-5)
 
 
-def test_two_processes_learn_what_one_learns_from_two_slides_a_step(bags, checkpoint):
+def test_two_processes_learn_what_one_learns_from_two_slides_per_step(bags, checkpoint):
     """The same slides in the same steps, the same dropout, and the last step is full in both."""
     runs = checkpoint.parents[2]
     run_in_two(fit(bags, runs, "two"), forked=True)
@@ -75,7 +75,7 @@ def test_two_processes_learn_the_same_with_other_methods(tmp_path, method, optio
 
 
 @pytest.mark.slow
-def test_figures_are_the_same_to_the_last_digit(bags, checkpoint, tmp_path):
+def test_metrics_are_the_same_to_the_last_digit(bags, checkpoint, tmp_path):
     arguments = ["test", "--ckpt_path", str(checkpoint), "--bags", str(bags)]
     assert main([*arguments, "--data.batch_size", "4", "--output", str(tmp_path / "one")]) == 0
     run_in_two([*arguments, "--output", str(tmp_path / "two")])

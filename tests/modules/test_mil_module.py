@@ -355,7 +355,7 @@ def test_predictions_of_a_checkpoint_of_before_the_switches_have_their_defaults(
     assert arguments["data"]["init_args"]["split"]["val_part"] == "val"
 
 
-def test_a_training_of_a_version_with_other_options_does_not_go_on(tmp_path):
+def test_a_training_of_a_version_with_other_options_does_not_resume(tmp_path):
     """Its settings would be compared with none, and the training go on with others."""
     _, data, path = fit_once(pyramid_bags(tmp_path))
     content = torch.load(path, weights_only=True)
@@ -442,7 +442,7 @@ def test_a_scale_whose_bag_logits_are_constant_is_named(tmp_path):
     assert not [w for w in caught if "bag logits" in str(w.message)]
 
 
-def test_few_validation_slides_are_said(tmp_path):
+def test_few_validation_slides_give_a_warning(tmp_path):
     data = BagDataModule(separable_bags(tmp_path), ["normal", "tumour"], num_workers=0)
     with pytest.warns(UserWarning, match="only 1 normal and 1 tumour slide.* choose the epoch"):
         quiet_trainer(tmp_path, max_epochs=1).fit(make_module(**SMALL), datamodule=data)

@@ -94,7 +94,7 @@ def test_dasmil_killed_three_times_ends_as_if_never_killed(road, tmp_path):
 
 
 @pytest.mark.slow
-def test_dino_killed_goes_on_with_the_same_crops(road, tmp_path):
+def test_a_killed_dino_training_resumes_with_the_same_crops(road, tmp_path):
     options = ["--trainer.max_epochs", "3", "--data.num_workers", "1"]
     options += ["--model.drop_path", "0.3"]
     assert main([*fit_dino(road.tiles, "x20", tmp_path / "whole"), *options]) == 0
@@ -125,7 +125,7 @@ def test_a_run_that_was_moved_knows_its_best_checkpoint(road, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_training_goes_on_with_its_own_settings_or_not_at_all(road, tmp_path, capsys):
+def test_a_training_resumes_with_its_own_settings_or_not_at_all(road, tmp_path, capsys):
     """What is refused changes nothing in the folder: config.yaml says what was used."""
     options = ["--trainer.max_epochs", "3", "--trainer.max_steps", "6"]
     assert main([*fit_dasmil(road.bags, tmp_path, "run"), *options]) == 0
@@ -160,7 +160,7 @@ def test_a_training_goes_on_with_its_own_settings_or_not_at_all(road, tmp_path, 
     )
 
 
-def test_dino_goes_on_with_its_own_schedule_or_not_at_all(road, tmp_path):
+def test_dino_resumes_with_its_own_schedule_or_not_at_all(road, tmp_path):
     class Stop(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.should_stop = True

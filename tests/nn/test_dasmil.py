@@ -137,7 +137,7 @@ def parents_by_hand(graph: BagGraph, scale: str) -> Tensor:
 
 
 @variants_and_pyramids
-def test_each_scale_has_a_head_of_its_own_on_what_is_meant_for_it(
+def test_each_scale_has_its_own_head_and_input(
     scales: tuple[str, ...], variant: dict[str, Any]
 ) -> None:
     """Rows of the PGNN or of the extractor, its parents' before them, and D12, all by hand.

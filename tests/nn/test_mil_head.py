@@ -228,7 +228,7 @@ def hide_some(num_logits: int) -> tuple[MILHead, Tensor, Tensor, Tensor]:
     return head, h, ptr, shown
 
 
-def test_a_bag_is_what_the_head_says_of_its_shown_tiles_alone() -> None:
+def test_a_bag_gives_what_the_head_gives_for_its_shown_tiles() -> None:
     head, h, ptr, shown = hide_some(3)
     output = head(h, ptr, shown)
     for bag, (start, end) in enumerate(pairwise(ptr.tolist())):

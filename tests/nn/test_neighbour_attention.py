@@ -39,14 +39,14 @@ def small() -> tuple[Neighbours, list[Tensor]]:
     return lists, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
-def test_each_step_has_the_gradient_of_what_it_computes() -> None:
+def test_each_step_has_its_exact_gradient() -> None:
     lists, (projected, source, target) = small()
     assert gradcheck(lambda s, t: Coefficients.apply(s, t, lists), (source, target))
     alpha = torch.rand(len(lists.index), HEADS, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda p, a: weighted_sum(p, a, lists), (projected, alpha))
 
 
-def test_the_layer_has_the_gradient_of_what_it_computes_with_dropout() -> None:
+def test_the_layer_has_its_exact_gradient_with_dropout() -> None:
     lists, inputs = small()
 
     def layer(*tensors: Tensor) -> Tensor:

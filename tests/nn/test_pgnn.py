@@ -79,7 +79,7 @@ def test_a_bag_without_tiles_passes(scales: tuple[str, ...]) -> None:
     assert {scale: h.shape for scale, h in found.items()} == dict.fromkeys(scales, (0, OUT))
 
 
-def test_bags_side_by_side_give_what_they_give_alone() -> None:
+def test_batched_bags_give_what_they_give_alone() -> None:
     scales = SCALES[-1]
     pgnn = make_pgnn(scales).eval()
     graphs = make_graphs((12, 0, 1, 30), scales=scales, dims=DIMS)

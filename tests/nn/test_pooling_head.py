@@ -53,7 +53,7 @@ def test_of_equal_largest_tiles_one_alone_counts():
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
-def test_a_model_of_pooling_heads_gives_a_batch_what_it_gives_the_bags(pooling):
+def test_pooling_heads_give_a_batch_what_they_give_single_bags(pooling):
     torch.manual_seed(0)
     model = make_network({"x10": 6, "x20": 6}, 1, 8, 8, pooling=pooling, contextualize=False).eval()
     graphs = make_graphs([5, 9])

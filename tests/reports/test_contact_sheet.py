@@ -97,7 +97,7 @@ def tiles(tmp_path):
     return folder
 
 
-def test_every_slide_is_there_once_with_what_it_is_sorted_by(tiles, capsys):
+def test_every_slide_occurs_once_with_its_sort_keys(tiles, capsys):
     assert contact_sheet(tiles) == 0
     page = Page(tiles / "contact_sheet.html")
     assert [card["slide_id"] for card in page.cards] == ["s10", "s9", "bare", "bad"]
@@ -165,7 +165,7 @@ def test_names_and_messages_are_text_and_nothing_else(tiles, name):
     assert not [found for _, found in page.tags if "onload" in found]
 
 
-def test_a_page_asks_for_nothing_else(tiles):
+def test_a_page_is_self_contained(tiles):
     """No other file, and no address; the browser is told to forbid it, too."""
     contact_sheet(tiles)
     page = Page(tiles / "contact_sheet.html")
@@ -198,7 +198,7 @@ def test_a_damaged_picture_is_no_picture(tiles, capsys):
     assert "2 of them without a picture" in capsys.readouterr().out
 
 
-def test_what_became_of_the_bags(tiles, tmp_path):
+def test_the_state_of_the_bags(tiles, tmp_path):
     rows = [
         {"slide_id": "s10", "state": "done", "message": ""},
         {"slide_id": "s9", "state": "failed", "message": "the slide's disk is gone"},
@@ -279,7 +279,7 @@ def test_by_command_and_without_torch(tiles, tmp_path):
     assert main(["contact-sheet", str(tmp_path / "none")]) == 2
 
 
-def test_the_table_is_renewed_where_that_is_possible(tmp_path, monkeypatch):
+def test_the_table_is_renewed_if_possible(tmp_path, monkeypatch):
     """A worker that was killed has left a slide that is running."""
     write_pyramid(tmp_path / "s1.tiff", np.full((600, 600, 3), (205, 140, 175), np.uint8), 1.0)
     (tmp_path / "cohort.csv").write_text("slide_id,path\ns1,s1.tiff\n")

@@ -68,7 +68,7 @@ def test_both_tables_name_the_checkpoint(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path, "test") == ("best.ckpt", "0123")
 
 
-def test_the_json_is_flat_and_the_finest_scale_stands_without_its_name(tmp_path: Path) -> None:
+def test_the_json_is_flat_and_omits_the_name_of_the_finest_scale(tmp_path: Path) -> None:
     write_evaluation(tmp_path, "test", evaluation(), {"loss": 0.5, "x20/froc": 0.25})
     metrics = json.loads((tmp_path / "test_metrics.json").read_text())
     assert (metrics["test/x10/auroc"], metrics["test/x20/auroc"]) == (0.75, 1.0)
@@ -113,7 +113,7 @@ def test_too_few_patients_have_no_interval_and_the_table_says_why(tmp_path: Path
     )
 
 
-def test_the_threshold_of_the_test_slides_stands_in_tests_alone_and_is_called_biased(
+def test_the_test_threshold_is_reported_by_test_only_and_called_biased(
     tmp_path: Path,
 ) -> None:
     for split in ("val", "test"):

@@ -130,7 +130,7 @@ def test_the_interval_is_that_of_the_table():
     assert "too few patients for any interval or p: 2 with" in " ".join(words(few).split())
 
 
-def test_operating_points_lie_where_their_thresholds_call_the_slides():
+def test_operating_points_match_their_thresholds():
     """Above 0.38 one of two normal and one of two tumour slides; above 0.5 none and one."""
     shown = evaluation(thresholds={"youden": 0.38, "specificity_0.9": 0.5})
     roc, precision_recall = (
@@ -185,7 +185,7 @@ def test_precision_and_recall_by_hand():
     assert precision == pytest.approx([1, 1, 2 / 3])
 
 
-def test_of_more_than_two_classes_each_is_told_from_the_rest():
+def test_more_than_two_classes_are_one_against_the_rest():
     """Of b: both slides of b have 0.6, and of the rest one has 0.6 and three 0.2."""
     text = words(roc_figure(three_classes(), "test")).split("\n")
     (of_b,) = (item for item in text if item.startswith("b: AUROC"))
@@ -254,7 +254,7 @@ def test_scores_are_counted_by_label():
 @pytest.mark.parametrize(
     ("labels", "reason"), [([1] * 4, "every slide is tumour"), ([0] * 4, "no slide is tumour")]
 )
-def test_what_is_not_defined_is_said_in_the_picture(labels, reason):
+def test_undefined_metrics_are_named_in_the_picture(labels, reason):
     shown = evaluation(labels=labels, thresholds={"youden": 0.4})
     figures = evaluation_figures(shown, "test")
     for name in ("roc", "precision_recall"):
@@ -272,7 +272,7 @@ def test_a_class_without_slides_is_said_and_the_others_are_drawn():
     assert "a: AUROC 1.000" in text and "b: AUROC" in text
 
 
-def test_a_probability_that_is_no_number_is_said_and_the_other_scale_is_drawn():
+def test_a_probability_that_is_no_number_is_named_and_the_other_scale_is_drawn():
     shown = evaluation(thresholds={"youden": 0.38})
     fine = shown.probabilities["x20"]
     broken = fine.clone()
@@ -285,7 +285,7 @@ def test_a_probability_that_is_no_number_is_said_and_the_other_scale_is_drawn():
         figure.draw_without_rendering()
 
 
-def test_a_scale_has_its_colour_whatever_stands_beside_it():
+def test_a_scale_keeps_its_colour_in_any_company():
     three = scale_colours(["x5", "x10", "x20"])
     assert scale_colours(["x10"])["x10"] == three["x10"]
     assert len(set(scale_colours(["x1.25", "x2.5", "x5", "x10", "x20", "x40"]).values())) == 6
@@ -308,7 +308,7 @@ def many_classes(num_classes: int, num_scales: int = 1, name: str = "c{}") -> Ev
 
 
 @pytest.mark.parametrize("num_classes", [20, 200])
-def test_the_size_of_a_picture_has_a_limit_and_it_says_what_is_left_out(num_classes):
+def test_the_size_of_a_picture_is_limited_and_omissions_are_counted(num_classes):
     """With 200 classes the matrix alone had 140 megapixels per scale."""
     figures = evaluation_figures(many_classes(num_classes), "val")
     for figure in figures.values():
@@ -351,7 +351,7 @@ def test_names_of_classes_are_shown_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("made", [evaluation, three_classes])
-def test_all_pictures_are_files_that_say_what_they_are_of(tmp_path, made):
+def test_all_figures_are_files_with_a_title(tmp_path, made):
     shown = made()
     figures = evaluation_figures(shown, "test")
     write_figures(tmp_path, "test", figures)

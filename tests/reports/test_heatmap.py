@@ -24,7 +24,7 @@ def turbo(value):
     return cv2.applyColorMap(level, cv2.COLORMAP_TURBO)[0, 0, ::-1].astype(int)
 
 
-def test_a_tile_has_its_score_s_colour_where_it_lies_and_nowhere_else(bag):
+def test_a_tile_has_the_colour_of_its_score_only_in_its_place(bag):
     width_px0, height_px0 = bag.header.extent.size_px0
     canvas = np.full((height_px0 // 16, width_px0 // 16, 3), 200, np.uint8)
     values = np.linspace(0, 1, bag.num_tiles()["x20"])

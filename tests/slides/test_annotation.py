@@ -62,7 +62,7 @@ class TestPolygons:
         assert share.tolist() == [0.5, 0.25, 0, 1, 0]
 
     @pytest.mark.parametrize("group", ["_2", "Exclusion", "normal"])
-    def test_what_is_excluded_is_cut_out_wherever_it_stands_in_the_file(self, tmp_path, group):
+    def test_exclusions_are_cut_out_in_any_order(self, tmp_path, group):
         areas = read_xml(tmp_path, (group, box(0, 0, 50, 100)), ("Tumor", box(0, 0, 100, 100)))
         assert areas.overlap(tiles(100, (0, 0))).tolist() == [0.5]
 
@@ -103,7 +103,7 @@ class TestPolygons:
         assert areas.overlap(boxes) == pytest.approx([1, 1])
         assert areas.overlap(boxes + width + 70).tolist() == [0, 0]
 
-    def test_a_mask_has_the_pixels_whose_centre_lies_inside(self):
+    def test_a_mask_has_the_pixels_whose_centre_is_inside(self):
         """As scikit-image finds them, by a slower way; also of shapes that cross themselves."""
         rng = np.random.default_rng(0)
         for downsample in (1, 7.3, 32):
@@ -124,7 +124,7 @@ class TestPolygons:
         boxes = np.array([[51_200, 102_400, 51_712, 102_912], [51_712, 102_400, 52_224, 102_912]])
         assert areas.overlap(boxes).tolist() == [0.5, 0]
 
-    def test_what_has_no_area_is_left_out(self, tmp_path):
+    def test_shapes_without_area_are_ignored(self, tmp_path):
         areas = read_xml(tmp_path, ("_0", [(5, 5), (9, 9)]), ("_0", []))
         assert areas.is_empty
         assert areas.overlap(tiles(100, (0, 0))).tolist() == [0]
@@ -220,7 +220,7 @@ class TestMasks:
         assert areas.overlap(tiles(100, (0, 4), (0, 5))).tolist() == [0, 1]
 
     @pytest.mark.parametrize("suffix", [".png", ".tif"])
-    def test_read_in_blocks_a_mask_is_what_it_is_at_once(self, tmp_path, monkeypatch, suffix):
+    def test_a_mask_read_in_blocks_equals_one_read_whole(self, tmp_path, monkeypatch, suffix):
         rng = np.random.default_rng(0)
         blobs = np.kron(rng.integers(0, 2, (13, 16)), np.ones((64, 64)))[:797, :1001]
         mask, path = blobs.astype(np.uint8), tmp_path / f"a{suffix}"
@@ -308,7 +308,7 @@ class TestMasks:
         with pytest.raises(InputError, match="80 x 100 px does not have the shape of the slide"):
             read_annotation(tmp_path / "a.png", EXTENT)
 
-    def test_a_mask_that_tells_more_than_lesions_is_refused(self, tmp_path):
+    def test_a_mask_with_several_classes_is_refused(self, tmp_path):
         """Camelyon17's masks hold tissue too; which value is the lesions' nobody says."""
         mask = np.zeros((800, 1000), dtype=np.uint8)
         mask[:100], mask[300:400] = 1, 2
@@ -343,7 +343,7 @@ class TestPoints:
         assert points.overlap(boxes).tolist() == [3, 1, 1, 1, 0]
         assert points.positive(points.overlap(boxes)).tolist() == [True, True, True, True, False]
 
-    def test_columns_beside_x_and_y_are_not_read(self, tmp_path):
+    def test_columns_other_than_x_and_y_are_not_read(self, tmp_path):
         (tmp_path / "a.csv").write_text("type,y,x\nepithelial,20,10\n,800,1000\n")
         points = read_annotation(tmp_path / "a.csv", EXTENT)
         assert points.xy_px0.tolist() == [[10, 20], [1000, 800]] and not points.is_empty

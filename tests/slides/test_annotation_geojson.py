@@ -111,7 +111,7 @@ class TestAreas:
         assert found.finest.shape == (100, 126)
         assert share(found, (1006, 0, 1012, 804), (800, 0, 1000, 804)) == [pytest.approx(1), 0]
 
-    def test_numbers_beside_x_and_y_and_what_has_no_area_are_left_out(self, tmp_path):
+    def test_extra_numbers_and_shapes_without_area_are_ignored(self, tmp_path):
         tall = polygon([[x, y, 7] for x, y in ring(0, 0, 50, 100)])
         flat = polygon([[0, 0], [100, 100]])
         found = read(tmp_path, collection(feature(tall), feature(flat), feature(polygon())))
@@ -305,7 +305,7 @@ class TestPoints:
             ([{"type": "MultiLineString", "coordinates": [[[1, 2]]]}], "is a line, without an are"),
         ],
     )
-    def test_what_is_neither_areas_nor_points(self, tmp_path, features, message):
+    def test_files_with_neither_areas_nor_points(self, tmp_path, features, message):
         with pytest.raises(InputError, match=message):
             read(tmp_path, collection(*map(feature, features)))
 

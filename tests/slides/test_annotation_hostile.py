@@ -135,7 +135,7 @@ class TestGeoJson:
             (b"\xff\xfe" + b"[]".decode().encode("utf-16-le") + b"\0", "not GeoJSON"),
         ],
     )
-    def test_what_is_no_geojson_is_a_sentence(self, tmp_path, content, message):
+    def test_a_file_that_is_no_geojson_is_refused_in_one_sentence(self, tmp_path, content, message):
         if isinstance(content, dict) and "properties" not in content:
             content = {**feature([]), "geometry": content} if "geometries" in content else content
         with pytest.raises(InputError, match=message):
@@ -167,7 +167,7 @@ class TestGeoJson:
             tracemalloc.stop()
         assert peak < 120e6  # the test's own 100 MB, and no second time
 
-    def test_what_would_take_gigabytes_is_not_parsed(self, tmp_path, monkeypatch):
+    def test_files_that_would_take_gigabytes_are_not_parsed(self, tmp_path, monkeypatch):
         monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
         with pytest.raises(
             InputError, match=r"would take 1\.[12] GB of memory, more than the limit of 0\.7 GB"
@@ -229,7 +229,7 @@ class TestXml:
             (xml("", root="x" * 300), "its root is 'x{60}'…, not ASAP_Annotations"),
         ],
     )
-    def test_what_asap_does_not_write(self, tmp_path, content, message):
+    def test_files_that_asap_does_not_write(self, tmp_path, content, message):
         with pytest.raises(InputError, match=message):
             read(tmp_path, content, "a.xml")
 
@@ -284,7 +284,7 @@ class TestPoints:
 
 
 @pytest.mark.parametrize("name", ["a.xml", "a.csv", "a.geojson", "a.geojson.gz", "a.tif", "a.png"])
-def test_what_is_no_regular_file_is_refused_by_name(tmp_path, name):
+def test_a_file_that_is_not_regular_is_refused_by_name(tmp_path, name):
     os.mkfifo(tmp_path / name)
     assert find_truths(tmp_path, ["a"]) == {"a": tmp_path / name}
     for open_file in (lambda path: read_annotation(path, EXTENT), marks_points, class_names):

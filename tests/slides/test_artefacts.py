@@ -51,7 +51,7 @@ def on_glass(colour: tuple[int, int, int], box: tuple[int, int, int, int]) -> np
 
 
 @pytest.mark.parametrize("ink", INKS)
-def test_an_ink_is_found_where_it_is_asked_for_alone(ink: str) -> None:
+def test_only_the_listed_inks_are_found(ink: str) -> None:
     for colour in INK_COLOURS[ink]:
         stroke = on_glass(colour, (40, 60, 200, 100))
         found = artefact_masks(stroke, 16.0, ArtefactParameters(pen=(ink,), margin_um=0))["pen"]
@@ -79,7 +79,7 @@ def test_the_brown_of_dab_is_no_ink(brown: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("width_um, found", [(48, False), (80, False), (160, True), (320, True)])
-def test_what_is_narrow_is_no_pen(width_um: int, found: bool) -> None:
+def test_narrow_marks_are_no_pen(width_um: int, found: bool) -> None:
     for mpp in (4.0, 8.0, 16.0):
         picture = np.full((round(3200 / mpp), round(3200 / mpp), 3), 243, np.uint8)
         top = round(1600 / mpp)
@@ -121,7 +121,7 @@ def test_rounding_of_the_thumbnails_mpp_does_not_decide_how_it_is_looked_at() ->
 
 
 @pytest.mark.parametrize("mpp, factor", [(2.0, 8), (5.0, 3), (10.0, 2), (10.6, 2), (11.0, 1)])
-def test_a_thumbnail_is_reduced_to_what_comes_nearest_to_16_um(mpp: float, factor: int) -> None:
+def test_a_thumbnail_is_reduced_to_about_16_um(mpp: float, factor: int) -> None:
     assert artefact_masks(glass(240, 240), mpp, ALL)["pen"].shape == (240 // factor,) * 2
 
 
@@ -137,7 +137,7 @@ def test_a_thumbnail_is_reduced_to_what_comes_nearest_to_16_um(mpp: float, facto
         ((0, 0, 2, 200), False),  # 32 µm: narrower than anything sought
     ],
 )
-def test_black_is_left_out_at_the_border_or_where_it_is_large(
+def test_black_is_left_out_at_the_border_or_if_it_is_large(
     box: tuple[int, int, int, int], found: bool
 ) -> None:
     for colour, black in (((0, 0, 0), True), ((50, 10, 40), True), ((60, 50, 58), False)):
@@ -165,7 +165,7 @@ def test_nothing_is_looked_for_unless_asked() -> None:
     assert set(artefact_masks(picture, 16.0, ALL)) == {"pen", "black"}
 
 
-def test_what_is_left_out_is_painted_white_in_place() -> None:
+def test_left_out_areas_are_painted_white_in_place() -> None:
     picture = cv2.resize(on_glass((30, 70, 170), (40, 60, 200, 100)), (480, 400))
     before = picture.copy()
     masks = {"pen": np.zeros((200, 240), bool), "black": np.zeros((200, 240), bool)}

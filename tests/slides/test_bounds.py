@@ -64,7 +64,7 @@ def outline(left: int, top: int, right: int, bottom: int) -> dict[str, object]:
     }
 
 
-def test_what_qupath_marks_on_a_scan_lies_on_the_tiles_of_the_scan(tmp_path: Path) -> None:
+def test_marks_of_qupath_fall_on_the_tiles_of_the_scan(tmp_path: Path) -> None:
     write_scn(tmp_path / "s1.scn")
     with Slide(SlideRow("s1", tmp_path / "s1.scn", mpp=0.5)) as slide:
         assert slide.size_px0 == (GLASS_PX0, GLASS_PX0)

@@ -137,7 +137,7 @@ def test_a_scale_that_is_no_positive_number_is_a_fault_of_its_row(
         write_cohort(tmp_path / "again.csv", [good, bad])
 
 
-def test_a_magnification_is_not_needed_beside_an_mpp(tmp_path: Path) -> None:
+def test_a_magnification_is_not_needed_if_there_is_an_mpp(tmp_path: Path) -> None:
     text = "slide_id,path,mpp,magnification\ns1,a.svs,0.5,x\ns2,a.svs,x,20\n"
     good, bad = read_cohort(write_table(tmp_path, text))
     assert good.scale_fault is None and "mpp 'x'" in (bad.scale_fault or "")
@@ -155,12 +155,12 @@ def test_an_empty_path_is_a_fault_of_its_row(tmp_path: Path) -> None:
         write_cohort(tmp_path / "again.csv", rows)
 
 
-def test_a_missing_column_is_told_what_columns_there_are(tmp_path: Path) -> None:
+def test_a_missing_column_is_refused_with_the_columns_there_are(tmp_path: Path) -> None:
     message = refusal(write_table(tmp_path, "slide,path\ns1,a.svs\n"))
     assert "slide_id, path, label, patient_id, split, mpp, magnification" in message
 
 
-def test_a_slide_id_that_stands_twice_is_refused_with_both_paths(tmp_path: Path) -> None:
+def test_a_repeated_slide_id_is_refused_with_both_paths(tmp_path: Path) -> None:
     path = write_table(tmp_path, "slide_id,path\ns1,a.svs\ns2,b.svs\ns1,c.svs\n")
     message = refusal(path)
     assert message.startswith(f"{path}: slide_id 's1' occurs twice")
@@ -172,7 +172,7 @@ def test_numbers_of_a_table_may_have_decimal_commas(tmp_path: Path) -> None:
     assert read_cohort(path) == [SlideRow("s1", tmp_path / "a.svs", mpp=0.2527)]
 
 
-def test_what_other_programs_write_for_no_patient_is_no_patient_but_a_label(tmp_path: Path) -> None:
+def test_placeholders_for_no_patient_are_no_patients_but_labels(tmp_path: Path) -> None:
     cells = ["NA", "n/a", "NaN", "None", "null", "unknown", "Nana"]
     text = "".join(f"s{i},{i}.svs,{cell},{cell}\n" for i, cell in enumerate(cells))
     with pytest.warns(UserWarning, match="the patient of 6 slide.* not known: NA, NaN, None, n/a"):
@@ -189,7 +189,7 @@ def test_a_column_that_does_not_know_the_patient_hides_no_other(tmp_path: Path) 
     assert found == ["p1", "c2", None, None]
 
 
-def test_columns_that_are_not_read_are_named_with_what_may_have_been_meant(tmp_path: Path) -> None:
+def test_ignored_columns_are_named_with_a_suggestion(tmp_path: Path) -> None:
     path = write_table(tmp_path, "slide_id,path,lable,age\ns1,a.svs,x,60\n")
     with pytest.warns(UserWarning, match=r"columns that are not read: lable \(label\?\), age$"):
         read_cohort(path)
@@ -289,7 +289,7 @@ def test_hidden_files_and_folders_named_like_slides_are_no_slides(tmp_path: Path
     assert [row.slide_id for row in read_cohort(tmp_path)] == ["a"]
 
 
-def test_pictures_beside_slides_are_no_slides_and_are_named(tmp_path: Path) -> None:
+def test_associated_pictures_are_no_slides_and_are_named(tmp_path: Path) -> None:
     """As scanners, viewers and downloads leave them; a name alone tells nothing."""
     touch(tmp_path, "a.svs", "a_macro.png", "a.svs-label.jpg", "a_overview.tif", "Thumbnail.jpeg")
     touch(tmp_path, "pictures/b.png", "pictures/b_thumb.png", "pictures/x_macro.png")

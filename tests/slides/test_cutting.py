@@ -126,7 +126,7 @@ def test_no_gap_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert reads == [(128, 128), (128, 128)]
 
 
-def test_rows_inside_are_the_children_and_theirs(tmp_path: Path) -> None:
+def test_rows_inside_are_all_descendants(tmp_path: Path) -> None:
     write_pyramid(tmp_path / "a.tiff", texture(1024, 1024), 0.5, (1,))
     with Slide(SlideRow("a", tmp_path / "a.tiff")) as slide:
         tiles = tiles_of(slide, np.random.default_rng(2).random((16, 16)) < 0.4, tile_px=32)
@@ -171,7 +171,7 @@ def test_tiles_of_real_slides_are_those_that_are_read_one_by_one(
             np.testing.assert_array_equal(pixels[scale], one_by_one(slide, tiles, scale))
 
 
-def test_what_was_never_scanned_is_white(tmp_path: Path) -> None:
+def test_areas_that_were_never_scanned_are_white(tmp_path: Path) -> None:
     """A picture with a hole, of which every tile of every scale is cut."""
     rgba = np.dstack([texture(512, 512), np.full((512, 512), 255, np.uint8)])
     rgba[100:300, 100:300, 3] = 0
@@ -183,7 +183,7 @@ def test_what_was_never_scanned_is_white(tmp_path: Path) -> None:
         assert (TileCutter(slide, tiles).cut(0, 4).pixels["x20"][place] == 255).all()
 
 
-def test_damaged_tiles_are_told_and_the_others_are_as_they_were(tmp_path: Path) -> None:
+def test_damaged_tiles_are_named_and_the_others_unchanged(tmp_path: Path) -> None:
     """A stored tile of 128 px at level 0 is read for four x20 tiles, but not for x10 and x5."""
     path = tmp_path / "a.tiff"
     write_jpeg_pyramid(path, 1024, 768, (1, 2, 4))

@@ -25,7 +25,7 @@ def texture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.clip(150 + 25 * mixed, 0, 255)[..., None].repeat(3, axis=2).astype(np.uint8)
 
 
-def test_a_blur_takes_detail_and_the_threshold_lies_between() -> None:
+def test_a_blur_removes_detail_and_the_threshold_is_between() -> None:
     tile = texture(128, 128)
     found = [detail(tile, 1)[0]]
     found += [detail(cv2.GaussianBlur(tile, (0, 0), sigma), 1)[0] for sigma in (1, 2, 4)]
@@ -63,7 +63,7 @@ def test_an_even_tile_has_none() -> None:
 
 
 @pytest.mark.parametrize("mpp", [0.5, 1.0, 0.33])
-def test_blurred_tiles_of_a_slide_are_told_by_their_place(tmp_path: Path, mpp: float) -> None:
+def test_blurred_tiles_of_a_slide_are_listed_by_position(tmp_path: Path, mpp: float) -> None:
     """A slide of one row more than a run, with two blurred places and a gap in the tissue."""
     columns, side_um = 2 * RUN_TILES + 6, 64
     rng = np.random.default_rng(1)
@@ -106,7 +106,7 @@ def test_a_slide_without_tiles_has_no_blurred_ones(tmp_path: Path) -> None:
         assert blurred_tiles(slide, tiles, BLUR).shape == (0,)
 
 
-def test_real_tiles_are_told_from_their_blurred_copies(shared_data: Path) -> None:
+def test_real_tiles_differ_from_their_blurred_copies(shared_data: Path) -> None:
     """200 quarters of 50 images of colon at 0.55 µm/px; a Gaussian of 2 µm, then 1 µm/px."""
     sharp, soft = [], []
     for path in sorted((shared_data / "crchisto").glob("*.png")):

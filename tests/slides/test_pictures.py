@@ -72,7 +72,7 @@ def test_a_truncated_picture_is_an_error(tmp_path, suffix):
             open_picture(path, FORMATS, MAX_PIXELS)
 
 
-def test_what_is_no_regular_file_is_not_opened(tmp_path):
+def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     for path in (tmp_path / "a.png", tmp_path, tmp_path / "none.png"):
         with pytest.raises(InputError, match=r"give a picture \(PNG or TIFF\)"):

@@ -63,7 +63,7 @@ def test_ids_of_the_cohort_are_taken_and_one_bad_slide_costs_one_line(
     assert "--cohort is needed" in capsys.readouterr().err
 
 
-def test_the_options_beside_a_panel_are_those_it_is_drawn_with() -> None:
+def test_the_options_printed_at_a_panel_reproduce_it() -> None:
     given = TissueParameters(min_saturation=20, min_texture=4.0, closing_um=16.0)
     for choice, text in sensitivities(given):
         options = dict(re.findall(r"--tissue\.(\w+) ([\d.]+)", text))
@@ -74,7 +74,7 @@ def test_the_options_beside_a_panel_are_those_it_is_drawn_with() -> None:
     assert [choice for choice, text in sensitivities(given) if "(as set)" in text] == [given]
 
 
-def test_what_is_set_is_drawn_as_it_is_and_no_sensitivity_leaves_the_range() -> None:
+def test_previews_keep_given_options_and_stay_in_range() -> None:
     given = TissueParameters(min_saturation=200, min_texture=2.25)
     choices = dict((text, choice) for choice, text in sensitivities(given))
     assert choices["--tissue.min_saturation 200 --tissue.min_texture 2.25  (as set)"] == given

@@ -80,7 +80,7 @@ def test_every_tile_touches_the_slide_at_its_exact_place(pyramids: list[Tiles]) 
                 assert 0 <= top < height and top < bottom
 
 
-def test_every_child_lies_inside_its_parent(pyramids: list[Tiles]) -> None:
+def test_every_child_is_inside_its_parent(pyramids: list[Tiles]) -> None:
     for tiles in pyramids:
         names = list(tiles.num_tiles())
         assert set(tiles.parent) == set(names[1:])
@@ -153,7 +153,7 @@ def overlap(start: float, end: float, length: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("slide_mpp", AWKWARD_MPPS)
-def test_the_share_of_tissue_is_exact_where_edges_cut_mask_pixels(slide_mpp: str) -> None:
+def test_the_share_of_tissue_is_exact_if_edges_cut_mask_pixels(slide_mpp: str) -> None:
     rng = np.random.default_rng(5)
     width, height = 1501, 1203
     mask = random_mask(rng, (75, 94))
@@ -271,7 +271,7 @@ def test_the_covered_share_is_of_the_tissue() -> None:
     assert covered_share(np.zeros((20, 20), bool), tiles) == 0
 
 
-def test_a_slide_smaller_than_one_tile_has_a_tile_where_enough_of_it_is_tissue() -> None:
+def test_a_slide_smaller_than_one_tile_has_a_tile_if_enough_is_tissue() -> None:
     parameters = TilingParameters(("x5", "x20"), 64)
     mask = np.ones((16, 16), bool)
     for size_px0, found in [((33, 33), (1, 1)), ((31, 31), (0, 0)), ((255, 256), (1, 16))]:

@@ -51,7 +51,7 @@ def test_a_thumbnail_of_any_size_fits_a_panel() -> None:
         assert small.dtype == np.uint8 and (small == 7).all()
 
 
-def test_tiles_are_drawn_where_they_lie() -> None:
+def test_tiles_are_drawn_at_their_places() -> None:
     """Against the boxes in level-0 pixels, one by one."""
     tiles = lay(random_mask(), ("x10", "x20"), 230)  # 18.4 px of the panel
     drawn = draw_qc(WHITE, random_mask(), tiles)

@@ -131,7 +131,7 @@ def test_mpp_comes_from_the_file(scans: dict[str, Slide]) -> None:
 
 
 @pytest.mark.parametrize(("power", "mpp"), [(20, 0.5), (40, 0.25)])
-def test_mpp_follows_from_objective_power_where_the_file_has_none(
+def test_mpp_follows_from_objective_power_if_the_file_has_none(
     tmp_path: Path, power: int, mpp: float
 ) -> None:
     write_aperio(tmp_path / "a.svs", f"AppMag = {power}")
@@ -192,7 +192,7 @@ def test_a_file_without_scale_is_refused_with_slide_and_column(
     assert "fill the column mpp (or magnification)" in message
 
 
-def test_a_zero_for_mpp_leaves_the_word_to_objective_power(tmp_path: Path) -> None:
+def test_a_zero_for_mpp_means_objective_power_decides(tmp_path: Path) -> None:
     write_aperio(tmp_path / "a.svs", "MPP = 0|AppMag = 20")
     assert Slide(SlideRow("a", tmp_path / "a.svs")).mpp == 0.5
 
@@ -226,7 +226,7 @@ def test_pixels_that_are_not_square_are_refused(tmp_path: Path) -> None:
 # What cannot be opened
 
 
-def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
+def test_files_that_cannot_be_opened_say_why(tmp_path: Path) -> None:
     (tmp_path / "notes.svs").write_text("not a slide")
     (tmp_path / "folder").mkdir()
     missing = refusal(SlideRow("a", tmp_path / "none.svs", mpp=0.5))
@@ -274,7 +274,7 @@ def test_other_formats_are_no_slides(tmp_path: Path) -> None:
         assert "OpenSlide does not know this format" in refusal(SlideRow("a", path, mpp=0.5)), kind
 
 
-def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     """Opening a FIFO would wait for ever, and OpenSlide opens all that lies in some folders."""
     fifo = tmp_path / "fifo.svs"
     os.mkfifo(fifo)
@@ -288,7 +288,7 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
         assert "is no regular file" in refusal(SlideRow("a", path, mpp=0.5))
 
 
-def test_what_can_only_be_decoded_in_giant_parts_is_refused(
+def test_files_with_giant_parts_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_gigapixel(tmp_path / "a.tiff", 4096, downsamples=(1,), tile_px=(1024, 512))
@@ -301,9 +301,7 @@ def test_what_can_only_be_decoded_in_giant_parts_is_refused(
 
 
 @pytest.mark.parametrize("tile", [None, (256, 256)])
-def test_a_picture_whose_min_is_white_is_seen_as_it_is_meant(
-    tmp_path: Path, tile: tuple[int, int] | None
-) -> None:
+def test_a_min_is_white_picture_is_inverted(tmp_path: Path, tile: tuple[int, int] | None) -> None:
     grey = draw_picture(300, 300, grain_px=3)[..., 0]
     tifffile.imwrite(tmp_path / "a.tif", 255 - grey, photometric="miniswhite", tile=tile)
     with Slide(SlideRow("a", tmp_path / "a.tif", mpp=0.5)) as slide:
@@ -385,7 +383,7 @@ def test_outside_the_slide_is_white(scans: dict[str, Slide], name: str) -> None:
     assert (beyond == 255).all()
 
 
-def test_what_is_transparent_is_laid_on_white(tmp_path: Path) -> None:
+def test_transparent_pixels_are_white(tmp_path: Path) -> None:
     rgba = np.zeros((64, 96, 4), np.uint8)
     rgba[..., :3] = (200, 100, 0)
     rgba[:, :32, 3], rgba[:, 32:64, 3], rgba[:, 64:, 3] = 255, 51, 0

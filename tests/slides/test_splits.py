@@ -90,7 +90,7 @@ def test_folds_depend_on_the_seed_and_not_on_the_order_of_rows() -> None:
     assert folds(shuffled, 4, seed=3) == folds(rows, 4, seed=3) != folds(rows, 4, seed=4)
 
 
-def test_where_the_table_has_a_test_part_the_fold_is_for_validation() -> None:
+def test_if_the_table_has_a_test_split_the_fold_is_validation() -> None:
     rows = make_rows("a", 10, split="train") + make_rows("b", 10, split="train")
     tested = make_rows("t", 5, split="test")
     drawn = folds(rows + tested, 5)

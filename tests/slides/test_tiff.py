@@ -68,7 +68,7 @@ def test_real_slides(shared_data: Path, file: str, levels: int) -> None:
         assert check(slide) == levels
 
 
-def test_where_the_two_differ_openslide_is_right(
+def test_if_the_two_differ_openslide_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_jpeg_pyramid(tmp_path / "a.tiff", 1024, 768, (1,))

@@ -205,7 +205,7 @@ def test_a_status_says_why_a_slide_has_no_tiles(first_run: Run) -> None:
     assert message["broken"].startswith(f"{slides / 'broken.svs'}: OpenSlide does not know")
 
 
-def test_tiles_lie_where_the_tissue_was_drawn(first_run: Run) -> None:
+def test_tiles_cover_the_drawn_tissue(first_run: Run) -> None:
     tiles = first_run.tiles("good")
     expected = {(row, col) for row in range(8) for col in range(4, 8)}
     assert {tuple(place) for place in tiles.grid["x20"].tolist()} == expected
@@ -276,7 +276,7 @@ def test_a_slide_that_failed_is_tried_again(two_slides: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("change", [{"mpp": 0.25}, {"magnification": 40}])
-def test_a_changed_mpp_in_the_table_means_tiling_anew(
+def test_a_changed_mpp_in_the_table_means_tiling_again(
     two_slides: Path,
     tmp_path: Path,
     change: dict[str, float],
@@ -329,7 +329,7 @@ def test_other_parameters_are_refused_and_nothing_is_touched(
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
-def test_what_another_command_wants_now_is_not_taken_away(two_slides, tmp_path) -> None:
+def test_slides_that_another_command_needs_are_kept(two_slides, tmp_path) -> None:
     output = tmp_path / "TILES"
     rows = read_cohort(two_slides)
     wants = {"parameters": TilingParameters(SCALES, 64).as_json(), "cohort": slides_digest(rows)}
@@ -359,7 +359,7 @@ def test_slides_that_leave_the_cohort_are_named(two_slides, tmp_path, capsys) ->
     assert tiles_path(output, "blank").exists()
 
 
-def test_a_damaged_tile_table_is_named_and_made_anew(
+def test_a_damaged_tile_table_is_named_and_recreated(
     two_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "TILES"
@@ -382,7 +382,7 @@ def test_a_damaged_tile_table_is_named_and_made_anew(
         assert {p: p.stat().st_mtime_ns for p in output.glob("tiles/blank*")} == times
 
 
-def test_a_table_whose_tiles_are_damaged_is_made_anew(
+def test_a_table_whose_tiles_are_damaged_is_recreated(
     two_slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "TILES"

@@ -160,7 +160,7 @@ def test_an_upper_limit_keeps_otsu_from_dividing_pale_tissue_from_dark() -> None
     assert without_limit[:, 110:].all()
 
 
-def test_otsu_follows_the_picture_where_tissue_is_pale() -> None:
+def test_otsu_adapts_to_pale_tissue() -> None:
     tissue = disc(200, 200, 100)
     mask = tissue_mask(paint(tissue, PALE), MPP, PARAMETERS)
     away_from_edges = ~edge_band(tissue)
@@ -215,7 +215,7 @@ def test_a_pale_lake_inside_strong_tissue_is_tissue() -> None:
 
 
 @pytest.mark.parametrize("glass", [WHITE, CAST, GRADIENT], ids=["neutral", "cast", "gradient"])
-def test_pale_sections_beside_strong_tissue_are_tissue_and_glass_is_not(glass: object) -> None:
+def test_pale_sections_near_strong_tissue_are_tissue_and_glass_is_not(glass: object) -> None:
     """Of a section of fat and one that is pale as a whole, Otsu's threshold keeps nothing."""
     nuclei = np.random.default_rng(1).random((SIDE, SIDE)) < 0.15
     section = np.where(nuclei[..., None], np.array((205, 185, 205)), np.array(PALE))
@@ -297,7 +297,7 @@ def test_values_that_no_slide_can_be_tiled_with_are_refused_by_name(
         replace(PARAMETERS, **{field: value})
 
 
-def test_a_dark_background_is_told_from_black_borders_and_dark_tissue() -> None:
+def test_a_dark_background_differs_from_black_borders_and_dark_tissue() -> None:
     glow = np.where(STRONG[..., None], np.array((30, 120, 90)), np.array((6, 6, 8)))
     assert has_dark_background(glow.astype(np.uint8))
     framed = paint(STRONG)

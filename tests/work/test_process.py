@@ -39,7 +39,7 @@ def test_results_and_errors_come_back(child: ChildProcess) -> None:
     assert ask(child, 4) == 8
 
 
-def test_a_death_is_told_and_another_takes_the_place(child: ChildProcess) -> None:
+def test_a_dead_process_is_reported_and_replaced(child: ChildProcess) -> None:
     assert ask(child, 3) == 6
     with pytest.raises(EOFError, match=f"by signal {signal.SIGSEGV}"):
         ask(child, 0)

@@ -99,6 +99,6 @@ def test_the_verb_knows_folders_of_tiles_and_of_bags(road, capsys) -> None:
             assert text.count(f"{scale}: {total:,} tiles") == 2
 
 
-def test_the_verb_says_what_it_wants(tmp_path: Path, capsys) -> None:
+def test_a_verb_without_arguments_names_its_required_ones(tmp_path: Path, capsys) -> None:
     assert main(["status", str(tmp_path)]) == 2
     assert "neither tiling.json nor extractors.json" in capsys.readouterr().err

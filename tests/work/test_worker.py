@@ -100,7 +100,7 @@ def test_of_many_that_ask_at_once_one_gets_it(tmp_path: Path) -> None:
         worker.__exit__(None, None, None)
 
 
-def test_slide_ids_with_dots_are_told_apart(tmp_path: Path) -> None:
+def test_slide_ids_with_dots_stay_different(tmp_path: Path) -> None:
     with Worker(tmp_path) as first, Worker(tmp_path) as second:
         assert first.claim("a.1") and second.claim("a") and second.claim("a.1.1")
         assert second.held_by_others() == {"a.1": first.name}
@@ -213,7 +213,7 @@ def test_a_clean_end_leaves_one_file(tmp_path: Path) -> None:
     assert [line["slide_id"] for line in lines] == ["a", "b"]
 
 
-def test_what_the_dead_left_is_removed_only_when_nobody_works(stranger, tmp_path: Path) -> None:
+def test_files_of_dead_workers_are_removed_only_when_nobody_works(stranger, tmp_path: Path) -> None:
     begun = tmp_path / "tiles" / ".s1.0123456789ab.tmp.safetensors"
     begun.parent.mkdir()
     begun.write_text("half")
@@ -260,7 +260,7 @@ def test_a_disk_without_links_still_grants_one_claim(
         assert second.held_by_others() == {"a": first.name}
 
 
-def test_an_error_on_its_way_is_heard_though_the_disk_is_full(
+def test_an_error_is_reported_although_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RuntimeError, match="the first"), Worker(tmp_path) as worker:
@@ -359,7 +359,7 @@ def test_the_heartbeat_continues_while_a_large_table_is_written(
     assert beaten
 
 
-def test_what_is_wrong_with_the_table_is_said_once_and_the_work_goes_on(
+def test_faults_of_the_table_are_named_once_and_the_work_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("dasmil.work.worker.HEARTBEAT_S", 0.01)
@@ -375,7 +375,7 @@ def test_what_is_wrong_with_the_table_is_said_once_and_the_work_goes_on(
     assert capsys.readouterr().err == "the status was not written: no table\n"
 
 
-def test_a_faster_one_may_be_done_before_it_is_asked_who_it_was(
+def test_a_fast_task_may_end_before_its_process_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def taken(source: Path, path: Path) -> None:

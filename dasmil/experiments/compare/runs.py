@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 
 from dasmil.arguments import read_config
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.metrics import Evaluation
 from dasmil.reports.evaluation_files import (
     SHORT_HASH,
@@ -110,7 +110,7 @@ def find_evaluations(folder: Path) -> list[Path]:
     found = list(_walk(folder, unfinished))
     if unfinished:
         raise InputError(
-            f"{some_of(unfinished)}: not tested yet; run `python -m dasmil test --ckpt_path "
+            f"{join_few(unfinished)}: not tested yet; run `python -m dasmil test --ckpt_path "
             f"{unfinished[0]}/checkpoints/best.ckpt --bags BAGS`, or the sweep again"
         )
     if not found:
@@ -230,7 +230,7 @@ def _difference(ours: set[TestSet], theirs: set[TestSet]) -> str:
     if not lacking and not beyond:
         return f"the same slides, divided otherwise: {len(theirs)} test sets and {len(ours)}"
     return "; ".join(
-        f"it {verb} {some_of(names)}"
+        f"it {verb} {join_few(names)}"
         for verb, names in (("lacks", lacking), ("has in addition", beyond))
         if names
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dasmil.bags import Bag, all_finite, bag_path, read_bag
-from dasmil.errors import DiskFullError, InputError, some_of
+from dasmil.errors import DiskFullError, InputError, join_few
 from dasmil.files import atomic_path, must_exist
 from dasmil.interop.features.nesting import Dtype
 from dasmil.names import path_inside
@@ -60,7 +60,7 @@ def export(bags: Path, output: Path, dtype: Dtype = "float32") -> int:
     if moved := _list_moved(bags):
         print(
             f"moved: {len(moved)} slide(s) have tiles that `import` moved, see max_moved_px0 in "
-            f"{bags / 'import.csv'}: {some_of(moved)}"
+            f"{bags / 'import.csv'}: {join_few(moved)}"
         )
     print("\n".join([*failed, f"export: {len(done)} done, {len(failed)} failed; see {output}"]))
     return int(bool(failed))

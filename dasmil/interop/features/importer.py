@@ -22,7 +22,7 @@ from dasmil.bags import (
     read_headers,
     write_bag,
 )
-from dasmil.errors import DiskFullError, InputError, say_error
+from dasmil.errors import DiskFullError, InputError, error_text
 from dasmil.files import write_text
 from dasmil.progress import progress
 from dasmil.slides.cohort import SlideRow, refuse_faulty, replace_cohort
@@ -144,7 +144,7 @@ def _import_slide(
         raise
     except Exception as error:  # costs one row of the tables; the import goes on
         path.unlink(missing_ok=True)  # the bag of an earlier import
-        record |= {"state": "failed", "message": say_error(error)}
+        record |= {"state": "failed", "message": error_text(error)}
     worker.settle(row.slide_id, record)
 
 
@@ -167,7 +167,7 @@ def _shared_cards(source: Source) -> Cards:
         try:
             slide = source.read(row)
         except Exception as error:
-            reason = say_error(error)
+            reason = error_text(error)
             continue
         if slide.is_empty or not all(card.feature_dim for card in slide.cards.values()):
             reason = "no slide has a tile"

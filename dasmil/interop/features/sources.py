@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dasmil.errors import InputError, some_of
+from dasmil.errors import InputError, join_few
 from dasmil.files import files_below
 from dasmil.interop.features.importer import Record, SlideFiles, Source, stand_in_card
 from dasmil.interop.features.nesting import Dtype, Orphans, SlideFeatures, make_bag
@@ -117,7 +117,7 @@ def feature_source(
         if left_out:
             yield (
                 f"left out: {len(left_out)} slide(s) with features are not in the table: "
-                f"{some_of(left_out)}"
+                f"{join_few(left_out)}"
             )
 
     return Source(

@@ -58,7 +58,7 @@ TEN = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
 MIXED = [0.1, 0.6, 0.3, 0.2, 0.45, 0.5, 0.55, 0.9, 0.4, 0.8]  # of slides labelled TEN
 
 
-def test_test_sets_are_pooled_and_pairs_of_the_same_fold_stand_beside(tmp_path: Path) -> None:
+def test_test_sets_are_pooled_and_pairs_of_the_same_fold_are_reported_too(tmp_path: Path) -> None:
     """Two seeds in one fold, one in the other, by counting pairs.
 
     Pooled 10.5 and 7 of 16 pairs are in order, in the same fold 4 + 1 and 2 + 1 of 8.
@@ -166,7 +166,7 @@ def test_the_table_says_why_the_auroc_of_the_same_fold_alone_has_no_interval(
     assert reason in markdown(comparison) and reason in next(csv_rows(comparison))["note"]
 
 
-def test_a_metric_that_is_asked_for_twice_stands_there_once(tmp_path: Path) -> None:
+def test_a_metric_given_twice_is_listed_once(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / n, MIXED[k:] + MIXED[:k], labels=TEN) for k, n in enumerate("abc")]
     compare(tuple(runs), ("brier", "brier"), output=tmp_path / "table", draws=9)
     with open(tmp_path / "table/compare.csv", newline="", encoding="utf-8") as file:
@@ -268,7 +268,7 @@ def test_the_output_is_a_folder(tmp_path: Path) -> None:
     ]
 
 
-def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+def test_folders_of_one_name_are_labelled_by_their_paths(tmp_path: Path) -> None:
     scores = [0.1, 0.2, 0.8, 0.9]
     folders = [write_run(tmp_path / name / "version_0", scores) for name in ("ours", "theirs")]
     assert [method.label for method in read_methods(folders)] == [str(path) for path in folders]
@@ -329,7 +329,7 @@ def test_a_missing_fold_is_refused(tmp_path: Path) -> None:
     assert "it lacks b0, b1, b2, b3" in found
 
 
-def test_a_run_without_test_figures_is_refused_with_the_command(tmp_path: Path) -> None:
+def test_a_run_without_test_metrics_is_refused_with_the_command(tmp_path: Path) -> None:
     write_run(tmp_path / "row" / "seed_0", [0.1, 0.2, 0.8, 0.9])
     unfinished = tmp_path / "row" / "seed_1"
     (unfinished / "checkpoints").mkdir(parents=True)

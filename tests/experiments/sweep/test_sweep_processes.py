@@ -57,7 +57,7 @@ def arguments(tmp_path, cohort, own):
         ({"scales": ("x20", "twenty")}, "scale 'twenty': write a magnification"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_is(
+def test_impossible_requests_are_refused_before_any_work(
     arguments, tmp_path, bags, stand_in, wrong, words
 ):
     places = {"bags", "cohort", "truth"}
@@ -82,7 +82,7 @@ def test_what_cannot_be_done_is_said_before_anything_is(
         (3, "GPU-a,GPU-b", ["GPU-a", "GPU-b", "GPU-a"]),
     ],
 )
-def test_parallel_steps_have_a_gpu_each_where_there_are_several(jobs, visible, slots, monkeypatch):
+def test_parallel_steps_get_one_gpu_each_if_there_are_several(jobs, visible, slots, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     made = make_slots(jobs, gpus(), num_cores=8)
     assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in made] == slots
@@ -107,7 +107,7 @@ def test_without_an_environment_variable_the_machine_is_asked(tmp_path, monkeypa
     assert gpus() == ["0", "1"]
 
 
-def test_the_last_error_is_told_with_what_belongs_to_it():
+def test_the_last_error_is_printed_with_its_context():
     log = 'error: an old one\nepoch 1\nerror: Parser key "model":\n  no such\n    key\nusage\n'
     assert last_error(log, 2) == 'error: Parser key "model": no such key'
     assert last_error("a\nRuntimeError: CUDA\n", 1) == "RuntimeError: CUDA"
@@ -152,7 +152,7 @@ def test_a_run_that_fails_costs_a_line(tmp_path, bags, own, stand_in, compared, 
     assert compared == []  # it would be of less than was asked for
 
 
-def test_a_run_goes_on_where_it_was_broken_off(tmp_path, bags, own, stand_in, compared):
+def test_an_interrupted_run_resumes(tmp_path, bags, own, stand_in, compared):
     run = plan_one(tmp_path, own)
     arguments = {"output": tmp_path / "out", "bags": bags, "configs": (str(own),), "seeds": (0,)}
     write_text(run.folder / "run.json", json.dumps(run.record()))
@@ -218,7 +218,9 @@ def test_ctrl_c_ends_the_children(tmp_path, bags, own, stand_in, capsys, by):
 # the whole road
 
 
-def test_each_fold_goes_its_own_road(arguments, cohort, own, tmp_path, stand_in, compared, capsys):
+def test_each_fold_has_its_own_bag_steps(
+    arguments, cohort, own, tmp_path, stand_in, compared, capsys
+):
     truth = tmp_path / "truth"
     write_text(truth / "a.csv", "x,y\n")
     assert sweep(**arguments, truth=truth) == 0
@@ -263,7 +265,7 @@ def test_each_fold_goes_its_own_road(arguments, cohort, own, tmp_path, stand_in,
     assert compared == [(rows, out / "t_compare")]
 
 
-def test_without_folds_there_is_one_road(arguments, tmp_path, stand_in, compared):
+def test_without_folds_the_bag_steps_are_done_once(arguments, tmp_path, stand_in, compared):
     assert sweep(**{**arguments, "folds": None, "scales": ("x20",)}) == 0
     tile, extractor, embed, fit, *_ = stand_in.new_calls()
     out = tmp_path / "out"
@@ -304,7 +306,7 @@ def test_a_preparation_that_fails_takes_its_fold_along(
     assert "| own | 0.500 ± 0.000 |" in said
 
 
-def test_an_extractor_that_was_killed_goes_on(arguments, own, tmp_path, stand_in, compared):
+def test_a_killed_extractor_training_resumes(arguments, own, tmp_path, stand_in, compared):
     """From its last epoch; another one in its place is refused."""
     out = tmp_path / "out"
     begun = "touch $output/config.yaml; kill -9 $$"

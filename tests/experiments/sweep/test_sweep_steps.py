@@ -113,7 +113,7 @@ def test_a_row_cannot_take_the_folder_of_the_bags(tmp_path, bags):
 # what is known again
 
 
-def test_a_run_made_otherwise_is_refused_and_says_in_what(tmp_path, bags, own, monkeypatch):
+def test_a_run_with_other_settings_is_refused_with_the_difference(tmp_path, bags, own, monkeypatch):
     run = plan_one(tmp_path, own)
     write_record(run)
     refuse_other_steps([run])
@@ -133,7 +133,7 @@ def test_a_run_made_otherwise_is_refused_and_says_in_what(tmp_path, bags, own, m
         refuse_other_steps([run])
 
 
-def test_a_record_of_before_there_were_folds_is_not_understood_and_says_so(tmp_path, bags):
+def test_a_record_from_before_folds_existed_is_refused(tmp_path, bags):
     run = plan_one(tmp_path)
     old = {"dasmil": "0.1", "fit": [], "seed": 0, "configs": [], "bags": "B", "bags_sha256": {}}
     write_text(run.folder / "run.json", json.dumps(old))
@@ -164,7 +164,7 @@ def test_a_fold_of_another_division_is_refused(tmp_path, bags):
         refuse_other_steps(plan([SweepRow("a")], [], [0], tmp_path, {Fold(1, 4): bags})[0])
 
 
-def test_figures_of_other_annotations_are_refused(tmp_path, bags):
+def test_metrics_of_other_annotations_are_refused(tmp_path, bags):
     truth = tmp_path / "truth"
     write_text(truth / "a.csv", "x,y\n1,2\n")
     run = plan_one(tmp_path, truth=truth)

@@ -32,11 +32,11 @@ def test_a_cell_says_how_many_runs_it_is_of(values, text):
         ((0, 4), 2, "mean ± sd over 2 folds × 2 seeds (0, 4)"),
     ],
 )
-def test_the_table_says_what_it_is_a_mean_over(seeds, num_folds, text):
+def test_the_table_names_its_folds_and_seeds(seeds, num_folds, text):
     assert describe_runs(seeds, num_folds) == text
 
 
-def test_the_papers_figures_stand_beside_ours_where_there_are_any():
+def test_the_papers_metrics_follow_ours_if_there_are_any():
     rows = [SweepRow("a|b", (), {"auroc": 0.973}), SweepRow("own")]
     cells = [
         {"auroc": Cell((0.9, 1.0)), "accuracy": Cell((0.5, 0.5))},

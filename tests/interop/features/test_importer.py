@@ -108,7 +108,7 @@ NO_NUMBERS = [
 ]
 
 
-def test_what_is_no_number_costs_one_slide_each(tmp_path):
+def test_values_that_are_no_numbers_cost_one_slide_each(tmp_path):
     folder = write_trident(tmp_path, "sound", 20, CELLS)
     for number, (name, values, _) in enumerate(NO_NUMBERS):
         write_trident(tmp_path, f"s{number}", 20, CELLS)

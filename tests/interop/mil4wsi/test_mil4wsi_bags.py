@@ -133,7 +133,7 @@ def moved_places(bag, tiles):
             yield place, x, y
 
 
-def test_edges_between_pieces_whose_grids_cannot_both_be_kept_are_counted(tmp_path):
+def test_edges_lost_between_moved_pieces_are_counted(tmp_path):
     """The pieces are half a coarse tile askew: fine tiles are neighbours, coarse ones are not."""
     tiles = [(2, 0, 0, -1), (3, 256, 256, 0), (2, 256, 512, -1), (3, 256, 512, 2)]
     bag, columns = make_bag(make_prepared(tiles, tmp_path))
@@ -306,7 +306,7 @@ def test_a_slide_that_fails_now_leaves_no_bag_of_an_earlier_import(tmp_path):
     assert not bag_path(bags, "slide").exists() and bag_path(bags, "other").exists()
 
 
-def test_the_next_run_imports_what_is_missing_or_has_changed(tmp_path):
+def test_the_next_run_imports_missing_and_changed_slides(tmp_path):
     """A file that is repaired takes the name that it holds."""
     bags = tmp_path / "bags"
     for number, slide_id in enumerate(("same", "changed")):

@@ -87,7 +87,7 @@ def golden(request, tmp_path_factory):
     )
 
 
-def test_the_network_says_what_the_released_one_says(golden):
+def test_the_network_gives_the_output_of_the_released_one(golden):
     with torch.inference_mode():
         h = golden.model.network.pgnn(golden.graph)
         output = golden.model(golden.graph)
@@ -125,7 +125,7 @@ def test_every_gradient_is_the_released_one(golden):
         assert_released_gradient(found, golden.expected[f"grad.{theirs}"], ours)
 
 
-def test_predict_needs_nothing_beside_checkpoint_and_bags(golden, tmp_path):
+def test_predict_needs_only_checkpoint_and_bags(golden, tmp_path):
     command = ["predict", "--ckpt_path", str(golden.checkpoint), "--bags", str(golden.bags)]
     assert main([*command, "--output", str(tmp_path), *QUIET]) == 0
     with open(tmp_path / "predictions.csv", newline="") as file:
@@ -275,7 +275,7 @@ def test_a_residual_that_the_weights_contradict_is_refused(residual, message, tm
     assert message in capsys.readouterr().err
 
 
-def test_scales_are_what_the_user_says(tmp_path, capsys):
+def test_scales_are_those_of_the_user(tmp_path, capsys):
     path, out = save(tmp_path, released_weights()), tmp_path / "model.ckpt"
     assert import_checkpoint(path, out, "--scales", "[x20,x2.5]") == 0
     assert dasmil.load(out).scales == ("x2.5", "x20")
@@ -334,7 +334,7 @@ def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path, capsys):
     assert marker.exists()  # had it been unpickled
 
 
-def test_what_is_no_state_dict_is_refused(tmp_path, capsys):
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path, capsys):
     out = tmp_path / "model.ckpt"
     for content in ([1, 2], {"epoch": 3}, {"gnn1": torch.tensor([1])}):
         assert import_checkpoint(save(tmp_path, content), out) == 2

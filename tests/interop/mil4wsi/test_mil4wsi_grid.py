@@ -85,7 +85,7 @@ def test_two_tiles_in_one_place_inside_one_parent_are_refused():
         place_tiles((0, 512, 0, -1), (1, 512, 0, 0), (1, 512, 0, 0))
 
 
-def test_a_tile_without_parent_moves_with_the_piece_on_whose_grid_it_lies():
+def test_a_tile_without_parent_moves_with_the_piece_of_its_grid():
     cells, moved = place_tiles(
         *((0, 100, 100, -1), (1, 100, 356, 0), (0, 5330, 170, -1)), (1, 612, 356, -1)
     )
@@ -127,7 +127,7 @@ def test_cells_are_never_negative():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pieces_anywhere_keep_all_tiles_in_cells_of_their_own(seed):
+def test_pieces_anywhere_give_every_tile_its_own_cell(seed):
     rng = np.random.default_rng(seed)
     tiles, piece_of = [], []
     for piece in range(12):
