@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -122,7 +123,10 @@ def map_files(function: Callable[[Item], Value], items: Iterable[Item]) -> Itera
     The threads stay idle afterwards: Python 3.11 may hang in a process that is forked while a
     thread of its parent ends, and DataLoader forks soon after the bags are opened.
     """
-    return _readers().map(function, items)
+    listed = list(items)
+    size = max(1, len(listed) // (4 * READING_THREADS))  # a task per file takes longer than a file
+    parts = [listed[start : start + size] for start in range(0, len(listed), size)]
+    return chain.from_iterable(_readers().map(lambda part: list(map(function, part)), parts))
 
 
 @cache

@@ -6,9 +6,11 @@ memory is taken for it.
 
 import json
 import os
+import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,13 @@ MAX_PARAMETERS = 2**16  # characters, of tiling or import
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 FILE_NAME = Kind("a name that a file can have", lambda value: not name_fault(value))
 PARAMETERS = Kind(
-    f"an object of at most {MAX_PARAMETERS} characters",
-    lambda text: len(text) <= MAX_PARAMETERS and isinstance(parse_json(text), dict),
+    f"an object of at most {MAX_PARAMETERS} characters", lambda text: _is_parameters(text)
 )
+
+
+@lru_cache(maxsize=16)  # all files of a folder have the same text
+def _is_parameters(text: str) -> bool:
+    return len(text) <= MAX_PARAMETERS and isinstance(parse_json(text), dict)
 
 
 @dataclass(frozen=True)
@@ -195,8 +201,6 @@ def read_header_of(path: Path, kind: FileKind) -> Header:
     InputError
         if there is no such file, it is damaged, or of another version.
     """
-    if not os.path.exists(path):  # noqa: PTH110 - Path raises if no file can have the name
-        raise InputError(f"{path}: {kind.missing}")
     with refusing(path, kind):
         _refuse_odd_file(path)
         with safe_open(path, framework="numpy") as file:
@@ -211,11 +215,14 @@ def read_header_of(path: Path, kind: FileKind) -> Header:
 
 def _refuse_odd_file(path: Path) -> None:
     """Refuse what safetensors would read without end or limit: FIFOs, and huge headers."""
-    if not path.is_file():
-        raise ValueError("it is no regular file")
-    with open(path, "rb") as file:
-        if int.from_bytes(file.read(8), "little") > MAX_HEADER:
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for ever
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise ValueError("it is no regular file")
+        if int.from_bytes(os.read(file, 8), "little") > MAX_HEADER:
             raise ValueError("it is cut off, or of another kind")
+    finally:
+        os.close(file)
 
 
 @contextmanager
@@ -223,6 +230,8 @@ def refusing(path: Path, kind: FileKind) -> Iterator[None]:
     """Turn every error that a damaged file can cause into one sentence."""
     try:
         yield
+    except FileNotFoundError:
+        raise InputError(f"{path}: {kind.missing}") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: {kind.unreadable.format(_short(error))}") from error
 

@@ -76,22 +76,27 @@ def choose_scales(folder: Path, held: Sequence[str], given: Sequence[str] | None
 
 
 def describe_foreign_bag(
-    path: Path, header: BagHeader, scales: Sequence[str] | None, first: BagHeader
+    path: Path,
+    header: BagHeader,
+    scales: Sequence[str] | None,
+    wanted: Mapping[str, Any],
+    first: str,
 ) -> str:
     """Why the bag file ``path`` does not belong to the others; "" if it does.
 
     Parameters
     ----------
     scales: scales that are read; None: all.
-    first: header of the first bag, whose format all must have.
+    wanted: the bag format that all must have.
+    first: slide_id of the bag that has it.
     """
     slide_id = path.stem
     if header.slide_id != slide_id:
         return f"{path}: it is the bag of {header.slide_id}; give the file its own name back"
-    difference = describe_difference(first.bag_format(scales), header.bag_format(scales))
+    difference = describe_difference(wanted, header.bag_format(scales))
     if difference:
         return (
-            f"{path.parent}: the bag {slide_id} holds {difference} (as in {first.slide_id}); "
+            f"{path.parent}: the bag {slide_id} holds {difference} (as in {first}); "
             "embed all slides in the same way"
         )
     return ""

@@ -310,7 +310,9 @@ class BagDataModule(LightningDataModule):
         self.empty = {s for s, header in headers.items() if header.num_tiles == 0}
         for slide_id, header in headers.items():
             path = bag_path(self.folder, slide_id)
-            if fault := describe_foreign_bag(path, header, self.scales, first):
+            if fault := describe_foreign_bag(
+                path, header, self.scales, self.bag_format, first.slide_id
+            ):
                 if stage != "predict":
                     raise InputError(fault)
                 self.unreadable[slide_id] = fault
