@@ -31,14 +31,14 @@ MAX_PARAMETERS = 2**16  # characters, of tiling or import
 
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 FILE_NAME = Kind("a name that a file can have", lambda value: not name_fault(value))
-PARAMETERS = Kind(
-    f"an object of at most {MAX_PARAMETERS} characters", lambda text: _is_parameters(text)
-)
 
 
 @lru_cache(maxsize=16)  # all files of a folder have the same text
 def _is_parameters(text: str) -> bool:
     return len(text) <= MAX_PARAMETERS and isinstance(parse_json(text), dict)
+
+
+PARAMETERS = Kind(f"an object of at most {MAX_PARAMETERS} characters", _is_parameters)
 
 
 @dataclass(frozen=True)
