@@ -160,6 +160,20 @@ def test_a_training_resumes_with_its_own_settings_or_not_at_all(road, tmp_path, 
     )
 
 
+def test_a_best_epoch_that_is_no_better_than_chance_is_named(road, tmp_path, capsys):
+    """Without learning, the other order of the classes turns the AUROC round."""
+    still = ["--model.optimizer.learning_rate", "0", "--trainer.max_epochs", "1"]
+    found = []
+    for name, classes in (("one", "[normal,tumour]"), ("other", "[tumour,normal]")):
+        command = [*fit_dasmil(road.bags, tmp_path, name), "--data.classes", classes, *still]
+        assert main(command) == 0
+        said = capsys.readouterr().out
+        auroc = float(re.search(r"chosen by val/auroc ([\d.]+)", said)[1])
+        assert ("0.5 is chance" in said) == (auroc <= 0.5)
+        found.append(auroc)
+    assert found == [1 - found[1], 1 - found[0]]
+
+
 def test_dino_resumes_with_its_own_schedule_or_not_at_all(road, tmp_path):
     class Stop(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
