@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "benchmarks"
-QUICK = ("bench_batches", "bench_dino", "bench_edges")
+QUICK = ("bench_edges",)
 NAMES = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
     for name in sorted(path.stem for path in FOLDER.glob("bench_*.py"))

@@ -129,6 +129,7 @@ def hostile_contents(content):
         yield "something else", other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["content", "older"])
 def test_hostile_checkpoints_run_nothing_and_take_no_memory(tmp_path, version, request):
     path, content = tmp_path / "model.ckpt", request.getfixturevalue(version)

@@ -120,6 +120,7 @@ def test_verbs_without_torch_do_not_import_it(command):
     assert "torch" not in modules_after(command.split())
 
 
+@pytest.mark.slow
 def test_tile_does_not_wait_for_torch(road, tmp_path):
     command = ["tile", "--config", str(CONFIGS / "tile.yaml"), "--output", str(tmp_path / "tiles")]
     command += ["--cohort", str(road.cohort), "--workers", "1"]
@@ -232,6 +233,7 @@ def test_predict_draws_every_slide_and_scale(road, predicted):
     assert {path.name for path in (predicted / "overlays").iterdir()} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.draws
 def test_test_and_validate_take_the_same_arguments(road, trained, predicted, tmp_path):
     rows = {row["slide_id"]: row for row in read_rows(predicted / "predictions.csv")}
@@ -251,6 +253,7 @@ def test_test_and_validate_take_the_same_arguments(road, trained, predicted, tmp
         assert metrics[f"{stage}/auroc"] == pytest.approx(sum(wins) / len(wins), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_another_checkpoint_never_replaces_what_a_folder_holds(
     road, trained, predicted, tmp_path, capsys
 ):
@@ -310,6 +313,7 @@ def test_an_option_that_asks_for_another_network_is_refused(road, trained, capsy
     assert main([*command, "--config", "configs/mil.yaml"]) == 0  # which asks for none
 
 
+@pytest.mark.slow
 def test_the_figures_do_not_depend_on_the_batch_size(road, trained, tmp_path):
     figures = []
     for size in ("1", "3"):
@@ -338,6 +342,7 @@ def test_a_dino_checkpoint_is_no_model_to_test(road, capsys):
     assert "holds no model of bags" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_slide_file_that_is_gone_leaves_an_empty_canvas_and_says_so(
     road, trained, tmp_path, capsys
 ):

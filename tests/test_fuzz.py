@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from fuzz.differential import compare, draw, mutated
 from fuzz.kinds import KINDS
 from fuzz.run import fuzz
@@ -19,6 +20,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.slow
 def test_mutated_files_are_accepted_or_refused_by_a_sentence(tmp_path: Path) -> None:
     """The long form is ``python tests/fuzz/run.py``."""
     tasks = [(kind, number) for kind in KINDS for number in range(COUNTS.get(kind, 20))]

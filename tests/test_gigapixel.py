@@ -1,6 +1,6 @@
 """Memory does not grow with the pixels of a slide.
 
-The quick tests hold what arrays take by pixel of the thumbnail and by chunk; the slow ones run the
+The first tests hold what arrays take by pixel of the thumbnail and by chunk; the last ones run the
 commands on slides of 200,000 × 200,000 px and look at their processes.
 """
 
@@ -71,6 +71,7 @@ def test_a_gigapixel_file_is_a_slide_for_both_readers(tmp_path: Path) -> None:
         assert len(set(file.pages[0].dataoffsets)) < 100 < len(file.pages[0].dataoffsets)
 
 
+@pytest.mark.slow
 def test_tiling_takes_bytes_by_pixel_of_the_thumbnail(slide_path: Path, tmp_path: Path) -> None:
     """3 for the thumbnail, 6 for the tissue, and blocks that are read one after the other."""
     parameters = TilingParameters(SCALES, tissue=TissueParameters(mpp=1.0))
@@ -82,6 +83,7 @@ def test_tiling_takes_bytes_by_pixel_of_the_thumbnail(slide_path: Path, tmp_path
     assert read_tiles(tiles_path(tmp_path, "a")).num_tiles()["x20"] > 30
 
 
+@pytest.mark.slow
 def test_a_thumbnail_takes_itself_and_a_block(slide_path: Path) -> None:
     block = READ_BLOCK_PX**2
     with Slide(SlideRow("a", slide_path), cache_bytes=2**20) as slide:
@@ -90,6 +92,7 @@ def test_a_thumbnail_takes_itself_and_a_block(slide_path: Path) -> None:
     assert taken < 3 * (slide.size_px0[0] / 32) ** 2 + 12 * block
 
 
+@pytest.mark.slow
 def test_a_chunk_takes_the_same_in_a_slide_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +161,7 @@ def test_embed_stays_below_4_gb(tmp_path: Path) -> None:
     assert 0 < taken["largest"] <= taken["tree"] < LIMIT
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_command_is_measured() -> None:
     """300 MB in the command itself, and in a process that it starts."""
     hold = "import time; held = bytes(range(250)) * 1_200_000; time.sleep(0.5)"

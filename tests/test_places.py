@@ -293,6 +293,7 @@ def change_state(content, change):
     return {**content, "optimizer_states": [{**optimizer, "state": state}]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", OTHER_STATES)
 def test_a_training_that_cannot_be_resumed_is_refused(run, tmp_path, capsys, what):
     """The run is not at its end, and of 50 epochs in the checkpoint too: nothing else is wrong."""

@@ -64,6 +64,7 @@ def test_tensors_arrive_as_they_are(free: int, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out.count("64 MB of shared memory are free") == (free < 2**30)
 
 
+@pytest.mark.slow
 def test_a_reader_that_cannot_pass_its_chunk_ends_the_run_with_a_sentence(capfd) -> None:
     """multiprocessing would print a traceback, and the loader wait for ever."""
     with pytest.raises(RuntimeError) as caught:
@@ -103,6 +104,7 @@ def _can_mount() -> bool:
     return subprocess.run([*SMALL_SHM, MOUNT], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _can_mount(), reason="mounting a small /dev/shm is not allowed here")
 def test_more_is_read_than_dockers_shared_memory_holds() -> None:
     """Of 64 MB, by a process that reads 80 MB ahead."""

@@ -17,6 +17,7 @@ from dasmil.slides.cohort import read_cohort
 from dasmil.units import Mpp
 
 
+@pytest.mark.slow
 def test_classes_that_are_asked_for(bags, tmp_path):
     """t1's lesion is of the group Gland, t2's of _0; a class that one file has is enough."""
     path = tmp_path / "truth" / "t1.xml"

@@ -151,6 +151,7 @@ def test_fit_has_no_option_for_annotations(option, tmp_path, capsys):
     assert f"--{option}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_by_command(bags, tmp_path, capsys):
     """The upper half of every tumour slide, of a class that only the command knows."""
     bag_format = read_bag(bag_path(bags, "t1")).header.bag_format()

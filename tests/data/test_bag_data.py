@@ -671,7 +671,9 @@ def assert_same(one: Any, two: Any) -> None:
     assert all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(two[k])) for k in one)
 
 
-@pytest.mark.parametrize(("cache", "batch_size"), [("ram", 1), ("device", 3)])
+@pytest.mark.parametrize(
+    ("cache", "batch_size"), [("ram", 1), pytest.param("device", 3, marks=pytest.mark.slow)]
+)
 def test_cached_slides_give_the_metrics_of_slides_that_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, batch_size: int
 ) -> None:

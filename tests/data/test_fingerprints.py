@@ -65,7 +65,12 @@ CHANGES = {
 
 @pytest.mark.parametrize(
     ("verb", "kind"),
-    [("fit", "pooling"), ("validate", "network"), ("test", "pooling"), ("predict", "network")],
+    [
+        ("fit", "pooling"),
+        pytest.param("validate", "network", marks=pytest.mark.slow),
+        pytest.param("test", "pooling", marks=pytest.mark.slow),
+        ("predict", "network"),
+    ],
 )
 def test_bags_of_mixed_extractors_are_refused(
     verb: str, kind: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -107,6 +112,7 @@ def test_bags_of_a_foreign_extractor_are_refused(
     assert not list((tmp_path / "out").rglob("*.csv"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_bags_of_the_models_own_extractors_are_taken(
     verb: str, bags: Path, trained: Path, tmp_path: Path
@@ -171,8 +177,16 @@ def test_a_model_of_different_widths_survives_its_checkpoint(trained: Path, bags
 @pytest.mark.parametrize(
     "switches",
     [
-        ["--model.network.contextualize", "false", "--model.network.concatenate_parents", "true"],
-        ["--model.network.concatenate_parents", "true"],
+        pytest.param(
+            [
+                "--model.network.contextualize",
+                "false",
+                "--model.network.concatenate_parents",
+                "true",
+            ],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--model.network.concatenate_parents", "true"], marks=pytest.mark.slow),
         ["--model.network.pooling", "mean", "--data.cache", "ram", "--data.batch_size", "2"],
     ],
 )

@@ -104,6 +104,7 @@ LABELS = {f"{c}{n}": CLASSES[c == "t"] for n in range(5) for c in "nt"}
 SPLIT = {s: "val" if s.endswith("4") else "train" for s in LABELS}  # 8 to train on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "trainer"),
     [

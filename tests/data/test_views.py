@@ -380,6 +380,7 @@ def test_boxes_are_torchvisions(scale: tuple[float, float]) -> None:
     assert max((top + height).max(), (left + width).max()) == 96
 
 
+@pytest.mark.slow
 def test_pictures_of_the_two_backends_are_alike() -> None:
     """Lightness, contrast, saturation, sharpness and colour of many views of one tile."""
     transform = DINOTransform(**{**OPTIONS, "n_local_views": 1})

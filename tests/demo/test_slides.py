@@ -66,6 +66,7 @@ def test_size_is_width_and_height() -> None:
     assert slide.tumour.shape == slide.tissue.shape == (512, 640)
 
 
+@pytest.mark.slow
 def test_lesions_lie_in_the_tissue_of_tumour_slides(pairs) -> None:
     for tumour, normal in pairs:
         assert not normal.tumour.any()
@@ -73,6 +74,7 @@ def test_lesions_lie_in_the_tissue_of_tumour_slides(pairs) -> None:
         assert not (tumour.tumour & ~tumour.tissue).any()
 
 
+@pytest.mark.slow
 def test_shares_of_tissue_and_lesions_at_the_default_size() -> None:
     for seed in range(3):
         slide = draw_slide(seed=seed, tumour=True)
@@ -117,6 +119,7 @@ def test_lesions_show_at_full_resolution(pairs) -> None:
         assert (difference.max(axis=1) > 30).mean() > 0.15
 
 
+@pytest.mark.slow
 def test_mean_colour_does_not_tell_the_label() -> None:
     saturation = []
     for seed in range(20):

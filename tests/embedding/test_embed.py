@@ -298,6 +298,7 @@ def test_workers_read_neighbours_one_after_the_other(road, tmp_path):
         assert steps.count(1) >= len(steps) - len(dataset.rows)
 
 
+@pytest.mark.slow
 def test_lower_precision_gives_nearly_the_same_features_which_never_mix(
     road, few, tmp_path, capsys
 ):
@@ -410,6 +411,7 @@ def test_pixels_that_cannot_be_read_cost_one_row(road, tmp_path):
     assert not bag_path(tmp_path / "bags", slide_id).exists()
 
 
+@pytest.mark.slow
 def test_damaged_tiles_may_be_left_out_and_are_counted(road, tmp_path, capsys):
     """All others have the features that they have without damage, to the last bit."""
     tiles, path, slide_id = damaged_copy(road, tmp_path)
@@ -502,6 +504,7 @@ class SleepingSlide(Slide):
         super().__init__(row, cache_bytes)
 
 
+@pytest.mark.slow
 def test_endless_reading_ends_and_the_awaited_slide_is_named(road, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dasmil.embedding.dataset.Slide", SleepingSlide)
     monkeypatch.setattr("dasmil.progress.SILENCE_S", 0.3)
@@ -525,6 +528,7 @@ class DeadlyDataset(ChunkDataset):
 DEADLY = "demo_000"
 
 
+@pytest.mark.slow
 def test_a_slide_that_kills_its_reading_process_is_the_last_of_the_next_run(
     road, tmp_path, monkeypatch, capsys
 ):

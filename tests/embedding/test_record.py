@@ -138,6 +138,7 @@ def load(folder, weights, record):
     return load_extractor(str(path), X20, 64)
 
 
+@pytest.mark.slow
 def test_hostile_records_fetch_nothing_and_take_no_memory(tmp_path, weights, network):  # noqa: F811
     assert load(tmp_path, weights, RECORD).card.name == "test_vit"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -105,6 +105,7 @@ def test_every_kind_of_file_gives_the_same_extractor(backbone, checkpoint, tmp_p
     assert len(set(cards)) == 1
 
 
+@pytest.mark.slow
 def test_width_and_patch_follow_from_the_shapes(tmp_path):
     weights = vit_backbone("vit_small_patch16_224", 224, {"patch_size": 8}).state_dict()
     torch.save(checkpoint_of(weights), tmp_path / "small8.pth")
@@ -125,6 +126,7 @@ def test_normalisation_is_said_on_the_card(checkpoint, tmp_path):
     assert on.fingerprint != off.fingerprint
 
 
+@pytest.mark.slow
 def test_only_known_tiles_are_checked(checkpoint, tmp_path, capsys):
     import_to(tmp_path / "any.ckpt", checkpoint)
     for scale, tile_px in (("x5", 64), ("x40", 512)):
@@ -147,6 +149,7 @@ def test_an_import_prints_its_counts(checkpoint, tmp_path, capsys):
     assert imported.endswith(f"embed --extractors.x20 {tmp_path / 'out.ckpt'}")
 
 
+@pytest.mark.slow
 def test_embed_takes_it_at_once(road, checkpoint, tmp_path):
     out, bags = tmp_path / "dino.ckpt", tmp_path / "bags"
     extractor = import_to(out, checkpoint, "--image_size", "32")

@@ -110,6 +110,7 @@ def test_fewer_slides_than_processes(bags, checkpoint, tmp_path):
     assert len(table) == 1 + PARTS["train"] + PARTS["val"] + 1
 
 
+@pytest.mark.slow
 def test_other_slides_do_not_take_the_place_of_a_run_s_own_figures(checkpoint, bags, capsys):
     """Without --output the figures go to the run's folder; those of another cohort do not."""
     arguments = ["test", "--ckpt_path", str(checkpoint), "--bags"]

@@ -105,6 +105,7 @@ def test_a_killed_dino_training_resumes_with_the_same_crops(road, tmp_path):
     assert_same_end(tmp_path / "whole" / "dino_x20", run, ["last.ckpt"])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_knows_its_best_checkpoint(road, tmp_path):
     """Lightning goes by the folder's name, and would overwrite best.ckpt with any later epoch."""
     options = ["--trainer.max_epochs", "3", "--trainer.max_steps", "12"]  # 6 steps an epoch
@@ -160,6 +161,7 @@ def test_a_training_resumes_with_its_own_settings_or_not_at_all(road, tmp_path, 
     )
 
 
+@pytest.mark.slow
 def test_a_best_epoch_that_is_no_better_than_chance_is_named(road, tmp_path, capsys):
     """Without learning, the other order of the classes turns the AUROC round."""
     still = ["--model.optimizer.learning_rate", "0", "--trainer.max_epochs", "1"]
@@ -207,6 +209,7 @@ def test_dino_resumes_with_its_own_schedule_or_not_at_all(road, tmp_path):
     assert torch.load(fit(ckpt_path=path), weights_only=True)["global_step"] == 8
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(road, tmp_path):
     for name, seed in (("one", "3"), ("two", "3"), ("other", "4")):
         options = ["--seed_everything", seed, "--trainer.max_epochs", "1"]

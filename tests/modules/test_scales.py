@@ -83,6 +83,7 @@ def test_it_predicts_its_own_scales_only(trained: Path, bags: Path, tmp_path: Pa
         assert {row["scale"] for row in csv.DictReader(file)} == {"x5", "x20"}
 
 
+@pytest.mark.slow
 def test_bags_of_just_its_scales_will_do_too(trained: Path, bags: Path, tmp_path: Path) -> None:
     """The same features without x10 in the files give the same figures."""
     folder = tmp_path / "bags"

@@ -68,6 +68,7 @@ def test_embed_gives_the_same_bags(road):
             assert torch.allclose(one.features[scale], two.features[scale], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_embed_with_one_slide_left_for_two_processes(road):
     bags = road.root / "bags_one_left"
     shutil.copytree(road.bags, bags)

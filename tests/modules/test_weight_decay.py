@@ -44,6 +44,7 @@ def trained(folder: Path, epochs: int, **options: Any) -> tuple[MILModule, dict[
     return module, {scale: max(z) - min(z) for scale, z in logits.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "dies"), [({}, False), (OF_THE_RELEASE, True)])
 def test_the_coarse_bag_head_lives_by_default(
     options: dict[str, Any], dies: bool, tmp_path: Path

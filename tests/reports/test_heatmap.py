@@ -63,6 +63,7 @@ def test_a_tile_that_reaches_over_the_border_is_drawn_as_far_as_the_slide_goes(b
     assert np.abs(panel[top + 2, -1] - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_canvas_is_the_slide_or_says_why_not(bag, tmp_path):
     width_px0, height_px0 = bag.header.extent.size_px0
     missing = SlideRow("slide", Path("nowhere.svs"))

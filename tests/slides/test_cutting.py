@@ -50,8 +50,18 @@ def check(slide: Slide, tiles: Tiles, *, chunk: int, tolerance: int = 0) -> None
         assert np.abs(np.diff(expected.astype(int), axis=0)).mean() > 3  # exchanged rows would show
 
 
-@pytest.mark.parametrize("downsamples", [(1,), (1, 2, 4), (1, 4)], ids=str)
-@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.2425, 0.499, 0.526036])
+QUICK = [(0.5, (1, 2, 4)), (0.2425, (1, 2, 4))]
+
+
+@pytest.mark.parametrize(
+    ("mpp", "downsamples"),
+    [
+        pytest.param(mpp, down, marks=() if (mpp, down) in QUICK else pytest.mark.slow)
+        for mpp in (0.25, 0.5, 0.2425, 0.499, 0.526036)
+        for down in ((1,), (1, 2, 4), (1, 4))
+    ],
+    ids=str,
+)
 def test_tiles_are_those_that_are_read_one_by_one(
     tmp_path: Path, mpp: float, downsamples: tuple[int, ...]
 ) -> None:

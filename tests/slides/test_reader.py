@@ -419,6 +419,7 @@ def test_every_scanner_gives_the_same_physical_tiles(scans: dict[str, Slide], ot
         assert np.max(same) < (1.0 if exact else np.mean(shifted) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("downsamples", [(1,), (1, 2, 4, 8)], ids=["one level", "four levels"])
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 0.2425, 0.499, 0.526036, 0.55])
 def test_a_coarse_tile_is_its_children_put_together(

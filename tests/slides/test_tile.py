@@ -275,6 +275,7 @@ def test_a_slide_that_failed_is_tried_again(two_slides: Path, tmp_path: Path) ->
     assert (run.status["good"]["state"], run.status["good"]["message"]) == ("done", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"mpp": 0.25}, {"magnification": 40}])
 def test_a_changed_mpp_in_the_table_means_tiling_again(
     two_slides: Path,
@@ -400,6 +401,7 @@ def test_a_table_whose_tiles_are_damaged_is_recreated(
         assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["as it was", "by an older version"])
 def test_a_slide_that_was_replaced_is_tiled_again_and_a_copied_one_is_not(
     two_slides: Path, tmp_path: Path, stored: str, capsys: pytest.CaptureFixture[str]

@@ -468,6 +468,7 @@ def bytes_per_pixel(function: Callable[[], object], num_pixels: int) -> float:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_is_a_few_bytes_a_pixel() -> None:
     """6 for the mask: labels of 4 bytes, the mask and what OpenCV returns beside it."""
     side = 3000

@@ -61,6 +61,7 @@ def slide_ids(road) -> list[str]:
     return [row.slide_id for row in read_cohort(road.cohort)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_two_commands_share_a_cohort(road, tmp_path, verb) -> None:
     output = tmp_path / "output"

@@ -377,6 +377,7 @@ def test_the_command_line_says_a_refusal_in_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.draws
 def test_a_picture_of_very_many_methods_and_metrics_has_a_limit(tmp_path: Path) -> None:
     method = read_methods([write_run(tmp_path / "a", [0.1, 0.6, 0.4, 0.9])])[0]

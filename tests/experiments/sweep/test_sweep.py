@@ -108,6 +108,7 @@ def test_a_sweep_by_command(road, tmp_path, capsys, monkeypatch, request, where)
     assert f"{output}/base/seed_0: made with other configs (by_loss.yaml)" in said.err
 
 
+@pytest.mark.slow
 def test_each_fold_trains_nothing_on_its_test_slides(road, tmp_path, in_this_process):
     """Two folds from slide files to the table; each slide is tested once and by strangers."""
     columns, rows = read_csv(road.cohort)

@@ -77,6 +77,7 @@ def test_the_picture_marks_runs_and_the_papers_figures(tmp_path):
     assert pixels_near(blue, (None, None), {}) == 0 < pixels_near(blue, (0.9, None), {})
 
 
+@pytest.mark.slow
 @pytest.mark.draws
 def test_a_picture_of_very_many_rows_and_columns_has_a_limit(tmp_path):
     rows = [SweepRow(f"row $_{{{number} " + "x" * 300) for number in range(500)]

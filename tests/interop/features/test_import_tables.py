@@ -82,6 +82,7 @@ def test_features_in_linked_folders_and_under_names_with_blanks_are_found(tmp_pa
     assert rows_by_slide(tmp_path / "CLAM" / "import.csv")["s1"]["state"] == "done"
 
 
+@pytest.mark.slow
 def test_fit_and_predict_run_on_imported_bags_of_two_widths(tmp_path):
     lines = ["slide_id,path,label,split"]
     for number in range(8):
