@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 from jsonargparse import ActionConfigFile
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from road import CONFIGS
 
 from dasmil.arguments import SentenceParser, join_scales
@@ -51,6 +52,9 @@ MISTAKES = [  # command, what its sentence says
     (f"{FIT} --trainer.max_epoch 3", "--trainer.max_epoch: no such option; did you mean --trainer"),
     (f"{FIT} --trainer.strategy xyz", "invalid strategy name: `strategy='xyz'`"),
     (f"{FIT} --trainer.devices 0", "`Trainer(devices='0')` value is not a valid input"),
+    (f"{FIT} --trainer.accelerator gpu", "trainer.accelerator: no GPU was found on this machine"),
+    (f"{EMBED} --extractors.x10 A --trainer.accelerator cuda", "no GPU was found on this machine"),
+    (f"{EMBED} --extractors.x10 A --trainer.accelerator mps", "no Apple GPU was found on this"),
     (f"{FIT} --model dasmil.modules.Nope", "'Nope'"),
     (f"{FIT} --config none.yaml", "none.yaml: no such config"),
     (f"{FIT} --config broken.yaml", "broken.yaml: not YAML with keys"),
@@ -92,6 +96,8 @@ MISTAKES = [  # command, what its sentence says
 
 @pytest.mark.parametrize(("command", "sentence"), MISTAKES, ids=lambda text: text[-40:])
 def test_a_mistake_is_answered_with_one_sentence(command, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: False)
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.yaml").write_text("a: [1")
     assert main(command.split()) == 2

@@ -139,6 +139,11 @@ class BagDataModule(LightningDataModule):
         return {slide_id: place.split for slide_id, place in self.places.items()}
 
     def setup(self, stage: str) -> None:
+        if self._device().type == "mps":  # torch's segment_reduce has no kernel for it
+            raise InputError(
+                "trainer.accelerator: no method runs on Apple's GPU (mps); give "
+                "--trainer.accelerator cpu"
+            )
         must_exist(self.folder, "give data.bags the folder that embed wrote")
         cohort = self.cohort = read_cohort(self.folder / "cohort.csv")
         if stage != "predict":
