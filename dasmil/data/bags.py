@@ -24,7 +24,7 @@ from dasmil.data.bag_checks import (
     warn_missing,
 )
 from dasmil.data.bag_dataset import BagDataset, UnreadBag, copy_to_cache, feature_statistics
-from dasmil.data.distributed import processes
+from dasmil.data.distributed import compute_once, processes
 from dasmil.data.sampler import TrainingSampler, sampling_weights, set_resumed_epoch
 from dasmil.data.seeds import training_seed
 from dasmil.data.split import (
@@ -191,9 +191,16 @@ class BagDataModule(LightningDataModule):
         return read_bag(bag_path(self.folder, slide_id), self.scales)
 
     def train_statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Mean and standard deviation (D_s,) of the training tiles' features per scale."""
-        rows = progress(self.rows_of("train"), "statistics of the training bags", unit="bag")
-        return feature_statistics(self.read_bag(row.slide_id) for row in rows)
+        """Mean and standard deviation (D_s,) of the training tiles' features per scale.
+
+        The first process reads the bags; all processes must call this.
+        """
+
+        def compute() -> dict[str, tuple[Tensor, Tensor]]:
+            rows = progress(self.rows_of("train"), "statistics of the training bags", unit="bag")
+            return feature_statistics(self.read_bag(row.slide_id) for row in rows)
+
+        return compute_once(compute)
 
     def split_rows(self) -> Iterator[dict[str, str | None]]:
         """Rows of ``split.csv``, in the order of the cohort."""

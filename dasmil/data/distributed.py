@@ -1,12 +1,18 @@
 """The processes of a training, and Python objects of all of them."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from dasmil.errors import InputError
+
 T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(hours=6)
 
 
 def processes(trainer: Trainer | None) -> tuple[int, int]:
@@ -14,13 +20,44 @@ def processes(trainer: Trainer | None) -> tuple[int, int]:
     return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
 
-def gather_lists(items: list[T]) -> list[T]:
-    """The items of all processes in the order of their ranks, the same list in every process."""
+def gather_lists(items: list[T], group: Any = None) -> list[T]:
+    """The items of all processes in the order of their ranks, the same list in every process.
+
+    Parameters
+    ----------
+    group: torch's group of all processes; None: its default group.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return items
     parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, items)
+    dist.all_gather_object(parts, items, group)
     return [item for part in parts for item in part]
+
+
+def compute_once(compute: Callable[[], T]) -> T:
+    """Call a function in the first process only; all processes return what it returns.
+
+    Raises
+    ------
+    InputError
+        in all processes, if the function raises it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return compute()
+    # the default group gives up after half an hour, and a large cohort may take longer
+    group = dist.new_group(timeout=LONGEST_WAIT)
+    gather_lists([], group)  # NCCL connects at the first call, which must not wait long
+    result: list[T | InputError] = []
+    if dist.get_rank() == 0:
+        try:
+            result = [compute()]
+        except InputError as error:
+            result = [error]
+    (sent,) = gather_lists(result, group)
+    dist.destroy_process_group(group)
+    if isinstance(sent, InputError):
+        raise sent
+    return sent
 
 
 def is_true_anywhere(flag: Tensor) -> bool:

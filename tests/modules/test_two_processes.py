@@ -18,7 +18,7 @@ from dasmil.slides.cohort import read_cohort
 
 @pytest.fixture(scope="module")
 def checkpoint(road):
-    """DAS-MIL after one step of each of two processes."""
+    """DAS-MIL after one step of each of two processes, with the statistics of one."""
     runs = road.root / "runs_ddp"
     run_in_two(
         [
@@ -27,6 +27,8 @@ def checkpoint(road):
             "1",
             "--trainer.limit_train_batches",
             "1",
+            "--model.standardize",
+            "true",
         ]
     )
     return runs / "dasmil" / "checkpoints" / "best.ckpt"
