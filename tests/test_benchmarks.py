@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dasmil.bags import bag_graph, write_bag
+from dasmil.bags.store import step_bytes
+
 FOLDER = Path(__file__).parent / "benchmarks"
 QUICK = ("bench_edges",)
 NAMES = [
@@ -39,3 +42,19 @@ def test_gains_are_those_of_a_rate_or_of_a_time() -> None:
     assert (faster.gain, faster.of_limit) == (3.0, 2.0)
     assert (more.gain, more.of_limit) == (3.0, 0.75)
     assert "| 2 ms | 6 (peer) | 3.00 × | 1 (limit) | 2.00 |" in markdown([faster])
+
+
+@pytest.mark.parametrize("width", [384, pytest.param(1536, marks=pytest.mark.slow)])
+def test_the_memory_of_a_training_step_is_what_a_cache_leaves_free(
+    tmp_path: Path, width: int
+) -> None:
+    """Of the default model: no more, and no less than half."""
+    from cases import extra_memory, make_bag, training_step
+    from models import make_network
+
+    bag = make_bag(4096, width)
+    write_bag(tmp_path / "slide.safetensors", bag)
+    model = make_network({"x10": width, "x20": width})
+    step = training_step(model, bag_graph(bag, 1))
+    share = extra_memory(step) * 2**20 / step_bytes(tmp_path / "slide.safetensors")
+    assert 0.5 < share < 1

@@ -18,6 +18,10 @@ from dasmil.json_text import pack_metadata
 
 ITEM_BYTES = {"F16": 2, "F32": 4}
 TILE_BYTES = 184  # of a graph, beside a tile's features: neighbours, parent and children
+# of DAS-MIL's training step in float32, beside a tile's features in float32; with these the
+# default model takes 16.0 kB per tile of any scale at 384 numbers and 20.6 kB at 1536, as
+# extra_memory of tests/benchmarks/cases.py counts them. One kB is for what a GPU cannot use.
+STEP_TILE_BYTES = 15_500
 
 
 def write_bag(path: Path, bag: Bag) -> None:
@@ -104,12 +108,25 @@ def read_bag(path: Path, scales: Collection[str] | None = None) -> Bag:
 
 def graph_bytes(path: Path, scales: Collection[str] | None = None) -> int:
     """Memory that the graph of a bag takes at most, from the file's header."""
+    return sum(
+        num_tiles * (width * ITEM_BYTES[dtype] + TILE_BYTES)
+        for num_tiles, width, dtype in _feature_shapes(path, scales)
+    )
+
+
+def step_bytes(path: Path, scales: Collection[str] | None = None) -> int:
+    """Memory of a training step on a bag beside its graph, from the file's header."""
+    return sum(
+        num_tiles * (width * ITEM_BYTES["F32"] + STEP_TILE_BYTES)
+        for num_tiles, width, _ in _feature_shapes(path, scales)
+    )
+
+
+def _feature_shapes(path: Path, scales: Collection[str] | None) -> list[tuple[int, int, str]]:
+    """Number of tiles, width of the features and their type per scale that is read."""
     header = read_header_of(path, BAG)
-    total = 0
     with refusing(path, BAG):
-        for scale in BagHeader.unpack(header).scales:
-            if scales is None or scale.name in scales:
-                features = header.tensors[f"features/{scale.name}"]
-                num_tiles, width = features.shape
-                total += num_tiles * (width * ITEM_BYTES[features.dtype] + TILE_BYTES)
-    return total
+        names = [scale.name for scale in BagHeader.unpack(header).scales]
+        names = [name for name in names if scales is None or name in scales]
+        features = [header.tensors[f"features/{name}"] for name in names]
+        return [(tensor.shape[0], tensor.shape[1], tensor.dtype) for tensor in features]

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from heapq import nlargest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import psutil
 import torch
 
 from dasmil.bags import BagHeader, bag_path, describe_difference, read_header
-from dasmil.bags.store import graph_bytes
+from dasmil.bags.store import graph_bytes, step_bytes
 from dasmil.errors import InputError, join_few
 from dasmil.files import map_files
 from dasmil.json_text import read_json_object
@@ -129,36 +130,46 @@ def refuse_missing_classes(folder: Path, split: str, counts: Mapping[str, int]) 
 
 def refuse_large_cache(
     folder: Path,
-    slide_ids: Sequence[str],
+    train_ids: Sequence[str],
+    val_ids: Sequence[str],
     scales: Sequence[str] | None,
     cache: str,
     device: torch.device,
     num_processes: int,
+    batch_size: int,
 ) -> None:
     """Refuse to cache the graphs of these slides if they need more memory than is free.
 
+    On a GPU a training step on the largest training slides must fit beside them.
+
     Parameters
     ----------
+    train_ids, val_ids: the slides.
     scales: scales that are read; None: all.
     cache: ram or device.
     device: of this process.
     num_processes: on this machine; each caches its own graphs.
+    batch_size: slides per training step.
     """
+    slide_ids = [*train_ids, *val_ids]
     need = sum(_map_bags(partial(graph_bytes, scales=scales), folder, slide_ids))
+    step, copies = 0, 1
     if cache == "device" and device.type == "cuda":
         reused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + reused
-        where, copies = str(device), 1
+        free, where = torch.cuda.mem_get_info(device)[0] + reused, str(device)
+        steps = _map_bags(partial(step_bytes, scales=scales), folder, train_ids)
+        step = sum(nlargest(batch_size, steps))
     else:
         free, where = psutil.virtual_memory().available, "memory"
         copies = num_processes
         need = int(need * (PINNED_ROUNDING if device.type == "cuda" else 1))
-    if need * copies > free:
+    if need * copies + step > free:
         each = f" in each of {copies} processes" if copies > 1 else ""
+        beside = f" and {step / 1e9:,.1f} GB for a training step" if step else ""
         raise InputError(
             f"{folder}: data.cache: {cache} takes {need / 1e9:,.1f} GB for its {len(slide_ids)} "
-            f"training and validation slides{each}, but {free / 1e9:,.1f} GB of {where} are free; "
-            "choose another (none, ram, device), or fewer data.scales"
+            f"training and validation slides{each}{beside}, but {free / 1e9:,.1f} GB of {where} "
+            "are free; choose another (none, ram, device), or fewer data.scales"
         )
 
 

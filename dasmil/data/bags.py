@@ -80,8 +80,9 @@ class BagDataModule(LightningDataModule):
     cache:
         where ``fit`` caches graphs: none, ram or device. Each process needs its own copy: the size
         of the bag files plus 0.2 GB per million tiles (half as much again for ram with a GPU).
-        ``fit`` refuses to begin if less is free. A training process with a cache reads bags itself,
-        without num_workers.
+        ``fit`` refuses to begin if less is free; on a GPU a training step on the largest slides
+        (about 5.5 GB for 250,000 x20 tiles) must fit too. A training process with a cache reads
+        bags itself, without num_workers.
     split:
         how the cohort is split if its table leaves it open.
     weighted_sampling:
@@ -176,9 +177,14 @@ class BagDataModule(LightningDataModule):
         self._cached = None  # only a fit reads slides more than once
         if stage == "fit" and self.cache != "none":
             self._cached = {}
-            slides = [row.slide_id for row in self.rows_of("train") + self.rows_of(self.val_part)]
+            train, val = (
+                [row.slide_id for row in self.rows_of(split)] for split in ("train", self.val_part)
+            )
             copies = 1 if self.trainer is None else self.trainer.num_devices
-            refuse_large_cache(self.folder, slides, self.scales, self.cache, self._device(), copies)
+            refuse_large_cache(
+                *(self.folder, train, val, self.scales, self.cache, self._device(), copies),
+                batch_size=self.batch_size,
+            )
 
     def rows_of(self, split: str) -> list[SlideRow]:
         """The slides of a split that have a bag; those of ``train`` also have tiles."""

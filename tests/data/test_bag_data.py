@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from dasmil.bags import BagGraph, bag_graph, bag_path, join_graphs, read_bag, write_bag
-from dasmil.bags.store import graph_bytes
+from dasmil.bags.store import graph_bytes, step_bytes
 from dasmil.data import BagDataModule, SplitOptions
 from dasmil.data.bag_dataset import UnreadBag
 from dasmil.errors import InputError
@@ -789,19 +789,27 @@ def test_batches_for_a_gpu_are_pinned_unless_cached_there(
     assert not data.train_dataloader().pin_memory
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 1), (2, 3)])
 def test_slides_that_do_not_fit_into_memory_are_refused_before_any_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, batch_size: int
 ) -> None:
-    """Each process keeps them all; a GPU is counted once a process, memory is shared."""
+    """Each process keeps them all; a GPU is counted once a process, memory is shared.
+
+    Beside a GPU's cache there is room for a step on the largest training slides.
+    """
     folder = write_bags(tmp_path, LABELS, SPLIT)
+    for number, slide_id in enumerate(SPLIT):
+        write_bag(bag_path(folder, slide_id), make_bag(slide_id, num_tiles=20 - number))
+    largest = [bag_path(folder, slide_id) for slide_id in list(SPLIT)[:batch_size]]
+    step = sum(map(step_bytes, largest))
     need = sum(graph_bytes(bag_path(folder, s)) for s, part in SPLIT.items() if part != "test")
     reads = count_reads(monkeypatch)
 
     def with_free(ram: int, gpu: int, cache: str, device: str) -> None:
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=ram))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gpu, gpu))
-        data = BagDataModule(folder, CLASSES, cache=cache)  # type: ignore[arg-type]
+        options: Any = {"cache": cache, "batch_size": batch_size}
+        data = BagDataModule(folder, CLASSES, **options)
         data.trainer = trainer(world, device=device)
         data.setup("fit")
 
@@ -809,14 +817,17 @@ def test_slides_that_do_not_fit_into_memory_are_refused_before_any_is_read(
     with_free(many, 0, "ram", "cpu")
     with_free(many, 0, "device", "cpu")
     with_free(2 * many, 0, "ram", "cuda:0")
-    with_free(0, need, "device", "cuda:0")
+    with_free(0, need + step, "device", "cuda:0")
     with_free(0, 0, "none", "cuda:0")
     each = f" in each of {world} processes" if world > 1 else ""
     words = r"data\.cache: {} takes 0\.0 GB for its 6 training and validation slides{}, but 0\.0 GB"
     for case, said in (
-        ((many - 1, need, "ram", "cpu"), ("ram", each)),
-        ((many, need, "ram", "cuda:0"), ("ram", each)),  # pinned memory is rounded up
-        ((many, need - 1, "device", "cuda:0"), ("device", "")),
+        ((many - 1, need + step, "ram", "cpu"), ("ram", each)),
+        ((many, need + step, "ram", "cuda:0"), ("ram", each)),  # pinned memory is rounded up
+        (
+            (many, need + step - 1, "device", "cuda:0"),
+            ("device", r" and 0\.0 GB for a training step"),
+        ),
     ):
         with pytest.raises(InputError, match=words.format(*said)):
             with_free(*case)
