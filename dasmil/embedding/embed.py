@@ -170,7 +170,7 @@ def _predict(trainer: Trainer, module: EmbeddingModule, writer: BagWriter) -> No
         seconds, num_tiles = time.monotonic() - start, writer.num_settled()
         print(  # the tiles of all processes, but the waiting of rank 0
             f"embed: {num_tiles} tiles in {seconds:.1f} s, {num_tiles / seconds:.0f} tiles/s; "
-            f"{writer.seconds_waiting / seconds:.0%} of it waiting for pixels, the rest for the "
+            f"{module.waiting.seconds() / seconds:.0%} of it waiting for pixels, the rest for the "
             "network"
         )
 

@@ -54,16 +54,23 @@ def embed_slide(
         embedding = SlideEmbedding(tiles, extractors, batch_size, max_damaged_tiles)
         for extractor in extractors.values():
             extractor.to(memory_format=embedding.layout)
-        for chunk in _read_ahead(TileCutter(slide, tiles), batch_size):
-            embedding.add(chunk.to(embedding.device))
+        is_cuda = embedding.device.type == "cuda"
+        for chunk in _read_ahead(TileCutter(slide, tiles), batch_size, is_cuda):
+            embedding.add(chunk.to(embedding.device, non_blocking=is_cuda))
         return embedding.bag()
 
 
-def _read_ahead(cutter: TileCutter, max_roots: int) -> Iterator[TileChunk]:
+def _read_ahead(cutter: TileCutter, max_roots: int, pins: bool) -> Iterator[TileChunk]:
+    """The chunks of a slide; pinned chunks are copied to a GPU without waiting for the network."""
+
+    def read(start: int, stop: int) -> TileChunk:
+        chunk = read_chunk(cutter, start, stop)
+        return chunk.pin_memory() if pins else chunk
+
     chunks: deque[Future[TileChunk]] = deque()
     with ThreadPoolExecutor(1, "embed_slide") as reader:
         for start, stop in chunk_ranges(cutter.tiles, max_roots):
-            chunks.append(reader.submit(read_chunk, cutter, start, stop))
+            chunks.append(reader.submit(read, start, stop))
             if len(chunks) > READ_AHEAD:
                 yield chunks.popleft().result()
         while chunks:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
@@ -12,6 +13,7 @@ from dasmil.embedding.dataset import WAIT, ChunkDataset, TileChunk
 from dasmil.embedding.embed_slide import SlideEmbedding, layout_on
 from dasmil.embedding.extractor import Extractor
 from dasmil.embedding.sampler import ClaimingSampler
+from dasmil.embedding.waiting import Waiting
 from dasmil.errors import InputError
 from dasmil.reading import reader_options
 
@@ -45,6 +47,10 @@ class EmbeddingModule(LightningModule):
     batch_size: tiles per pass through a network.
     num_workers: reading processes per device.
     max_damaged_tiles: share of a slide's finest tiles that may be left out, in 0..1.
+
+    Attributes
+    ----------
+    waiting: for pixels; the writer of the bags begins it, the next chunk ends it.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class EmbeddingModule(LightningModule):
         self.num_workers = num_workers
         self.max_damaged_tiles = max_damaged_tiles
         self.begun: dict[int, SlideEmbedding] = {}  # by number of the slide
+        self.waiting = Waiting()
         self._failed: set[int] = set()
         # with fewer slides than processes, some processes have nothing to do
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -78,6 +85,14 @@ class EmbeddingModule(LightningModule):
             **reader_options(self.num_workers),
             pin_memory=self.on_gpu,
         )
+
+    def transfer_batch_to_device(
+        self, batch: TileChunk, device: torch.device, dataloader_idx: int
+    ) -> TileChunk:
+        """Copy from pinned memory without waiting for the network; Lightning alone would wait."""
+        if batch.slide != WAIT:
+            self.waiting.end()
+        return batch.to(device, non_blocking=device.type == "cuda")
 
     def on_predict_start(self) -> None:
         self.networks.to(memory_format=layout_on(self.device))

@@ -32,8 +32,6 @@ class BagWriter(Callback):
         self.output = output
         self.worker = worker
         self.show_progress = show_progress
-        self.seconds_waiting = 0.0  # for pixels
-        self._step_end = 0.0
         self._starts: dict[int, float] = {}  # by number of the slide
         self._num_tiles = {t.slide_id: sum(t.num_tiles().values()) for t in module.dataset.tables}
         self._watchdog = Watchdog(lambda: f"pixels of {join_few(self.worker.claimed())}")
@@ -43,7 +41,7 @@ class BagWriter(Callback):
 
     def on_predict_start(self, *_: Any) -> None:
         end_on_sigterm()
-        self._step_end = time.monotonic()
+        self.module.waiting.begin(self.module.device)
         total, is_hidden = sum(self._num_tiles.values()), not self.show_progress
         self._bar = progress(
             desc="embed", total=total, unit="tile", disable=is_hidden, smoothing=0.05
@@ -61,10 +59,8 @@ class BagWriter(Callback):
         self, trainer: Trainer, pl_module: Any, batch: TileChunk, *_: Any, **__: Any
     ) -> None:
         self._watchdog.touch()
-        now = time.monotonic()
         if batch.slide != WAIT:
-            self.seconds_waiting += now - self._step_end
-            self._starts.setdefault(batch.slide, now)
+            self._starts.setdefault(batch.slide, time.monotonic())
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TileChunk, *_: Any, **__: Any
@@ -72,7 +68,7 @@ class BagWriter(Callback):
         for slide in outputs:
             self._settle(slide)
         self._update_bar(is_waiting=batch.slide == WAIT)
-        self._step_end = time.monotonic()
+        self.module.waiting.begin(self.module.device)
 
     def num_settled(self) -> int:
         """Tiles of the slides that any worker has settled in this run."""
