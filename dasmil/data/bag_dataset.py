@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dasmil.bags import UNKNOWN, Bag, BagGraph, bag_graph, bag_path, read_bag
+from dasmil.bags import UNKNOWN, Bag, BagGraph, bag_graph, bag_path, join_graphs, read_bag
 from dasmil.errors import InputError
 from dasmil.slides.cohort import SlideRow
 
@@ -83,20 +83,36 @@ class BagDataset(Dataset[Any]):
         return self.cache.setdefault(slide_id, self.to_cache(graph))
 
 
-def copy_to_cache(graph: BagGraph, device: torch.device, where: str) -> BagGraph:
+def copy_to_cache(graph: BagGraph, device: torch.device, where: str, joins: bool) -> BagGraph:
     """A copy of a graph without memory-mapped tensors.
 
     Parameters
     ----------
     device: device of the process; with a GPU, ram is pinned memory.
     where: ram or device.
+    joins: whether batches hold several graphs: only features are then kept on the device, see
+        :func:`join_features_there`.
     """
     graph = replace(graph, grid={name: x.clone() for name, x in graph.grid.items()})
     if where == "device" and device.type != "cpu":
-        return graph.to(device)
+        if not joins:
+            return graph.to(device)
+        features = {name: x.to(device) for name, x in graph.features.items()}
+        return replace(graph, features=features)
     if device.type == "cuda":
         return graph.pin_memory()
     return replace(graph, features={name: x.clone() for name, x in graph.features.items()})
+
+
+def join_features_there(graphs: Sequence[BagGraph]) -> BagGraph:
+    """Join graphs whose features are on a GPU and whose edges are not.
+
+    The sizes of joined edges depend on their values. On the GPU the host would wait for each of
+    them; here the GPU works on the batch before, and then copies the edges from pinned memory.
+    """
+    graph = join_graphs(graphs)
+    edges = replace(graph, features={}).pin_memory()
+    return replace(edges, features=graph.features)
 
 
 def feature_statistics(bags: Iterable[Bag]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -23,7 +23,13 @@ from dasmil.data.bag_checks import (
     refuse_seen_slides,
     warn_missing,
 )
-from dasmil.data.bag_dataset import BagDataset, UnreadBag, copy_to_cache, feature_statistics
+from dasmil.data.bag_dataset import (
+    BagDataset,
+    UnreadBag,
+    copy_to_cache,
+    feature_statistics,
+    join_features_there,
+)
 from dasmil.data.distributed import compute_once, processes
 from dasmil.data.sampler import TrainingSampler, sampling_weights, set_resumed_epoch
 from dasmil.data.seeds import training_seed
@@ -78,7 +84,8 @@ class BagDataModule(LightningDataModule):
     num_workers:
         reading processes per device.
     cache:
-        where ``fit`` caches graphs: none, ram or device. Each process needs its own copy: the size
+        where ``fit`` caches graphs: none, ram or device (if batch_size is above 1, the edges in
+        ram, where they are joined). Each process needs its own copy: the size
         of the bag files plus 0.2 GB per million tiles (half as much again for ram with a GPU).
         ``fit`` refuses to begin if less is free; on a GPU a training step on the largest slides
         (about 5.5 GB for 250,000 x20 tiles) must fit too. A training process with a cache reads
@@ -177,9 +184,7 @@ class BagDataModule(LightningDataModule):
         self._cached = None  # only a fit reads slides more than once
         if stage == "fit" and self.cache != "none":
             self._cached = {}
-            train, val = (
-                [row.slide_id for row in self.rows_of(split)] for split in ("train", self.val_part)
-            )
+            train, val = ([r.slide_id for r in self.rows_of(s)] for s in ("train", self.val_part))
             copies = 1 if self.trainer is None else self.trainer.num_devices
             refuse_large_cache(
                 *(self.folder, train, val, self.scales, self.cache, self._device(), copies),
@@ -276,11 +281,12 @@ class BagDataModule(LightningDataModule):
     def _dataset(
         self, rows: Sequence[SlideRow], unreadable: Mapping[str, str] | None = None
     ) -> BagDataset:
+        to_cache = partial(copy_to_cache, device=self._device(), where=self.cache)
         return BagDataset(
             *(self.folder, rows, self.classes, self.scales),
             edges=getattr(self._model(), "uses_edges", True),
             cache=self._cached,
-            to_cache=partial(copy_to_cache, device=self._device(), where=self.cache),
+            to_cache=partial(to_cache, joins=self.batch_size > 1),
             unreadable=unreadable,
         )
 
@@ -299,11 +305,13 @@ class BagDataModule(LightningDataModule):
         has_cache = self._cached is not None
         workers = 0 if has_cache else self.num_workers  # each would fill a cache of its own
         is_on_device = has_cache and self.cache == "device"
+        is_cuda = self._device().type == "cuda"
+        joins_there = is_cuda and is_on_device and self.batch_size > 1
         return {
-            "collate_fn": join_graphs,
+            "collate_fn": join_features_there if joins_there else join_graphs,
             **reader_options(workers),
             "persistent_workers": workers > 0,
-            "pin_memory": self._device().type == "cuda" and not is_on_device,
+            "pin_memory": is_cuda and not is_on_device,
         }
 
     def _read_headers(self, stage: str) -> None:

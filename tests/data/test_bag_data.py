@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from dasmil.bags import BagGraph, bag_graph, bag_path, join_graphs, read_bag, write_bag
 from dasmil.bags.store import graph_bytes, step_bytes
 from dasmil.data import BagDataModule, SplitOptions
-from dasmil.data.bag_dataset import UnreadBag
+from dasmil.data.bag_dataset import UnreadBag, join_features_there
 from dasmil.errors import InputError
 from dasmil.modules import MILModule
 from dasmil.slides.splits import SPLIT_COLUMNS
@@ -774,6 +774,45 @@ def test_on_the_device_slides_are_kept_there_and_not_pinned(tmp_path: Path) -> N
     ram.trainer = trainer(device="meta")
     ram.setup("fit")
     assert {g.features["x20"].device.type for g in ram.train_dataloader()} == {"cpu"}
+
+
+def test_on_the_device_only_features_are_joined(tmp_path: Path) -> None:
+    """What decides sizes is joined on the CPU: a GPU would have to be waited for."""
+    folder = write_bags(tmp_path, LABELS, SPLIT)
+    options: Any = {"cache": "device", "batch_size": 4}
+    data = BagDataModule(folder, CLASSES, **options)
+    data.trainer = trainer(device="meta")
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    graphs = [bag_graph(read_bag(bag_path(folder, slide_id))) for slide_id in batch.slide_ids]
+    expected = join_graphs(graphs)
+    assert {x.device.type for x in batch.features.values()} == {"meta"}
+    assert torch.equal(batch.union.index, expected.union.index)
+    assert torch.equal(batch.union.reverse, expected.union.reverse)
+    assert torch.equal(batch.parent["x20"], expected.parent["x20"])
+    for scale, x in expected.features.items():
+        assert batch.features[scale].shape == x.shape
+    for graph in data.val_dataloader():
+        assert graph.features["x20"].is_meta and not graph.union.index.is_meta
+
+
+def test_what_is_joined_for_a_gpu_is_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = [bag_graph(make_bag(str(n))) for n in range(2)]
+    there = [replace(g, features={s: x.to("meta") for s, x in g.features.items()}) for g in graphs]
+    pinned: list[int] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        assert not tensor.is_meta
+        pinned.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    batch = join_features_there(there)
+    assert batch.scales == graphs[0].scales and batch.slide_ids == ("0", "1")
+    for tensor in (batch.union.index, batch.union.ptr, batch.union.reverse, batch.parent["x20"]):
+        assert tensor.data_ptr() in pinned
 
 
 @pytest.mark.parametrize(("cache", "pinned"), [("none", True), ("ram", True), ("device", False)])
