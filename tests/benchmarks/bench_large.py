@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import torch
 from bag_factory import CLASSES, write_cohort_csv
 from bags.hollow import write_hollow
 from bench_bags import open_bags, write_cohort
@@ -63,11 +64,14 @@ def measure_bag(folder: Path, num_tiles: int) -> Iterator[Row]:
     trainer.save_checkpoint(checkpoint)
     counts = " + ".join(f"{n:,} {scale}" for scale, n in reversed(bag.num_tiles().items()))
     del bag
-    command = [sys.executable, "-m", "dasmil", "predict", "--ckpt_path", str(checkpoint)]
-    command += ["--bags", str(bags), "--output", str(folder / "out"), "--data.num_workers", "0"]
-    command += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    start = time.perf_counter()
-    peak = peak_bytes(command)["tree"]
-    taken = time.perf_counter() - start
-    yield Row("large", f"predict {counts}", "GB", peak / 1e9, limit=8, limit_is="asked for")
-    yield Row("large", f"predict {counts}", "s", taken)
+    for accelerator in ("cpu", "gpu") if torch.cuda.is_available() else ("cpu",):
+        command = [sys.executable, "-m", "dasmil", "predict", "--ckpt_path", str(checkpoint)]
+        command += ["--bags", str(bags), "--output", str(folder / accelerator)]
+        command += ["--data.num_workers", "0", "--trainer.accelerator", accelerator]
+        command += ["--trainer.enable_progress_bar", "false"]
+        start = time.perf_counter()
+        peak = peak_bytes(command)["tree"]
+        taken = time.perf_counter() - start
+        case = f"predict {counts}" + (", GPU" if accelerator == "gpu" else "")
+        yield Row("large", case, "GB", peak / 1e9, limit=8, limit_is="asked for")
+        yield Row("large", case, "s", taken)
