@@ -129,3 +129,14 @@ def test_the_pixels_of_a_chunk_are_pinned(monkeypatch: pytest.MonkeyPatch) -> No
     tiles = {scale: torch.zeros(2, 3, 4, 4, dtype=torch.uint8) for scale in ("x10", "x20")}
     TileChunk(0, tiles=tiles).pin_memory()
     assert len(pinned) == 2
+
+
+def test_a_run_on_the_cpu_pins_nothing_although_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pinning would open a context on the GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module = make_module()
+    sampler: Any = [0]
+    module.make_sampler = lambda: sampler
+    assert not module.predict_dataloader().pin_memory
