@@ -11,14 +11,14 @@ import torch
 from lightning.pytorch import LightningDataModule
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from dasmil.data.bag_checks import warn_missing
 from dasmil.data.distributed import processes
 from dasmil.data.sampler import set_resumed_epoch
 from dasmil.data.seeds import training_seed
 from dasmil.data.split import HELD_OUT, SplitOptions
-from dasmil.data.views import DrawnTiles, PilViews, TensorViews, ViewOptions
+from dasmil.data.views import PackedTiles, PilViews, TensorViews, ViewOptions
 from dasmil.errors import InputError
 from dasmil.files import must_exist
 from dasmil.reading import reader_options
@@ -217,8 +217,10 @@ class TileDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         views: Callable[[RgbArray, int], Any] = self.views
+        collate: Callable[..., Any] = default_collate
         if isinstance(self.views, TensorViews) and self._is_on_gpu:
-            views = self.views.draw  # on_after_batch_transfer makes them
+            # on_after_batch_transfer makes the views
+            views, collate = self.views.draw, self.views.collate
         dataset = TileDataset(self.rows, self.boxes_px0, self.tile_px, views)
         sampler = self._sampler()
         set_resumed_epoch(sampler, self.trainer)
@@ -233,7 +235,8 @@ class TileDataModule(LightningDataModule):
             sampler=sampler,
             **reader_options(self.num_workers),
             drop_last=True,
-            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
+            pin_memory=self._is_on_gpu and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
 
@@ -255,13 +258,15 @@ class TileDataModule(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        if isinstance(batch, DrawnTiles):
-            return batch._replace(tiles=batch.tiles.to(device, non_blocking=True))
+        if isinstance(batch, PackedTiles):
+            return batch.to(device)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Make the views that were only drawn: per view (B, 3, side, side)."""
-        if isinstance(batch, DrawnTiles):
-            assert isinstance(self.views, TensorViews)
-            return self.views.batch(batch)
+        if isinstance(batch, PackedTiles):
+            assert isinstance(self.views, TensorViews) and self.trainer is not None
+            views = self.views.batch(batch)
+            # Lightning has done this before the transfer, when there were no views yet
+            return self.trainer.precision_plugin.convert_input(views)
         return batch

@@ -13,6 +13,7 @@ import torch
 from lightly.transforms.dino_transform import DINOTransform
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from dasmil.data import views_cpu, views_gpu
 from dasmil.errors import InputError
@@ -100,11 +101,7 @@ class PilViews:
 
 
 class DrawnTiles(NamedTuple):
-    """Tiles, and the random numbers of their V views.
-
-    All but the tiles stays on the CPU: it decides which views an operation is applied to, and
-    reading it from a GPU would mean waiting for it.
-    """
+    """Tiles, and the random numbers of their V views, on the CPU."""
 
     tiles: Tensor  # (B, 3, S, S) uint8
     box_px: Tensor  # (B, V, 4) top, left, height, width of the crop
@@ -114,6 +111,26 @@ class DrawnTiles(NamedTuple):
     grey: Tensor  # (B, V)
     sigma_px: Tensor  # (B, V) of the blur; 0 is none
     solarized: Tensor  # (B, V)
+
+
+class PackedTiles(NamedTuple):
+    """The same for a batch, as its views need it: three tensors move to the GPU, not dozens."""
+
+    tiles: Tensor  # (B, 3, S, S) uint8
+    numbers: Tensor  # as views_gpu.pack returns them
+    values: Tensor
+    shapes: views_gpu.Shapes
+
+    def to(self, device: torch.device) -> "PackedTiles":
+        """Move to a device; the host does not wait for a copy from pinned memory to CUDA.
+
+        Other memory may be freed, and other devices may read it, before a copy is complete.
+        """
+        tiles, numbers, values = (
+            tensor.to(device, non_blocking=device.type == "cuda" and tensor.is_pinned())
+            for tensor in (self.tiles, self.numbers, self.values)
+        )
+        return PackedTiles(tiles, numbers, values, self.shapes)
 
 
 class TensorViews:
@@ -179,7 +196,8 @@ class TensorViews:
         mirrored, upset, quarter = drawn.turned[number].tolist()
         if mirrored or upset:
             x = x.flip([2] * mirrored + [1] * upset)
-        return self._normalize(x.rot90(1, (1, 2)) if quarter else x)
+        x = x.rot90(1, (1, 2)) if quarter else x
+        return x.mul_(self._gain).add_(self._offset)
 
     def draw(self, pixels: RgbArray, seed: int) -> DrawnTiles:
         """The random numbers of a tile (S, S, 3) for :meth:`batch`, without the dimension B."""
@@ -216,37 +234,75 @@ class TensorViews:
         corner = np.floor(generator.random((num_views, 2)) * (side_px - size + 1))
         return np.concatenate([corner, size], axis=1).astype(np.int64)
 
+    def collate(self, drawn: Sequence[DrawnTiles]) -> PackedTiles:
+        """Join what :meth:`draw` returned for the tiles of a batch."""
+        tiles = default_collate([tile.tiles for tile in drawn])  # in a worker's shared memory
+        parts = zip(*(tile[1:] for tile in drawn), strict=True)
+        return self._pack(DrawnTiles(tiles, *(torch.stack(part) for part in parts)))
+
+    def _pack(self, drawn: DrawnTiles) -> PackedTiles:
+        parts = [self._gain, self._offset]
+        for places in self._places.values():
+            parts += _prepare(*(part[:, places] for part in drawn[1:]))
+        return PackedTiles(drawn.tiles, *views_gpu.pack(parts))
+
+    @property
+    def _places(self) -> dict[int, list[int]]:
+        """Per side in pixels the numbers of the views of this size."""
+        return {
+            side_px: [place for place, side in enumerate(self.sides_px) if side == side_px]
+            for side_px in dict.fromkeys(self.sides_px)
+        }
+
     @torch.no_grad()
-    def batch(self, drawn: DrawnTiles) -> list[Tensor]:
-        """Per view (B, 3, side, side), on the device of the tiles."""
+    def batch(self, drawn: DrawnTiles | PackedTiles) -> list[Tensor]:
+        """Per view (B, 3, side, side) in float32, on the device of the tiles."""
+        if isinstance(drawn, DrawnTiles):
+            drawn = self._pack(drawn).to(drawn.tiles.device)
+        gain, offset, *parts = views_gpu.unpack(drawn.numbers, drawn.values, drawn.shapes)
+        size = len(parts) // len(self._places)
         views: list[Tensor] = [drawn.tiles] * len(self.sides_px)
-        for side_px in dict.fromkeys(self.sides_px):
-            places = [place for place, side in enumerate(self.sides_px) if side == side_px]
-            same_size = self._make_same_size(
-                DrawnTiles(drawn.tiles, *(part[:, places] for part in drawn[1:])), side_px
-            )
+        for group, (side_px, places) in enumerate(self._places.items()):
+            its_parts = parts[group * size : (group + 1) * size]
+            same_size = self._make_same_size(drawn.tiles, its_parts, side_px)
+            same_size.mul_(gain).add_(offset)
             for number, place in enumerate(places):
                 views[place] = same_size.unflatten(0, (-1, len(places)))[:, number]
         return views
 
-    def _make_same_size(self, drawn: DrawnTiles, side_px: int) -> Tensor:
-        """V views of the same size per tile, shape (B · V, 3, side, side)."""
-        x = views_gpu.crop(drawn.tiles, drawn.box_px, side_px)
-        turned, order, factors, is_grey, sigma_px, is_solarized = (
-            part.flatten(0, 1) for part in drawn[2:]
-        )
-        views_gpu.jitter_colour(x, order, factors)
-        views_gpu.apply_where(x, is_grey, views_gpu.to_grey)
-        views_gpu.apply_where(x, sigma_px > 0, views_gpu.blur, sigma_px)
-        views_gpu.apply_where(x, is_solarized, lambda v: views_gpu.solarize(v, self._threshold))
-        views_gpu.apply_where(x, turned[:, 0], lambda v: v.flip(3))
-        views_gpu.apply_where(x, turned[:, 1], lambda v: v.flip(2))
-        views_gpu.apply_where(x, turned[:, 2], lambda v: v.rot90(1, (2, 3)))
-        return self._normalize(x)
+    def _make_same_size(self, tiles: Tensor, parts: Sequence[Tensor], side_px: int) -> Tensor:
+        """V views of the same size per tile, shape (B · V, 3, side, side); see _prepare."""
+        box_px, grey, blurred, taps, solarized, mirrored, upset, quarter, *colour = parts
+        x = views_gpu.crop(tiles, box_px, side_px)
+        views_gpu.change_colour(x, colour)
+        views_gpu.apply_to(x, grey, views_gpu.to_grey)
+        views_gpu.apply_to(x, blurred, views_gpu.convolve, taps)
+        views_gpu.apply_to(x, solarized, lambda v: views_gpu.solarize(v, self._threshold))
+        views_gpu.apply_to(x, mirrored, lambda v: v.flip(3))
+        views_gpu.apply_to(x, upset, lambda v: v.flip(2))
+        views_gpu.apply_to(x, quarter, lambda v: v.rot90(1, (2, 3)))
+        return x
 
-    def _normalize(self, x: Tensor) -> Tensor:
-        """Normalise levels from 0 to 255 in place."""
-        return x.mul_(self._gain.to(x.device)).add_(self._offset.to(x.device))
+
+def _prepare(box_px: Tensor, *parts: Tensor) -> list[Tensor]:
+    """What the operations on views of the same size need, from the parts of :class:`DrawnTiles`.
+
+    Returns
+    -------
+    The boxes; the numbers of the views that become grey, that are blurred, the weights of the blur,
+    the numbers of those that are solarized and of those turned in each way; the colour.
+    """
+    turned, order, factors, is_grey, sigma_px, is_solarized = (p.flatten(0, 1) for p in parts)
+    blurred = sigma_px.nonzero().flatten()
+    return [
+        box_px.float(),
+        is_grey.nonzero().flatten(),
+        blurred,
+        views_gpu.prepare_blur(sigma_px[blurred]),
+        is_solarized.nonzero().flatten(),
+        *(one.nonzero().flatten() for one in turned.unbind(1)),
+        *views_gpu.prepare_colour(order, factors),
+    ]
 
 
 def _operations(steps: Any) -> dict[str, Any]:

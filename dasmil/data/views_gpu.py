@@ -1,10 +1,13 @@
 """Operations on many views at once: few and large ones, as a GPU needs.
 
 ``x`` is (N, 3, H, W) of levels from 0 to 255; unlike PIL they are not rounded between operations.
-The random numbers of the N views are (N, ...) on the CPU, so that nothing waits for the GPU.
+Which views an operation is applied to decides the sizes of tensors. So functions named ``prepare_``
+work on the CPU, where that is known, and nothing waits for the GPU. What they return moves to the
+GPU in one piece (:func:`pack`).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +15,49 @@ from torch import Tensor
 
 from dasmil.data.views_cpu import CONTRAST, GREY, HUE, SATURATION, half_kernel
 
+Shapes = list[tuple[bool, tuple[int, ...]]]  # per tensor whether it holds floats, and its shape
 
-def apply_where(x: Tensor, mask: Tensor, operation: Callable[..., Tensor], *drawn: Tensor) -> None:
-    """Apply an operation in place to the views that the mask (N,) selects.
+
+def pack(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Shapes]:
+    """Join many small tensors, so that two copies move them all.
 
     Parameters
     ----------
-    drawn: (N, ...) further arguments of the operation.
+    parts: int64 or float32.
+
+    Returns
+    -------
+    The int64 values; the float32 values as int32, because Lightning rounds the float tensors of a
+    batch to the precision of the network; the shapes.
     """
-    numbers = mask.nonzero().flatten()
-    if len(numbers):
-        index = numbers.to(x.device, non_blocking=True)
-        x[index] = operation(x[index], *(part[numbers] for part in drawn))
+    shapes = [(part.is_floating_point(), tuple(part.shape)) for part in parts]
+    numbers, values = (
+        torch.cat([part.flatten() for part in parts if part.dtype == dtype])
+        for dtype in (torch.int64, torch.float32)
+    )
+    return numbers, values.view(torch.int32), shapes
+
+
+def unpack(numbers: Tensor, values: Tensor, shapes: Shapes) -> list[Tensor]:
+    """The tensors that :func:`pack` joined, as views of the joined ones."""
+    sizes = [(is_float, math.prod(shape)) for is_float, shape in shapes]
+    pieces = {
+        is_float: iter(joined.split([size for kind, size in sizes if kind == is_float]))
+        for is_float, joined in ((False, numbers), (True, values.view(torch.float32)))
+    }
+    return [next(pieces[is_float]).view(shape) for is_float, shape in shapes]
+
+
+def apply_to(x: Tensor, rows: Tensor, operation: Callable[..., Tensor], *drawn: Tensor) -> None:
+    """Apply an operation in place to some views.
+
+    Parameters
+    ----------
+    rows: (n,) numbers of the views.
+    drawn: (n, ...) further arguments of the operation.
+    """
+    if len(rows):
+        x[rows] = operation(x[rows], *drawn)
 
 
 def crop(tiles: Tensor, box_px: Tensor, side_px: int) -> Tensor:
@@ -39,7 +73,7 @@ def crop(tiles: Tensor, box_px: Tensor, side_px: int) -> Tensor:
     (B · V, 3, side, side) float32.
     """
     num_tiles, size_px = len(tiles), tiles.shape[-1]
-    top, left, height, width = box_px.to(tiles.device, torch.float32, non_blocking=True).unbind(-1)
+    top, left, height, width = box_px.to(tiles.device, torch.float32).unbind(-1)
     rows = _resampling(top, height, side_px, size_px)  # (B, V, side, S)
     columns = _resampling(left, width, side_px, size_px)
     x = tiles.permute(0, 2, 1, 3).float().reshape(num_tiles, size_px, 3 * size_px)
@@ -65,23 +99,47 @@ def _resampling(start: Tensor, length: Tensor, side_px: int, size_px: int) -> Te
 def jitter_colour(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     """Apply torchvision's ColorJitter in place: its four operations in the given order.
 
-    Brightness, contrast and saturation are one operation here: they blend with black, with the
-    mean grey level, or with each pixel's own grey level.
-
     Parameters
     ----------
     order: (N, 4) numbers of the operations.
     factors: (N, 4) by number of the operation.
     """
+    return change_colour(x, [part.to(x.device) for part in prepare_colour(order, factors)])
+
+
+def prepare_colour(order: Tensor, factors: Tensor) -> list[Tensor]:
+    """Three tensors per operation in their order: for blending, and for shifting the hue.
+
+    Brightness, contrast and saturation are one operation here: they blend with black, with the
+    mean grey level, or with each pixel's own grey level.
+
+    Parameters
+    ----------
+    order, factors: as for :func:`jitter_colour`, on the CPU.
+
+    Returns
+    -------
+    Per operation the shares (3, N) of the pixel, of the mean grey level and of its own grey level;
+    the numbers (n,) of the views whose hue it shifts; by how many turns (n,).
+    """
     ordered = factors.gather(1, order)  # (N, 4)
     is_hue = order == HUE
-    shift, kept = ordered.where(is_hue, 0), ordered.where(~is_hue, 1)
+    turns, kept = ordered.where(is_hue, 0), ordered.where(~is_hue, 1)
     to_mean = (1 - kept).where(order == CONTRAST, 0)
     to_pixel = (1 - kept).where(order == SATURATION, 0)
-    weights = torch.stack([kept, to_mean, to_pixel]).to(x.device, non_blocking=True)
+    shares = torch.stack([kept, to_mean, to_pixel], dim=1)  # (N, 3, 4)
+    parts = []
     for number in range(order.shape[1]):
-        apply_where(x, shift[:, number] != 0, shift_hue, shift[:, number])
-        kept, to_mean, to_pixel = weights[:, :, number, None, None, None]  # (N, 1, 1, 1)
+        shifted = turns[:, number].nonzero().flatten()
+        parts += [shares[:, :, number].T, shifted, turns[shifted, number]]
+    return parts
+
+
+def change_colour(x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Change the colour in place, as :func:`prepare_colour` says."""
+    for shares, shifted, turns in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        apply_to(x, shifted, shift_hue, turns)
+        kept, to_mean, to_pixel = shares[..., None, None, None]  # (N, 1, 1, 1)
         grey = to_grey(x)
         target = grey * to_pixel + grey.mean((2, 3), keepdim=True) * to_mean
         x.mul_(kept).add_(target).clamp_(0, 255)
@@ -95,7 +153,7 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     chroma = value - low
     # in sextants from red, to green if positive and to blue if negative
     hue = 1 + (green + blue - red - low) / chroma.clamp(min=1e-6)
-    hue = hue.copysign(green - blue) + 6 * _per_view(shift, x)
+    hue = hue.copysign(green - blue) + 6 * shift.view(-1, 1, 1, 1)
     hue = hue - 6 * (hue / 6).floor()  # 0 to 6
     red = low + chroma * ((hue - 3).abs() - 1).clamp(0, 1)
     green = value - chroma * ((hue - 2).abs() - 1).clamp(0, 1)
@@ -110,9 +168,21 @@ def to_grey(x: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma_px: Tensor) -> Tensor:
-    taps = torch.from_numpy(half_kernel(sigma_px.numpy()))  # (N, reach + 1)
+    """PIL's Gaussian blur with a standard deviation per view, (N,)."""
+    return convolve(x, prepare_blur(sigma_px).to(x.device))
+
+
+def prepare_blur(sigma_px: Tensor) -> Tensor:
+    """Weights (N, reach + 1) of the blur at distances of 0, 1, ... pixels, from (N,) on the CPU."""
+    if not len(sigma_px):
+        return sigma_px.new_empty(0, 1)
+    return torch.from_numpy(half_kernel(sigma_px.numpy()))
+
+
+def convolve(x: Tensor, taps: Tensor) -> Tensor:
+    """Convolve rows and columns with the kernels of :func:`prepare_blur`."""
     reach, side = taps.shape[1] - 1, x.shape[-1]
-    centre, *others = (_per_view(tap, x) for tap in taps.unbind(1))
+    centre, *others = taps[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
     for axis, padding in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
         padded = F.pad(x, padding, mode="replicate")
         x = x * centre
@@ -125,8 +195,3 @@ def blur(x: Tensor, sigma_px: Tensor) -> Tensor:
 def solarize(x: Tensor, threshold: int) -> Tensor:
     """Invert levels from the threshold on; PIL would have rounded them before."""
     return torch.where(x < threshold - 0.5, x, 255 - x)
-
-
-def _per_view(drawn: Tensor, x: Tensor) -> Tensor:
-    """Reshape (N,) to (N, 1, 1, 1) on the device of ``x``."""
-    return drawn.to(x.device, non_blocking=True).view(-1, 1, 1, 1)
