@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from lightly.loss import DINOLoss
 from lightly.models.modules import DINOProjectionHead
 from lightly.models.utils import (
     deactivate_requires_grad,
@@ -26,6 +25,7 @@ from dasmil.embedding.networks import refuse_cut_patches, vit_backbone
 from dasmil.embedding.record import ExtractorRecord
 from dasmil.embedding.weights import refuse_other_keys
 from dasmil.errors import InputError, join_few
+from dasmil.modules.dino_loss import PreciseLoss
 from dasmil.modules.resume import refuse_other_settings
 from dasmil.modules.training import TrainingModule
 from dasmil.slides.study import join_records, plain_records, read_records
@@ -47,7 +47,9 @@ class HeadOptions:
     bottleneck_dim:
         width before the last layer.
     batch_norm:
-        normalise over the batch inside the head, DINO's ``use_bn_in_head``.
+        normalise over the batch inside the head, DINO's ``use_bn_in_head``; with several GPUs each
+        over its own part, so the result depends on their number unless
+        ``--trainer.sync_batchnorm true`` is given.
     norm_last_layer:
         keep the norm of the last layer's weights fixed.
     freeze_last_layer_epochs:
@@ -159,7 +161,7 @@ class DINOModule(TrainingModule):
         self.teacher: Any = nn.Sequential(OrderedDict(backbone=teacher, head=teacher_head))
         self.teacher.load_state_dict(self.student.state_dict())
         deactivate_requires_grad(self.teacher)
-        self.dino_loss = DINOLoss(
+        self.dino_loss = PreciseLoss(
             head.output_dim,
             warmup_teacher_temp=objective.teacher_temperature[0],
             teacher_temp=objective.teacher_temperature[1],
@@ -279,7 +281,7 @@ class DINOModule(TrainingModule):
             step, self._num_steps + 1, *self.objective_options.teacher_momentum
         )
         update_momentum(self.student, self.teacher, momentum)
-        self.log("schedule/teacher_momentum", momentum)
+        self._log_numbers({"schedule/teacher_momentum": momentum})
 
     @property
     def _num_steps(self) -> int:
@@ -322,17 +324,23 @@ class DINOModule(TrainingModule):
             group["lr"] = float(rate)
             if group["name"] == "decayed":
                 group["weight_decay"] = float(decay)
-        self.log_dict({"schedule/learning_rate": rate, "schedule/weight_decay": decay})
+        self._log_numbers({"schedule/learning_rate": rate, "schedule/weight_decay": decay})
+
+    def _log_numbers(self, numbers: dict[str, float]) -> None:
+        """Log numbers that the CPU knows, as tensors that stay there.
+
+        Lightning would copy a number to the GPU in each step, and make the host wait for the copy.
+        """
+        self.log_dict({k: torch.tensor(v, dtype=torch.float32) for k, v in numbers.items()})
 
     def _log_teacher(self, teacher_out: Tensor) -> None:
         """Log what shows a collapse: an entropy of 0 (one output wins) or log K (all equal)."""
-        loss, epoch = self.dino_loss, self.current_epoch
-        warm = epoch < loss.warmup_teacher_temp_epochs
-        temperature = float(loss.teacher_temp_schedule[epoch]) if warm else loss.teacher_temp
+        loss = self.dino_loss
+        temperature = loss.teacher_temperature(self.current_epoch)
+        self._log_numbers({"schedule/teacher_temperature": temperature})
         p = ((teacher_out - loss.center[0]) / temperature).softmax(dim=1)
         self.log_dict(
             {
-                "schedule/teacher_temperature": temperature,
                 "teacher/entropy": torch.special.entr(p).sum(1).mean(),
                 "teacher/entropy_of_mean": torch.special.entr(p.mean(0)).sum(),
                 "teacher/centre_norm": loss.center.norm(),

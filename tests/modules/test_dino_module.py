@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightly.loss import DINOLoss
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from road import NUM_SLIDES
@@ -15,6 +16,7 @@ from dasmil.embedding.restricted import load_checkpoint
 from dasmil.errors import InputError
 from dasmil.modules import DINOModule, dino
 from dasmil.modules.dino import HeadOptions, ScheduleOptions
+from dasmil.modules.dino_loss import PreciseLoss
 from dasmil.modules.options import typed_options
 from dasmil.slides.cohort import read_cohort
 from dasmil.slides.study import SlideRecord, plain_records, read_records
@@ -246,6 +248,48 @@ def test_views_made_after_the_transfer_train_as_those_made_before_it(road, monke
     monkeypatch.setattr(TileDataModule, "_is_on_gpu", True)
     assert first_loss(road) == pytest.approx(before, rel=0.02)
     assert made
+
+
+class Crops(Callback):
+    """The batches of a training."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch)
+
+
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+def test_half_precision_rounds_the_views_and_not_what_is_drawn(road, monkeypatch, is_on_gpu):
+    monkeypatch.setattr(TileDataModule, "_is_on_gpu", is_on_gpu)
+    exact, rounded = Crops(), Crops()
+    before = first_loss(road, trainer={"callbacks": [exact]})
+    halved = first_loss(road, trainer={"callbacks": [rounded], "precision": "bf16-true"})
+    for one, other in zip(exact.batches[0], rounded.batches[0], strict=True):
+        assert torch.equal(one.bfloat16(), other)
+    assert halved == pytest.approx(before, rel=0.02)
+
+
+def test_centre_and_temperature_stay_in_float32():
+    """In half precision a temperature of 0.07 would be 0.0698, and the centre would hardly move."""
+    torch.manual_seed(0)
+    found, expected = PreciseLoss(16, 0.04, 0.07, 2), DINOLoss(16, 0.04, 0.07, 2)
+    teacher, student = list(torch.randn(2, 4, 16)), list(torch.randn(3, 4, 16))
+    found.bfloat16()
+    for epoch in range(4):
+        loss = expected(teacher, student, epoch=epoch)
+        torch.set_default_dtype(torch.bfloat16)  # as Lightning does
+        try:
+            assert torch.equal(found(teacher, student, epoch), loss)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found.center, expected.center)
+        temperature = float(expected.teacher_temp_schedule[epoch]) if epoch < 2 else 0.07
+        assert found.teacher_temperature(epoch) == pytest.approx(temperature, rel=1e-6)
+    found.bfloat16()
+    assert torch.equal(found.center, expected.center)
+    assert found.double().center.dtype == torch.float64
 
 
 def test_lightlys_own_transform_can_be_chosen(road, monkeypatch):
