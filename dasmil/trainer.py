@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities import rank_zero_only
@@ -13,8 +14,36 @@ from dasmil.errors import InputError
 ON_CPU = "give --trainer.accelerator cpu"
 
 
+def allows_tf32() -> bool:
+    """Whether matrix products of float32 may round their factors to TF32 on NVIDIA GPUs.
+
+    torch's default is no. A user allows it by ``torch.set_float32_matmul_precision("high")`` or,
+    before the start, by the environment variable ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1``.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def match_convolutions() -> None:
+    """Let convolutions use TF32 only if matrix products may.
+
+    torch allows it for convolutions by default, among them the patches of a ViT and the bag
+    classifier of DAS-MIL.
+    """
+    # by the older of torch's two ways: after the newer one, torch raises if a library reads the
+    # older
+    torch.backends.cudnn.allow_tf32 = allows_tf32()
+
+
+def name_precision(trainer: Trainer) -> str:
+    """The Trainer's precision, such as ``bf16-mixed``, and whether TF32 is allowed beside it."""
+    return f"{trainer.precision} with TF32" if allows_tf32() else str(trainer.precision)
+
+
 class CommandLineTrainer(Trainer):
-    """Lightning's Trainer, for which ``limit_train_batches: 1`` is one batch, not all of them.
+    """Lightning's Trainer as all verbs use it.
+
+    float32 is float32 in all operations, see :func:`match_convolutions`, and
+    ``limit_train_batches: 1`` is one batch, not all of them.
 
     ``accelerator: auto`` is never Apple's GPU (mps), for which torch lacks kernels of the methods.
 
@@ -51,6 +80,7 @@ class CommandLineTrainer(Trainer):
         for name, number in numbers.items():
             if number is not None and type(number) not in (int, float):
                 raise InputError(f"trainer.{name}: {number!r} is no number of batches")
+        match_convolutions()
         try:
             super().__init__(
                 **numbers,

@@ -29,6 +29,7 @@ from dasmil.geometry import Tiles
 from dasmil.reading import describe_lost_reader
 from dasmil.slides.cohort import SlideRow, read_cohort, replace_cohort
 from dasmil.slides.tile_table import read_tiles, slide_changed, tiles_path
+from dasmil.trainer import name_precision
 from dasmil.work.worker import STALE_AFTER_S, Worker
 
 
@@ -96,7 +97,7 @@ def embed(
         reason = next(iter(not_tiled.values()))
         raise InputError(f"{tiles}: no slide of its cohort has been tiled ({reason})")
     any_table = next(iter(tables.values()))
-    networks = _load_extractors(extractors, any_table, trainer.precision)
+    networks = _load_extractors(extractors, any_table, name_precision(trainer))
     cards = {name: network.card for name, network in networks.items()}
     headers = read_headers(output)
     _refuse_other_bags(output, headers, bag_header(any_table, cards))
