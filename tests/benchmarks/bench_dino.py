@@ -11,7 +11,7 @@ from PIL import Image
 from table import Row, seconds
 
 from dasmil.data.tiles import TileDataset
-from dasmil.data.views import DrawnTiles, PilViews, TensorViews
+from dasmil.data.views import PackedTiles, PilViews, TensorViews
 from dasmil.slides.cohort import SlideRow
 
 AREA = "DINO's views"
@@ -63,23 +63,25 @@ def measure(quick: bool) -> Iterable[Row]:
 
 def on_gpu(ours: TensorViews, lightlys: PilViews, pixels: list[np.ndarray], runs: int) -> Row:
     """A batch whose tiles were read and drawn for by other processes; peer on one core."""
-    drawn = [ours.draw(pixels[number % len(pixels)], number) for number in range(BATCH)]
-    batch = DrawnTiles(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
-    batch = batch._replace(tiles=batch.tiles.pin_memory())
+    batch = ours.collate(
+        [ours.draw(pixels[number % len(pixels)], number) for number in range(BATCH)]
+    )
+    batch = PackedTiles(*(part.pin_memory() for part in batch[:3]), batch.shapes)
+    gpu = torch.device("cuda", torch.cuda.current_device())
 
     def fast() -> None:
-        ours.batch(batch._replace(tiles=batch.tiles.cuda(non_blocking=True)))
+        ours.batch(batch.to(gpu))
         torch.cuda.synchronize()
 
     def slow() -> None:
         for seed in range(8):
             lightlys(pixels[seed % len(pixels)], seed)
 
-    gpu, core = seconds(fast, slow, runs=runs)
+    there, here = seconds(fast, slow, runs=runs)
     name = torch.cuda.get_device_name()
     peer_is = f"{PEER}, one core"
     return Row(
-        AREA, f"{VIEWS}, {name}", "tiles/s", BATCH / gpu, 8 / core, peer_is, more_is_better=True
+        AREA, f"{VIEWS}, {name}", "tiles/s", BATCH / there, 8 / here, peer_is, more_is_better=True
     )
 
 
