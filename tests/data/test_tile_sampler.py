@@ -344,6 +344,17 @@ def test_for_a_gpu_the_views_are_made_after_the_tiles_have_moved(
         assert (one - other).abs().mean() < 2 / 255 / min(data.std)
 
 
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+def test_tiles_are_pinned_only_for_a_training_on_the_gpu(
+    tmp_path: Path, picture: SlideRow, monkeypatch: pytest.MonkeyPatch, is_on_gpu: bool
+) -> None:
+    """On the CPU of a machine with a GPU, pinning would open a context there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(TileDataModule, "_is_on_gpu", is_on_gpu)
+    data = make_data(one_slide(tmp_path), batch_size=2)
+    assert data.train_dataloader().pin_memory is is_on_gpu
+
+
 def test_views_that_are_ready_pass_through(tmp_path: Path) -> None:
     data = make_data(write_tables(tmp_path, {"a": None}))
     views = [torch.ones(2, 3, 8, 8)]
