@@ -248,7 +248,7 @@ class DINOModule(TrainingModule):
         loss = self._loss(teacher_out, student_out)
         size = len(crops[0])
         self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
-        self.log("train/loss_step", loss, prog_bar=True)
+        self.log("train/loss_step", loss, prog_bar=self.shows_bar)
         data, epoch = self.datamodule, self.current_epoch
         is_known = isinstance(data, TileDataModule)
         self.finite_loss.watch(

@@ -285,7 +285,7 @@ class MILModule(TrainingModule):
             batch_size=graph.num_bags,
             sync_dist=True,
         )
-        self.log("train/loss_step", loss, prog_bar=True, batch_size=graph.num_bags)
+        self.log("train/loss_step", loss, prog_bar=self.shows_bar, batch_size=graph.num_bags)
         self.finite_loss.watch(self.global_step, loss, lambda: slide_ids)
         if self.optimizer_options.decay_below is not None:
             bag_losses = [term for name, term in terms.items() if name.startswith("bag/")]

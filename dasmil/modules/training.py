@@ -44,6 +44,11 @@ class TrainingModule(LightningModule):
         """The Trainer's DataModule; None if it has none."""
         return getattr(self.trainer, "datamodule", None)
 
+    @property
+    def shows_bar(self) -> bool:
+        """Whether there is a progress bar; Lightning waits for what a bar shows in each step."""
+        return self._trainer is not None and self._trainer.progress_bar_callback is not None
+
     def settings(self) -> dict[str, Any]:
         """The settings that a resumed training must share."""
         return training_settings(self.trainer, self, self.datamodule)
