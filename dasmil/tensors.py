@@ -15,6 +15,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def autocast_type(x: Tensor) -> Tensor:
+    """Convert to the type in which autocast multiplies matrices, if it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def precisely(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)`` in at least float32, also under autocast and with half-precision weights."""
     weights = {name: at_least_float32(weight) for name, weight in layer.named_parameters()}
@@ -44,9 +50,52 @@ def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return result
 
 
-def bag_rows(ptr: Tensor) -> Tensor:
-    """(N,) number of each row's bag, from the (B + 1,) boundaries of the bags."""
-    return torch.repeat_interleave(torch.arange(len(ptr) - 1, device=ptr.device), ptr.diff())
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Copy what was made on the CPU to the device; the host does not wait for a GPU.
+
+    torch keeps pinned memory until the copy is done, and knows no such thing for other devices.
+    """
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def bag_sizes(ptr: Tensor) -> list[int]:
+    """Number of rows per bag, from the (B + 1,) boundaries of the bags on the CPU."""
+    sizes: list[int] = ptr.diff().tolist()
+    return sizes
+
+
+def bag_rows(ptr: Tensor, device: torch.device) -> Tensor:
+    """(N,) int64 number of each row's bag, made on the device."""
+    sizes = enumerate(bag_sizes(ptr))
+    return torch.cat([torch.full((size,), bag, device=device) for bag, size in sizes])
+
+
+def bag_sums(values: Tensor, ptr: Tensor) -> Tensor:
+    """(N, …) → (B, …) sums over the rows of each bag; many threads share one bag."""
+    return torch.stack([part.sum(0) for part in values.split(bag_sizes(ptr))])
+
+
+def top_rows(z: Tensor, ptr: Tensor) -> Tensor:
+    """Row of the first largest value per bag and column; NaN counts as the largest.
+
+    Parameters
+    ----------
+    z: (N, C).
+    ptr: (B + 1,) boundaries of the bags, on the CPU.
+
+    Returns
+    -------
+    (B, C) int64; N for a bag without rows.
+    """
+    parts = zip(z.detach().split(bag_sizes(ptr)), ptr.tolist())
+    none = torch.full((z.shape[1],), len(z), device=z.device)
+    return torch.stack([part.argmax(0) + start if len(part) else none for part, start in parts])
+
+
+def values_at(z: Tensor, rows: Tensor) -> Tensor:
+    """The values (G, C) of z (N, C) in the rows (G, C); zero for the row N."""
+    padded = torch.cat([z, z.new_zeros(1, z.shape[1])])
+    return padded[rows, torch.arange(z.shape[1], device=z.device)]
 
 
 def first_argmax(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -86,5 +135,4 @@ def first_max(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
     -------
     (G, C); zero for a group without rows.
     """
-    padded = torch.cat([z, z.new_zeros(1, z.shape[1])])
-    return padded.gather(0, first_argmax(z, group, num_groups))
+    return values_at(z, first_argmax(z, group, num_groups))

@@ -44,7 +44,8 @@ class BagGraph:
     features: per scale (N_s, D_s), float16 or float32 as stored; scales from coarse to fine.
     grid: per scale (N_s, 2) int32 row, col; always on the CPU.
     parent: per scale but the coarsest (N_s,) int64, row in the next coarser scale, -1 for none.
-    ptr: per scale (B + 1,) int64; bag b owns the rows ptr[b] to ptr[b + 1].
+    ptr: per scale (B + 1,) int64; bag b owns the rows ptr[b] to ptr[b + 1]; always on the CPU, so
+        that its sizes are known without waiting for a GPU.
     labels: (B,) int64 class index, -1 if unknown.
     headers: one per bag.
     neighbours: of each scale's tiles on its grid; None if no edges were made.
@@ -92,7 +93,7 @@ class BagGraph:
             over(self.features),
             self.grid,
             over(self.parent),
-            over(self.ptr),
+            self.ptr,
             function(self.labels),
             self.headers,
             None if self.neighbours is None else over(self.neighbours),

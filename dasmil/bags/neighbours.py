@@ -4,8 +4,9 @@ Bontempo et al. 2023, section 3, "Architecture": :func:`grid_neighbours` is A_1,
 scales' grids, :func:`union_neighbours` is A with the relation "part of" between the scales.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -37,27 +38,21 @@ class Neighbours:
     def __len__(self) -> int:
         return len(self.ptr) - 1
 
+    @cached_property
     def seers(self) -> Tensor:
         """(E,) int32, the node i of each entry "i sees j"."""
-        nodes = torch.arange(len(self), dtype=torch.int32, device=self.ptr.device)
-        return nodes.repeat_interleave(self.ptr.diff(), output_size=len(self.index))
+        with torch.inference_mode(False):  # a later training step may keep them, too
+            nodes = torch.arange(len(self), dtype=torch.int32, device=self.ptr.device)
+            return nodes.repeat_interleave(self.ptr.diff(), output_size=len(self.index))
 
     def edge_index(self) -> Tensor:
         """(2, E - N) int64 source and target of each edge, as in PyG; without self-loops."""
-        edges = torch.stack([self.index, self.seers()]).long()
+        edges = torch.stack([self.index, self.seers]).long()
         return edges[:, edges[0] != edges[1]]
 
     def without(self, dropped: Tensor) -> "Neighbours":
         """Remove all edges of the nodes in a (N,) bool mask; each node still sees itself."""
-        seers, seen = self.seers(), self.index
-        cut = (dropped.index_select(0, seers) | dropped.index_select(0, seen)) & (seers != seen)
-        kept = cut.logical_not().nonzero().squeeze(1)
-        before = _starts(~cut)  # new number of each kept entry
-        return Neighbours(
-            ptr=before.index_select(0, self.ptr),
-            index=seen.index_select(0, kept),
-            reverse=before.index_select(0, self.reverse.index_select(0, kept)),
-        )
+        return next(cut_nodes([self], [dropped]))
 
     def of_nodes(self, start: int, stop: int) -> tuple[Tensor, "Neighbours"]:
         """The lists of the nodes ``start`` to ``stop``, without reverse entries.
@@ -85,6 +80,30 @@ class Neighbours:
 
     def pin_memory(self) -> "Neighbours":
         return Neighbours(self.ptr.pin_memory(), self.index.pin_memory(), self.reverse.pin_memory())
+
+
+def cut_nodes(lists: Sequence[Neighbours], dropped: Sequence[Tensor]) -> Iterator[Neighbours]:
+    """Each of the lists :meth:`without <Neighbours.without>` its dropped nodes.
+
+    The host waits for a GPU once, for the numbers of entries of all lists.
+    """
+    kept = [
+        (each.seers == each.index)
+        | ~(nodes.index_select(0, each.seers) | nodes.index_select(0, each.index))
+        for each, nodes in zip(lists, dropped, strict=True)
+    ]
+    starts = [_starts(mask) for mask in kept]  # new number of each kept entry
+    counts = torch.stack([start[-1] for start in starts]).tolist()
+    for each, mask, start, count in zip(lists, kept, starts, counts, strict=True):
+        place = start[:-1].where(mask, count).long()  # the entries that go share a last place
+        entries = start.new_empty(count + 1)
+        entries.scatter_(0, place, torch.arange(len(mask), dtype=start.dtype, device=start.device))
+        left = entries[:-1]
+        yield Neighbours(
+            ptr=start.index_select(0, each.ptr),
+            index=each.index.index_select(0, left),
+            reverse=start.index_select(0, each.reverse.index_select(0, left)),
+        )
 
 
 def grid_neighbours(grid: Tensor) -> Neighbours:
@@ -158,7 +177,7 @@ def union_neighbours(
         start = first_node[name]
         moved = ptr[start : start + len(own)] - own.ptr[:-1]
         entry = torch.arange(len(own.index), dtype=torch.int32, device=ptr.device)
-        entry += moved.index_select(0, own.seers())
+        entry += moved.index_select(0, own.seers)
         index.index_copy_(0, entry.long(), own.index + start)
         reverse.index_copy_(0, entry.long(), entry.index_select(0, own.reverse))
     for child, of in above.values():  # entries: its own scale, then its parent, then its children

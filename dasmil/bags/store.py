@@ -17,7 +17,7 @@ from dasmil.headers import Header, read_header_of, refusing, tile_arrays
 from dasmil.json_text import pack_metadata
 
 ITEM_BYTES = {"F16": 2, "F32": 4}
-TILE_BYTES = 184  # of a graph, beside a tile's features: neighbours, parent and children
+TILE_BYTES = 264  # of a graph, beside a tile's features: neighbours, parent and children
 # of DAS-MIL's training step in float32, beside a tile's features in float32; with these the
 # default model takes 16.0 kB per tile of any scale at 384 numbers and 20.6 kB at 1536, as
 # extra_memory of tests/benchmarks/cases.py counts them. One kB is for what a GPU cannot use.

@@ -86,7 +86,7 @@ class BagDataModule(LightningDataModule):
     cache:
         where ``fit`` caches graphs: none, ram or device (if batch_size is above 1, the edges in
         ram, where they are joined). Each process needs its own copy: the size
-        of the bag files plus 0.2 GB per million tiles (half as much again for ram with a GPU).
+        of the bag files plus 0.3 GB per million tiles (half as much again for ram with a GPU).
         ``fit`` refuses to begin if less is free; on a GPU a training step on the largest slides
         (about 5.5 GB for 250,000 x20 tiles) must fit too. A training process with a cache reads
         bags itself, without num_workers.

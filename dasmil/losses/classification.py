@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dasmil.tensors import at_least_float32, bag_rows, first_max
+from dasmil.tensors import at_least_float32, bag_sizes, top_rows, values_at
 
 
 def bag_loss(bag_logits: Tensor, labels: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def max_instance_loss(
     Parameters
     ----------
     instance_logits: (N, C), z in the paper.
-    ptr: (B + 1,) boundaries of the bags.
+    ptr: (B + 1,) boundaries of the bags, on the CPU.
     labels: (B,) int64 class index.
     shown: (N,) bool, the tiles that count; None: all (D12).
 
@@ -65,11 +65,12 @@ def max_instance_loss(
     >>> max_instance_loss(z, torch.tensor([0, 2, 3]), torch.tensor([1, 0]))
     tensor([0.1269, 0.6931])
     """
-    if shown is not None:
-        before = torch.cat([shown.new_zeros(1, dtype=torch.int64), shown.cumsum(0)])
-        instance_logits, ptr = instance_logits[shown], before[ptr]
-    top = first_max(instance_logits, bag_rows(ptr), len(ptr) - 1)  # (B, C)
-    return torch.where(ptr.diff() > 0, bag_loss(top, labels), 0)
+    if shown is None:
+        shown = torch.ones(len(instance_logits), dtype=torch.bool, device=labels.device)
+    seen = instance_logits.masked_fill(~shown[:, None], -torch.inf)
+    loss = bag_loss(values_at(instance_logits, top_rows(seen, ptr)), labels)
+    has_tiles = torch.stack([part.any() for part in shown.split(bag_sizes(ptr))])
+    return torch.where(has_tiles, loss, 0)
 
 
 def balanced_weights(counts: Sequence[int]) -> list[float]:

@@ -95,4 +95,4 @@ class ABMILNetwork(nn.Module):
         attention, embedding = attention_pool(self.attention(h), h, ptr)
         logits = precisely(self.classifier, embedding.squeeze(1))  # (B, C)
         attention = attention.expand(-1, logits.shape[1])
-        return {self.scale: ScaleOutput(logits, None, attention, bag_rows(ptr))}
+        return {self.scale: ScaleOutput(logits, None, attention, bag_rows(ptr, h.device))}

@@ -19,7 +19,7 @@ from dasmil.losses import bag_loss
 from dasmil.modules.options import OptimizerOptions
 from dasmil.modules.single_scale import SingleScaleModule
 from dasmil.nn.attention import AttentionScores, attention_pool
-from dasmil.tensors import bag_rows, precisely
+from dasmil.tensors import bag_rows, bag_sizes, precisely
 
 # as released, except for the cosine schedule
 RELEASED = OptimizerOptions(
@@ -138,7 +138,7 @@ class CLAM(SingleScaleModule):
         (scale, found), *_ = output.items()
         assert isinstance(found, CLAMOutput) and found.attention is not None
         label_loss = bag_loss(found.bag_logits, graph.labels)
-        sizes = graph.ptr[scale].diff().tolist()
+        sizes = bag_sizes(graph.ptr[scale])
         bags = zip(found.hidden.split(sizes), found.attention.split(sizes), graph.labels.tolist())
         tile_loss = torch.stack([self._tile_loss(*bag) for bag in bags])
         weight = self.objective_options.instance
@@ -163,12 +163,11 @@ class CLAM(SingleScaleModule):
             if number != label and not options.subtyping:
                 continue
             scores = attention[:, min(number, attention.shape[1] - 1)].detach()
-            chosen, targets = scores.topk(k).indices, [int(number == label)] * k
+            chosen, num_positive = scores.topk(k).indices, 0
             if number == label:
-                chosen = torch.cat([chosen, (-scores).topk(k).indices])
-                targets += [0] * k
+                chosen, num_positive = torch.cat([chosen, (-scores).topk(k).indices]), k
             logits = precisely(classify, hidden[chosen])  # (k or 2 k, 2)
-            wanted = torch.tensor(targets, device=logits.device)
+            wanted = (torch.arange(len(logits), device=logits.device) < num_positive).long()
             if options.instance_loss == "svm":
                 losses.append(smooth_svm(logits, wanted).mean())
             else:
@@ -212,7 +211,7 @@ class CLAMNetwork(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             logits = (embeddings.to(weight.dtype) * weight).sum(2) + bias  # each of its own vector
         attention = attention.expand(-1, logits.shape[1])
-        return {self.scale: CLAMOutput(logits, None, attention, bag_rows(ptr), hidden=h)}
+        return {self.scale: CLAMOutput(logits, None, attention, bag_rows(ptr, h.device), hidden=h)}
 
 
 def smooth_svm(logits: Tensor, targets: Tensor) -> Tensor:
@@ -229,7 +228,8 @@ def smooth_svm(logits: Tensor, targets: Tensor) -> Tensor:
     -------
     Loss per row, shape (n,).
     """
-    own = logits.gather(1, targets[:, None])
-    raised = logits + 1 - F.one_hot(targets, logits.shape[1]).to(logits.dtype) - own
+    is_own = F.one_hot(targets, logits.shape[1]).to(logits.dtype)
+    own = (logits * is_own).sum(1, keepdim=True)
+    raised = logits + 1 - is_own - own
     first, second = logits.topk(2, dim=1).values.T
     return torch.where(first - second >= HARD, raised.amax(1), raised.logsumexp(1))

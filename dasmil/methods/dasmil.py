@@ -237,8 +237,9 @@ class DASMILNetwork(nn.Module):
         for coarse, fine in pairwise(graph.scales):
             parent = graph.parent[fine]
             if self.coarse_instances == "parents":
-                children = torch.bincount(parent[parent >= 0], minlength=len(h[coarse]))
-                shown[coarse] = children > 0
+                is_parent = torch.zeros(len(h[coarse]) + 1, dtype=torch.bool, device=parent.device)
+                rows = parent.where(parent >= 0, len(h[coarse]))
+                shown[coarse] = is_parent.index_fill(0, rows, True)[:-1]
             if self.concatenate_parents:
                 targets[fine] = torch.cat([_rows_or_zero(h[coarse], parent), h[fine]], dim=1)
         return {

@@ -20,7 +20,7 @@ from dasmil.losses import bag_loss
 from dasmil.modules.options import OptimizerOptions
 from dasmil.modules.single_scale import SingleScaleModule
 from dasmil.nn.attention import AttentionScores, attention_pool
-from dasmil.tensors import bag_rows, precisely
+from dasmil.tensors import bag_rows, bag_sizes, precisely, send
 
 # as released, except for the cosine schedule
 RELEASED = OptimizerOptions(
@@ -122,9 +122,9 @@ class DTFD(SingleScaleModule):
         """The sum of both tiers' label losses per bag, shape (B,), and each of them."""
         (scale, found), *_ = output.items()
         assert isinstance(found, DTFDOutput)
-        bag_of = bag_rows(found.pseudo_ptr)
+        bag_of = bag_rows(found.pseudo_ptr, graph.labels.device)
         of_pseudo = bag_loss(found.pseudo_logits, graph.labels[bag_of])
-        sizes = found.pseudo_ptr.diff().tolist()
+        sizes = bag_sizes(found.pseudo_ptr)
         first = torch.stack([part.sum() / max(1, len(part)) for part in of_pseudo.split(sizes)])
         second = bag_loss(found.bag_logits, graph.labels)
         total = self.label_weight(graph.labels) * (first + second)
@@ -169,17 +169,17 @@ class DTFDNetwork(nn.Module):
         """Bag logits (B, C) of the second tier, attention (N, C), and the pseudo-bags' logits."""
         ptr = graph.ptr[self.scale]
         x = graph.features[self.scale].to(self.classifier.weight.dtype)
-        sizes = ptr.diff().tolist()
+        sizes = bag_sizes(ptr)
         outputs = [
-            self.forward_bag(bag, self.deal(len(bag), slide_id).to(x.device))
+            self.forward_bag(bag, send(self.deal(len(bag), slide_id), x.device))
             for bag, slide_id in zip(x.split(sizes), graph.slide_ids, strict=True)
         ]
         bag_logits, pseudo_logits, attention = zip(*outputs, strict=True)
-        counts = torch.tensor([0, *map(len, pseudo_logits)], device=x.device)
+        counts = torch.tensor([0, *map(len, pseudo_logits)])
         together = torch.cat(attention).expand(-1, bag_logits[0].shape[0])
         return {
             self.scale: DTFDOutput(
-                *(torch.stack(bag_logits), None, together, bag_rows(ptr)),
+                *(torch.stack(bag_logits), None, together, bag_rows(ptr, x.device)),
                 pseudo_logits=torch.cat(pseudo_logits),
                 pseudo_ptr=counts.cumsum(0),
             )
@@ -205,12 +205,12 @@ class DTFDNetwork(nn.Module):
         h = precisely(self.projection, x[order]).relu()  # (n, K)
         num_groups = max(1, min(self.options.num_pseudo_bags, len(h)))
         groups = h.tensor_split(num_groups)  # the first groups get one tile more
-        ptr = torch.tensor([0, *map(len, groups)], device=h.device).cumsum(0)
+        ptr = torch.tensor([0, *map(len, groups)]).cumsum(0)
         attention, embedding = attention_pool(self.attention(h), h, ptr)
         embedding = embedding.squeeze(1)  # (G, K)
         pseudo_logits = precisely(self.classifier, embedding)  # (G, C)
         distilled = self._distil(h, attention, embedding, groups)
-        whole = torch.tensor([0, len(distilled)], device=h.device)
+        whole = torch.tensor([0, len(distilled)])
         _, summed = attention_pool(self.second["attention"](distilled), distilled, whole)
         logits = precisely(self.second["classifier"], summed[0, 0])  # (C,)
         weights = torch.empty_like(attention)

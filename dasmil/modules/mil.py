@@ -210,7 +210,10 @@ class MILModule(TrainingModule):
     def label_weight(self, labels: Tensor) -> Tensor | float:
         """The weight of each bag's label loss, shape (B,); 1 without class weights."""
         weights = self.card.class_weights
-        return 1.0 if weights is None else torch.tensor(weights, device=labels.device)[labels]
+        if weights is None:
+            return 1.0
+        # a list copied to a GPU would make the host wait
+        return torch.stack([weight * (labels == n) for n, weight in enumerate(weights)]).sum(0)
 
     # Setup and checkpoints
 

@@ -6,7 +6,7 @@ Paper: Ilse et al., ICML 2018, section 2.4, Eq. 8 (plain) and Eq. 9 (gated).
 import torch
 from torch import Tensor, nn
 
-from dasmil.tensors import precisely
+from dasmil.tensors import bag_sizes, precisely
 
 
 class AttentionScores(nn.Module):
@@ -52,14 +52,14 @@ def attention_pool(scores: Tensor, h: Tensor, ptr: Tensor) -> tuple[Tensor, Tens
     ----------
     scores: (N, A) of A attentions.
     h: (N, K) features of the tiles.
-    ptr: (B + 1,) boundaries of the bags.
+    ptr: (B + 1,) boundaries of the bags, on the CPU.
 
     Returns
     -------
     Attention (N, A), which sums to one per bag, and weighted sums (B, A, K), which are zero for a
     bag without tiles.
     """
-    sizes = ptr.diff().tolist()
+    sizes = bag_sizes(ptr)
     attention = [part.softmax(0) for part in scores.split(sizes)]
     h = h.to(scores.dtype)
     sums = [a.T @ part for a, part in zip(attention, h.split(sizes), strict=True)]

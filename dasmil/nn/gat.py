@@ -6,16 +6,19 @@ dropouts are those of the released code (D13, D14), and so are the residual form
 .github/docs/paper.md.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn import GATConv
 
-from dasmil.bags.neighbours import Neighbours
+from dasmil.bags.neighbours import Neighbours, cut_nodes
 from dasmil.errors import InputError
-from dasmil.nn.neighbour_attention import neighbour_attention
-from dasmil.tensors import BLOCK_ROWS, is_in_blocks
+from dasmil.nn.neighbour_attention import coefficients
+from dasmil.nn.neighbour_sums import AttendedSum, ProjectedSum
+from dasmil.tensors import BLOCK_ROWS, autocast_type, is_in_blocks
 
 Residual = Literal["none", "plain", "glu"]
 
@@ -31,6 +34,17 @@ class GatedLinearUnit(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(N, dim) → (N, dim)."""
         return h * self.mlp(h).sigmoid()
+
+
+def drop_nodes(layers: Sequence["GAT"], lists: Sequence[Neighbours]) -> list[Neighbours]:
+    """Cut the edges of the nodes that each layer drops in training; the host waits once for all."""
+    if not any(layer.training and layer.node_dropout > 0 for layer in layers):
+        return list(lists)
+    dropped = [
+        torch.rand(len(each), device=each.ptr.device) < layer.node_dropout * layer.training
+        for layer, each in zip(layers, lists, strict=True)
+    ]
+    return list(cut_nodes(lists, dropped))
 
 
 class GAT(nn.Module):
@@ -82,12 +96,14 @@ class GAT(nn.Module):
         neighbours: which nodes each node sees.
         into: (N, out_dim) tensor that receives the result, if no gradient is needed.
         """
+        (left,) = drop_nodes([self], [neighbours])
+        return self.attend(x, left, into)
+
+    def attend(self, x: Tensor, neighbours: Neighbours, into: Tensor | None = None) -> Tensor:
+        """:meth:`forward` of lists that have already lost the dropped nodes' edges."""
         if is_in_blocks(x) and not self.training:
             return self._in_blocks(x, neighbours, into)
         x = x.to(self.conv.bias.dtype)
-        if self.training and self.node_dropout > 0:
-            dropped = torch.rand(len(x), device=x.device) <= self.node_dropout
-            neighbours = neighbours.without(dropped)
         h = self.gate(self._attend(x, neighbours))  # (N, out_dim)
         h = h if self.residual == "none" else x + h
         return h if into is None else into.copy_(h)
@@ -108,14 +124,22 @@ class GAT(nn.Module):
     def _attend(self, x: Tensor, neighbours: Neighbours) -> Tensor:
         """``self.conv(x)`` for the first N of M nodes, (M, in_dim) → (N, out_dim)."""
         conv = self.conv
-        projected = conv.lin(x).view(-1, conv.heads, conv.out_channels)  # (N, H, C)
+        heads, width = conv.heads, conv.out_channels
         # a·W x = (Wᵀ a)·x: the scores need no pass over (N, H, C). Autocast would round them, and
         # they are exponents.
         with torch.autocast(x.device.type, enabled=False):
-            weight = conv.lin.weight.view(conv.heads, conv.out_channels, -1)  # (H, C, in)
+            weight = conv.lin.weight.view(heads, width, -1)  # (H, C, in)
             vectors = torch.einsum("ahc,hci->ahi", torch.cat([conv.att_src, conv.att_dst]), weight)
-            scores = x.to(weight.dtype) @ vectors.flatten(0, 1).T  # (N, 2 H)
-            source, target = scores.split(conv.heads, dim=1)
+            scores = x.to(weight.dtype) @ vectors.flatten(0, 1).T  # (M, 2 H)
+            source, target = scores.split(heads, dim=1)
             target = target[: len(neighbours)]
         dropout = conv.dropout if self.training else 0.0
-        return neighbour_attention(projected, source, target, neighbours, dropout) + conv.bias
+        alpha = coefficients(source, target, neighbours, dropout) / heads  # (E, H)
+        if x.is_cuda:
+            rows = autocast_type(x)
+            summed = AttendedSum.apply(rows, alpha.to(rows.dtype), neighbours)  # (N, H, in)
+            h = F.linear(summed.flatten(1), weight.transpose(0, 1).flatten(1))
+        else:
+            rows = conv.lin(x).view(-1, heads, width)  # (M, H, C)
+            h = ProjectedSum.apply(rows, alpha.to(rows.dtype), neighbours)
+        return h + conv.bias

@@ -9,16 +9,18 @@ from math import sqrt
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dasmil.bags.output import ScaleOutput
 from dasmil.tensors import (
     at_least_float32,
     bag_rows,
+    bag_sizes,
     by_rows,
-    first_argmax,
     is_in_blocks,
     precisely,
+    top_rows,
 )
 
 
@@ -65,18 +67,14 @@ class MILHead(nn.Module):
         Parameters
         ----------
         h: (N, K) features of the tiles.
-        ptr: (B + 1,) boundaries of the bags.
+        ptr: (B + 1,) boundaries of the bags, on the CPU.
         shown: (N,) bool; tiles that are not shown have an instance logit, but no attention, and
             cannot be critical (D12). None: all are shown.
         """
         with torch.autocast(h.device.type, enabled=False):
-            h = h.to(self.value.weight.dtype)
-            return self._forward(h, ptr) if shown is None else self._forward_shown(h, ptr, shown)
+            return self._forward(h.to(self.value.weight.dtype), ptr, shown)
 
-    def _forward(self, h: Tensor, ptr: Tensor) -> ScaleOutput:
-        sizes = ptr.diff().tolist()
-        bag_index = bag_rows(ptr)
-
+    def _forward(self, h: Tensor, ptr: Tensor, shown: Tensor | None) -> ScaleOutput:
         z = by_rows(partial(precisely, self.instance_classifier), h)  # (N, C)
         if is_in_blocks(h):  # computing f twice saves its memory, which is that of h
             q, v = (
@@ -87,30 +85,33 @@ class MILHead(nn.Module):
             q = at_least_float32(self.query(f))  # (N, Q)
             v = at_least_float32(self.value(f))  # (N, K)
 
-        critical = first_argmax(z, bag_index, len(sizes))  # (B, C)
+        hidden = None if shown is None else ~shown[:, None]
+        critical = top_rows(z if hidden is None else z.masked_fill(hidden, -torch.inf), ptr)
         q_critical = torch.cat([q, q.new_zeros(1, q.shape[1])])[critical]  # (B, C, Q)
+        sizes = bag_sizes(ptr)
         attention, embedding = [], []
-        for q_bag, v_bag, q_top in zip(q.split(sizes), v.split(sizes), q_critical, strict=True):
+        for bag, (q_bag, v_bag) in enumerate(zip(q.split(sizes), v.split(sizes), strict=True)):
             # not a matmul: its rounding error in the query's small gradients is ten times larger
-            score = by_rows(partial(_similarity, q_top), q_bag)  # (N_b, C)
-            a = score.softmax(0)
+            score = by_rows(partial(_similarity, q_critical[bag]), q_bag)  # (N_b, C)
+            if hidden is None:
+                a = score.softmax(0)
+            else:  # the lowest number, not -inf, whose softmax is NaN if no tile is shown
+                of_bag = hidden[ptr[bag] : ptr[bag + 1]]
+                lowest = torch.finfo(score.dtype).min
+                a = score.masked_fill(of_bag, lowest).softmax(0).masked_fill(of_bag, 0)
             attention.append(a)
             embedding.append(a.T @ v_bag)  # (C, K)
-        bag_logits = precisely(self.bag_classifier, torch.stack(embedding)).squeeze(2)  # (B, C)
-        shown = torch.ones_like(bag_index, dtype=torch.bool)
-        return ScaleOutput(bag_logits, z, torch.cat(attention), bag_index, shown)
+        # a linear layer, because TF32 may round a convolution although the precision is 32-true
+        weight = at_least_float32(self.bag_classifier.weight).flatten(1)  # (C, C K)
+        bias = self.bag_classifier.bias
+        bias = None if bias is None else at_least_float32(bias)
+        bag_logits = F.linear(torch.stack(embedding).flatten(1), weight, bias)  # (B, C)
+        if shown is None:
+            shown = torch.ones(len(z), dtype=torch.bool, device=z.device)
+        return ScaleOutput(bag_logits, z, torch.cat(attention), bag_rows(ptr, z.device), shown)
 
     def _of_transformed(self, layer: nn.Module, h: Tensor) -> Tensor:
         return at_least_float32(layer(self.transform(h)))
-
-    def _forward_shown(self, h: Tensor, ptr: Tensor, shown: Tensor) -> ScaleOutput:
-        before = torch.cat([shown.new_zeros(1, dtype=torch.int64), shown.cumsum(0)])
-        part = self._forward(h[shown], before[ptr])
-        assert part.attention is not None
-        logits = by_rows(partial(precisely, self.instance_classifier), h)  # (N, C)
-        attention = torch.zeros_like(logits)
-        attention[shown] = part.attention
-        return ScaleOutput(part.bag_logits, logits, attention, bag_rows(ptr), shown)
 
 
 def _similarity(critical: Tensor, q: Tensor) -> Tensor:

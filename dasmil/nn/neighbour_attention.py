@@ -1,10 +1,6 @@
-"""The weighted sum over neighbours of a graph attention layer, without one feature row per edge.
+"""The coefficients of a graph attention layer.
 
-Paper: Veličković et al. 2018, Eq. 3 and 6, as ``torch_geometric.nn.GATConv`` computes them. GATConv
-writes the projected features of every edge's source to memory, (E, heads, channels); here only the
-coefficients have one row per edge, and ``embedding_bag`` gathers, weighs and sums. The neighbour
-relation is symmetric, so the backward pass is a gather too: nothing is scattered, and gradients are
-the same in every run.
+Paper: Veličković et al. 2018, Eq. 3, as ``torch_geometric.nn.GATConv`` computes them.
 """
 
 from typing import Any
@@ -19,31 +15,21 @@ from dasmil.bags.neighbours import Neighbours
 NEGATIVE_SLOPE = 0.2
 
 
-def neighbour_attention(
-    projected: Tensor,
-    source_score: Tensor,
-    target_score: Tensor,
-    neighbours: Neighbours,
-    dropout: float = 0.0,
+def coefficients(
+    source_score: Tensor, target_score: Tensor, neighbours: Neighbours, dropout: float = 0.0
 ) -> Tensor:
-    """h_i = mean over heads of Σ_j α_ij W x_j, over the nodes j that i sees.
+    """α_ij of each entry "i sees j" and head, (E, H), in at least float32.
 
     Parameters
     ----------
-    projected: (N, H, C), W x of each of H heads.
-    source_score, target_score: (N, H), a_src·W x and a_dst·W x.
-    neighbours: which nodes each node sees, E entries.
-    dropout: probability of dropping a coefficient α_ij.
-
-    Returns
-    -------
-    (N, C)
+    source_score: (M, H), a_src·W x.
+    target_score: (N, H), a_dst·W x.
+    neighbours: which of M nodes each of N nodes sees, E entries.
+    dropout: probability of dropping a coefficient.
     """
     precise = torch.promote_types(source_score.dtype, torch.float32)
     scores = (source_score.to(precise), target_score.to(precise))
-    alpha = Coefficients.apply(*scores, neighbours)  # (E, H)
-    alpha = F.dropout(alpha, dropout) / projected.shape[1]
-    return weighted_sum(projected, alpha.to(projected.dtype), neighbours)
+    return F.dropout(Coefficients.apply(*scores, neighbours), dropout)
 
 
 class Coefficients(Function):
@@ -53,7 +39,7 @@ class Coefficients(Function):
     def forward(
         ctx: Any, source_score: Tensor, target_score: Tensor, neighbours: Neighbours
     ) -> Tensor:
-        seers = neighbours.seers()
+        seers = neighbours.seers
         score = source_score.index_select(0, neighbours.index)  # (E, H)
         score += target_score.index_select(0, seers)
         rises = score > 0
@@ -79,64 +65,3 @@ class Coefficients(Function):
 def _of_nodes(values: Tensor, neighbours: Neighbours, reduce: str) -> Tensor:
     """Reduce (E, H) over the entries of each node → (N, H)."""
     return torch.segment_reduce(values, reduce, offsets=neighbours.ptr, axis=0)
-
-
-def weighted_sum(projected: Tensor, alpha: Tensor, neighbours: Neighbours) -> Tensor:
-    """Σ over heads and neighbours j of α_ij W x_j; (N, H, C), (E, H) → (N, C)."""
-    heads = projected.shape[1]
-    rows = neighbours.index[:, None] * heads + _numbers(heads, like=neighbours.index)  # (E, H)
-    summed = F.embedding_bag(
-        rows.view(-1),
-        projected.detach().flatten(0, 1),  # GatheredGradient has its gradient
-        neighbours.ptr * heads,
-        mode="sum",
-        per_sample_weights=alpha.reshape(-1),
-        include_last_offset=True,
-    )
-    return GatheredGradient.apply(summed, projected, alpha.detach(), neighbours)
-
-
-class GatheredGradient(Function):
-    """Identity of ``summed``; the backward pass computes the gradient of W x.
-
-    The gradient of W x_j in head h is Σ_i α_ij · grad_i over the nodes i that see j, which are the
-    nodes that j sees.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, summed: Tensor, projected: Tensor, alpha: Tensor, neighbours: Neighbours
-    ) -> Tensor:
-        ctx.save_for_backward(alpha)
-        ctx.neighbours = neighbours
-        return summed.view_as(summed)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (alpha,) = ctx.saved_tensors
-        neighbours: Neighbours = ctx.neighbours
-        heads = alpha.shape[1]
-        # one sum per node and head: each node's entries are repeated per head, head after head
-        node = neighbours.seers().repeat_interleave(heads)  # (E H,) of each place
-        count = neighbours.ptr.diff().index_select(0, node)
-        place = _numbers(len(node), like=node)
-        place -= neighbours.ptr.index_select(0, node) * heads  # among the node's own places
-        head = place.div(count, rounding_mode="floor")
-        entry = neighbours.ptr.index_select(0, node) + place - head * count
-        weight = neighbours.reverse.index_select(0, entry) * heads + head
-        counts = neighbours.ptr.diff()[:, None]
-        starts = neighbours.ptr[:-1, None] * heads + counts * _numbers(heads, like=counts)
-        starts = torch.cat([starts.view(-1), neighbours.ptr[-1:] * heads])
-        gradient = F.embedding_bag(
-            neighbours.index.index_select(0, entry),
-            grad.contiguous(),
-            starts,
-            mode="sum",
-            per_sample_weights=alpha.view(-1).index_select(0, weight),
-            include_last_offset=True,
-        )
-        return grad, gradient.view(-1, heads, grad.shape[1]), None, None
-
-
-def _numbers(count: int, like: Tensor) -> Tensor:
-    return torch.arange(count, dtype=like.dtype, device=like.device)

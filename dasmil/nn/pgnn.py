@@ -4,12 +4,13 @@ Paper: Bontempo et al. 2023, section 3, "Architecture".
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dasmil.bags.graph import BagGraph
-from dasmil.nn.gat import GAT, Residual
+from dasmil.nn.gat import GAT, Residual, drop_nodes
 from dasmil.tensors import is_in_blocks
 
 
@@ -63,10 +64,11 @@ class PGNN(nn.Module):
         width, weight = self.union_gat.conv.in_channels, self.union_gat.conv.bias
         room = weight.new_empty(sum(sizes), width) if is_in_blocks(graph.union.ptr) else None
         parts = [None] * len(sizes) if room is None else room.split(sizes)
-        per_scale = [
-            self.scale_gats[module_key(s)](graph.features[s], graph.neighbours[s], into)
-            for s, into in zip(graph.scales, parts, strict=True)
-        ]  # (N_s, hidden)
+        gats: list[Any] = [self.scale_gats[module_key(s)] for s in graph.scales]
+        lists = [*(graph.neighbours[s] for s in graph.scales), graph.union]
+        *own, union = drop_nodes([*gats, self.union_gat], lists)
+        of_scales = zip(gats, graph.features.values(), own, parts, strict=True)
+        per_scale = [gat.attend(x, seen, into) for gat, x, seen, into in of_scales]  # (N_s, hidden)
         together = torch.cat(per_scale) if room is None else room
-        h = self.union_gat(together, graph.union)  # (Σ N_s, out)
+        h = self.union_gat.attend(together, union)  # (Σ N_s, out)
         return dict(zip(graph.scales, h.split(sizes), strict=True))

@@ -7,10 +7,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.utils import segment
 
 from dasmil.bags.output import ScaleOutput
-from dasmil.tensors import bag_rows, by_rows, first_argmax, precisely
+from dasmil.tensors import bag_rows, bag_sums, by_rows, precisely, top_rows
 
 
 class PoolingHead(nn.Module):
@@ -40,24 +39,24 @@ class PoolingHead(nn.Module):
         Parameters
         ----------
         h: (N, K) features of the tiles.
-        ptr: (B + 1,) boundaries of the bags.
+        ptr: (B + 1,) boundaries of the bags, on the CPU.
         shown: (N,) bool; tiles that are not shown have an instance logit, but no attention. None:
             all are shown.
         """
-        bag_index = bag_rows(ptr)
+        bag_index = bag_rows(ptr, h.device)
         if shown is None:
             shown = torch.ones_like(bag_index, dtype=torch.bool)
         z = by_rows(self._logits, h)  # (N, C)
         if self.pooling == "mean":
             counted = shown[:, None].to(z.dtype)
-            count = segment(counted, ptr, reduce="sum").clamp(min=1)  # (B, 1)
+            count = bag_sums(counted, ptr).clamp(min=1)  # (B, 1)
             attention = (counted / count[bag_index]).expand_as(z)
         else:
             seen = z.masked_fill(~shown[:, None], -torch.inf)
-            top = first_argmax(seen, bag_index, len(ptr) - 1)  # (B, C)
+            top = top_rows(seen, ptr)  # (B, C)
             rows = torch.arange(len(z), device=z.device)[:, None]
             attention = ((top[bag_index] == rows) & shown[:, None]).to(z.dtype)  # (N, C)
-        bag_logits = segment(attention * z, ptr, reduce="sum")  # (B, C)
+        bag_logits = bag_sums(attention * z, ptr)  # (B, C)
         return ScaleOutput(bag_logits, z, attention, bag_index, shown)
 
     def _logits(self, h: Tensor) -> Tensor:

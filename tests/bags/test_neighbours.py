@@ -21,7 +21,7 @@ def check(lists: Neighbours) -> None:
     """Every promise: each node sees itself, nobody twice, and the reverse is the reverse."""
     assert {t.dtype for t in (lists.ptr, lists.index, lists.reverse)} == {torch.int32}
     assert lists.ptr[0] == 0 and lists.ptr[-1] == len(lists.index) == len(lists.reverse)
-    seers = lists.seers()
+    seers = lists.seers
     pairs = list(zip(seers.tolist(), lists.index.tolist(), strict=True))
     assert len(set(pairs)) == len(pairs)
     assert {(i, i) for i in range(len(lists))} <= set(pairs)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dasmil.bags import Bag, bag_graph, bag_path, read_bag, read_header, write_bag
+from dasmil.bags import Bag, Neighbours, bag_graph, bag_path, read_bag, read_header, write_bag
 from dasmil.bags.store import graph_bytes
 from dasmil.errors import InputError
 from dasmil.json_text import pack_metadata, unpack_metadata
@@ -274,7 +274,8 @@ def tensor_bytes(part: object) -> int:
     if isinstance(part, Mapping):
         return sum(tensor_bytes(value) for value in part.values())
     if is_dataclass(part):
-        return sum(tensor_bytes(getattr(part, field.name)) for field in fields(part))
+        own = sum(tensor_bytes(getattr(part, field.name)) for field in fields(part))
+        return own + (tensor_bytes(part.seers) if isinstance(part, Neighbours) else 0)
     return 0
 
 

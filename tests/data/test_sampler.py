@@ -104,13 +104,12 @@ LABELS = {f"{c}{n}": CLASSES[c == "t"] for n in range(5) for c in "nt"}
 SPLIT = {s: "val" if s.endswith("4") else "train" for s in LABELS}  # 8 to train on
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "trainer"),
     [
-        ({}, {}),
+        pytest.param({}, {}, marks=pytest.mark.slow),
         ({"num_workers": 1, "weighted_sampling": True}, {}),
-        ({"batch_size": 2}, {"accumulate_grad_batches": 3}),
+        pytest.param({"batch_size": 2}, {"accumulate_grad_batches": 3}, marks=pytest.mark.slow),
     ],
     ids=["plain", "workers", "accumulated"],
 )

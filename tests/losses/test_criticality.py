@@ -193,3 +193,23 @@ def test_of_equal_largest_children_the_first_alone_learns() -> None:
         )
         np.testing.assert_allclose(children.grad[rows][0], together, atol=1e-7)
         assert not children.grad[rows][1:].any()
+
+
+@pytest.mark.parametrize("children_pooling", ["mean", "max"])
+def test_tiles_without_parent_change_nothing(children_pooling: str) -> None:
+    """Also where their bag is not the first, and their neighbour has no children."""
+    torch.manual_seed(0)
+    parent, ptr = torch.tensor([-1, 1, 1, -1, 2, 2]), torch.tensor([0, 2, 4])
+    found = []
+    for kept in (slice(None), parent >= 0):
+        coarse = torch.linspace(-1, 1, 4).double()[:, None].requires_grad_()
+        fine = torch.linspace(2, -3, 6).double()[:, None].requires_grad_()
+        loss = criticality_loss(
+            *(coarse, fine[kept], parent[kept], ptr),
+            children_pooling=children_pooling,
+            detach_teacher=False,
+        )
+        loss.sum().backward()
+        found.append([loss, coarse.grad, fine.grad])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -2,13 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch_geometric.utils import segment
 
 from dasmil.bags import BagGraph
 from dasmil.bags.output import ScaleOutput
 from dasmil.modules import SingleScaleModule
-from dasmil.tensors import bag_rows
+from dasmil.tensors import bag_rows, bag_sizes
 
 
 class Mean(SingleScaleModule):
@@ -40,5 +40,7 @@ class MeanNetwork(nn.Module):
         """Bag logits alone."""
         ptr = graph.ptr[self.scale]
         features: Tensor = graph.features[self.scale].to(self.classifier.weight.dtype)
-        logits = self.classifier(segment(features, ptr, reduce="mean"))
-        return {self.scale: ScaleOutput(logits, None, None, bag_rows(ptr))}
+        bags = features.split(bag_sizes(ptr))
+        means = torch.stack([bag.sum(0) / max(1, len(bag)) for bag in bags])
+        rows = bag_rows(ptr, features.device)
+        return {self.scale: ScaleOutput(self.classifier(means), None, None, rows)}

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dasmil.bags import BagGraph, Neighbours, bag_graph, join_graphs
 from dasmil.methods.dasmil import ObjectiveOptions, objective
 from dasmil.nn.gat import GAT
-from dasmil.nn.neighbour_attention import Coefficients, neighbour_attention, weighted_sum
+from dasmil.nn.neighbour_attention import Coefficients, coefficients
+from dasmil.nn.neighbour_sums import AttendedSum, ProjectedSum
 
 SCALES = ("x5", "x10", "x20")
 WIDTH, HEADS = 32, 3
@@ -43,7 +44,25 @@ def test_each_step_has_its_exact_gradient() -> None:
     lists, (projected, source, target) = small()
     assert gradcheck(lambda s, t: Coefficients.apply(s, t, lists), (source, target))
     alpha = torch.rand(len(lists.index), HEADS, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda p, a: weighted_sum(p, a, lists), (projected, alpha))
+    assert gradcheck(lambda p, a: ProjectedSum.apply(p, a, lists), (projected, alpha))
+    x = projected[:, 0].detach().clone().requires_grad_()
+    assert gradcheck(lambda x, a: AttendedSum.apply(x, a, lists), (x, alpha))
+
+
+def test_rows_are_summed_before_or_after_the_projection() -> None:
+    lists, _ = small()
+    alpha = torch.rand(len(lists.index), HEADS, dtype=torch.float64)
+    x, weight = torch.randn(len(lists), 5).double(), torch.randn(HEADS, 4, 5).double()
+    after = ProjectedSum.apply(torch.einsum("hck,nk->nhc", weight, x), alpha, lists)
+    before = torch.einsum("hck,nhk->nc", weight, AttendedSum.apply(x, alpha, lists))
+    torch.testing.assert_close(before, after)
+
+
+def attend(
+    projected: Tensor, source: Tensor, target: Tensor, lists: Neighbours, dropout: float = 0.0
+) -> Tensor:
+    alpha = coefficients(source, target, lists, dropout) / HEADS
+    return ProjectedSum.apply(projected, alpha, lists)
 
 
 def test_the_layer_has_its_exact_gradient_with_dropout() -> None:
@@ -51,7 +70,7 @@ def test_the_layer_has_its_exact_gradient_with_dropout() -> None:
 
     def layer(*tensors: Tensor) -> Tensor:
         torch.manual_seed(1)  # the same coefficients are dropped at each call
-        return neighbour_attention(*tensors, lists, 0.4)
+        return attend(*tensors, lists, 0.4)
 
     assert gradcheck(layer, inputs)
 
@@ -60,7 +79,7 @@ def test_the_coefficients_of_a_node_sum_to_one() -> None:
     lists, (_, source, target) = small()
     alpha = Coefficients.apply(1e3 * source, 1e3 * target, lists)  # exp(1000) would overflow
     sums = torch.zeros(len(lists), HEADS, dtype=alpha.dtype)
-    sums.index_add_(0, lists.seers().long(), alpha)
+    sums.index_add_(0, lists.seers.long(), alpha)
     torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
@@ -69,9 +88,9 @@ def test_dropped_coefficients_keep_the_expected_sum() -> None:
     lists, inputs = small()
     projected, source, target = (tensor.detach() for tensor in inputs)
     torch.manual_seed(0)
-    draws = [neighbour_attention(projected, source, target, lists, 0.5) for _ in range(1000)]
+    draws = [attend(projected, source, target, lists, 0.5) for _ in range(1000)]
     mean = torch.stack(draws).mean(0)
-    expected = neighbour_attention(projected, source, target, lists)
+    expected = attend(projected, source, target, lists)
     assert not torch.allclose(draws[0], expected)
     torch.testing.assert_close(mean, expected, rtol=0, atol=0.12)
 
