@@ -85,7 +85,11 @@ def check(module: MILModule, graph: BagGraph, waits: int) -> None:
     assert not watch.one_thread, "\n".join(watch.one_thread)
 
 
-@pytest.mark.parametrize("scales", SCALES, ids=" ".join)
+@pytest.mark.parametrize(
+    "scales",
+    [pytest.param(s, marks=() if len(s) == 2 else pytest.mark.slow) for s in SCALES],
+    ids=" ".join,
+)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_training_step_of_dasmil(setting: str, scales: tuple[str, ...]) -> None:
     check(*make_step(scales, **(SMALL | SETTINGS[setting])), waits=2)
