@@ -33,12 +33,15 @@ class ProjectedSum(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         projected, alpha = ctx.saved_tensors
         lists, grad = ctx.lists, grad.contiguous()
+        heads = alpha.shape[1]
+        index, ptr = _of_heads(lists, heads)
+        seers = lists.seers.repeat_interleave(heads)
+        of_alpha = _dots(grad, projected.flatten(0, 1), index, ptr, seers)
         mirrored = alpha.index_select(0, lists.reverse)
-        of_alpha = [_dots(grad, of_head, lists) for of_head in projected.unbind(1)]
         of_projected = torch.empty_like(projected)
         for of_head, weights in zip(of_projected.unbind(1), mirrored.unbind(1), strict=True):
-            of_head.copy_(_gather(grad, weights, lists))
-        return of_projected, torch.stack(of_alpha, 1), None
+            of_head.copy_(_gather(grad, weights, lists.index, lists.ptr))
+        return of_projected, of_alpha.view_as(alpha).to(alpha.dtype), None
 
 
 class AttendedSum(Function):
@@ -79,11 +82,13 @@ class EmbeddingBags:
 
     @staticmethod
     def of_neighbours(x: Tensor, alpha: Tensor, lists: Neighbours) -> Tensor:
-        return torch.stack([_gather(x, of_head, lists) for of_head in alpha.unbind(1)], 1)
+        entries = lists.index, lists.ptr
+        return torch.stack([_gather(x, of_head, *entries) for of_head in alpha.unbind(1)], 1)
 
     @staticmethod
     def of_features(grad: Tensor, x: Tensor, lists: Neighbours) -> Tensor:
-        return torch.stack([_dots(of_head, x, lists) for of_head in grad.unbind(1)], 1)
+        entries = lists.index, lists.ptr, lists.seers
+        return torch.stack([_dots(of_head, x, *entries) for of_head in grad.unbind(1)], 1)
 
     @staticmethod
     def of_seers(grad: Tensor, alpha: Tensor, lists: Neighbours) -> Tensor:
@@ -118,27 +123,29 @@ def _triton_or_torch(device: int) -> type[Way]:
 
 
 def _sum_of_heads(rows: Tensor, alpha: Tensor, lists: Neighbours) -> Tensor:
-    """(M, H, K), (E, H) → (N, K)."""
-    first, *others = zip(rows.unbind(1), alpha.unbind(1), strict=True)
-    total = _gather(*first, lists)
-    for head in others:
-        total += _gather(*head, lists)
-    return total
+    """Σ over heads and neighbours of α_ij times a row of its head; (M, H, K), (E, H) → (N, K)."""
+    index, ptr = _of_heads(lists, alpha.shape[1])
+    return _gather(rows.flatten(0, 1), alpha.reshape(-1), index, ptr)
 
 
-def _gather(x: Tensor, weights: Tensor, lists: Neighbours) -> Tensor:
-    """(M, K), (E,) → (N, K) weighted sums over the entries of each node."""
+def _of_heads(lists: Neighbours, heads: int) -> tuple[Tensor, Tensor]:
+    """Index and ptr with H entries in place of one, into the rows of a flat (M, H) table."""
+    numbers = torch.arange(heads, dtype=lists.index.dtype, device=lists.index.device)
+    return (lists.index[:, None] * heads + numbers).view(-1), lists.ptr * heads
+
+
+def _gather(x: Tensor, weights: Tensor, index: Tensor, ptr: Tensor) -> Tensor:
+    """(M, K), (E,) → (N, K) weighted sums of rows, from ptr[i] to ptr[i + 1] of the entries."""
     return F.embedding_bag(
-        *(lists.index, x, lists.ptr),
+        *(index, x, ptr),
         mode="sum",
         per_sample_weights=weights.contiguous(),
         include_last_offset=True,
     )
 
 
-def _dots(grad: Tensor, x: Tensor, lists: Neighbours) -> Tensor:
+def _dots(grad: Tensor, x: Tensor, index: Tensor, ptr: Tensor, seers: Tensor) -> Tensor:
     """⟨grad_i, x_j⟩ of each entry "i sees j"; (N, K), (M, K) → (E,)."""
     if x.dtype == torch.bfloat16:  # CUDA has no such kernel before torch 2.13
         grad, x = grad.float(), x.float()
-    entries = lists.index, lists.ptr, lists.seers
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, x, *entries, 0)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, x, index, ptr, seers, 0)
