@@ -20,17 +20,12 @@ def processes(trainer: Trainer | None) -> tuple[int, int]:
     return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
 
-def gather_lists(items: list[T], group: Any = None) -> list[T]:
-    """The items of all processes in the order of their ranks, the same list in every process.
-
-    Parameters
-    ----------
-    group: torch's group of all processes; None: its default group.
-    """
+def gather_lists(items: list[T]) -> list[T]:
+    """The items of all processes in the order of their ranks, the same list in every process."""
     if not (dist.is_available() and dist.is_initialized()):
         return items
     parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, items, group)
+    dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 
@@ -44,17 +39,18 @@ def compute_once(compute: Callable[[], T]) -> T:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return compute()
-    # the default group gives up after half an hour, and a large cohort may take longer
-    group = dist.new_group(timeout=LONGEST_WAIT)
-    gather_lists([], group)  # NCCL connects at the first call, which must not wait long
-    result: list[T | InputError] = []
+    # the default group gives up after half an hour, and a large cohort may take longer; gloo's
+    # processes meet on the CPU, where the result is
+    group: Any = dist.new_group(timeout=LONGEST_WAIT, backend="gloo")
+    result: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             result = [compute()]
         except InputError as error:
             result = [error]
-    (sent,) = gather_lists(result, group)
+    dist.broadcast_object_list(result, src=0, group=group)
     dist.destroy_process_group(group)
+    sent: T | InputError = result[0]
     if isinstance(sent, InputError):
         raise sent
     return sent
