@@ -50,10 +50,6 @@ class Neighbours:
         edges = torch.stack([self.index, self.seers]).long()
         return edges[:, edges[0] != edges[1]]
 
-    def without(self, dropped: Tensor) -> "Neighbours":
-        """Remove all edges of the nodes in a (N,) bool mask; each node still sees itself."""
-        return next(cut_nodes([self], [dropped]))
-
     def of_nodes(self, start: int, stop: int) -> tuple[Tensor, "Neighbours"]:
         """The lists of the nodes ``start`` to ``stop``, without reverse entries.
 
@@ -83,9 +79,13 @@ class Neighbours:
 
 
 def cut_nodes(lists: Sequence[Neighbours], dropped: Sequence[Tensor]) -> Iterator[Neighbours]:
-    """Each of the lists :meth:`without <Neighbours.without>` its dropped nodes.
+    """Each of the lists without the edges of its dropped nodes, which still see themselves.
 
     The host waits for a GPU once, for the numbers of entries of all lists.
+
+    Parameters
+    ----------
+    dropped: for each of the lists (N,) bool.
     """
     kept = [
         (each.seers == each.index)

@@ -96,17 +96,6 @@ def _resampling(start: Tensor, length: Tensor, side_px: int, size_px: int) -> Te
     return weight / weight.sum(-1, keepdim=True)
 
 
-def jitter_colour(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """Apply torchvision's ColorJitter in place: its four operations in the given order.
-
-    Parameters
-    ----------
-    order: (N, 4) numbers of the operations.
-    factors: (N, 4) by number of the operation.
-    """
-    return change_colour(x, [part.to(x.device) for part in prepare_colour(order, factors)])
-
-
 def prepare_colour(order: Tensor, factors: Tensor) -> list[Tensor]:
     """Three tensors per operation in their order: for blending, and for shifting the hue.
 
@@ -115,7 +104,8 @@ def prepare_colour(order: Tensor, factors: Tensor) -> list[Tensor]:
 
     Parameters
     ----------
-    order, factors: as for :func:`jitter_colour`, on the CPU.
+    order: (N, 4) numbers of ColorJitter's operations, on the CPU.
+    factors: (N, 4) by number of the operation, on the CPU.
 
     Returns
     -------
@@ -136,7 +126,7 @@ def prepare_colour(order: Tensor, factors: Tensor) -> list[Tensor]:
 
 
 def change_colour(x: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """Change the colour in place, as :func:`prepare_colour` says."""
+    """Apply torchvision's ColorJitter in place, with the parts of :func:`prepare_colour`."""
     for shares, shifted, turns in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         apply_to(x, shifted, shift_hue, turns)
         kept, to_mean, to_pixel = shares[..., None, None, None]  # (N, 1, 1, 1)
@@ -167,11 +157,6 @@ def to_grey(x: Tensor) -> Tensor:
     return red * GREY[0] + green * GREY[1] + blue * GREY[2]
 
 
-def blur(x: Tensor, sigma_px: Tensor) -> Tensor:
-    """PIL's Gaussian blur with a standard deviation per view, (N,)."""
-    return convolve(x, prepare_blur(sigma_px).to(x.device))
-
-
 def prepare_blur(sigma_px: Tensor) -> Tensor:
     """Weights (N, reach + 1) of the blur at distances of 0, 1, ... pixels, from (N,) on the CPU."""
     if not len(sigma_px):
@@ -180,7 +165,7 @@ def prepare_blur(sigma_px: Tensor) -> Tensor:
 
 
 def convolve(x: Tensor, taps: Tensor) -> Tensor:
-    """Convolve rows and columns with the kernels of :func:`prepare_blur`."""
+    """PIL's Gaussian blur, with the weights of :func:`prepare_blur`."""
     reach, side = taps.shape[1] - 1, x.shape[-1]
     centre, *others = taps[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
     for axis, padding in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):

@@ -8,7 +8,7 @@ from torch_geometric.utils import dropout_node
 
 from dasmil.bags import Neighbours, bag_graph, grid_neighbours
 from dasmil.bags import neighbours as module
-from dasmil.bags.neighbours import join_neighbours, union_neighbours
+from dasmil.bags.neighbours import cut_nodes, join_neighbours, union_neighbours
 
 
 def random_grid(share: float = 0.4, side: int = 12, seed: int = 0) -> Tensor:
@@ -77,19 +77,20 @@ def test_a_cut_node_sees_itself_and_nobody_sees_it() -> None:
     lists = grid_neighbours(random_grid())
     generator = torch.Generator().manual_seed(3)
     dropped = torch.rand(len(lists), generator=generator) < 0.4
-    left = lists.without(dropped)
+    (left,) = cut_nodes([lists], [dropped])
     check(left)
     expected = [(i, j) for i, j in as_pairs(lists.edge_index()) if not (dropped[i] or dropped[j])]
     assert 0 < len(expected) < lists.edge_index().shape[1]
     assert as_pairs(left.edge_index()) == expected
-    assert_equal(lists.without(torch.zeros_like(dropped)), lists)
+    assert_equal(*cut_nodes([lists], [torch.zeros_like(dropped)]), lists)
 
 
 def test_cutting_nodes_is_the_node_dropout_of_torch_geometric() -> None:
     lists = grid_neighbours(random_grid())
     torch.manual_seed(7)
     edges, _, mask = dropout_node(lists.edge_index(), 0.5, len(lists))
-    assert as_pairs(lists.without(~mask).edge_index()) == as_pairs(edges)
+    (left,) = cut_nodes([lists], [~mask])
+    assert as_pairs(left.edge_index()) == as_pairs(edges)
 
 
 def test_joined_lists_are_those_of_the_joined_edges() -> None:

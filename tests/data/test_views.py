@@ -92,9 +92,11 @@ def as_on_gpu(operation: str, *drawn: Any) -> np.ndarray:
     elif operation == "jitter_colour":
         order, factors = (torch.tensor(part) for part in drawn)
         others = order.flip(0), torch.tensor([1.3, 0.7, 1.2, 0.3])
-        x = views_gpu.jitter_colour(
-            x, torch.stack([others[0], order]), torch.stack([others[1], factors])
-        )
+        both = torch.stack([others[0], order]), torch.stack([others[1], factors])
+        x = views_gpu.change_colour(x, views_gpu.prepare_colour(*both))
+    elif operation == "blur":
+        sigma_px = torch.tensor([2 * drawn[0] / 3, drawn[0]])
+        x = views_gpu.convolve(x, views_gpu.prepare_blur(sigma_px))
     else:
         pairs = [torch.tensor([2 * part / 3, part]) for part in drawn]
         x = getattr(views_gpu, operation)(x, *pairs)
