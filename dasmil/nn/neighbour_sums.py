@@ -112,6 +112,8 @@ def _triton_or_torch(device: int) -> type[Way]:
         lists = Neighbours(nodes, nodes[:1], nodes[:1])  # one node, which sees itself
         one = torch.ones(1, 1, device=nodes.device)
         TritonSums.of_neighbours(one, one, lists)
+        TritonSums.of_features(one[None], one, lists)
+        TritonSums.of_seers(one[None], one, lists)
     except Exception as error:  # no compiler, an old GPU or driver: there are many reasons
         warnings.warn(
             f"Triton's kernels cannot be used ({type(error).__name__}: {error}); torch's own give "
@@ -146,6 +148,6 @@ def _gather(x: Tensor, weights: Tensor, index: Tensor, ptr: Tensor) -> Tensor:
 
 def _dots(grad: Tensor, x: Tensor, index: Tensor, ptr: Tensor, seers: Tensor) -> Tensor:
     """⟨grad_i, x_j⟩ of each entry "i sees j"; (N, K), (M, K) → (E,)."""
-    if x.dtype == torch.bfloat16:  # CUDA has no such kernel before torch 2.13
+    if x.is_cuda and x.dtype == torch.bfloat16:  # no such kernel until pytorch #185889
         grad, x = grad.float(), x.float()
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, x, index, ptr, seers, 0)

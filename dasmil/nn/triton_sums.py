@@ -1,5 +1,7 @@
 """The three sums of :mod:`dasmil.nn.neighbour_sums` as Triton kernels, compiled when first used."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,41 +17,34 @@ class TritonSums:
 
     @staticmethod
     def of_neighbours(x: Tensor, alpha: Tensor, lists: Neighbours) -> Tensor:
-        (_, width), (num_nodes, heads) = x.shape, (len(lists), alpha.shape[1])
-        result = x.new_empty(num_nodes, heads, width)
-        _run(sum_neighbours, num_nodes, width, heads)(
-            *(x.contiguous(), alpha.contiguous(), lists.ptr, lists.index, result)
-        )
+        result = x.new_empty(len(lists), alpha.shape[1], x.shape[1])
+        _run(sum_neighbours, result, x, alpha, lists.ptr, lists.index, result)
         return result
 
     @staticmethod
     def of_features(grad: Tensor, x: Tensor, lists: Neighbours) -> Tensor:
-        num_nodes, heads, width = grad.shape
-        result = grad.new_empty(len(lists.index), heads, dtype=torch.float32)
-        _run(dot_features, num_nodes, width, heads)(
-            *(grad.contiguous(), x.contiguous(), lists.ptr, lists.index, result)
-        )
+        result = grad.new_empty(len(lists.index), grad.shape[1], dtype=torch.float32)
+        _run(dot_features, grad, grad, x, lists.ptr, lists.index, result)
         return result
 
     @staticmethod
     def of_seers(grad: Tensor, alpha: Tensor, lists: Neighbours) -> Tensor:
-        num_nodes, heads, width = grad.shape
-        result = grad.new_empty(num_nodes, width)
-        _run(sum_seers, num_nodes, width, heads)(
-            *(grad.contiguous(), alpha.contiguous(), lists.ptr, lists.index, lists.reverse, result)
-        )
+        result = grad.new_empty(len(lists), grad.shape[2])
+        _run(sum_seers, grad, grad, alpha, lists.ptr, lists.index, lists.reverse, result)
         return result
 
 
-def _run(kernel, num_nodes: int, width: int, heads: int):  # type: ignore[no-untyped-def]
-    sizes = {"WIDTH": width, "HEADS": heads, "ROWS": triton.next_power_of_2(heads)}
-    block = min(triton.next_power_of_2(width), MAX_BLOCK)
-
-    def launch(*tensors: Tensor) -> None:
-        if num_nodes:
-            kernel[(num_nodes,)](*tensors, **sizes, BLOCK=block)
-
-    return launch
+def _run(kernel: Any, of_heads: Tensor, *tensors: Tensor) -> None:
+    """Run a kernel of N programs for ``of_heads`` (N, H, K); the last of the tensors is written."""
+    num_nodes, heads, width = of_heads.shape
+    if num_nodes:
+        kernel[(num_nodes,)](
+            *(tensor.contiguous() for tensor in tensors),
+            WIDTH=width,
+            HEADS=heads,
+            ROWS=triton.next_power_of_2(heads),
+            BLOCK=min(triton.next_power_of_2(width), MAX_BLOCK),
+        )
 
 
 @triton.jit
