@@ -26,8 +26,7 @@ def allows_tf32() -> bool:
 def match_convolutions() -> None:
     """Let convolutions use TF32 only if matrix products may.
 
-    torch allows it for convolutions by default, among them the patches of a ViT and the bag
-    classifier of DAS-MIL.
+    torch allows it for convolutions by default, among them the patches of a ViT.
     """
     # by the older of torch's two ways: after the newer one, torch raises if a library reads the
     # older
